@@ -1,0 +1,261 @@
+#include "engine.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "float_mode.h"
+#include "schedule.h"
+
+namespace {
+
+// Elements a chunk spans: the unit handed to threads. The bits depend on neither value.
+const int64_t kChunkFewTerms = 1 << 16;
+const int64_t kChunkManyTerms = 1 << 13;
+const int64_t kFewTerms = 8;
+
+struct Job {
+  const fk_tensor *tensors;
+  const int64_t *first_chunk; // [num_tensors + 1]
+  int64_t num_tensors;
+  int64_t chunk;
+  const int64_t *rows;
+  const fk_terms *terms;
+  const fk_schedules *fp32, *fp64;
+  const fk_kernels *kernels;
+};
+
+// One of the two outputs of a run: base pointer and stride in memory.
+struct Side {
+  char *base;
+  int64_t stride;
+};
+
+struct Run { // consecutive elements of the noise, evenly spaced in memory
+  uint64_t first_element;
+  int64_t n;
+  const char *in;
+  int64_t in_stride;
+  Side out, out_minus;
+};
+
+size_t element_size(int32_t dtype) { return dtype == FK_FP64 ? 8 : dtype == FK_FP32 ? 4 : 2; }
+
+template <typename T> void copy_typed(const char *from, int64_t from_stride, char *to, int64_t to_stride, int64_t n) {
+  const T *source = (const T *)from;
+  T *target = (T *)to;
+  for (int64_t i = 0; i < n; ++i) target[i * to_stride] = source[i * from_stride];
+}
+
+void copy_elements(const char *from, int64_t from_stride, char *to, int64_t to_stride, int64_t n, size_t size) {
+  if (from_stride == 1 && to_stride == 1) {
+    memmove(to, from, (size_t)n * size);
+  } else if (size == 8) {
+    copy_typed<uint64_t>(from, from_stride, to, to_stride, n);
+  } else if (size == 4) {
+    copy_typed<uint32_t>(from, from_stride, to, to_stride, n);
+  } else {
+    copy_typed<uint16_t>(from, from_stride, to, to_stride, n);
+  }
+}
+
+struct Buffers {
+  union {
+    float acc[FK_BLOCK + FK_BLOCK_PAD];
+    double acc64[FK_BLOCK + FK_BLOCK_PAD];
+  };
+  union {
+    float minus[FK_BLOCK + FK_BLOCK_PAD];
+    double minus64[FK_BLOCK + FK_BLOCK_PAD];
+  };
+  uint32_t noise[FK_BLOCK_WORDS + 4 * 16];
+  double gathered[FK_BLOCK], written[FK_BLOCK];
+};
+
+// Sums of one block of groups, and how many elements of the first group lie before the run.
+int64_t block_sums(const Job &job, const fk_tensor &t, const fk_schedule &schedule, uint64_t element, int64_t n, float *acc,
+                   double *acc64) {
+  const bool gaussian = job.terms->family == FK_GAUSSIAN;
+  const int shift = gaussian ? FK_GAUSSIAN_GROUP_SHIFT : FK_RADEMACHER_GROUP_SHIFT;
+  const int64_t skip = (int64_t)(element & ((1u << shift) - 1u));
+  const int64_t groups = (skip + n + (1 << shift) - 1) >> shift;
+  if (t.dtype == FK_FP64) {
+    (gaussian ? job.kernels->gaussian_sums64 : job.kernels->rademacher_sums64)(acc64, element >> shift, groups, t.stream,
+                                                                               &schedule);
+  } else {
+    (gaussian ? job.kernels->gaussian_sums : job.kernels->rademacher_sums)(acc, element >> shift, groups, t.stream,
+                                                                           &schedule);
+  }
+  return skip;
+}
+
+// The minus side is -acc, except that a zero need not mirror: an exact cancellation gives +0 on both sides, no
+// term at all -0. So a zero sum of other than one term is computed anew from negated coefficients (section 6.2).
+template <typename T> bool mirror(const T *acc, T *minus, int64_t n, int64_t count) {
+  bool exact = true;
+  for (int64_t i = 0; i < n; ++i) {
+    minus[i] = -acc[i];
+    exact &= acc[i] != (T)0;
+  }
+  return exact || count == 1;
+}
+
+void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done, int64_t n, const Side &side, const float *acc,
+                const double *acc64, Buffers &buffers) {
+  const size_t size = element_size(t.dtype);
+  fk_apply apply;
+  apply.in = run.in ? run.in + done * run.in_stride * (int64_t)size : 0;
+  apply.out = side.base + done * side.stride * (int64_t)size;
+  apply.acc = acc;
+  apply.acc64 = acc64;
+  apply.n = n;
+  apply.alpha = job.terms->alpha;
+  apply.noise = 0;
+  if (job.terms->rounding == FK_STOCHASTIC && (t.dtype == FK_BF16 || t.dtype == FK_FP16)) {
+    const uint64_t element = run.first_element + (uint64_t)done;
+    const int64_t skip = (int64_t)(element & 7u);
+    job.kernels->group_words(buffers.noise, element >> FK_ROUNDING_GROUP_SHIFT, (skip + n + 7) >> 3, t.stream,
+                             FK_TAG_ROUNDING, job.terms->rounding_seed);
+    apply.noise = (const uint16_t *)buffers.noise + skip; // little-endian: low half first
+  }
+  char *target = (char *)apply.out;
+  if (apply.in && run.in_stride != 1) {
+    copy_elements((const char *)apply.in, run.in_stride, (char *)buffers.gathered, 1, n, size);
+    apply.in = buffers.gathered;
+  }
+  if (side.stride != 1) apply.out = buffers.written;
+  job.kernels->apply[t.dtype](&apply);
+  if (side.stride != 1) copy_elements((const char *)buffers.written, 1, target, side.stride, n, size);
+}
+
+void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &buffers) {
+  const fk_schedules &schedules = t.dtype == FK_FP64 ? *job.fp64 : *job.fp32;
+  const size_t size = element_size(t.dtype);
+  if (run.in && schedules.plus.count == 0 && job.terms->alpha == 1.0) { // the bytes stay as they are
+    if (run.out.base != run.in) copy_elements(run.in, run.in_stride, run.out.base, run.out.stride, run.n, size);
+    if (run.out_minus.base && run.out_minus.base != run.in) {
+      copy_elements(run.in, run.in_stride, run.out_minus.base, run.out_minus.stride, run.n, size);
+    }
+    return;
+  }
+  const int shift = job.terms->family == FK_GAUSSIAN ? FK_GAUSSIAN_GROUP_SHIFT : FK_RADEMACHER_GROUP_SHIFT;
+  for (int64_t done = 0; done < run.n;) {
+    const uint64_t element = run.first_element + (uint64_t)done;
+    const int64_t room = FK_BLOCK - (int64_t)(element & ((1u << shift) - 1u));
+    const int64_t n = run.n - done < room ? run.n - done : room;
+    const int64_t skip = block_sums(job, t, schedules.plus, element, n, buffers.acc, buffers.acc64);
+    if (run.out_minus.base) {
+      const bool mirrored = t.dtype == FK_FP64
+                                ? mirror(buffers.acc64 + skip, buffers.minus64 + skip, n, schedules.plus.count)
+                                : mirror(buffers.acc + skip, buffers.minus + skip, n, schedules.plus.count);
+      if (!mirrored) block_sums(job, t, schedules.minus, element, n, buffers.minus, buffers.minus64);
+      // The side that overwrites the input goes last.
+      if (run.out.base == run.in) {
+        apply_side(job, t, run, done, n, run.out_minus, buffers.minus + skip, buffers.minus64 + skip, buffers);
+        apply_side(job, t, run, done, n, run.out, buffers.acc + skip, buffers.acc64 + skip, buffers);
+      } else {
+        apply_side(job, t, run, done, n, run.out, buffers.acc + skip, buffers.acc64 + skip, buffers);
+        apply_side(job, t, run, done, n, run.out_minus, buffers.minus + skip, buffers.minus64 + skip, buffers);
+      }
+    } else {
+      apply_side(job, t, run, done, n, run.out, buffers.acc + skip, buffers.acc64 + skip, buffers);
+    }
+    done += n;
+  }
+}
+
+// Output elements [begin, end) of a tensor, row-major over its sizes.
+void run_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t end, Buffers &buffers) {
+  const int64_t size = (int64_t)element_size(t.dtype);
+  if (t.ndim == 0) {
+    const Run run = {(uint64_t)(t.first_element + begin),
+                     end - begin,
+                     t.in ? (const char *)t.in + begin * size : 0,
+                     1,
+                     {(char *)t.out + begin * size, 1},
+                     {t.out_minus ? (char *)t.out_minus + begin * size : 0, 1}};
+    run_elements(job, t, run, buffers);
+    return;
+  }
+  const int last = t.ndim - 1;
+  // Neighbours along the last dimension are neighbours in the noise, unless it is gathered or strided there.
+  const bool whole_rows = t.element_strides[last] == 1 && !(job.rows && last == 0);
+  for (int64_t position = begin; position < end;) {
+    int64_t rest = position, element = t.first_element, in_at = 0, out_at = 0, minus_at = 0, in_last = 0;
+    for (int d = last; d >= 0; --d) {
+      const int64_t i = rest % t.sizes[d];
+      const int64_t x = d == 0 && job.rows ? job.rows[i] : i;
+      rest /= t.sizes[d];
+      if (d == last) in_last = i;
+      element += x * t.element_strides[d];
+      in_at += x * t.in_strides[d];
+      out_at += i * t.out_strides[d];
+      minus_at += i * t.out_minus_strides[d];
+    }
+    int64_t n = 1;
+    if (whole_rows) {
+      n = t.sizes[last] - in_last;
+      if (n > end - position) n = end - position;
+    }
+    const Run run = {(uint64_t)element,
+                     n,
+                     t.in ? (const char *)t.in + in_at * size : 0,
+                     t.in_strides[last],
+                     {(char *)t.out + out_at * size, t.out_strides[last]},
+                     {t.out_minus ? (char *)t.out_minus + minus_at * size : 0, t.out_minus_strides[last]}};
+    run_elements(job, t, run, buffers);
+    position += n;
+  }
+}
+
+void run_chunks(int64_t begin, int64_t end, void *context) {
+  const Job &job = *(const Job *)context;
+  Buffers buffers;
+  const fk_float_mode mode = fk_enter_float_mode();
+  int64_t low = 0, high = job.num_tensors; // first_chunk[low] <= begin < first_chunk[high]
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    *(job.first_chunk[middle] <= begin ? &low : &high) = middle;
+  }
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    while (job.first_chunk[low + 1] <= chunk) ++low;
+    const fk_tensor &t = job.tensors[low];
+    const int64_t from = (chunk - job.first_chunk[low]) * job.chunk;
+    const int64_t to = from + job.chunk < t.numel ? from + job.chunk : t.numel;
+    run_range(job, t, from, to, buffers);
+  }
+  fk_leave_float_mode(mode);
+}
+
+} // namespace
+
+int32_t fk_run_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows, const fk_terms *terms,
+                         const fk_kernels *kernels, fk_parallel_for parallel_for) {
+  fk_schedules fp32 = {{0, 0, 0, 0, 0, 0}, {0, 0, 0, 0, 0, 0}, 0}, fp64 = fp32;
+  int64_t *first_chunk = (int64_t *)malloc(sizeof(int64_t) * (size_t)(num_tensors + 1));
+  bool has_fp32 = false, has_fp64 = false;
+  for (int64_t i = 0; i < num_tensors; ++i) *(tensors[i].dtype == FK_FP64 ? &has_fp64 : &has_fp32) = true;
+  // Coefficients are rounded here: in the contract's mode, not the caller's.
+  const fk_float_mode mode = fk_enter_float_mode();
+  int32_t error = first_chunk ? 0 : FK_ERROR_MEMORY;
+  if (!error && has_fp32) error = fk_make_schedules(terms, 0, &fp32);
+  if (!error && has_fp64) error = fk_make_schedules(terms, 1, &fp64);
+  fk_leave_float_mode(mode);
+  if (!error) {
+    Job job = {tensors, first_chunk, num_tensors, 0, rows, terms, &fp32, &fp64, kernels};
+    job.chunk = terms->count <= kFewTerms ? kChunkFewTerms : kChunkManyTerms;
+    first_chunk[0] = 0;
+    for (int64_t i = 0; i < num_tensors; ++i) {
+      first_chunk[i + 1] = first_chunk[i] + (tensors[i].numel + job.chunk - 1) / job.chunk;
+    }
+    const int64_t chunks = first_chunk[num_tensors];
+    if (chunks > 1 && parallel_for) {
+      parallel_for(0, chunks, 1, run_chunks, &job);
+    } else if (chunks > 0) {
+      run_chunks(0, chunks, &job);
+    }
+  }
+  fk_free_schedules(&fp32);
+  fk_free_schedules(&fp64);
+  free(first_chunk);
+  return error;
+}

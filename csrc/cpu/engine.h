@@ -1,0 +1,9 @@
+// The walk over a list of tensors, shared by every instruction set: chunks for the thread pool, blocks of
+// noise groups inside a chunk, strides and views, flush-to-zero modes. Knows no vector code.
+#pragma once
+
+#include "kernels.h"
+
+// Runs the primitive; the caller has resolved the kernel table. Returns 0 or FK_ERROR_*.
+int32_t fk_run_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows, const fk_terms *terms,
+                         const fk_kernels *kernels, fk_parallel_for parallel_for);

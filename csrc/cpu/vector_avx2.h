@@ -1,0 +1,95 @@
+// Eight 32-bit lanes for kernels.inc. Compiled with -march=x86-64-v3 (AVX2, FMA, F16C).
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace { // internal linkage: each instruction set has a Vec of its own
+
+struct Vec {
+  static constexpr int kLanes = 8;
+  typedef __m256 F;
+  typedef __m256i I;
+
+  FK_HD F set_f(float x) { return _mm256_set1_ps(x); }
+  FK_HD I set_i(uint32_t x) { return _mm256_set1_epi32((int)x); }
+  // Which of 8 consecutive groups a lane works on; store_groups relies on it.
+  static constexpr uint32_t kGroupOfLane[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7};
+  FK_HD F load_f(const float *p) { return _mm256_loadu_ps(p); }
+  FK_HD I load_i(const uint32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+  FK_HD void store_f(float *p, F v) { _mm256_storeu_ps(p, v); }
+  FK_HD void store_i(uint32_t *p, I v) { _mm256_storeu_si256((__m256i *)p, v); }
+  FK_HD F as_f(I v) { return _mm256_castsi256_ps(v); }
+  FK_HD I as_i(F v) { return _mm256_castps_si256(v); }
+
+  FK_HD F add(F a, F b) { return _mm256_add_ps(a, b); }
+  FK_HD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  FK_HD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  FK_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  FK_HD F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); } // c - a b, one rounding
+  FK_HD F from_int(I v) { return _mm256_cvtepi32_ps(v); }
+  FK_HD I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
+  FK_HD I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
+  FK_HD I and_or(I v, I mask, I base) { return _mm256_or_si256(_mm256_and_si256(v, mask), base); }
+  template <int n> FK_HD I shift_right(I v) { return _mm256_srli_epi32(v, n); }
+
+  // Philox: products of the low halves of 64-bit lanes; what the high halves hold does not matter.
+  FK_HD I multiply(I a, I b) { return _mm256_mul_epu32(a, b); }
+  FK_HD I high_half(I v) { return _mm256_srli_epi64(v, 32); }
+  FK_HD I xor2(I a, I b) { return _mm256_xor_si256(a, b); }
+  FK_HD I xor3(I a, I b, I c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
+  FK_HD I join(I even, I odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
+
+  // acc[i] holds element i of lane's group; out gets 8 consecutive elements for each of the 8 groups.
+  FK_HD void store_groups(float *out, const F acc[8]) {
+    F t[8], u[8];
+    for (int i = 0; i < 4; ++i) {
+      t[2 * i] = _mm256_unpacklo_ps(acc[2 * i], acc[2 * i + 1]);
+      t[2 * i + 1] = _mm256_unpackhi_ps(acc[2 * i], acc[2 * i + 1]);
+    }
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 2; ++i) {
+        const __m256d lo = _mm256_castps_pd(t[4 * half + i]), hi = _mm256_castps_pd(t[4 * half + 2 + i]);
+        u[4 * half + 2 * i] = _mm256_castpd_ps(_mm256_unpacklo_pd(lo, hi));
+        u[4 * half + 2 * i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(lo, hi));
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      store_f(out + 8 * i, _mm256_permute2f128_ps(u[i], u[4 + i], 0x20));
+      store_f(out + 8 * (4 + i), _mm256_permute2f128_ps(u[i], u[4 + i], 0x31));
+    }
+  }
+
+  // sums of 8 elements each: acc[v] += bit (8 v + lane) of bits set ? -c : c, for v < 4
+  static constexpr int kVectorsPerWord = 4;
+  FK_HD void add_signed(F *acc, uint32_t bits, float c) {
+    const I word = set_i(bits), coeff = as_i(set_f(c)), sign = set_i(0x80000000u);
+    for (int v = 0; v < 4; ++v) {
+      const I shift = _mm256_setr_epi32(31 - 8 * v, 30 - 8 * v, 29 - 8 * v, 28 - 8 * v, 27 - 8 * v, 26 - 8 * v,
+                                        25 - 8 * v, 24 - 8 * v);
+      const I flip = _mm256_and_si256(_mm256_sllv_epi32(word, shift), sign);
+      acc[v] = add(acc[v], as_f(_mm256_xor_si256(coeff, flip)));
+    }
+  }
+
+  FK_HD F load_bf16(const uint16_t *p) {
+    return as_f(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+  }
+  FK_HD void store_bf16(uint16_t *p, F y) {
+    const I bits = as_i(y);
+    const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), set_i(1));
+    const I nearest = add_i(add_i(bits, set_i(0x7FFF)), odd);
+    const I quiet = _mm256_or_si256(bits, set_i(0x00400000u));
+    const I is_nan = as_i(_mm256_cmp_ps(y, y, _CMP_UNORD_Q));
+    const I high = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, is_nan), 16);
+    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
+  }
+  FK_HD F load_fp16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+  FK_HD void store_fp16(uint16_t *p, F y) {
+    _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+
+} // namespace

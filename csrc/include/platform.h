@@ -1,0 +1,49 @@
+// What a host compiler and nvcc must agree on before the contract can stand once for both:
+// function qualifiers, bit casts, and the two roundings that must be spelled (fma, int -> float).
+// Compile with contraction off (-ffp-contract=off, -fmad=false): every fma here is explicit.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define FK_HD __host__ __device__ __forceinline__
+#else
+#define FK_HD static inline __attribute__((always_inline))
+#endif
+
+FK_HD float fk_float_from_bits(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __uint_as_float(bits);
+#else
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+FK_HD uint32_t fk_bits_from_float(float value) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
+// One rounding, to nearest even. Without hardware fma the host's libm supplies an exact one.
+FK_HD float fk_fma(float a, float b, float c) {
+#if defined(__CUDA_ARCH__)
+  return __fmaf_rn(a, b, c);
+#else
+  return __builtin_fmaf(a, b, c);
+#endif
+}
+
+FK_HD double fk_fma64(double a, double b, double c) {
+#if defined(__CUDA_ARCH__)
+  return __fma_rn(a, b, c);
+#else
+  return __builtin_fma(a, b, c);
+#endif
+}

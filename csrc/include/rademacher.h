@@ -1,0 +1,13 @@
+// Rademacher noise: one bit an element, 128 elements a Philox call (contract section 5).
+#pragma once
+
+#include "platform.h"
+
+// sign bit of z for one element of a group: bit set means -1. lane in [0, 128).
+FK_HD uint32_t fk_rademacher_sign(const uint32_t words[4], uint32_t lane) {
+  return (words[lane >> 5] >> (lane & 31u)) << 31;
+}
+
+FK_HD float fk_rademacher(const uint32_t words[4], uint32_t lane) {
+  return fk_float_from_bits(fk_rademacher_sign(words, lane) | 0x3F800000u);
+}
