@@ -1,0 +1,24 @@
+"""Bit-exact seeded noise and the one fused primitive over it: w <- alpha w + sum_k c_k z(seed_k).
+
+The noise contract is docs/noise-contract.md; arguments, dtypes and errors are described in
+`fedkseed_kernels.ops`.
+"""
+
+from fedkseed_kernels._info import info
+from fedkseed_kernels._operands import CONTRACT_VERSION
+from fedkseed_kernels._version import __version__
+from fedkseed_kernels.ops import normal, perturb_, seed_axpy, seed_axpy_, seed_axpy_pair
+from fedkseed_kernels.prepared import Prepared, prepare
+
+__all__ = [
+    "CONTRACT_VERSION",
+    "Prepared",
+    "__version__",
+    "info",
+    "normal",
+    "perturb_",
+    "prepare",
+    "seed_axpy",
+    "seed_axpy_",
+    "seed_axpy_pair",
+]

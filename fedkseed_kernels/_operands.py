@@ -1,0 +1,78 @@
+"""What a backend is handed: checked tensors with noise indices (Operands), and a sum of noises (Terms)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+CONTRACT_VERSION = 1
+
+# Codes of csrc/include/fedkseed.h; tests/test_native.py holds them to the header.
+DTYPE_CODES: dict[torch.dtype, int] = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+}
+FAMILY_CODES: dict[str, int] = {"gaussian": 0, "rademacher": 1}
+ROUNDING_CODES: dict[str, int] = {"nearest": 0, "stochastic": 1}
+ISA_CODES: dict[str, int] = {"auto": -1, "baseline": 0, "avx2": 1, "avx512": 2}
+MAX_DIMS = 16
+
+# A tensor that is a slice of a logical tensor: the logical shape, and where the slice starts in each
+# dimension.
+View = tuple[Sequence[int], Sequence[int]]
+
+
+class TensorList:
+    """Tensors and, read once for the whole call, what the checks and the pointer table ask of each."""
+
+    __slots__ = ("addresses", "contiguous", "dtypes", "numels", "tensors")
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self.tensors = tensors
+        self.dtypes = [t.dtype for t in tensors]
+        self.addresses = [t.data_ptr() for t in tensors]
+        self.numels = [t.numel() for t in tensors]
+        self.contiguous = [t.is_contiguous() for t in tensors]
+
+
+@dataclass(slots=True)
+class Operands:
+    """A list of tensors, checked (`_checks.check_operands`): one device, right shapes, nothing overlaps.
+
+    Output i is `outs.tensors[i]` (and `outs_minus.tensors[i]`); it may be input i itself. `inputs` is None
+    when the noise itself is written. `rows`, if given, gathers along dimension 0 of every input. The element
+    indices of tensor i are row-major from `offsets[i]` on, or those of `views[i]` where that is not None.
+    """
+
+    inputs: TensorList | None
+    outs: TensorList
+    outs_minus: TensorList | None
+    rows: Tensor | None
+    streams: Sequence[int]
+    offsets: Sequence[int]
+    views: Sequence[View | None]
+    # The native pointer table, built at the first call that needs it (`_layout.pointer_table`).
+    table: NDArray[np.void] | None = field(default=None, repr=False)
+
+
+@dataclass(slots=True)
+class Terms:
+    """The sum of noises: acc = sum_k coeffs[k] z(seeds[k]), y = alpha w + acc; contract section 6.1.
+
+    `seeds` uint64 [K], `coeffs` finite fp64 [K], `alpha` already rounded to fp32. `rounding_seed` is 0 when
+    rounding is to nearest.
+    """
+
+    seeds: NDArray[np.uint64]
+    coeffs: NDArray[np.float64]
+    alpha: float
+    family: str
+    rounding: str
+    rounding_seed: int

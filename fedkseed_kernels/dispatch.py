@@ -1,0 +1,188 @@
+"""Which backend serves which device.
+
+An explicit request that cannot be met raises; a choice made here is logged once, with its reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple, Protocol
+
+import torch
+
+from fedkseed_kernels import native, native_backend, reference_backend
+from fedkseed_kernels._operands import ISA_CODES, Operands, Terms
+
+logger = logging.getLogger("fedkseed_kernels")
+
+# The whole choice: for each device type the backends that can serve it, best first.
+TABLE: dict[str, tuple[str, ...]] = {
+    "cpu": ("native", "reference"),
+    "cuda": ("triton",),
+}
+
+BACKEND_VARIABLE = "FEDKSEED_BACKEND"
+CPU_ISA_VARIABLE = "FEDKSEED_CPU_ISA"
+
+
+class Backend(Protocol):
+    """What the module of a backend provides."""
+
+    def unavailable(self) -> str | None:
+        """Why it cannot be used, with what to do about it; None when it can."""
+
+    def seed_axpy(self, operands: Operands, terms: Terms, isa: str) -> None:
+        """The primitive over checked operands; `isa` is meant for the native backend."""
+
+
+class _NotThereYet:
+    """A backend that the table names and this release does not have."""
+
+    def unavailable(self) -> str | None:
+        return "it is not part of this release; use cpu tensors"
+
+    def seed_axpy(self, operands: Operands, terms: Terms, isa: str) -> None:
+        raise RuntimeError(f"the triton backend cannot be used: {self.unavailable()}")
+
+
+BACKENDS: dict[str, Backend] = {
+    "native": native_backend,
+    "triton": _NotThereYet(),
+    "reference": reference_backend,
+}
+
+_backend_override: ContextVar[str | None] = ContextVar("fedkseed_backend", default=None)
+_isa_override: ContextVar[str | None] = ContextVar("fedkseed_cpu_isa", default=None)
+_logged: set[tuple[str, str]] = set()
+
+
+class Selection(NamedTuple):
+    """A backend by name, and the instruction set asked for."""
+
+    name: str
+    backend: Backend
+    isa: str
+
+
+def _known(what: str, value: str, known: tuple[str, ...]) -> str:
+    if value not in known:
+        raise ValueError(f"expected {what} to be one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def _requested(variable: str, override: ContextVar[str | None], known: tuple[str, ...]) -> str:
+    value = override.get()
+    if value is None:
+        value = os.environ.get(variable) or "auto"
+    return value if value == "auto" else _known(variable, value, known)
+
+
+def requested_backend() -> str:
+    """The backend asked for by `backend(...)`, else by FEDKSEED_BACKEND; "auto" when by neither.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    return _requested(BACKEND_VARIABLE, _backend_override, ("auto", *BACKENDS))
+
+
+def requested_cpu_isa() -> str:
+    """The instruction set asked for by `cpu_isa(...)`, else by FEDKSEED_CPU_ISA; "auto" when by neither.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    return _requested(CPU_ISA_VARIABLE, _isa_override, tuple(ISA_CODES))
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Ask for a backend within a block, over FEDKSEED_BACKEND. "auto" asks for the automatic choice."""
+    token = _backend_override.set(_known("backend", name, ("auto", *BACKENDS)))
+    try:
+        yield
+    finally:
+        _backend_override.reset(token)
+
+
+@contextmanager
+def cpu_isa(name: str) -> Iterator[None]:
+    """Ask for an instruction set of the native backend within a block, over FEDKSEED_CPU_ISA."""
+    token = _isa_override.set(_known("cpu_isa", name, tuple(ISA_CODES)))
+    try:
+        yield
+    finally:
+        _isa_override.reset(token)
+
+
+def _reasons_against(names: Iterable[str]) -> str:
+    reasons = {name: BACKENDS[name].unavailable() for name in names}
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
+
+
+def _log_choice(device_type: str, chosen: str) -> None:
+    """Say once for each device type what the automatic choice was, and why."""
+    if (device_type, chosen) in _logged:
+        return
+    _logged.add((device_type, chosen))
+    before = TABLE[device_type][: TABLE[device_type].index(chosen)]
+    if chosen == "reference":
+        message = "%s tensors are served by NumPy, %s; %s"
+        logger.warning(message, device_type, reference_backend.COST, _reasons_against(before))
+    else:
+        logger.info("%s tensors are served by the %s backend, the best that works here", device_type, chosen)
+
+
+def _automatic(device_type: str, isa: str) -> str:
+    candidates = TABLE[device_type]
+    chosen = next((name for name in candidates if BACKENDS[name].unavailable() is None), None)
+    if chosen is None:
+        raise RuntimeError(f"no backend can serve {device_type} tensors: {_reasons_against(candidates)}")
+    if isa != "auto" and chosen != "native":
+        reasons = _reasons_against(candidates)
+        raise RuntimeError(f"{CPU_ISA_VARIABLE} asks for {isa}, which needs the native backend: {reasons}")
+    _log_choice(device_type, chosen)
+    return chosen
+
+
+def select(device_type: str) -> Selection:
+    """The backend for tensors of a device type.
+
+    Raises:
+        ValueError: FEDKSEED_BACKEND or FEDKSEED_CPU_ISA holds an unknown name.
+        RuntimeError: what was asked for cannot be had on this machine or for this device.
+    """
+    name, isa = requested_backend(), requested_cpu_isa()
+    if device_type not in TABLE:
+        raise RuntimeError(
+            f"expected tensors on one of {', '.join(TABLE)}, got {device_type}; move them there"
+        )
+    if name == "auto":
+        name = _automatic(device_type, isa)
+    else:
+        if (reason := BACKENDS[name].unavailable()) is not None:
+            raise RuntimeError(f"{BACKEND_VARIABLE} asks for {name}, which cannot be used: {reason}")
+        if name not in TABLE[device_type]:
+            raise RuntimeError(
+                f"{BACKEND_VARIABLE} asks for {name}, which does not serve {device_type} tensors; "
+                f"expected one of {', '.join(TABLE[device_type])}"
+            )
+    if name == "native" and isa != "auto" and isa not in native.usable_isas():
+        built = isa in native.built_isas()
+        reason = "this machine cannot run it" if built else "the library was built without it"
+        usable = ", ".join(native.usable_isas())
+        raise RuntimeError(f"{CPU_ISA_VARIABLE} asks for {isa}, but {reason}; expected one of auto, {usable}")
+    return Selection(name, BACKENDS[name], isa)
+
+
+def execute(operands: Operands, terms: Terms) -> None:
+    """Run the primitive on the backend of the operands' device, and raise the outputs' version counters."""
+    outs = operands.outs.tensors
+    chosen = select(outs[0].device.type if outs else "cpu")
+    chosen.backend.seed_axpy(operands, terms, chosen.isa)
+    written = outs if operands.outs_minus is None else [*outs, *operands.outs_minus.tensors]
+    torch.autograd.graph.increment_version(written)

@@ -1,0 +1,18 @@
+"""The native backend: the whole list in one call of the C library."""
+
+from __future__ import annotations
+
+from fedkseed_kernels import _layout, native
+from fedkseed_kernels._operands import Operands, Terms
+from fedkseed_kernels.native import unavailable
+
+__all__ = ["seed_axpy", "unavailable"]
+
+
+def seed_axpy(operands: Operands, terms: Terms, isa: str) -> None:
+    """Write the primitive's result into `operands.outs` (and `outs_minus`)."""
+    if operands.table is None:
+        operands.table = _layout.pointer_table(operands)
+    if operands.table.size:
+        rows = None if operands.rows is None else operands.rows.numpy()
+        native.cpu_seed_axpy(operands.table, rows, terms, isa)

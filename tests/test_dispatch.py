@@ -1,0 +1,211 @@
+"""The choice of a backend: the table, the switches, what is said and what is refused."""
+
+from __future__ import annotations
+
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fedkseed_kernels as fk
+from fedkseed_kernels import dispatch, native
+from fedkseed_kernels._operands import ISA_CODES
+
+HAS_NATIVE = native.unavailable() is None
+needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="tests/test_native.py says why")
+
+
+@pytest.fixture(autouse=True)
+def _no_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
+    monkeypatch.delenv(dispatch.CPU_ISA_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_logged", set())
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A machine on which the library was not built."""
+    (tmp_path / "build_info.json").write_text('{"cpu": {"reason": "no C++ compiler was found"}}')
+    monkeypatch.setattr(native, "LIBRARY_PATH", tmp_path / "libfedkseed_cpu.so")
+    monkeypatch.setattr(native, "BUILD_INFO_PATH", tmp_path / "build_info.json")
+    native._load.cache_clear()
+    yield
+    native._load.cache_clear()
+
+
+def test_the_table_names_known_backends() -> None:
+    assert {name for names in dispatch.TABLE.values() for name in names} == set(dispatch.BACKENDS)
+
+
+@needs_native
+def test_the_automatic_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="fedkseed_kernels"):
+        for _ in range(3):
+            fk.normal(3, 1)
+            assert dispatch.select("cpu").name == "native"
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("INFO", "cpu tensors are served by the native backend, the best that works here")
+    ]
+
+
+@pytest.mark.usefixtures("without_native")
+def test_without_the_library_numpy_serves_and_says_what_it_costs(caplog: pytest.LogCaptureFixture) -> None:
+    weights = torch.zeros(4)
+    with caplog.at_level(logging.INFO, logger="fedkseed_kernels"):
+        for _ in range(3):
+            fk.perturb_(weights, 1, 0.5)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    message = record.getMessage()
+    for part in ("NumPy", "slower", "no C++ compiler was found", "install g++"):
+        assert part in message
+    assert torch.equal(weights, fk.normal(4, 1) * 1.5)
+    info = fk.info()
+    assert info["cpu_backend"] == "reference"
+    assert info["cpu_isa"] is None
+    assert "no C++ compiler" in info["backends"]["native"]["reason"]
+
+
+@pytest.mark.usefixtures("without_native")
+def test_without_the_library_an_explicit_request_raises() -> None:
+    weights = torch.ones(4)
+    with (
+        dispatch.backend("native"),
+        pytest.raises(RuntimeError, match="asks for native, which cannot be used: .*no C"),
+    ):
+        fk.perturb_(weights, 1, 0.5)
+    with (
+        dispatch.cpu_isa("avx2"),
+        pytest.raises(RuntimeError, match="asks for avx2, which needs the native backend"),
+    ):
+        fk.perturb_(weights, 1, 0.5)
+    assert torch.equal(weights, torch.ones(4))
+    assert "asks for" not in fk.info()["cpu_backend"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Native", "numpy"])
+def test_unknown_names_list_the_known_ones(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    known = "auto, native, triton, reference"
+    with (
+        pytest.raises(ValueError, match=f"expected backend to be one of {known}, got '{name}'"),
+        dispatch.backend(name),
+    ):
+        pass
+    isas = ", ".join(ISA_CODES)
+    with (
+        pytest.raises(ValueError, match=f"expected cpu_isa to be one of {isas}, got '{name}'"),
+        dispatch.cpu_isa(name),
+    ):
+        pass
+    if name:  # an empty variable is an unset one
+        weights = torch.ones(4)
+        monkeypatch.setenv(dispatch.BACKEND_VARIABLE, name)
+        with pytest.raises(ValueError, match=f"expected FEDKSEED_BACKEND to be one of {known}, got '{name}'"):
+            fk.perturb_(weights, 1, 0.5)
+        monkeypatch.delenv(dispatch.BACKEND_VARIABLE)
+        monkeypatch.setenv(dispatch.CPU_ISA_VARIABLE, name)
+        with pytest.raises(ValueError, match=f"expected FEDKSEED_CPU_ISA to be one of {isas}, got '{name}'"):
+            fk.perturb_(weights, 1, 0.5)
+        assert name in fk.info()["cpu_backend"]
+        assert torch.equal(weights, torch.ones(4))
+
+
+def test_triton_says_that_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "triton")
+    with pytest.raises(
+        RuntimeError, match="asks for triton, which cannot be used: it is not part of this release"
+    ):
+        fk.normal(3, 1)
+
+
+def test_a_backend_that_does_not_serve_the_device() -> None:
+    with dispatch.backend("reference"), pytest.raises(RuntimeError, match="does not serve cuda tensors"):
+        dispatch.select("cuda")
+
+
+def test_switches_are_read_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "reference")
+    assert dispatch.select("cpu").name == "reference"
+    assert fk.info()["environment"][dispatch.BACKEND_VARIABLE] == "reference"
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "auto")
+    assert dispatch.select("cpu").name == dispatch.TABLE["cpu"][0 if HAS_NATIVE else 1]
+
+
+def test_a_block_outranks_the_environment_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "triton")
+    with dispatch.backend("reference"):
+        assert dispatch.select("cpu").name == "reference"
+        with dispatch.backend("auto"):
+            assert dispatch.requested_backend() == "auto"
+        assert dispatch.select("cpu").name == "reference"
+    assert dispatch.requested_backend() == "triton"
+
+
+@needs_native
+def test_every_instruction_set_is_usable_or_refused() -> None:
+    usable, built = native.usable_isas(), native.built_isas()
+    for name in ISA_CODES:
+        with dispatch.cpu_isa(name):
+            if name in ("auto", *usable):
+                assert dispatch.select("cpu").isa == name
+                assert fk.info()["cpu_isa"] == (usable[-1] if name == "auto" else name)
+            else:
+                reason = "this machine cannot run it" if name in built else "the library was built without it"
+                with pytest.raises(
+                    RuntimeError, match=f"asks for {name}, but {reason}; expected one of auto, baseline"
+                ):
+                    fk.normal(3, 1)
+
+
+@needs_native
+def test_an_instruction_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "usable_isas", lambda: ["baseline"])
+    weights = torch.ones(4)
+    with (
+        dispatch.cpu_isa("avx512"),
+        pytest.raises(RuntimeError, match="FEDKSEED_CPU_ISA asks for avx512, but"),
+    ):
+        fk.perturb_(weights, 1, 0.5)
+    assert torch.equal(weights, torch.ones(4))
+
+
+IMPORT_PROBE = """
+import os, sys, threading
+import torch
+before = len(os.listdir("/proc/self/task"))
+modules = set(sys.modules)
+import fedkseed_kernels
+assert len(os.listdir("/proc/self/task")) == before, "threads were started"
+assert "libfedkseed_cpu" not in open("/proc/self/maps").read(), "the native library was loaded"
+assert not torch.cuda.is_initialized()
+new = set(sys.modules) - modules
+print(" ".join(sorted({name.split(".")[0] for name in new})))
+print(" ".join(sorted(name for name in new if name.startswith("torch"))))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_importing_is_light() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT_PROBE],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    packages, torch_modules = result.stdout.split("\n")[:2]
+    heavy = {"transformers", "triton", "fedkseed", "scipy", "sympy", "tqdm"}
+    assert not heavy & set(packages.split())
+    assert "torch._dynamo" not in torch_modules.split()
+
+
+def test_the_version_has_one_source() -> None:
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    static = re.search(r'^version = "(.*)"$', pyproject, re.M)
+    dynamic = "fedkseed_kernels._version.__version__" in pyproject
+    assert dynamic or (static is not None and static.group(1) == fk.__version__)
