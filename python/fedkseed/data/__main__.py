@@ -1,0 +1,24 @@
+"""`python -m fedkseed.data`: bring the demo's model and instruction data into the cache, once."""
+
+from __future__ import annotations
+
+import sys
+
+from fedkseed.data import fetch
+from fedkseed.data.models import ModelError, smollm2_folder
+
+
+def main() -> int:
+    """Fetch and convert; 1 with a message if that cannot be done."""
+    try:
+        folder = smollm2_folder()
+        archive = fetch.fetch(fetch.EVALS)
+    except (fetch.FetchError, ModelError) as error:
+        print(f"fedkseed.data: {error}", file=sys.stderr)
+        return 1
+    print(f"Model: {folder}\nInstruction data: {archive}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

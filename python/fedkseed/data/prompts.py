@@ -1,0 +1,186 @@
+"""From an example to padded token batches whose labels cover the response only.
+
+Shapes: B rows of a batch, T tokens of its longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PromptStyle = Literal["chat", "alpaca", "plain"]
+
+#: Label of a token that carries no loss (the value that torch's cross entropy ignores).
+IGNORED = -100
+
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+class ExampleLike(Protocol):
+    """What an example must have: three strings, ``input`` may be empty."""
+
+    @property
+    def instruction(self) -> str: ...
+    @property
+    def input(self) -> str: ...
+    @property
+    def output(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as tokens: the first ``num_prompt`` ones are the prompt, the rest the response."""
+
+    input_ids: tuple[int, ...]
+    num_prompt: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows: three int64 tensors of shape (B, T).
+
+    ``attention_mask`` is 1 on tokens and 0 on padding; ``labels`` repeats ``input_ids`` on the response
+    (end-of-text token included) and is `IGNORED` on the prompt and on padding.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+
+def format_prompt(
+    tokenizer: PreTrainedTokenizerBase, instruction: str, input: str, style: PromptStyle
+) -> str:
+    """The text that the model continues.
+
+    "plain" is the instruction and the input, a line each, and nothing else: the fewest tokens. "alpaca" is the
+    field's template, as in the paper. "chat" is the tokenizer's own template (instruction as system message
+    and input as user message, or the instruction as user message if the input is empty).
+
+    Raises:
+        ValueError: unknown style, or "chat" with a tokenizer that has no chat template.
+    """
+    if style == "plain":
+        return "".join(f"{text}\n" for text in (instruction, input) if text)
+    if style == "alpaca":
+        template = _ALPACA_WITH_INPUT if input else _ALPACA_WITHOUT_INPUT
+        return template.format(instruction=instruction, input=input)
+    if style != "chat":
+        raise ValueError(f"expected a prompt style out of {list(get_args(PromptStyle))}, got {style!r}")
+    if not tokenizer.chat_template:
+        raise ValueError("expected a tokenizer with a chat template, got one without; use style='alpaca'")
+    if input:
+        messages = [{"role": "system", "content": instruction}, {"role": "user", "content": input}]
+    else:
+        messages = [{"role": "user", "content": instruction}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: ExampleLike, style: PromptStyle) -> list[int]:
+    """Token ids of the prompt alone, as generation needs them."""
+    text = format_prompt(tokenizer, example.instruction, example.input, style)
+    # A chat template writes its own special tokens; plain text gets the tokenizer's (a leading BOS, say).
+    return list(tokenizer(text, add_special_tokens=style != "chat").input_ids)
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase,
+    example: ExampleLike,
+    style: PromptStyle = "chat",
+    max_length: int = 1024,
+) -> Encoded:
+    """Tokens of prompt, response and end of text; past ``max_length`` tokens the prompt loses its beginning.
+
+    Raises:
+        ValueError: the response with one prompt token before it does not fit into ``max_length``, or the
+            tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "expected a tokenizer with an end-of-text token (eos_token), got one without; set it"
+        )
+    prompt = encode_prompt(tokenizer, example, style)
+    response = [*tokenizer(example.output, add_special_tokens=False).input_ids, int(tokenizer.eos_token_id)]
+    room = max_length - len(response)
+    if room < 1:
+        raise ValueError(
+            f"expected a response of at most {max_length - 2} tokens (max_length={max_length}), "
+            f"got {len(response) - 1}; shorten the response or raise max_length"
+        )
+    prompt = prompt[-room:]
+    return Encoded(tuple(prompt + response), len(prompt))
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the tokenizer's own, else its end-of-text token (masked out: any id would do)."""
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise ValueError(
+        "expected a tokenizer with a padding or end-of-text token, got one with neither; set one"
+    )
+
+
+def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
+    """Right-pad examples to one (B, T) batch.
+
+    Raises:
+        ValueError: no examples.
+    """
+    if not encoded:
+        raise ValueError("expected at least one example to make a batch of, got none")
+    shape = (len(encoded), max(len(row.input_ids) for row in encoded))
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    for index, row in enumerate(encoded):
+        length = len(row.input_ids)
+        tokens = torch.tensor(row.input_ids, dtype=torch.int64)
+        input_ids[index, :length] = tokens
+        attention_mask[index, :length] = 1
+        labels[index, row.num_prompt : length] = tokens[row.num_prompt :]
+    return Batch(input_ids, attention_mask, labels)
+
+
+def batch_at(encoded: Sequence[Encoded], indices: Sequence[int], pad_id: int) -> Batch:
+    """The batch of the rows at ``indices`` (repeats allowed): the caller owns every random choice.
+
+    Raises:
+        IndexError: an index outside [0, len(encoded)).
+    """
+    for index in indices:
+        if not 0 <= index < len(encoded):
+            raise IndexError(f"expected row indices in [0, {len(encoded)}), got {index}")
+    return collate([encoded[index] for index in indices], pad_id)
+
+
+def iterate_batches(encoded: Sequence[Encoded], batch_size: int, pad_id: int) -> Iterator[Batch]:
+    """Every row once, for evaluation: shortest rows first, so that little is padding.
+
+    Raises:
+        ValueError: ``batch_size`` below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected a batch size of at least 1, got {batch_size}")
+    order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index].input_ids), index))
+    for start in range(0, len(order), batch_size):
+        yield batch_at(encoded, order[start : start + batch_size], pad_id)
