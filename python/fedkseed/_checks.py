@@ -1,0 +1,56 @@
+"""Checks of numbers that several modules take; an error says the name, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import numpy as np
+
+_FP32 = np.finfo(np.float32)
+
+
+def check_count(name: str, value: object, low: int, high: int) -> int:
+    """``value`` as an int in [low, high].
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"expected an integer {name}, got {value!r}")
+    if not low <= int(value) <= high:
+        raise ValueError(f"expected {name} in [{low}, {high}], got {value}")
+    return int(value)
+
+
+def check_learning_rate(value: object) -> float:
+    """A learning rate as a Python float: finite, at least 0.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: negative, NaN or infinite.
+    """
+    lr = _real("lr", value)
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"expected a finite lr of at least 0, got {value}")
+    return lr
+
+
+def check_eps(value: object) -> float:
+    """eps rounded to fp32, once: the value that is used everywhere.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: not a positive normal number of fp32.
+    """
+    eps = _real("eps", value)
+    if not float(_FP32.tiny) <= eps <= float(_FP32.max):
+        raise ValueError(f"expected eps in [{_FP32.tiny:.3g}, {_FP32.max:.3g}], got {value}")
+    return float(np.float32(eps))
+
+
+def _real(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"expected a real number for {name}, got {value!r} ({type(value).__name__})")
+    return float(value)

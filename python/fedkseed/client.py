@@ -1,0 +1,116 @@
+"""A client: bytes in, local steps, bytes out. Its data, weights and losses stay where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Generic, TypeVar
+
+import numpy as np
+from torch import nn
+
+from fedkseed._checks import check_count
+from fedkseed.messages import Broadcast, ProtocolError, Reply
+from fedkseed.optim import FedKSeedSGD, Loss
+from fedkseed.seeds import MAX_CLIENTS, SeedPool
+from fedkseed.working_copy import WorkingCopy
+
+BatchT = TypeVar("BatchT")
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """What a client saw in its last round; none of it travels.
+
+    Attributes:
+        losses: (L+ + L-) / 2 of each step.
+        num_skipped: steps whose loss was NaN or infinite.
+        seconds: time of the steps, without rebuilding the model.
+    """
+
+    losses: tuple[float, ...]
+    num_skipped: int
+    seconds: float
+
+
+class Client(Generic[BatchT]):
+    """Rebuilds the round's model from w0 and coefficients, walks the schedule it is sent, returns scalars.
+
+    Between rounds it keeps nothing: the working copy may be shared with other clients of the same machine.
+
+    Args:
+        client: its number at the server.
+        working: the model to walk on.
+        pool: the candidate seeds.
+        loss: of a model on a batch, a number or a tensor of one element.
+        batches: the batches of a round, one for each local step, from (round, number of steps).
+        data_size: of the training data, in rows or whatever all clients count: the weight of the reply.
+        on_step: called after each local step.
+
+    Attributes:
+        last_run: of the last round, None before the first.
+
+    Raises:
+        TypeError, ValueError: a number out of range; a client without data has no place in a federation.
+    """
+
+    def __init__(
+        self,
+        client: int,
+        working: WorkingCopy,
+        pool: SeedPool,
+        *,
+        loss: Callable[[nn.Module, BatchT], Loss],
+        batches: Callable[[int, int], Iterable[BatchT]],
+        data_size: int,
+        on_step: Callable[[], None] | None = None,
+    ) -> None:
+        self.client = check_count("client", client, 0, MAX_CLIENTS - 1)
+        self.data_size = check_count("data_size", data_size, 1, 2**32 - 1)
+        self.working = working
+        self.pool = pool
+        self.last_run: LocalRun | None = None
+        self._loss = loss
+        self._batches = batches
+        self._on_step = on_step
+
+    def step(self, message: bytes) -> bytes:
+        """One round: the reply to a broadcast.
+
+        Raises:
+            MessageError: the message is damaged.
+            ProtocolError: it is for another client or another pool.
+            ValueError: fewer batches than local steps.
+        """
+        broadcast = self._open(message)
+        self.working.load(self.pool, broadcast.coefficients)
+        start = perf_counter()
+        optimizer = FedKSeedSGD(
+            self.working.model,
+            lr=broadcast.lr,
+            eps=broadcast.eps,
+            seed_pool=self.pool,
+            schedule=broadcast.schedule,
+        )
+        num_steps = len(broadcast.schedule)
+        losses = []
+        for batch in self._batches(broadcast.round, num_steps):
+            losses.append(optimizer.step(lambda batch=batch: self._loss(self.working.model, batch)))  # type: ignore[misc]
+            if self._on_step is not None:
+                self._on_step()
+        if len(losses) != num_steps:
+            raise ValueError(f"expected {num_steps} batches, one for each local step, got {len(losses)}")
+        self.last_run = LocalRun(tuple(losses), optimizer.num_skipped, perf_counter() - start)
+        scalars = np.array([g for _, g in optimizer.history], dtype=np.float32)
+        return Reply(broadcast.round, self.client, self.data_size, scalars).to_bytes()
+
+    def _open(self, message: bytes) -> Broadcast:
+        broadcast = Broadcast.from_bytes(message)
+        found = (broadcast.client, broadcast.base_seed, len(broadcast.coefficients))
+        wanted = (self.client, self.pool.base_seed, self.pool.num_seeds)
+        if found != wanted:
+            raise ProtocolError(
+                f"expected a broadcast for (client, base seed, number of seeds) {wanted}, got one for {found}"
+            )
+        return broadcast

@@ -1,0 +1,153 @@
+"""The manifest of a model: the list of all its parameters, which says what noise each of them gets.
+
+Noise is a function of (seed, stream, element), and a parameter's stream is its index here (contract, section
+1). So the manifest must come out the same however the model is wrapped, frozen, grouped, sharded or compiled.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+#: The closed list of wrappers that are taken off: (module of the type, type, attribute with the wrapped
+#: model). FSDP v2 (`fully_shard`) needs no entry: it changes the model in place, and its parameters tell
+#: their full shape.
+_WRAPPERS = (
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    (
+        "torch.distributed.fsdp.fully_sharded_data_parallel",
+        "FullyShardedDataParallel",
+        "_fsdp_wrapped_module",
+    ),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
+        "CheckpointWrapper",
+        "_checkpoint_wrapped_module",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Names and full shapes of all parameters of a model; the stream of a parameter is its index.
+
+    A tied parameter stands once, under its first name. The order is that of ``named_parameters`` of the model
+    without its wrappers (torch.compile, DistributedDataParallel, FSDP, activation checkpointing, at any
+    depth), and the names are those of that model. Whether a parameter is frozen does not matter.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Manifest:
+        """The manifest of a model.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: a model without parameters, or one of which a parameter's full shape cannot be told
+                (named).
+        """
+        entries = _Walk(model).entries
+        return cls(tuple(name for name, _, _ in entries), tuple(shape for _, _, shape in entries))
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.shapes):
+            raise ValueError(
+                f"expected one shape for each name, got {len(self.names)} names and {len(self.shapes)} shapes"
+            )
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("expected every name once in a manifest, got a name twice")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of all parameters together."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+    def stream(self, name: str) -> int:
+        """The stream of the parameter called ``name``.
+
+        Raises:
+            ValueError: the manifest has no such name.
+        """
+        if name not in self.names:
+            raise ValueError(
+                f"expected the name of one of {len(self)} parameters ({', '.join(self.names[:3])}, ...), "
+                f"got {name!r}; a tied parameter has its first name"
+            )
+        return self.names.index(name)
+
+
+def manifest_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """(name, parameter) of every parameter in manifest order: the entry at position i has stream i.
+
+    Raises:
+        TypeError, ValueError: as `Manifest.of`.
+    """
+    return [(name, parameter) for name, parameter, _ in _Walk(model).entries]
+
+
+class _Walk:
+    """The order of named_parameters: depth first, own parameters before the children's, each module once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+        # A type whose module was never imported has no instance, and importing torch._dynamo takes a second.
+        self._wrappers: list[tuple[type[nn.Module], str]] = [
+            (getattr(sys.modules[module], name), attribute)
+            for module, name, attribute in _WRAPPERS
+            if module in sys.modules
+        ]
+        self._visited: set[int] = set()
+        self._full_shapes: dict[int, tuple[int, ...]] = {}
+        self.entries: list[tuple[str, nn.Parameter, tuple[int, ...]]] = []
+        self._visit(model, "")
+        if not self.entries:
+            raise ValueError(f"expected a model with parameters, got {type(model).__name__} without any")
+
+    def _visit(self, module: nn.Module, prefix: str) -> None:
+        module = self._unwrap(module)
+        if id(module) in self._visited:
+            return
+        self._visited.add(id(module))
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if id(parameter) not in self._visited:
+                self._visited.add(id(parameter))
+                self.entries.append((prefix + name, parameter, self._full_shape(prefix + name, parameter)))
+        for name, child in module.named_children():
+            self._visit(child, f"{prefix}{name}.")
+
+    def _unwrap(self, module: nn.Module) -> nn.Module:
+        for wrapper, attribute in self._wrappers:
+            if isinstance(module, wrapper):
+                handle: Any = getattr(module, "_handle", None)
+                if handle is not None:
+                    self._note_fsdp_shapes(handle.flat_param)
+                return self._unwrap(getattr(module, attribute))
+        return module
+
+    def _note_fsdp_shapes(self, flat: Any) -> None:
+        """FSDP v1 replaces a sharded parameter's content by a flat piece of it and keeps the shape aside."""
+        if flat._params is None:
+            raise ValueError(
+                f"expected FSDP with use_orig_params=True, got one with {', '.join(flat._fqns[:3])}, ... in "
+                "one flat parameter; wrap with use_orig_params=True or use fully_shard"
+            )
+        for parameter, shape in zip(flat._params, flat._shapes, strict=True):
+            self._full_shapes[id(parameter)] = tuple(shape)
+
+    def _full_shape(self, name: str, parameter: nn.Parameter) -> tuple[int, ...]:
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ValueError(
+                f"expected parameters that have a shape, got {name} uninitialized; run one forward pass first"
+            )
+        return self._full_shapes.get(id(parameter), tuple(parameter.shape))

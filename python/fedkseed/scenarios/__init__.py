@@ -1,0 +1,1 @@
+"""Runnable scenarios on real models and data."""

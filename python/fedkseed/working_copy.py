@@ -1,0 +1,105 @@
+"""The model that a machine walks on, and the read-only w0 that it is rebuilt from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import fedkseed_kernels
+from fedkseed.manifest import Manifest, manifest_parameters
+from fedkseed.seeds import SeedPool
+
+
+class WorkingCopy:
+    """A model whose tuned parameters can be set to any w0 + sum_k c_k z(seed_k).
+
+    Frozen parameters (``requires_grad=False``) and buffers are left alone: a model whose forward pass changes
+    buffers (batch norm in training mode) is not restored by `load`.
+
+    Args:
+        model: its weights are w0 as they stand now; from then on the working weights.
+        w0: the tuned parameters' read-only weights in manifest order, shared between working copies; a clone
+            of the model's if None.
+        keeps_round_model: keep a copy of what was rebuilt last, so that loading the same coefficients again
+            copies instead of rebuilding. For machines that host several clients; costs one more model of
+            memory.
+
+    Attributes:
+        model: the model given.
+        manifest: of the model.
+        w0: the read-only weights.
+        seconds_rebuild, seconds_reset: time spent in rebuilding and in copying, in all.
+
+    Raises:
+        ValueError: nothing to tune, or w0 of other shapes or dtypes.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, w0: Sequence[torch.Tensor] | None = None, keeps_round_model: bool = False
+    ) -> None:
+        self.model = model
+        self.manifest = Manifest.of(model)
+        tuned = [
+            (stream, parameter)
+            for stream, (_, parameter) in enumerate(manifest_parameters(model))
+            if parameter.requires_grad
+        ]
+        if not tuned:
+            raise ValueError("expected at least one parameter to tune, got all frozen (requires_grad=False)")
+        self._streams = [stream for stream, _ in tuned]
+        self._weights = [parameter for _, parameter in tuned]
+        self.w0 = [weight.detach().clone() for weight in self._weights] if w0 is None else list(w0)
+        found = [(tuple(weight.shape), weight.dtype) for weight in self.w0]
+        wanted = [(tuple(weight.shape), weight.dtype) for weight in self._weights]
+        if found != wanted:
+            raise ValueError(
+                f"expected w0 with the shapes and dtypes of the model's {len(wanted)} tuned parameters, "
+                f"got {len(found)} tensors, {sum(a != b for a, b in zip(found, wanted, strict=False))} others"
+            )
+        self._keeps_round_model = keeps_round_model
+        self._round_model: list[torch.Tensor] | None = None
+        self._loaded: tuple[SeedPool, bytes] | None = None
+        self.seconds_rebuild = 0.0
+        self.seconds_reset = 0.0
+
+    @torch.no_grad()
+    def load(self, pool: SeedPool, coefficients: NDArray[np.float32] | NDArray[np.float64]) -> None:
+        """Sets the working weights to w0 + sum_k coefficients_k z(seed_k), in one pass over w0.
+
+        Raises:
+            ValueError: not one finite coefficient a seed; nothing changes.
+        """
+        if coefficients.shape != (pool.num_seeds,):
+            raise ValueError(f"expected {pool.num_seeds} coefficients, got shape {coefficients.shape}")
+        start = perf_counter()
+        wanted = (pool, coefficients.astype(np.float64).tobytes())
+        if self._round_model is not None and self._loaded == wanted:
+            for weight, kept in zip(self._weights, self._round_model, strict=True):
+                weight.copy_(kept)
+            self.seconds_reset += perf_counter() - start
+            return
+        fedkseed_kernels.seed_axpy(
+            self.w0,
+            torch.from_numpy(pool.seeds.view(np.int64).copy()),
+            torch.from_numpy(coefficients.astype(np.float64)),
+            streams=self._streams,
+            out=self._weights,
+        )
+        self.seconds_rebuild += perf_counter() - start
+        if self._keeps_round_model:
+            self._keep(wanted)
+
+    def _keep(self, loaded: tuple[SeedPool, bytes]) -> None:
+        start = perf_counter()
+        if self._round_model is None:
+            self._round_model = [weight.detach().clone() for weight in self._weights]
+        else:
+            for kept, weight in zip(self._round_model, self._weights, strict=True):
+                kept.copy_(weight)
+        self._loaded = loaded
+        self.seconds_reset += perf_counter() - start

@@ -1,0 +1,221 @@
+"""A client between its two messages, and the working copy under it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fedkseed_kernels
+from fedkseed import (
+    Broadcast,
+    Client,
+    FedKSeedSGD,
+    MessageError,
+    ProtocolError,
+    Reply,
+    SeedPool,
+    WorkingCopy,
+)
+
+POOL = SeedPool(21, 32)
+COEFFICIENTS = np.random.default_rng(1).normal(scale=0.01, size=32).astype(np.float32)
+
+
+def make_model(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
+
+
+def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return (model(batch) - 2).square().mean()
+
+
+def batches(round: int, num_steps: int) -> Iterable[torch.Tensor]:
+    generator = torch.Generator().manual_seed(round)
+    return [torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(num_steps)]
+
+
+def make_client(working: WorkingCopy, **changes: Any) -> Client[torch.Tensor]:
+    arguments: dict[str, Any] = {"loss": loss, "batches": batches, "data_size": 9}
+    return Client(4, working, POOL, **{**arguments, **changes})
+
+
+def make_broadcast(**changes: Any) -> bytes:
+    fields: dict[str, Any] = {
+        "round": 2,
+        "client": 4,
+        "base_seed": 21,
+        "lr": 0.05,
+        "eps": 1e-3,
+        "coefficients": COEFFICIENTS,
+        "schedule": np.array([3, 31, 3, 0], dtype=np.uint16),
+    }
+    return Broadcast(**{**fields, **changes}).to_bytes()
+
+
+def weights_of(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same_bytes(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> bool:
+    return all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(left, right, strict=True)
+    )
+
+
+def rebuilt(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    model = make_model(dtype)
+    seeds = POOL.seeds.view(np.int64).tolist()
+    with torch.no_grad():
+        fedkseed_kernels.seed_axpy_(list(model.parameters()), seeds, COEFFICIENTS.tolist())
+    return model
+
+
+def test_a_step_walks_the_schedule_from_the_round_s_model() -> None:
+    client = make_client(WorkingCopy(make_model()))
+    reply = Reply.from_bytes(client.step(make_broadcast()))
+
+    model = rebuilt()
+    eps = float(np.float32(1e-3))
+    optimizer = FedKSeedSGD(model, 0.05, eps, POOL)
+    losses = [
+        optimizer.step(lambda batch=batch: loss(model, batch), seed_index=index)
+        for index, batch in zip((3, 31, 3, 0), batches(2, 4), strict=True)
+    ]
+    assert (reply.round, reply.client, reply.data_size) == (2, 4, 9)
+    assert reply.scalars.tolist() == [g for _, g in optimizer.history]
+    assert same_bytes(weights_of(client.working.model), weights_of(model))
+    assert client.last_run is not None
+    assert client.last_run.losses == tuple(losses)
+    assert client.last_run.num_skipped == 0
+
+
+@pytest.mark.parametrize("keeps_round_model", [False, True])
+def test_nothing_is_left_of_an_earlier_round(keeps_round_model: bool) -> None:
+    working = WorkingCopy(make_model(), keeps_round_model=keeps_round_model)
+    client = make_client(working)
+    first = client.step(make_broadcast())
+    client.step(make_broadcast(coefficients=np.zeros(32, np.float32)))
+    assert client.step(make_broadcast()) == first
+    assert client.step(make_broadcast()) == first
+
+
+def test_a_skipped_step_replies_zero() -> None:
+    values = iter([1.0, float("nan"), 1.0, 1.0, 1.0, 1.0, float("inf"), 1.0])
+    client = make_client(WorkingCopy(make_model()), loss=lambda model, batch: next(values))
+    reply = Reply.from_bytes(client.step(make_broadcast()))
+    assert reply.scalars.tolist() == [0.0] * 4
+    assert client.last_run is not None
+    assert client.last_run.num_skipped == 2
+
+
+def test_on_step_is_called_after_each_step() -> None:
+    calls = []
+    client = make_client(WorkingCopy(make_model()), on_step=lambda: calls.append(None))
+    client.step(make_broadcast())
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"client": 5}, r"got one for \(5, 21, 32\)"),
+        ({"base_seed": 22}, r"got one for \(4, 22, 32\)"),
+        (
+            {"coefficients": np.zeros(16, np.float32), "schedule": np.zeros(1, np.uint16)},
+            r"got one for \(4, 21, 16\)",
+        ),
+    ],
+)
+def test_a_message_for_others_changes_nothing(changes: dict[str, Any], message: str) -> None:
+    working = WorkingCopy(make_model())
+    client = make_client(working)
+    before = weights_of(working.model)
+    with pytest.raises(ProtocolError, match=message):
+        client.step(make_broadcast(**changes))
+    with pytest.raises(MessageError):
+        client.step(make_broadcast()[:-1])
+    assert same_bytes(before, weights_of(working.model))
+    assert client.last_run is None
+
+
+def test_bad_clients_and_too_few_batches() -> None:
+    working = WorkingCopy(make_model())
+    with pytest.raises(ValueError, match=r"data_size in \[1, 4294967295\], got 0"):
+        make_client(working, data_size=0)
+    with pytest.raises(ValueError, match="expected client in"):
+        Client(-1, working, POOL, loss=loss, batches=batches, data_size=1)
+    short = make_client(working, batches=lambda round, num_steps: batches(round, num_steps - 1))
+    with pytest.raises(ValueError, match="expected 4 batches, one for each local step, got 3"):
+        short.step(make_broadcast())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_loading_is_one_rebuild_then_copies(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = fedkseed_kernels.seed_axpy
+
+    def seed_axpy(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(fedkseed_kernels, "seed_axpy", seed_axpy)
+    expected = weights_of(rebuilt(dtype))
+    working = WorkingCopy(make_model(dtype), keeps_round_model=True)
+    for _ in range(3):
+        for parameter in working.model.parameters():
+            parameter.data.fill_(torch.nan)
+        working.load(POOL, COEFFICIENTS)
+        assert same_bytes(weights_of(working.model), expected)
+    assert len(calls) == 1
+    working.load(POOL, np.zeros(32, np.float32))
+    assert same_bytes(weights_of(working.model), weights_of(make_model(dtype)))
+    working.load(SeedPool(22, 32), COEFFICIENTS)
+    assert not same_bytes(weights_of(working.model), expected)
+    assert len(calls) == 3
+    assert same_bytes(working.w0, weights_of(make_model(dtype)))
+
+
+def test_two_working_copies_share_one_w0() -> None:
+    first = WorkingCopy(make_model())
+    second = WorkingCopy(make_model(), w0=first.w0)
+    assert all(a is b for a, b in zip(first.w0, second.w0, strict=True))
+    first.load(POOL, COEFFICIENTS)
+    second.load(POOL, COEFFICIENTS)
+    assert same_bytes(weights_of(first.model), weights_of(second.model))
+    with pytest.raises(ValueError, match="4 tuned parameters, got 3 tensors"):
+        WorkingCopy(make_model(), w0=first.w0[:3])
+    with pytest.raises(ValueError, match="got 4 tensors, 4 others"):
+        WorkingCopy(make_model(torch.float32), w0=first.w0)
+
+
+def test_frozen_parameters_get_no_noise_and_do_not_renumber() -> None:
+    model = make_model()
+    model[0].weight.requires_grad_(False)
+    WorkingCopy(model).load(POOL, COEFFICIENTS)
+    expected = weights_of(rebuilt())
+    expected[0] = weights_of(make_model())[0]
+    assert same_bytes(weights_of(model), expected)
+    with pytest.raises(ValueError, match="all frozen"):
+        WorkingCopy(make_model().requires_grad_(False))
+
+
+@pytest.mark.parametrize("coefficients", [np.zeros(31, np.float32), np.zeros((32, 1), np.float32)])
+def test_coefficients_of_another_pool_are_refused(coefficients: np.ndarray[Any, Any]) -> None:
+    with pytest.raises(ValueError, match="expected 32 coefficients"):
+        WorkingCopy(make_model()).load(POOL, coefficients)
+
+
+def test_a_coefficient_that_is_not_finite_changes_nothing() -> None:
+    working = WorkingCopy(make_model())
+    before = weights_of(working.model)
+    bad = COEFFICIENTS.copy()
+    bad[7] = np.nan
+    with pytest.raises(ValueError, match="finite"):
+        working.load(POOL, bad)
+    assert same_bytes(before, weights_of(working.model))
