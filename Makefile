@@ -1,0 +1,70 @@
+# make help lists the targets. Each one first makes what it needs; nothing but Python, a C++ compiler and a package
+# index is expected on the machine.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+LIBRARY := fedkseed_kernels/_lib/libfedkseed_cpu.so
+INSTALLED := $(VENV)/.installed
+CXX_FILES = $(shell find csrc benchmarks -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu')
+
+# Extra arguments of the commands below, e.g. make demo DEMO_ARGS=--quick
+DEMO_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+.PHONY: install
+install: $(INSTALLED) $(LIBRARY) ## create .venv with this checkout in it, editable, and build the native library (default)
+
+.PHONY: demo
+demo: fetch ## tune a pretrained language model with seeds and scalars
+	$(PY) -m fedkseed.scenarios.demo $(DEMO_ARGS)
+
+.PHONY: test
+test: fetch ## run all tests
+	$(PY) -m pytest $(TEST_ARGS)
+
+.PHONY: bench
+bench: fetch ## run the kernel benchmarks; results go to benchmarks/results
+	$(PY) -m benchmarks.gate --json benchmarks/results/gate.json
+	$(PY) -m benchmarks.run $(BENCH_ARGS)
+
+.PHONY: lint
+lint: install ## check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+.PHONY: format
+format: install ## lay out all sources
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+.PHONY: wheel
+wheel: install ## build a wheel into dist
+	rm -rf build dist
+	$(PY) -m pip wheel --no-deps --wheel-dir dist .
+
+.PHONY: fetch
+fetch: install ## fetch the demo's model and data into the cache (FEDKSEED_CACHE)
+	$(PY) -m fedkseed.data
+
+.PHONY: clean
+clean: ## remove all that was built here (the cache of fetched files stays)
+	rm -rf $(VENV) build dist *.egg-info fedkseed_kernels/_lib .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
+
+# One recipe makes both: without a compiler the library stays away, and the next run tries again.
+$(INSTALLED) $(LIBRARY) &: pyproject.toml constraints.txt setup.py fedkseed_kernels/_version.py $(shell find csrc)
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(INSTALLED)
