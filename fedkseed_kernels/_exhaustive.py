@@ -1,8 +1,8 @@
 """The Gaussian transform of all 2^32 words on every instruction set, against the scalar header and NumPy.
 
-One set of digests, of all 256 blocks of 2^24 words, is package data (golden/normal_digests.json), and every instruction
-set, the scalar header's included, must give it; where a block's digest differs, NumPy is run to find the first word
-that does. 2^24 spread words are compared with NumPy bit by bit.
+One set of digests, of all 256 blocks of 2^24 words, is package data (golden/normal_digests.json), and every
+instruction set, the scalar header's included, must give it; where a block's digest differs, NumPy is run to
+find the first word that does. 2^24 spread words are compared with NumPy bit by bit.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def _fill_strided(entry: np.void, operands: Operands, position: int) -> None:
 
 
 def pointer_table(operands: Operands) -> NDArray[np.void]:
-    """The table of fk_tensor entries for `native.cpu_seed_axpy`; tensors without elements are left out.
+    """The table of fk_tensor entries for `native.cpu_seed_axpy`, one for each tensor.
 
     Raises:
         ValueError: a tensor has more than MAX_DIMS dimensions after merging.
@@ -113,7 +113,7 @@ def pointer_table(operands: Operands) -> NDArray[np.void]:
     for position in strided_positions(operands):
         if outs.numels[position]:
             _fill_strided(table[position], operands, position)
-    return table[table["numel"] > 0] if 0 in outs.numels else table
+    return table
 
 
 def strided_positions(operands: Operands) -> Sequence[int]:

@@ -10,7 +10,7 @@ import zipfile
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -355,7 +355,7 @@ def test_sixteen_clients_four_unseen() -> None:
 # Prompts and batches
 
 
-@pytest.mark.parametrize("style", ["chat", "alpaca"])
+@pytest.mark.parametrize("style", get_args(prompts.PromptStyle))
 @pytest.mark.parametrize("text", ["", "in"])
 def test_labels_cover_the_response_only(style: prompts.PromptStyle, text: str) -> None:
     tokenizer = make_tokenizer()

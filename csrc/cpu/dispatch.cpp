@@ -76,9 +76,7 @@ FK_EXPORT int32_t fk_cpu_isas_built(void) {
   return built;
 }
 
-FK_EXPORT int32_t fk_cpu_isas_usable(void) {
-  return kDetectedIsas & fk_cpu_isas_built();
-}
+FK_EXPORT int32_t fk_cpu_isas_usable(void) { return kDetectedIsas & fk_cpu_isas_built(); }
 
 FK_EXPORT int32_t fk_cpu_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
                                    const fk_terms *terms, int32_t isa, fk_parallel_for parallel_for) {
@@ -93,8 +91,8 @@ FK_EXPORT int32_t fk_cpu_seed_axpy(const fk_tensor *tensors, int64_t num_tensors
   return fk_run_seed_axpy(tensors, num_tensors, rows, terms, kernels, parallel_for);
 }
 
-FK_EXPORT int32_t fk_cpu_philox_words(const uint32_t *counters, const uint32_t *keys, uint32_t *out, int64_t count,
-                                      int32_t isa) {
+FK_EXPORT int32_t fk_cpu_philox_words(const uint32_t *counters, const uint32_t *keys, uint32_t *out,
+                                      int64_t count, int32_t isa) {
   const fk_kernels *kernels = resolve(isa);
   if (!kernels) return FK_ERROR_ISA;
   kernels->philox_words(counters, keys, out, count);

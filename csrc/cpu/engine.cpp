@@ -40,13 +40,15 @@ struct Run { // consecutive elements of the noise, evenly spaced in memory
 
 size_t element_size(int32_t dtype) { return dtype == FK_FP64 ? 8 : dtype == FK_FP32 ? 4 : 2; }
 
-template <typename T> void copy_typed(const char *from, int64_t from_stride, char *to, int64_t to_stride, int64_t n) {
+template <typename T>
+void copy_typed(const char *from, int64_t from_stride, char *to, int64_t to_stride, int64_t n) {
   const T *source = (const T *)from;
   T *target = (T *)to;
   for (int64_t i = 0; i < n; ++i) target[i * to_stride] = source[i * from_stride];
 }
 
-void copy_elements(const char *from, int64_t from_stride, char *to, int64_t to_stride, int64_t n, size_t size) {
+void copy_elements(const char *from, int64_t from_stride, char *to, int64_t to_stride, int64_t n,
+                   size_t size) {
   if (from_stride == 1 && to_stride == 1) {
     memmove(to, from, (size_t)n * size);
   } else if (size == 8) {
@@ -72,18 +74,18 @@ struct Buffers {
 };
 
 // Sums of one block of groups, and how many elements of the first group lie before the run.
-int64_t block_sums(const Job &job, const fk_tensor &t, const fk_schedule &schedule, uint64_t element, int64_t n, float *acc,
-                   double *acc64) {
+int64_t block_sums(const Job &job, const fk_tensor &t, const fk_schedule &schedule, uint64_t element,
+                   int64_t n, float *acc, double *acc64) {
   const bool gaussian = job.terms->family == FK_GAUSSIAN;
   const int shift = gaussian ? FK_GAUSSIAN_GROUP_SHIFT : FK_RADEMACHER_GROUP_SHIFT;
   const int64_t skip = (int64_t)(element & ((1u << shift) - 1u));
   const int64_t groups = (skip + n + (1 << shift) - 1) >> shift;
   if (t.dtype == FK_FP64) {
-    (gaussian ? job.kernels->gaussian_sums64 : job.kernels->rademacher_sums64)(acc64, element >> shift, groups, t.stream,
-                                                                               &schedule);
+    (gaussian ? job.kernels->gaussian_sums64 : job.kernels->rademacher_sums64)(acc64, element >> shift,
+                                                                               groups, t.stream, &schedule);
   } else {
-    (gaussian ? job.kernels->gaussian_sums : job.kernels->rademacher_sums)(acc, element >> shift, groups, t.stream,
-                                                                           &schedule);
+    (gaussian ? job.kernels->gaussian_sums : job.kernels->rademacher_sums)(acc, element >> shift, groups,
+                                                                           t.stream, &schedule);
   }
   return skip;
 }
@@ -99,8 +101,8 @@ template <typename T> bool mirror(const T *acc, T *minus, int64_t n, int64_t cou
   return exact || count == 1;
 }
 
-void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done, int64_t n, const Side &side, const float *acc,
-                const double *acc64, Buffers &buffers) {
+void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done, int64_t n, const Side &side,
+                const float *acc, const double *acc64, Buffers &buffers) {
   const size_t size = element_size(t.dtype);
   fk_apply apply;
   apply.in = run.in ? run.in + done * run.in_stride * (int64_t)size : 0;
@@ -131,7 +133,8 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
   const fk_schedules &schedules = t.dtype == FK_FP64 ? *job.fp64 : *job.fp32;
   const size_t size = element_size(t.dtype);
   if (run.in && schedules.plus.count == 0 && job.terms->alpha == 1.0) { // the bytes stay as they are
-    if (run.out.base != run.in) copy_elements(run.in, run.in_stride, run.out.base, run.out.stride, run.n, size);
+    if (run.out.base != run.in)
+      copy_elements(run.in, run.in_stride, run.out.base, run.out.stride, run.n, size);
     if (run.out_minus.base && run.out_minus.base != run.in) {
       copy_elements(run.in, run.in_stride, run.out_minus.base, run.out_minus.stride, run.n, size);
     }
@@ -144,17 +147,19 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
     const int64_t n = run.n - done < room ? run.n - done : room;
     const int64_t skip = block_sums(job, t, schedules.plus, element, n, buffers.acc, buffers.acc64);
     if (run.out_minus.base) {
-      const bool mirrored = t.dtype == FK_FP64
-                                ? mirror(buffers.acc64 + skip, buffers.minus64 + skip, n, schedules.plus.count)
-                                : mirror(buffers.acc + skip, buffers.minus + skip, n, schedules.plus.count);
+      const bool mirrored =
+          t.dtype == FK_FP64 ? mirror(buffers.acc64 + skip, buffers.minus64 + skip, n, schedules.plus.count)
+                             : mirror(buffers.acc + skip, buffers.minus + skip, n, schedules.plus.count);
       if (!mirrored) block_sums(job, t, schedules.minus, element, n, buffers.minus, buffers.minus64);
       // The side that overwrites the input goes last.
       if (run.out.base == run.in) {
-        apply_side(job, t, run, done, n, run.out_minus, buffers.minus + skip, buffers.minus64 + skip, buffers);
+        apply_side(job, t, run, done, n, run.out_minus, buffers.minus + skip, buffers.minus64 + skip,
+                   buffers);
         apply_side(job, t, run, done, n, run.out, buffers.acc + skip, buffers.acc64 + skip, buffers);
       } else {
         apply_side(job, t, run, done, n, run.out, buffers.acc + skip, buffers.acc64 + skip, buffers);
-        apply_side(job, t, run, done, n, run.out_minus, buffers.minus + skip, buffers.minus64 + skip, buffers);
+        apply_side(job, t, run, done, n, run.out_minus, buffers.minus + skip, buffers.minus64 + skip,
+                   buffers);
       }
     } else {
       apply_side(job, t, run, done, n, run.out, buffers.acc + skip, buffers.acc64 + skip, buffers);
@@ -228,8 +233,8 @@ void run_chunks(int64_t begin, int64_t end, void *context) {
 
 } // namespace
 
-int32_t fk_run_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows, const fk_terms *terms,
-                         const fk_kernels *kernels, fk_parallel_for parallel_for) {
+int32_t fk_run_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
+                         const fk_terms *terms, const fk_kernels *kernels, fk_parallel_for parallel_for) {
   fk_schedules fp32 = {{0, 0, 0, 0, 0, 0}, {0, 0, 0, 0, 0, 0}, 0}, fp64 = fp32;
   int64_t *first_chunk = (int64_t *)malloc(sizeof(int64_t) * (size_t)(num_tensors + 1));
   bool has_fp32 = false, has_fp64 = false;

@@ -37,7 +37,8 @@ typedef struct fk_apply {
 typedef struct fk_kernels {
   // Sums over the schedule for groups first .. first + groups - 1 of a stream, in element order, starting
   // from -0. May write up to FK_BLOCK_PAD elements past the last group.
-  void (*gaussian_sums)(float *acc, uint64_t first, int64_t groups, uint32_t stream, const fk_schedule *schedule);
+  void (*gaussian_sums)(float *acc, uint64_t first, int64_t groups, uint32_t stream,
+                        const fk_schedule *schedule);
   void (*rademacher_sums)(float *acc, uint64_t first, int64_t groups, uint32_t stream,
                           const fk_schedule *schedule);
   void (*gaussian_sums64)(double *acc, uint64_t first, int64_t groups, uint32_t stream,
@@ -45,7 +46,8 @@ typedef struct fk_kernels {
   void (*rademacher_sums64)(double *acc, uint64_t first, int64_t groups, uint32_t stream,
                             const fk_schedule *schedule);
   // Raw words of consecutive groups, four a group. May write up to 64 words past the last group.
-  void (*group_words)(uint32_t *words, uint64_t first, int64_t groups, uint32_t stream, uint32_t tag, uint64_t key);
+  void (*group_words)(uint32_t *words, uint64_t first, int64_t groups, uint32_t stream, uint32_t tag,
+                      uint64_t key);
   void (*apply[4])(const fk_apply *apply); // by fk_dtype
   // Test-only: raw Philox words for any counters and keys; the transform of chosen words.
   void (*philox_words)(const uint32_t *counters, const uint32_t *keys, uint32_t *out, int64_t count);

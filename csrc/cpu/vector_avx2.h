@@ -66,8 +66,8 @@ struct Vec {
   FK_HD void add_signed(F *acc, uint32_t bits, float c) {
     const I word = set_i(bits), coeff = as_i(set_f(c)), sign = set_i(0x80000000u);
     for (int v = 0; v < 4; ++v) {
-      const I shift = _mm256_setr_epi32(31 - 8 * v, 30 - 8 * v, 29 - 8 * v, 28 - 8 * v, 27 - 8 * v, 26 - 8 * v,
-                                        25 - 8 * v, 24 - 8 * v);
+      const I shift = _mm256_setr_epi32(31 - 8 * v, 30 - 8 * v, 29 - 8 * v, 28 - 8 * v, 27 - 8 * v,
+                                        26 - 8 * v, 25 - 8 * v, 24 - 8 * v);
       const I flip = _mm256_and_si256(_mm256_sllv_epi32(word, shift), sign);
       acc[v] = add(acc[v], as_f(_mm256_xor_si256(coeff, flip)));
     }

@@ -36,7 +36,9 @@ struct Vec {
   FK_HD F from_int(I v) { return _mm512_cvtepi32_ps(v); }
   FK_HD I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
   FK_HD I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
-  FK_HD I and_or(I v, I mask, I base) { return _mm512_ternarylogic_epi32(v, mask, base, 0xEA); } // (v & mask) | base
+  FK_HD I and_or(I v, I mask, I base) {
+    return _mm512_ternarylogic_epi32(v, mask, base, 0xEA);
+  } // (v & mask) | base
   template <int n> FK_HD I shift_right(I v) { return _mm512_srli_epi32(v, n); }
 
   // Philox: products of the low halves of 64-bit lanes; what the high halves hold does not matter.
@@ -86,7 +88,8 @@ struct Vec {
     const I bits = as_i(y);
     const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set_i(1));
     const I nearest = add_i(add_i(bits, set_i(0x7FFF)), odd);
-    const I rounded = _mm512_mask_or_epi32(nearest, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), bits, set_i(0x00400000u));
+    const I rounded =
+        _mm512_mask_or_epi32(nearest, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), bits, set_i(0x00400000u));
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
   }
   FK_HD F load_fp16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }

@@ -14,9 +14,9 @@
 #define FK_RADIUS_BASE 0x42800000u      // bits of 64.0f: its last place is 2^-17
 #define FK_RADIUS_CENTRE 0x1.fffffep+5f // 64 - 2^-18, so that u is centred in its cell
 #define FK_MANTISSA_MASK 0x007FFFFFu
-#define FK_ONE_BITS 0x3F800000u   // bits of 1.0f
+#define FK_ONE_BITS 0x3F800000u      // bits of 1.0f
 #define FK_LOG_SLOPE -0x1.62e43p-23f // -2 ln 2 * 2^-23: one binade of u, read from its bit pattern
-#define FK_LOG_0 0x1.651828p+7f // 127 * 2 ln 2 + the constant term of Q
+#define FK_LOG_0 0x1.651828p+7f      // 127 * 2 ln 2 + the constant term of Q
 #define FK_LOG_1 -0x1.692664p+2f
 #define FK_LOG_2 0x1.3854aep+2f
 #define FK_LOG_3 -0x1.1d988cp+1f

@@ -27,7 +27,8 @@ struct fk_words {
 };
 
 // counter and key words in Random123's order; round r uses key + r * (W0, W1) mod 2^32.
-FK_HD fk_words fk_philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+FK_HD fk_words fk_philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
+                                uint32_t k1) {
   for (int round = 0; round < FK_PHILOX_ROUNDS; ++round) {
     const uint64_t p0 = (uint64_t)FK_PHILOX_M0 * c0;
     const uint64_t p1 = (uint64_t)FK_PHILOX_M1 * c2;

@@ -1,7 +1,7 @@
 """Write the golden vectors from the NumPy reference: `python -m fedkseed_kernels.golden.generate`.
 
-`--digests` also runs the transform of all 2^32 words through the native library's fastest instruction set and writes
-normal_digests.json, which `conformance --exhaustive` compares every instruction set with.
+`--digests` also runs the transform of all 2^32 words through the native library's fastest instruction set
+and writes normal_digests.json, which `conformance --exhaustive` compares every instruction set with.
 """
 
 from __future__ import annotations

@@ -72,9 +72,9 @@ def format_prompt(
 ) -> str:
     """The text that the model continues.
 
-    "plain" is the instruction and the input, a line each, and nothing else: the fewest tokens. "alpaca" is the
-    field's template, as in the paper. "chat" is the tokenizer's own template (instruction as system message
-    and input as user message, or the instruction as user message if the input is empty).
+    "plain" is the instruction and the input, a line each, and nothing else: the fewest tokens. "alpaca" is
+    the field's template, as in the paper. "chat" is the tokenizer's own template (instruction as system
+    message and input as user message, or the instruction as user message if the input is empty).
 
     Raises:
         ValueError: unknown style, or "chat" with a tokenizer that has no chat template.

@@ -1,6 +1,6 @@
 """Tune a pretrained language model with FedKSeed: sixteen clients of one task each send only scalars.
 
-python -m fedkseed.scenarios.demo --help
+`python -m fedkseed.scenarios.demo --help` lists the options.
 """
 
 from __future__ import annotations
@@ -211,7 +211,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     by_weights = 2 * weight_bytes * config.num_rounds * config.clients_per_round
     seconds = perf_counter() - start
     print(
-        f"\nLosses on {options.final_rows} test rows of each task, answers to {options.generate_rows}\n"
+        f"\nLosses on {options.final_rows} test rows of each task; Rouge-L and exact match of the answers to "
+        f"{options.generate_rows} of each client's\n"
         f"{scores_table(table)}\n\n"
         f"Bytes in all: {down:,} down and {up:,} up. Sending the weights would have cost {by_weights:,}"
         + (f", {by_weights / (down + up):,.0f} times as much." if results else ".")
@@ -219,9 +220,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     )
     return {
         "config": asdict(config),
-        "options": {
-            key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()
-        },
+        "prompt": options.prompt,
+        "dtype": options.dtype,
+        "threads": torch.get_num_threads(),
+        "rows": {part: getattr(options, f"{part}_rows") for part in ("round", "final", "generate")},
         "model": {"name": name, "num_parameters": manifest.numel, "weight_bytes": weight_bytes},
         "kernels": kernels,
         "rounds": [asdict(result) for result in results],
