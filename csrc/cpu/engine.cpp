@@ -9,9 +9,11 @@
 namespace {
 
 // Elements a chunk spans: the unit handed to threads. The bits depend on neither value.
-const int64_t kChunkFewTerms = 1 << 16;
+const int64_t kChunkFewTerms = 1 << 14;
 const int64_t kChunkManyTerms = 1 << 13;
 const int64_t kFewTerms = 8;
+// Elements times terms below which waking other threads costs more than it saves (some 20 us of one core).
+const int64_t kWorkForThreads = 1 << 15;
 
 struct Job {
   const fk_tensor *tensors;
@@ -248,12 +250,15 @@ int32_t fk_run_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const in
   if (!error) {
     Job job = {tensors, first_chunk, num_tensors, 0, rows, terms, &fp32, &fp64, kernels};
     job.chunk = terms->count <= kFewTerms ? kChunkFewTerms : kChunkManyTerms;
+    int64_t elements = 0;
     first_chunk[0] = 0;
     for (int64_t i = 0; i < num_tensors; ++i) {
+      elements += tensors[i].numel;
       first_chunk[i + 1] = first_chunk[i] + (tensors[i].numel + job.chunk - 1) / job.chunk;
     }
     const int64_t chunks = first_chunk[num_tensors];
-    if (chunks > 1 && parallel_for) {
+    const bool worth_threads = elements > kWorkForThreads / (terms->count > 1 ? terms->count : 1);
+    if (chunks > 1 && worth_threads && parallel_for) {
       parallel_for(0, chunks, 1, run_chunks, &job);
     } else if (chunks > 0) {
       run_chunks(0, chunks, &job);
