@@ -132,8 +132,7 @@ def find_shared(lists: Sequence[TensorList]) -> tuple[int, int, bool] | None:
     starts, ends = (np.concatenate(x) for x in zip(*ranges, strict=True))
     order = np.lexsort((ends, starts))
     order = order[ends[order] > starts[order]]
-    reached = np.maximum.accumulate(ends[order])
-    if bool(np.all(reached[:-1] <= starts[order][1:])):
+    if bool(np.all(ends[order][:-1] <= starts[order][1:])):  # sorted: neighbours are enough
         return None
     tensors = [t for items in lists for t in items.tensors]
     contiguous = [flat for items in lists for flat in items.contiguous]

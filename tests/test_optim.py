@@ -195,10 +195,14 @@ def test_ctrl_c_inside_a_pass_over_the_weights(stop_at: int, monkeypatch: pytest
     monkeypatch.setattr(fedkseed_kernels.Prepared, "perturb_", perturb_)
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        optimizer.step(lambda: 1.0)
-    assert largest_difference(before, weights_of(model)) < 1e-15
-    assert math.fsum(passes) == 0
+        optimizer.step(make_closure(model), seed_index=5)
     assert signal.getsignal(signal.SIGINT) is handler
+    assert len(optimizer.history) == (1 if stop_at == 3 else 0)
+    moved = float(optimizer.coefficients[5])
+    assert (moved != 0) == (stop_at == 3)
+    assert math.isclose(math.fsum(passes), moved, abs_tol=1e-15)
+    fedkseed_kernels.perturb_(before, int(POOL.seeds[5]), moved)
+    assert largest_difference(before, weights_of(model)) < 1e-15
 
 
 @pytest.mark.parametrize(

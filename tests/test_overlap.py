@@ -130,6 +130,8 @@ def test_a_search_that_would_be_long_gives_up() -> None:
     unknowns = [(s, -50, 50) for s in strides]
     assert _has_solution(unknowns, 5 * sum(strides) + 1) is None
     assert _has_solution(unknowns, 51 * sum(strides)) is False
+    # Divisibility settles this one at once.
+    assert _has_solution([(2 * s, -50, 50) for s in strides], 5 * sum(strides) + 1) is False
 
 
 def test_strides_too_irregular_are_refused() -> None:

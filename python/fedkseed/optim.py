@@ -143,14 +143,16 @@ class FedKSeedSGD(torch.optim.Optimizer):
             self._set_rng_states(states)
             return _loss_value(closure())
 
-        plus, minus, g = self._storage.walk(int(self.seed_pool.seeds[index]), lr, evaluate)
-        if not math.isfinite(g):
-            self.num_skipped += 1
-            g = 0.0
-        if seed_index is None:
-            self._num_drawn += 1
-        self.coefficients[index] -= lr * g
-        self.history.append((index, g))
+        def record(g: float) -> None:
+            if not math.isfinite(g):
+                self.num_skipped += 1
+                g = 0.0
+            if seed_index is None:
+                self._num_drawn += 1
+            self.coefficients[index] -= lr * g
+            self.history.append((index, g))
+
+        plus, minus = self._storage.walk(int(self.seed_pool.seeds[index]), lr, evaluate, record)
         return (plus + minus) / 2
 
     def state_dict(self) -> dict[str, Any]:

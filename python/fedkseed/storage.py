@@ -22,11 +22,14 @@ import fedkseed_kernels
 class Storage(Protocol):
     """What the optimizer asks of the weights."""
 
-    def walk(self, seed: int, lr: float, evaluate: Callable[[], float]) -> tuple[float, float, float]:
-        """(L+, L-, g) of one seed, ``evaluate`` called on either side in this order; then w <- w - lr g z.
+    def walk(
+        self, seed: int, lr: float, evaluate: Callable[[], float], record: Callable[[float], None]
+    ) -> tuple[float, float]:
+        """(L+, L-) of one seed, ``evaluate`` called on either side in this order; then w <- w - lr g z.
 
-        If g is not finite nothing is updated. If ``evaluate`` raises, the weights are as they were (up to the
-        rounding of the passes made), and the exception goes on.
+        ``record(g)`` is called once the update is made: whatever interrupts, both have happened or neither.
+        If g is not finite nothing is updated, but it is recorded. If ``evaluate`` raises, the weights are as
+        they were (up to the rounding of the passes made), and the exception goes on.
         """
 
 
@@ -49,7 +52,9 @@ class InplaceStorage:
         self._eps = eps
         self._offset = 0.0  # the weights stand at w + offset z
 
-    def walk(self, seed: int, lr: float, evaluate: Callable[[], float]) -> tuple[float, float, float]:
+    def walk(
+        self, seed: int, lr: float, evaluate: Callable[[], float], record: Callable[[float], None]
+    ) -> tuple[float, float]:
         """See `Storage.walk`."""
         eps = self._eps
         try:
@@ -58,12 +63,14 @@ class InplaceStorage:
             self._move(seed, -2 * eps, offset=-eps)
             minus = evaluate()
             g = projected_gradient(plus, minus, eps)
-            self._move(seed, eps - lr * g if math.isfinite(g) else eps, offset=0.0)
+            with _interrupts_held():
+                self._move(seed, eps - lr * g if math.isfinite(g) else eps, offset=0.0)
+                record(g)
         except BaseException:
             if self._offset:
                 self._move(seed, -self._offset, offset=0.0)
             raise
-        return plus, minus, g
+        return plus, minus
 
     def _move(self, seed: int, scale: float, offset: float) -> None:
         with _interrupts_held():
@@ -79,7 +86,7 @@ def projected_gradient(plus: float, minus: float, eps: float) -> float:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Delays Ctrl-C until a pass over the weights and the note of what it did are both done."""
+    """Delays Ctrl-C until a pass over the weights and the note of what it did are done; may be nested."""
     previous = signal.getsignal(signal.SIGINT)
     if not callable(previous) or threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets a KeyboardInterrupt

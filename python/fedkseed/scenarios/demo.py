@@ -41,13 +41,18 @@ class Size:
     rounds: int
     clients_per_round: int
     local_steps: int
+    lr: float  # the more clients share a round's noise, the larger it may be
     round_rows: int
     final_rows: int
     generate_rows: int
 
 
-FULL = Size(rounds=8, clients_per_round=16, local_steps=2, round_rows=4, final_rows=16, generate_rows=4)
-QUICK = Size(rounds=2, clients_per_round=2, local_steps=2, round_rows=1, final_rows=1, generate_rows=1)
+FULL = Size(
+    rounds=8, clients_per_round=16, local_steps=2, lr=1e-4, round_rows=4, final_rows=16, generate_rows=4
+)
+QUICK = Size(
+    rounds=2, clients_per_round=2, local_steps=2, lr=1e-5, round_rows=1, final_rows=1, generate_rows=1
+)
 
 
 _COLUMNS = (
@@ -99,16 +104,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     def add(flag: str, kind: Any, meaning: str, **options: Any) -> None:
         parser.add_argument(flag, type=kind, help=meaning, **options)
 
-    def add_size(name: str, meaning: str) -> None:
+    def add_size(name: str, meaning: str, metavar: str = "N") -> None:
         full, quick = getattr(FULL, name), getattr(QUICK, name)
-        add(f"--{name.replace('_', '-')}", int, f"{meaning} ({full}; with --quick {quick})", metavar="N")
+        help = f"{meaning} ({full}; with --quick {quick})"
+        add(f"--{name.replace('_', '-')}", type(full), help, metavar=metavar)
 
-    parser.add_argument("--quick", action="store_true", help="a shortened run of about a minute")
+    parser.add_argument(
+        "--quick", action="store_true", help="a run of about a minute: all parts, too short to learn much"
+    )
     add_size("rounds", "rounds to run")
     add_size("clients_per_round", "clients that take part in a round, of 16")
     add_size("local_steps", "steps of each client in a round")
     add("--batch-size", int, "rows of a step's batch (%(default)s)", default=4, metavar="N")
-    add("--lr", float, "learning rate (%(default)s)", default=1e-4)
+    add_size("lr", "learning rate", metavar="LR")
     add("--eps", float, "scale of the perturbation (%(default)s)", default=1e-3)
     add("--num-seeds", int, "size K of the seed pool (%(default)s)", default=256, metavar="K")
     add("--seed", int, "base seed of every random choice (%(default)s)", default=0)
