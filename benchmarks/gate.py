@@ -32,7 +32,6 @@ from benchmarks import environment
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "gate.cu"
 INCLUDE = HERE.parent / "csrc" / "include"
-RESULT = HERE / "results" / "gate.json"
 
 #: Most instructions per normal, without spills.
 LIMITS = {"nvcc": 24.8, "triton": 26.0}
