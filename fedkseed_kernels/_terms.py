@@ -13,8 +13,7 @@ from torch import Tensor
 from fedkseed_kernels._exact import ieee_arithmetic
 from fedkseed_kernels._operands import FAMILY_CODES, ROUNDING_CODES, Terms
 
-# Numbers of at least this magnitude become infinite when they are rounded to fp32: its largest and half an
-# ulp.
+# Numbers of at least this magnitude become infinite in fp32: its largest number and half an ulp.
 FP32_OVERFLOW = float.fromhex("0x1.ffffffp+127")
 _FP32_SMALLEST_NORMAL = float.fromhex("0x1p-126")
 
@@ -135,6 +134,12 @@ def check_choices(family: str, rounding: str) -> None:
         raise ValueError(f"expected rounding to be one of {', '.join(ROUNDING_CODES)}, got {rounding!r}")
 
 
+def check_on_host(tensor: Tensor, name: str) -> None:
+    """Refuse a term on another device; one on meta would turn the call into a fake one that does no work."""
+    if tensor.device.type != "cpu":
+        raise ValueError(f"expected {name} on the cpu, got {tensor.device}; call {name}.cpu()")
+
+
 def check_term_metadata(
     seeds: Tensor, coeffs: Tensor, alpha: Tensor, family: str, rounding: str, rounding_seed: Tensor | None
 ) -> None:
@@ -164,14 +169,11 @@ def check_term_metadata(
     if rounding_seed is not None and (rounding_seed.dim() != 0 or rounding_seed.dtype != torch.int64):
         got = f"{rounding_seed.dtype} of shape {tuple(rounding_seed.shape)}"
         raise ValueError(f"expected rounding_seed int64 of shape (), got {got}")
-    for name, tensor in (
-        ("seeds", seeds),
-        ("coeffs", coeffs),
-        ("alpha", alpha),
-        ("rounding_seed", rounding_seed),
-    ):
-        if tensor is not None and tensor.device.type not in ("cpu", "meta"):
-            raise ValueError(f"expected {name} on the cpu, got {tensor.device}; call {name}.cpu()")
+    check_on_host(seeds, "seeds")
+    check_on_host(coeffs, "coeffs")
+    check_on_host(alpha, "alpha")
+    if rounding_seed is not None:
+        check_on_host(rounding_seed, "rounding_seed")
 
 
 def check_terms(

@@ -1,3 +1,3 @@
-"""The version of the distribution: what the package says, and a test holds pyproject.toml to it."""
+"""The version of the distribution: read by the package and by pyproject.toml."""
 
 __version__ = "0.1.0"

@@ -140,6 +140,7 @@ def _fake_normal(
 ) -> Tensor:
     _checks.check_dtype(dtype, "the noise")
     _terms.check_choices(family, "nearest")
+    _terms.check_on_host(seed, "seed")
     if seed.dim() != 0 or seed.dtype != torch.int64:
         raise ValueError(f"expected seed int64 of shape (), got {seed.dtype} of shape {tuple(seed.shape)}")
     return torch.empty(shape, dtype=dtype, device=device)

@@ -216,6 +216,27 @@ def test_alpha_tensor_of_wrong_kind(alpha: Tensor) -> None:
         call("seed_axpy_", tensors, alpha=alpha)
 
 
+@pytest.mark.parametrize("which", ["seeds", "coeffs", "alpha", "rounding_seed"])
+@pytest.mark.parametrize("name", ALL)
+def test_terms_without_memory(name: str, which: str) -> None:
+    tensors = pair_of_tensors()
+    terms: dict[str, Any] = {
+        "seeds": torch.tensor([1]),
+        "coeffs": torch.tensor([0.5]),
+        "alpha": torch.tensor(1.0),
+        "rounding": "stochastic",
+        "rounding_seed": torch.tensor(3),
+    }
+    terms[which] = terms[which].to("meta")
+    with Watch(ValueError, f"expected {which} on the cpu, got meta", *tensors):
+        call(name, tensors, **terms)
+
+
+def test_seed_of_normal_without_memory() -> None:
+    with pytest.raises(ValueError, match="expected seed on the cpu, got meta"):
+        fk.normal(3, torch.tensor(1, device="meta"))
+
+
 def test_a_seed_that_is_not_one() -> None:
     tensors = pair_of_tensors()
     with Watch(ValueError, "expected one seed, got a tensor of shape", *tensors):

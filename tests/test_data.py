@@ -389,7 +389,7 @@ def test_long_prompt_loses_its_beginning() -> None:
 
 
 def test_prompt_errors() -> None:
-    with pytest.raises(ValueError, match=r"expected a prompt style out of \['chat', 'alpaca'\], got 'other'"):
+    with pytest.raises(ValueError, match=r"out of \['chat', 'alpaca', 'plain'\], got 'other'"):
         prompts.format_prompt(make_tokenizer(), "a", "b", "other")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected a tokenizer with a chat template"):
         prompts.format_prompt(make_tokenizer(None), "a", "b", "chat")

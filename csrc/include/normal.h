@@ -42,9 +42,9 @@ struct fk_normal_pair {
 };
 
 FK_HD float fk_normal_radius(uint32_t word) {
-  const float u = fk_float_from_bits((word & FK_RADIUS_MASK) | FK_RADIUS_BASE) - FK_RADIUS_CENTRE;
+  const float u = fk_float_from_bits(fk_and_or(word, FK_RADIUS_MASK, FK_RADIUS_BASE)) - FK_RADIUS_CENTRE;
   const uint32_t bits = fk_bits_from_float(u);
-  const float m = fk_float_from_bits((bits & FK_MANTISSA_MASK) | FK_ONE_BITS);
+  const float m = fk_float_from_bits(fk_and_or(bits, FK_MANTISSA_MASK, FK_ONE_BITS));
   const float e = fk_fma((float)(int32_t)bits, FK_LOG_SLOPE, FK_LOG_0);
   float q = fk_fma(FK_LOG_5, m, FK_LOG_4);
   q = fk_fma(q, m, FK_LOG_3);
