@@ -1,7 +1,7 @@
 """The noise contract (docs/noise-contract.md) in NumPy: what every backend must equal, bit for bit.
 
 Written to be read beside that page; section numbers are the page's. It is also the backend of last resort,
-hundreds of times slower than the native one. Stored values are NumPy arrays of float32 and float64, and
+100 to 350 times slower than the native one. Stored values are NumPy arrays of float32 and float64, and
 uint16 bit patterns for bf16 and fp16.
 """
 
