@@ -6,21 +6,29 @@ Qin et al., ICML 2024, arXiv 2312.06353. All noise and all passes over weights a
 from __future__ import annotations
 
 from fedkseed.client import Client, LocalRun
+from fedkseed.identity import IdentityError, ModelIdentity
+from fedkseed.ledger import Ledger
+from fedkseed.ledger_format import LedgerError
 from fedkseed.manifest import Manifest, manifest_parameters
 from fedkseed.messages import Broadcast, MessageError, ProtocolError, Reply
 from fedkseed.optim import FedKSeedSGD
 from fedkseed.seeds import SeedPool
 from fedkseed.server import Server
 from fedkseed.simulation import RoundResult, Simulation, SimulationConfig
+from fedkseed.tuned_model import load
 from fedkseed.working_copy import WorkingCopy
 
 __all__ = [
     "Broadcast",
     "Client",
     "FedKSeedSGD",
+    "IdentityError",
+    "Ledger",
+    "LedgerError",
     "LocalRun",
     "Manifest",
     "MessageError",
+    "ModelIdentity",
     "ProtocolError",
     "Reply",
     "RoundResult",
@@ -29,5 +37,6 @@ __all__ = [
     "Simulation",
     "SimulationConfig",
     "WorkingCopy",
+    "load",
     "manifest_parameters",
 ]
