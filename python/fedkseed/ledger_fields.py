@@ -30,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64", "mixed")
 #: A frozen parameter is one bit in the header.
 MAX_PARAMETERS = 1 << 16
 #: How many notes there may be, and characters of all of them together, names included. So a signed ledger of
-#: K = 4096 stays within 17,500 bytes for every model of up to 1,500 parameters.
+#: K = 4096 stays within 17,500 bytes for every model of up to 700 parameters.
 MAX_NOTES, MAX_NOTE_CHARACTERS = 8, 128
 
 _NOTE_NAME = re.compile(r"[a-z0-9_]+")
