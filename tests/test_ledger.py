@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from unchanged import stored_bytes
 
 import fedkseed
-from fedkseed import Ledger, LedgerError, ModelIdentity, SeedPool, ledger_format
+from fedkseed import Ledger, LedgerError, ModelIdentity, SeedPool, ledger_fields, ledger_format
 from fedkseed.ledger_format import (
     MAX_BYTES,
     LedgerContractError,
@@ -474,3 +475,16 @@ def test_the_format_is_pinned() -> None:
     assert ledger_format.FORMAT_VERSION == 1
     digest = hashlib.sha256(small(signature=SIGNATURE).to_bytes()).hexdigest()
     assert digest == "539febb18308ee0927a9d97351f97b8716aed63f6841863bad2431d2b1955010"
+
+
+def test_the_page_about_the_format() -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "ledger.md").read_text()
+    documented = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", page, re.M))))
+    written = {re.sub("^note_.*", "note_NAME", name) for name in entries_of(large().to_bytes())}
+    assert documented == written
+    assert f"{MAX_BYTES:,} bytes" in page
+    assert (
+        f"at most {ledger_fields.MAX_NOTES} of them, {ledger_fields.MAX_NOTE_CHARACTERS} characters" in page
+    )
+    for digits, meaning in ((ledger_format.FORMAT_VERSION, "format_version"), (CONTRACT_VERSION, "contract")):
+        assert re.search(rf"`{meaning}.*`{digits}`", page)
