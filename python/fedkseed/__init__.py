@@ -8,13 +8,14 @@ from __future__ import annotations
 from fedkseed.client import Client, LocalRun
 from fedkseed.manifest import Manifest, manifest_parameters
 from fedkseed.messages import Broadcast, MessageError, ProtocolError, Reply
-from fedkseed.optim import FedKSeedSGD
+from fedkseed.optim import ZOSGD, FedKSeedSGD
 from fedkseed.seeds import SeedPool
 from fedkseed.server import Server
 from fedkseed.simulation import RoundResult, Simulation, SimulationConfig
 from fedkseed.working_copy import WorkingCopy
 
 __all__ = [
+    "ZOSGD",
     "Broadcast",
     "Client",
     "FedKSeedSGD",

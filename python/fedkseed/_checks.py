@@ -50,6 +50,45 @@ def check_eps(value: object) -> float:
     return float(np.float32(eps))
 
 
+def check_weight_decay(value: object) -> float:
+    """A weight decay as a Python float: finite, at least 0.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: negative, NaN or infinite.
+    """
+    weight_decay = _real("weight_decay", value)
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"expected a finite weight_decay of at least 0, got {value}")
+    return weight_decay
+
+
+def check_seed(value: object) -> int:
+    """Any integer, taken mod 2^64.
+
+    Raises:
+        TypeError: not an integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"expected an integer seed, got {value!r}")
+    return int(value) % 2**64
+
+
+def check_bound(name: str, value: object) -> float:
+    """A bound as a Python float: finite, above 0 and no subnormal number of fp32.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: out of range.
+    """
+    bound = _real(name, value)
+    if not float(_FP32.tiny) <= bound < math.inf:
+        raise ValueError(
+            f"expected a finite {name} of at least {_FP32.tiny:.3g}, got {value}; None means no bound"
+        )
+    return bound
+
+
 def _real(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"expected a real number for {name}, got {value!r} ({type(value).__name__})")
