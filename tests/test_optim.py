@@ -72,6 +72,19 @@ def test_the_own_schedule_is_round_0_of_client_0() -> None:
     assert [index for index, _ in optimizer.history] == [first, 1, second]
 
 
+def test_the_own_schedule_goes_on_for_ever() -> None:
+    optimizer = FedKSeedSGD([torch.zeros(1)], 0.0, 1e-3, POOL)
+    for _ in range(300):
+        optimizer.step(lambda: 1.0)
+    assert [index for index, _ in optimizer.history] == POOL.schedule(0, 0, 300).tolist()
+    state = optimizer.state_dict()
+    state["fedkseed"].update(num_drawn=2**16 + 258)
+    optimizer.load_state_dict(state)
+    for _ in range(4):
+        optimizer.step(lambda: 1.0)
+    assert [index for index, _ in optimizer.history[300:]] == POOL.schedule(1, 0, 262)[258:].tolist()
+
+
 def test_a_given_schedule_is_followed_and_ends() -> None:
     model = make_model()
     optimizer = FedKSeedSGD(model, 0.1, 1e-3, POOL, schedule=np.array([5, 63, 5], dtype=np.uint16))

@@ -49,13 +49,14 @@ def test_one_direction_of_zosgd_is_a_step_of_fedkseed_with_the_same_seed() -> No
 
 def test_fedkseed_clips_and_skips() -> None:
     model = make_model()
-    losses = iter([3.0, 1.0, 3.0, 2.9, 3.0, 2.999])
-    optimizer = FedKSeedSGD(model, 0.1, 1.0, POOL, max_abs_g=0.02, max_loss_gap=1.5)
+    losses = iter([3.0, 1.0, 3.0, 2.5, 3.0, 2.999])
+    optimizer = FedKSeedSGD(model, 0.1, 1.0, POOL, max_abs_g=0.1, max_loss_gap=1.5)
     for _ in range(3):
         optimizer.step(lambda: next(losses))
     gradients = [g for _, g in optimizer.history]
-    assert gradients == [0.0, float(np.float32(0.01999999955)), float(np.float32((3.0 - 2.999) / 2))]
-    assert gradients[1] <= 0.02 < float(np.float32(0.02)) + 1e-8
+    below = np.nextafter(np.float32(0.1), np.float32(0))  # the fp32 next to 0.1 is above it
+    assert gradients == [0.0, float(below), float(np.float32((3.0 - 2.999) / 2))]
+    assert gradients[1] < 0.1
     assert optimizer.num_skipped == 1
     moved = {index: -0.1 * g for index, g in optimizer.history if g}
     assert {k: c for k, c in enumerate(optimizer.coefficients.tolist()) if c} == pytest.approx(moved)

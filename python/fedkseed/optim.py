@@ -14,7 +14,8 @@ the Python float lr (contract, section 6.1). lr may change between steps (torch.
 
 A direction whose loss on either side, or whose g, is NaN or infinite, or whose losses differ by more than
 max_loss_gap, is skipped: it counts as g = 0 and in ``num_skipped``. If the closure raises (Ctrl-C included),
-the perturbation is taken back first, and the next step takes the same seeds.
+the perturbation is taken back first, and the next step takes the same seeds. A model given in train mode with
+dropout modules is warned of once, at the first step.
 
 Weights are perturbed in place, with the memory of inference. Every pass rounds to the weights' dtype, so
 stored weights of 16 bits drift from w0 + sum_k c_k z(s_k).

@@ -88,10 +88,14 @@ class InplaceStorage:
         self._tensors = [tensor for group in groups for tensor in group]
         self._streams = [stream for group in streams for stream in group]
         self._whole = fedkseed_kernels.prepare(self._tensors, streams=self._streams)
-        self._groups = [
-            fedkseed_kernels.prepare(list(group), streams=list(group_streams))
-            for group, group_streams in zip(groups, streams, strict=True)
-        ]
+        self._groups = (
+            [self._whole]
+            if len(groups) == 1
+            else [
+                fedkseed_kernels.prepare(list(group), streams=list(group_streams))
+                for group, group_streams in zip(groups, streams, strict=True)
+            ]
+        )
         self._eps = eps
         self._seed = 0
         self._offset = 0.0  # the weights stand at w + offset z(seed)
