@@ -50,4 +50,5 @@ class ProjectedGradient:
 
 def _rounded_down(bound: float) -> float:
     nearest = np.float32(min(bound, float(np.finfo(np.float32).max)))
-    return float(nearest if nearest <= bound else np.nextafter(nearest, np.float32(0)))
+    # Compared as Python floats: NumPy would round the bound to fp32 first.
+    return float(nearest if float(nearest) <= bound else np.nextafter(nearest, np.float32(0)))
