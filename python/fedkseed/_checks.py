@@ -37,6 +37,19 @@ def check_learning_rate(value: object) -> float:
     return lr
 
 
+def check_max_abs_g(value: object) -> float:
+    """A bound of |g| rounded to fp32, once: the value that is used everywhere.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: not a positive normal number of fp32.
+    """
+    bound = _real("max_abs_g", value)
+    if not float(_FP32.tiny) <= bound <= float(_FP32.max):
+        raise ValueError(f"expected max_abs_g in [{_FP32.tiny:.3g}, {_FP32.max:.3g}], got {value}")
+    return float(np.float32(bound))
+
+
 def check_eps(value: object) -> float:
     """eps rounded to fp32, once: the value that is used everywhere.
 

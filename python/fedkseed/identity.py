@@ -40,13 +40,21 @@ class ModelIdentity:
         Raises:
             TypeError, ValueError: as `Manifest.of`; a parameter that is sharded or on the meta device.
         """
-        manifest = Manifest.of(model)
-        parameters = manifest_parameters(model)
-        tuned = [parameter.requires_grad for _, parameter in parameters]
-        dtypes = {_dtype_name(parameter.dtype) for _, parameter in parameters}
+        parameters = [parameter for _, parameter in manifest_parameters(model)]
+        tuned = [parameter.requires_grad for parameter in parameters]
+        return cls.of_weights(Manifest.of(model), tuned, [parameter.detach() for parameter in parameters])
+
+    @classmethod
+    def of_weights(cls, manifest: Manifest, tuned: list[bool], weights: list[torch.Tensor]) -> ModelIdentity:
+        """The identity of a model that has these weights in manifest order; reads every byte of them.
+
+        Raises:
+            ValueError: not one flag and tensor for each entry; a tensor sharded or on the meta device.
+        """
+        dtypes = {_dtype_name(weight.dtype) for weight in weights}
         return cls(
             structure_hash(manifest, tuned),
-            content_hash([(name, parameter.detach()) for name, parameter in parameters]),
+            content_hash(list(zip(manifest.names, weights, strict=True))),
             dtypes.pop() if len(dtypes) == 1 else "mixed",
         )
 
@@ -106,7 +114,7 @@ def content_hash(parameters: list[tuple[str, torch.Tensor]]) -> bytes:
         digest.update(len(dtype).to_bytes(4, "little") + dtype)
         flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, flat.numel(), _PIECE):
-            digest.update(memoryview(flat[start : start + _PIECE].cpu().numpy()))
+            digest.update(flat[start : start + _PIECE].cpu().numpy().data)
     return digest.digest()
 
 

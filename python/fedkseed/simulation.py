@@ -14,10 +14,10 @@ from torch import nn
 
 from fedkseed._checks import check_count, check_eps, check_learning_rate
 from fedkseed.client import BatchT, Client
-from fedkseed.manifest import Manifest
 from fedkseed.optim import Loss
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, MAX_STEPS, SeedPool
-from fedkseed.server import Server, Weighting
+from fedkseed.server import Server
+from fedkseed.server_config import ServerConfig, Weighting
 from fedkseed.working_copy import WorkingCopy
 
 ExampleT = TypeVar("ExampleT")
@@ -145,17 +145,19 @@ class Simulation(Generic[ExampleT, BatchT]):
             if len(rows) == 0:
                 raise ValueError(f"expected training rows of every client, got none of client {client}")
         pool = SeedPool(config.seed, config.num_seeds)
-        self.server = Server(
-            Manifest.of(model),
-            pool,
-            num_clients=len(datasets),
-            clients_per_round=config.clients_per_round,
-            num_local_steps=config.num_local_steps,
-            lr=config.lr,
-            eps=config.eps,
-            weighting=config.weighting,
-        )
         self.working = WorkingCopy(model, keeps_round_model=True)
+        self.server = Server(
+            self.working.identity,
+            pool,
+            ServerConfig(
+                num_clients=len(datasets),
+                clients_per_round=config.clients_per_round,
+                num_local_steps=config.num_local_steps,
+                lr=config.lr,
+                eps=config.eps,
+                weighting=config.weighting,
+            ),
+        )
         self.clients = [
             Client(
                 client,

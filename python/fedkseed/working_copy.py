@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from time import perf_counter
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import fedkseed_kernels
+from fedkseed.identity import ModelIdentity
 from fedkseed.manifest import Manifest, manifest_parameters
 from fedkseed.seeds import SeedPool
 
@@ -66,6 +68,21 @@ class WorkingCopy:
         self._loaded: tuple[SeedPool, bytes] | None = None
         self.seconds_rebuild = 0.0
         self.seconds_reset = 0.0
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Of w0 and the frozen parameters; read and hashed when first asked for.
+
+        Raises:
+            ValueError: a parameter that is sharded or on the meta device.
+        """
+        tuned = dict(zip(self._streams, self.w0, strict=True))
+        weights = [
+            tuned.get(stream, parameter.detach())
+            for stream, (_, parameter) in enumerate(manifest_parameters(self.model))
+        ]
+        flags = [stream in tuned for stream in range(len(weights))]
+        return ModelIdentity.of_weights(self.manifest, flags, weights)
 
     @torch.no_grad()
     def load(self, pool: SeedPool, coefficients: NDArray[np.float32] | NDArray[np.float64]) -> None:
