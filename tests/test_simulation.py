@@ -86,8 +86,8 @@ def test_it_tunes_and_reports() -> None:
     assert last.held_out_loss < 0.3 * first
     assert results[-1].train_loss < 0.5 * results[0].train_loss
     assert last.held_out_loss == evaluate(simulation.working.model)
-    assert last.bytes_down == 2 * (44 + 4 * 64 + 2 * 4)
-    assert last.bytes_up == 2 * (24 + 4 * 4)
+    assert last.bytes_down == 2 * (132 + 4 * 64 + 2 * 4)
+    assert last.bytes_up == 2 * (60 + 4 * 4)
     assert last.num_skipped == 0
     seconds = (last.seconds_rebuild, last.seconds_reset, last.seconds_local, last.seconds_evaluation)
     assert all(value > 0 for value in seconds)

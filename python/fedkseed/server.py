@@ -30,8 +30,8 @@ from fedkseed.seeds import MAX_ROUNDS, SeedPool
 from fedkseed.server_config import ServerConfig
 from fedkseed.server_state import ServerState, StateError, StateFolder
 
-#: Replies whose scalars are widened and added in one pass: bounds the memory beside the replies themselves.
-_REPLIES_AT_ONCE = 1024
+#: Scalars that are widened and added in one pass: bounds the memory beside the replies themselves.
+_SCALARS_AT_ONCE = 1 << 18
 _FP32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -230,8 +230,9 @@ class Server:
         )
         weights = shares / shares.sum()
         rows = [self._rows[client] for client in clients]
-        for start in range(0, len(clients), _REPLIES_AT_ONCE):
-            part = slice(start, start + _REPLIES_AT_ONCE)
+        at_once = max(1, _SCALARS_AT_ONCE // self.config.num_local_steps)
+        for start in range(0, len(clients), at_once):
+            part = slice(start, start + at_once)
             scalars = read_scalars(messages[part])
             self._check_scalars(np.array(clients[part]), scalars)
             wide = scalars.astype(np.float64)
