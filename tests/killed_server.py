@@ -1,8 +1,8 @@
 """A process that plays a federation on a state folder while its children are killed: `test_server_state.py`.
 
-Each child resumes the folder's state, or starts, and merges and saves rounds until the last. A child is killed
-a random time (fixed seed) after a random number of rounds, anywhere in its next round or two; at the end one
-child runs undisturbed. Prints how many children were killed and in how many states the folder was found.
+Each child resumes the folder's state, or starts, and merges and saves rounds until the last. A child is
+killed a random time (fixed seed) after a random number of rounds, anywhere in its next round or two; at the
+end one child runs undisturbed. Prints how many children were killed and in how many states the folder was.
 """
 
 from __future__ import annotations
