@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from messages import patched
 from torch import nn
 
 import fedkseed_kernels
@@ -192,6 +193,27 @@ def test_a_message_for_others_changes_nothing(
         client.step(make_broadcast()[:-1])
     assert same_bytes(before, weights_of(working.model))
     assert client.last_run is None
+
+
+def test_random_changes_of_broadcasts_are_refused_or_walked() -> None:
+    """Structured fuzz under a right checksum: a typed error and untouched weights, or a valid reply."""
+    whole = make_broadcast()
+    client = make_client(WorkingCopy(make_model()), run_id=RUN)
+    generator = np.random.default_rng(7)
+    num_walked = 0
+    for _ in range(400):
+        before = weights_of(client.working.model)
+        start = int(generator.integers(8, len(whole) - 8))
+        message = patched(whole, start, generator.bytes(int(generator.integers(1, 5))))
+        try:
+            reply = Reply.from_bytes(client.step(message))
+        except (MessageError, ProtocolError, IdentityError):
+            assert same_bytes(before, weights_of(client.working.model))
+            continue
+        num_walked += 1
+        assert reply.digest == hashlib.sha256(message).digest()
+        assert (np.abs(reply.scalars) <= Broadcast.from_bytes(message).max_abs_g).all()
+    assert 50 < num_walked < 350
 
 
 def test_bad_clients_and_too_few_batches() -> None:

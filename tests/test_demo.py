@@ -79,7 +79,7 @@ def test_a_run_prints_its_tables_and_writes_its_record(
     record = json.loads((tmp_path / "new" / "run" / "demo.json").read_text("utf-8"))
 
     assert len(record["rounds"]) == 2
-    down, up = 2 * (44 + 4 * 16 + 2 * 2), 2 * (24 + 4 * 2)
+    down, up = 2 * (132 + 4 * 16 + 2 * 2), 2 * (60 + 4 * 2)
     assert [(row["bytes_down"], row["bytes_up"]) for row in record["rounds"]] == [(down, up)] * 2
     assert record["bytes"]["down"] == 2 * down
     num_parameters = sum(parameter.numel() for parameter in make_model(torch.float32).parameters())

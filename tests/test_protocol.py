@@ -159,6 +159,8 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(kind: str) -> None:
         ("broadcast", 24, struct.pack("<d", np.inf), "lr of at least 0, got inf"),
         ("broadcast", 120, struct.pack("<f", np.inf), r"as bound of \|g\|, got inf"),
         ("broadcast", 120, struct.pack("<f", -1.0), r"as bound of \|g\|, got -1"),
+        ("broadcast", 24, struct.pack("<d", 1e38), "whose steps lie within fp32"),
+        ("broadcast", 20, struct.pack("<f", 2e38), "whose steps lie within fp32"),
         ("broadcast", BROADCAST_HEADER + 4, struct.pack("<f", np.inf), "finite coefficients"),
         ("broadcast", BROADCAST_HEADER + 8, struct.pack("<I", 2**24), "client below"),
         ("broadcast", BROADCAST_HEADER + 16, struct.pack("<H", 2), "indices below 2, got 2"),

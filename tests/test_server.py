@@ -267,11 +267,11 @@ def test_check_returns_the_reply() -> None:
 
 
 def test_sums_beyond_fp32_change_nothing() -> None:
-    server = make_server(lr=1e3, max_abs_g=3e38)
+    server = make_server(lr=1.0, max_abs_g=3e38)
     client = server.clients[0]
     before = state_of(server)
     with pytest.raises(ProtocolError, match="got some beyond it; lr or max_abs_g is too large"):
-        server.merge([(client, make_reply(server, client, scalars=g_of(3e38)))])
+        server.merge([(client, make_reply(server, client, scalars=np.full(20, 3e38, np.float32)))])
     assert state_of(server) == before
 
 
@@ -309,6 +309,7 @@ def test_one_client_moves_the_model_no_further_than_said() -> None:
         ({"max_abs_g": 0.0}, ValueError, "max_abs_g in"),
         ({"max_abs_g": np.inf}, ValueError, "max_abs_g in"),
         ({"max_abs_g": np.nan}, ValueError, "max_abs_g in"),
+        ({"max_abs_g": 3e38, "lr": 2.0}, ValueError, "whose steps lie within fp32"),
         ({"max_abs_g": None}, TypeError, "real number for max_abs_g"),
         ({"weighting": "size"}, ValueError, r"weighting out of \['data_size', 'equal'\], got 'size'"),
         ({"sampling": "best"}, ValueError, r"sampling out of \['uniform', 'pro'\], got 'best'"),
@@ -324,6 +325,31 @@ def test_bad_configurations(changes: dict[str, Any], error: type[Exception], mes
 def test_a_model_of_a_dtype_without_a_code_is_refused() -> None:
     with pytest.raises(ValueError, match="dtype out of .*, got int8"):
         make_server(ModelIdentity(bytes(32), bytes(32), "int8"))
+
+
+def test_random_changes_of_replies_are_refused_or_within_the_bounds() -> None:
+    """Structured fuzz under a right checksum: what passes differs in data size or scalars alone."""
+    server = make_server(sampling="pro")
+    generator = np.random.default_rng(6)
+    replies = make_replies(server)
+    before, num_passed = state_of(server), 0
+    for _ in range(5_000):
+        client, whole = replies[int(generator.integers(3))]
+        start = int(generator.integers(0, len(whole) - 4))
+        changed = patched(whole, start, generator.bytes(int(generator.integers(1, 5))))[: len(whole)]
+        message = patched(changed, 0, b"")
+        try:
+            reply = server.check(client, message)
+        except (MessageError, ProtocolError):
+            with pytest.raises((MessageError, ProtocolError)):
+                server.merge([(client, message)])
+            assert state_of(server) == before
+            continue
+        num_passed += 1
+        assert message[:20] + message[24:56] == whole[:20] + whole[24:56]
+        assert (np.abs(reply.scalars) <= 100).all()
+        assert reply.data_size >= 1
+    assert 100 < num_passed < 4_900
 
 
 def test_memory_follows_the_invited_not_the_registered() -> None:

@@ -39,7 +39,7 @@ _CLIENT = struct.Struct("<I")
 _REPLY = struct.Struct("<4sHHIIII32s")
 _VERSIONS = struct.Struct("<4sHH")
 _CHECKSUM = struct.Struct("<I")
-_FP32_TINY = float(np.finfo(np.float32).tiny)
+_FP32_TINY, _FP32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 BROADCAST_OVERHEAD = _BROADCAST.size + _CLIENT.size + _CHECKSUM.size
 REPLY_OVERHEAD = _REPLY.size + _CHECKSUM.size
@@ -147,10 +147,20 @@ class Broadcast:
         _require(0 <= self.lr < math.inf, "a finite lr of at least 0", self.lr)
         for name, value in (("eps", self.eps), ("bound of |g|", self.max_abs_g)):
             _require(_FP32_TINY <= value < math.inf, f"a positive normal fp32 as {name}", value)
+        _require(
+            moves_within_fp32(self.lr, self.eps, self.max_abs_g),
+            "lr, eps and bound of |g| whose steps lie within fp32",
+            (self.lr, self.eps, self.max_abs_g),
+        )
         _require(self.family in FAMILIES, f"a noise family out of {list(FAMILIES)}", self.family)
         _require(bool(np.isfinite(self.coefficients).all()), "finite coefficients", "NaN or infinity")
         largest = int(self.schedule.max())
         _require(largest < num_seeds, f"schedule indices below {num_seeds}", largest)
+
+
+def moves_within_fp32(lr: float, eps: float, max_abs_g: float) -> bool:
+    """Whether every coefficient of a step is finite in fp32: its walk back by 2 eps, its move by lr g."""
+    return 2 * eps + lr * max_abs_g <= _FP32_MAX
 
 
 class BroadcastWriter:

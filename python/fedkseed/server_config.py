@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fedkseed._checks import check_count, check_eps, check_learning_rate, check_max_abs_g
-from fedkseed.protocol import RUN_ID_BYTES
+from fedkseed.protocol import RUN_ID_BYTES, moves_within_fp32
 from fedkseed.seeds import MAX_CLIENTS, MAX_STEPS
 
 Weighting = Literal["data_size", "equal"]
@@ -51,6 +51,11 @@ class ServerConfig:
         object.__setattr__(self, "lr", check_learning_rate(self.lr))
         object.__setattr__(self, "eps", check_eps(self.eps))
         object.__setattr__(self, "max_abs_g", check_max_abs_g(self.max_abs_g))
+        if not moves_within_fp32(self.lr, self.eps, self.max_abs_g):
+            raise ValueError(
+                f"expected lr, eps and max_abs_g whose steps lie within fp32 (2 eps + lr max_abs_g), "
+                f"got {self.lr}, {self.eps}, {self.max_abs_g}; lower them"
+            )
         for name, value, choices in (
             ("weighting", self.weighting, get_args(Weighting)),
             ("sampling", self.sampling, get_args(Sampling)),
