@@ -193,6 +193,7 @@ class Server:
         """
         given: dict[int, bytes] = {}
         for client, message in replies:
+            self._row(client)
             if client in given:
                 raise ProtocolError(f"expected one reply of client {client}, got two")
             given[client] = message
