@@ -1,0 +1,77 @@
+"""Builds the CUDA sources for the host (tests/cuda_shim) and runs them as a backend of cpu tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fedkseed_kernels import _layout, native_cuda
+from fedkseed_kernels._operands import DeviceTerms, Operands, Terms
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc"
+SHIM = ROOT / "tests" / "cuda_shim"
+COMPILER = next((c for c in ("g++", "clang++") if shutil.which(c)), None)
+FLAGS = (
+    *("-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+)
+
+
+def build(folder: Path, sources: Path = SOURCES) -> Path:
+    """Compile every source of the CUDA library, and the shim, into one library for the host.
+
+    Raises:
+        subprocess.CalledProcessError: a source does not compile; its output was printed.
+    """
+    assert COMPILER is not None
+    include = [f"-I{sources / 'include'}", f"-I{SHIM}"]
+    files = [*sorted((sources / "cuda").glob("*.cu")), SHIM / "cuda_shim.cpp"]
+    objects = [folder / f"{file.stem}.o" for file in files]
+    commands = [
+        [COMPILER, *FLAGS, *include, "-c", str(file), "-o", str(target)]
+        for file, target in zip(files, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands))
+    library = folder / "libfedkseed_cuda_shim.so"
+    subprocess.run([COMPILER, "-shared", "-o", str(library), *map(str, objects)], check=True)
+    return library
+
+
+class ShimBackend:
+    """The CUDA library's entry with a host's memory as the device's."""
+
+    def __init__(self, library: Path):
+        handle = native_cuda.open_library(library)
+        assert not isinstance(handle, str), handle
+        self.handle = handle
+        for name in ("fk_shim_num_launches", "fk_shim_num_blocks"):
+            getattr(handle, name).restype = ctypes.c_uint64
+
+    def unavailable(self) -> None:
+        return None
+
+    def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms, isa: str) -> None:
+        table = _layout.pointer_table(operands)
+        if isinstance(terms, Terms) and terms.seeds.size > native_cuda.MAX_TERMS_BY_VALUE:
+            terms = terms.to(operands.outs.tensors[0].device)
+        num_source_rows = 0
+        if operands.rows is not None and operands.inputs is not None:
+            num_source_rows = operands.inputs.tensors[0].shape[0]
+        native_cuda.seed_axpy(self.handle, table, operands.rows, num_source_rows, terms, 0, 0)
+
+    def descending(self, on: bool) -> None:
+        """Run the threads of a block in descending order, or in ascending."""
+        self.handle.fk_shim_descending(int(on))
+
+    @property
+    def num_launches(self) -> int:
+        return int(self.handle.fk_shim_num_launches())
+
+    @property
+    def num_blocks(self) -> int:
+        return int(self.handle.fk_shim_num_blocks())
