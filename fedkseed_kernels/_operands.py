@@ -1,5 +1,5 @@
-"""What a backend is handed: checked tensors with noise indices (Operands), and a sum of noises (Terms on the host,
-DeviceTerms on a GPU)."""
+"""What a backend is handed: checked tensors with noise indices (Operands), and a sum of noises (Terms on the
+host, DeviceTerms on a GPU)."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Terms:
     rounding_seed: int
 
     def to(self, device: torch.device) -> DeviceTerms:
-        """The same terms with seeds and coefficients in the memory of a device; the copy does not wait for it."""
+        """The same terms with seeds and coefficients in the memory of a device."""
         return DeviceTerms(
             seeds=torch.from_numpy(self.seeds.view(np.int64)).to(device, non_blocking=True),
             coeffs=torch.from_numpy(self.coeffs).to(device, non_blocking=True),
@@ -95,9 +95,9 @@ class DeviceTerms:
     """Terms whose values only a device knows: they may change between replays of a captured graph.
 
     `seeds` int64 [K] (bit patterns) and `coeffs` fp64 [K], contiguous, on the device; NaN and infinite
-    coefficients are skipped like zeros and their number is added to `num_skipped`, int32 [1], where there is one.
-    `alpha` (fp64) and `rounding_seed` (int64) are numbers like those of Terms, or tensors of one element on the
-    device; alpha is rounded to fp32 there.
+    coefficients are skipped like zeros and their number is added to `num_skipped` (int32, one element) where
+    there is one. `alpha` (fp64) and `rounding_seed` (int64) are numbers like those of Terms, or tensors of
+    one element on the device; alpha is rounded to fp32 there.
     """
 
     seeds: Tensor

@@ -147,7 +147,7 @@ def check_term_place(tensor: Tensor, name: str, device: torch.device) -> None:
         check_on_host(tensor, name)
     elif tensor.device.type != "cpu" and tensor.device != device:
         raise ValueError(
-            f"expected {name} on {device} like the tensors, or on the cpu, got {tensor.device}; move them there"
+            f"expected {name} on {device} like the tensors, or on the cpu, got {tensor.device}; move it there"
         )
 
 
@@ -216,8 +216,8 @@ def check_terms(
     all_fp64: bool,
     device: torch.device,
 ) -> Terms | DeviceTerms:
-    """Check the terms as the ops take them. Those on the host are copied, with their values checked; where any
-    is on a GPU nobody waits for its value, and all are left to the GPU.
+    """Check the terms as the ops take them. Values on the host are checked, and copied unless some term is on
+    a GPU: nobody waits for that one, and all are left to the GPU.
 
     Args: those of the ops in `ops`. all_fp64: whether every tensor of the list is fp64, so that nothing is
         rounded to fp32. device: of the tensors.

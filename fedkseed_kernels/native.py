@@ -102,8 +102,7 @@ def _why_it_does_not_load(error: OSError) -> str:
 
 
 def recorded_reason(library: str) -> str | None:
-    """Why the installation built no library "cpu" or "cuda": "it was removed since" if it did, None if it left no
-    record."""
+    """Why there is no library "cpu" or "cuda", as the installation recorded it; None if it left no record."""
     try:
         reason = str(json.loads(BUILD_INFO_PATH.read_text())[library]["reason"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,7 +1,7 @@
 """The native CUDA library (csrc/include/fedkseed_cuda.h) through ctypes.
 
-It is loaded at the first use, never at import, and so is the driver. `unavailable()` says why it cannot be used;
-nothing here falls back to anything else: that choice is made, aloud, in `dispatch`.
+It is loaded at the first use, never at import, and so is the driver. `unavailable()` says why it cannot be
+used; nothing here falls back to anything else: that choice is made, aloud, in `dispatch`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from fedkseed_kernels._operands import CONTRACT_VERSION, FAMILY_CODES, ROUNDING_
 LIBRARY_PATH = native.LIBRARY_PATH.with_name("libfedkseed_cuda.so")
 MAX_TERMS_BY_VALUE = 64
 
-_REBUILD = (
-    "install the CUDA toolkit (nvcc) and reinstall with FEDKSEED_REQUIRE_CUDA=1 (from a checkout: make)"
-)
+_REBUILD = "install the CUDA toolkit (nvcc) and reinstall (from a checkout: make)"
 
 
 class FkCudaTerms(ctypes.Structure):
@@ -109,8 +107,8 @@ def _why_the_driver_cannot_serve() -> str | None:
         return "this machine has no NVIDIA driver; install one or use cpu tensors"
     if driver // 1000 < runtime // 1000:
         return (
-            f"the NVIDIA driver serves CUDA {_readable(driver)}, the library needs {runtime // 1000}.0 or later; "
-            "update the driver or use FEDKSEED_BACKEND=triton"
+            f"the NVIDIA driver serves CUDA {_readable(driver)}, the library needs {runtime // 1000}.0 or "
+            "later; update the driver or use FEDKSEED_BACKEND=triton"
         )
     return None
 
@@ -144,8 +142,8 @@ def check(handle: ctypes.CDLL, status: int) -> None:
         raise RuntimeError(f"the native CUDA library failed: {message} (CUDA error {status})")
     if status < 0:
         raise RuntimeError(
-            f"the native CUDA library failed: it does not know a code or a size of this call (status {status}); "
-            "reinstall"
+            "the native CUDA library failed: it does not know a code or a size of this call "
+            f"(status {status}); reinstall"
         )
 
 

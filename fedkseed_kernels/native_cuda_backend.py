@@ -1,4 +1,4 @@
-"""The native backend of CUDA tensors: the whole list in one call of the C library, on torch's current stream."""
+"""The native backend of CUDA tensors: the whole list in one call of the C library, on the current stream."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def seed_axpy(operands: Operands, terms: Terms | DeviceTerms, isa: str) -> None:
     if isinstance(terms, Terms) and terms.seeds.size > native_cuda.MAX_TERMS_BY_VALUE:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"expected at most {native_cuda.MAX_TERMS_BY_VALUE} terms from the host while a CUDA graph is "
-                f"captured, got {terms.seeds.size}; pass seeds and coeffs as tensors on {device}"
+                f"expected at most {native_cuda.MAX_TERMS_BY_VALUE} terms from the host while a CUDA graph "
+                f"is captured, got {terms.seeds.size}; pass seeds and coeffs as tensors on {device}"
             )
         terms = terms.to(device)
     num_source_rows = 0

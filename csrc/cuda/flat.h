@@ -14,6 +14,8 @@ constexpr int kFewTile = kPiece * kThreads * kFewPieces * kFewIterations;
 template <typename Arithmetic> struct ManyPieces {
   static constexpr int kCount = sizeof(Arithmetic) == 8 ? 2 : 4;
   static constexpr int kTile = kPiece * kThreads * kCount;
+  static constexpr int kBlocks =
+      sizeof(Arithmetic) == 8 ? 2 : 3; // on a multiprocessor at once, without spills
 };
 
 struct FlatTile {

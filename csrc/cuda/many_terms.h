@@ -63,7 +63,7 @@ template <typename Storage, typename Family, int kPieces, typename PieceOf>
 FK_DEVICE void end_tile(const FlatLaunch &launch, const ManyShared &shared,
                         const typename Storage::Arithmetic (&acc)[kPieces][kPiece], const PieceOf &piece_of) {
   using Arithmetic = typename Storage::Arithmetic;
-  const FlatTile tile = shared.tile;
+  const FlatTile &tile = shared.tile;
   const Arithmetic alpha = tile.memory.in ? term_alpha<Arithmetic>(launch.terms) : (Arithmetic)1;
   const bool unchanged = tile.memory.in && !shared.any_term && alpha == (Arithmetic)1;
   const bool stochastic = Storage::kRounds && launch.terms.stochastic;
@@ -95,7 +95,8 @@ template <typename Arithmetic, int kPieces> FK_DEVICE void clear_sums(Arithmetic
   }
 }
 
-template <typename Storage> __global__ void __launch_bounds__(kThreads)
+template <typename Storage>
+__global__ void __launch_bounds__(kThreads, ManyPieces<typename Storage::Arithmetic>::kBlocks)
     many_gaussian(const __grid_constant__ FlatLaunch launch) {
   using Arithmetic = typename Storage::Arithmetic;
   constexpr int kPieces = ManyPieces<Arithmetic>::kCount;
@@ -124,7 +125,8 @@ template <typename Storage> __global__ void __launch_bounds__(kThreads)
 
 // A thread sums the elements of one word (of half a word in fp64): a quarter of what one call of Philox yields. So the
 // block first makes all words of a chunk, each once, and then every thread reads its own.
-template <typename Storage> __global__ void __launch_bounds__(kThreads)
+template <typename Storage>
+__global__ void __launch_bounds__(kThreads, ManyPieces<typename Storage::Arithmetic>::kBlocks)
     many_rademacher(const __grid_constant__ FlatLaunch launch) {
   using Arithmetic = typename Storage::Arithmetic;
   constexpr int kPieces = ManyPieces<Arithmetic>::kCount;
@@ -149,7 +151,7 @@ template <typename Storage> __global__ void __launch_bounds__(kThreads)
       words[k][own_group] = make_uint4(made.w[0], made.w[1], made.w[2], made.w[3]);
     }
     __syncthreads();
-#pragma unroll 1
+#pragma unroll 2
     for (int k = 0; k < num_terms; ++k) {
       const Arithmetic c = chunk.coeffs[k];
       if (c == (Arithmetic)0) continue;

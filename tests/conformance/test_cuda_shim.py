@@ -1,4 +1,4 @@
-"""The CUDA kernels themselves, compiled for the host, bit for bit against the golden vectors and the CPU backend."""
+"""The CUDA kernels, compiled for the host: bit for bit the golden vectors and what the CPU backend writes."""
 
 from __future__ import annotations
 

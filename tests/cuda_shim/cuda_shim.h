@@ -10,7 +10,7 @@
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __grid_constant__
 
 struct fk_shim_index {
