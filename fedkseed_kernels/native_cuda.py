@@ -20,6 +20,7 @@ from fedkseed_kernels._operands import CONTRACT_VERSION, FAMILY_CODES, ROUNDING_
 
 LIBRARY_PATH = native.LIBRARY_PATH.with_name("libfedkseed_cuda.so")
 MAX_TERMS_BY_VALUE = 64
+MIN_COMPUTE_CAPABILITY = (8, 0)
 
 _REBUILD = "install the CUDA toolkit (nvcc) and reinstall (from a checkout: make)"
 
@@ -113,6 +114,20 @@ def _why_the_driver_cannot_serve() -> str | None:
     return None
 
 
+def _why_the_gpu_cannot_serve() -> str | None:
+    """Asks no GPU before torch has: tensors that need an answer are there only afterwards."""
+    if torch.cuda.is_initialized():
+        for index in range(torch.cuda.device_count()):
+            capability = torch.cuda.get_device_capability(index)
+            if capability < MIN_COMPUTE_CAPABILITY:
+                got, needed = (".".join(map(str, c)) for c in (capability, MIN_COMPUTE_CAPABILITY))
+                return (
+                    f"cuda:{index} is of compute capability {got}, the library is built for {needed} and later; "
+                    "hide it with CUDA_VISIBLE_DEVICES or use FEDKSEED_BACKEND=triton"
+                )
+    return None
+
+
 def unavailable() -> str | None:
     """Why the CUDA library cannot be used, with what to do about it; None when it can."""
     handle = _load()
@@ -120,7 +135,7 @@ def unavailable() -> str | None:
         return handle
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
-    return _why_the_driver_cannot_serve()
+    return _why_the_driver_cannot_serve() or _why_the_gpu_cannot_serve()
 
 
 def library() -> ctypes.CDLL:

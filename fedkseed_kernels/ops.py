@@ -28,13 +28,13 @@ Arguments of the public functions, where they have them:
     rounding: "nearest" or "stochastic"; the latter needs rounding_seed, an integer taken mod 2^64 or an int64
     tensor.
     rows: int64 [num_rows]; gathers rows of dimension 0, repeats allowed, the same ones of every tensor. On a
-        GPU, where looking at them would make the host wait, a row out of range is not read: its result is NaN.
+        GPU nobody waits for their values: a row out of range is not read, its result is NaN.
     num_skipped: int32 tensor of one element on the tensors' device, or None; see below.
 
-For tensors on a GPU, seeds, coeffs, alpha and rounding_seed may be tensors of that GPU: the host does not wait
-for their values, and a captured CUDA graph reads them anew at each replay. A NaN or infinite coefficient there
-is skipped like a zero, and num_skipped is raised by the number of those. They must not overlap the tensors that
-are written.
+For tensors on a GPU, seeds, coeffs, alpha and rounding_seed may be tensors of that GPU: the host does not
+wait for their values, and a captured CUDA graph reads them anew at each replay. A NaN or infinite coefficient
+there is skipped like a zero, and num_skipped is raised by the number of those. They must not overlap the
+tensors that are written.
 
 All checks are made before anything is written. Errors: ValueError for values, shapes, devices and overlaps;
 TypeError for dtypes and Python types; IndexError for rows out of range; RuntimeError for tensors that require

@@ -50,7 +50,8 @@ sum_terms(float (&acc)[kPiece], uint32_t first_group, uint32_t piece, const FewT
   }
 }
 
-template <typename Storage, typename Family, int kTerms> __global__ void __launch_bounds__(kThreads)
+template <typename Storage, typename Family, int kTerms>
+__global__ void __launch_bounds__(kThreads, kTerms == 1 ? 3 : 2)
     few_terms(const __grid_constant__ FlatLaunch launch) {
   __shared__ FewShared<kTerms> shared;
   prepare_few<Storage, Family, kTerms>(launch, shared);
