@@ -116,14 +116,14 @@ def _why_the_driver_cannot_serve() -> str | None:
 
 def _why_the_gpu_cannot_serve() -> str | None:
     """Asks no GPU before torch has: tensors that need an answer are there only afterwards."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         for index in range(torch.cuda.device_count()):
             capability = torch.cuda.get_device_capability(index)
             if capability < MIN_COMPUTE_CAPABILITY:
                 got, needed = (".".join(map(str, c)) for c in (capability, MIN_COMPUTE_CAPABILITY))
                 return (
-                    f"cuda:{index} is of compute capability {got}, the library is built for {needed} and later; "
-                    "hide it with CUDA_VISIBLE_DEVICES or use FEDKSEED_BACKEND=triton"
+                    f"cuda:{index} is of compute capability {got}, the library is built for {needed} and "
+                    "later; hide it with CUDA_VISIBLE_DEVICES or use FEDKSEED_BACKEND=triton"
                 )
     return None
 

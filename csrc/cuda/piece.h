@@ -32,16 +32,28 @@ template <typename Storage> FK_DEVICE void write_whole(char *to, const typename 
   }
 }
 
+template <typename Element> FK_DEVICE Element read_element(const Element *from) {
+  FK_ASSUME_GLOBAL(from);
+  return *from;
+}
+
+template <typename Element> FK_DEVICE void write_element(Element *to, Element bits) {
+  FK_ASSUME_GLOBAL(to);
+  *to = bits;
+}
+
 // The weights; where there are none, -0: with alpha = 1 it leaves every sum as it is, zeros of both signs too.
 template <typename Storage> FK_DEVICE typename Storage::Piece read_piece(const PieceMemory &memory) {
+  using Element = typename Storage::Element;
   if (memory.whole && memory.in) return read_whole<Storage>(memory.in);
-  const typename Storage::Element *from = (const typename Storage::Element *)memory.in;
-  FK_ASSUME_GLOBAL(from);
   typename Storage::Piece piece = {};
 #pragma unroll
   for (int i = 0; i < kPiece; ++i) {
-    const bool there = memory.in && i >= memory.begin && i < memory.end;
-    Storage::set(piece, i, there ? from[i * memory.in_stride] : Storage::kNegativeZero);
+    Element bits = Storage::kNegativeZero;
+    if (memory.in && i >= memory.begin && i < memory.end) {
+      bits = read_element((const Element *)memory.in + i * memory.in_stride);
+    }
+    Storage::set(piece, i, bits);
   }
   return piece;
 }
@@ -52,11 +64,11 @@ template <typename Storage> FK_DEVICE void write_piece(const PieceMemory &memory
     write_whole<Storage>(to, piece);
     return;
   }
-  typename Storage::Element *elements = (typename Storage::Element *)to;
-  FK_ASSUME_GLOBAL(elements);
 #pragma unroll
   for (int i = 0; i < kPiece; ++i) {
-    if (i >= memory.begin && i < memory.end) elements[i * stride] = Storage::get(piece, i);
+    if (i >= memory.begin && i < memory.end) {
+      write_element((typename Storage::Element *)to + i * stride, Storage::get(piece, i));
+    }
   }
 }
 
