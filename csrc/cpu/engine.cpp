@@ -131,6 +131,13 @@ void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done
   if (side.stride != 1) copy_elements((const char *)buffers.written, 1, target, side.stride, n, size);
 }
 
+// Whether whole groups can go straight into the stored weights.
+bool is_fused(const Job &job, const fk_tensor &t, const Run &run) {
+  return job.kernels->gaussian_into[t.dtype] && job.terms->family == FK_GAUSSIAN &&
+         job.terms->rounding == FK_NEAREST && run.in && run.in_stride == 1 && run.out.stride == 1 &&
+         !run.out_minus.base;
+}
+
 void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &buffers) {
   const fk_schedules &schedules = t.dtype == FK_FP64 ? *job.fp64 : *job.fp32;
   const size_t size = element_size(t.dtype);
@@ -143,9 +150,19 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
     return;
   }
   const int shift = job.terms->family == FK_GAUSSIAN ? FK_GAUSSIAN_GROUP_SHIFT : FK_RADEMACHER_GROUP_SHIFT;
+  const bool fused = is_fused(job, t, run);
   for (int64_t done = 0; done < run.n;) {
     const uint64_t element = run.first_element + (uint64_t)done;
-    const int64_t room = FK_BLOCK - (int64_t)(element & ((1u << shift) - 1u));
+    const int64_t ahead = (int64_t)(element & ((1u << shift) - 1u));
+    if (fused && ahead == 0 && run.n - done >= FK_FUSED) {
+      const int64_t n = (run.n - done) / FK_FUSED * FK_FUSED;
+      const int64_t at = done * (int64_t)size;
+      const fk_apply apply = {run.in + at, run.out.base + at, 0, 0, 0, n, job.terms->alpha};
+      job.kernels->gaussian_into[t.dtype](&apply, element >> shift, t.stream, &schedules.plus);
+      done += n;
+      continue;
+    }
+    const int64_t room = (fused && ahead ? 1 << shift : FK_BLOCK) - ahead;
     const int64_t n = run.n - done < room ? run.n - done : room;
     const int64_t skip = block_sums(job, t, schedules.plus, element, n, buffers.acc, buffers.acc64);
     if (run.out_minus.base) {

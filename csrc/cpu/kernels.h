@@ -11,6 +11,7 @@
 #define FK_BLOCK 2048
 // Sum buffers are this much longer: kernels work on whole vectors of groups (16 groups of 8 elements).
 #define FK_BLOCK_PAD 128
+#define FK_FUSED FK_BLOCK_PAD
 #define FK_BLOCK_WORDS (FK_BLOCK / 2) // rounding: one word per two elements
 
 // Terms with zero coefficients removed, in the arithmetic of one dtype class.
@@ -49,6 +50,10 @@ typedef struct fk_kernels {
   void (*group_words)(uint32_t *words, uint64_t first, int64_t groups, uint32_t stream, uint32_t tag,
                       uint64_t key);
   void (*apply[4])(const fk_apply *apply); // by fk_dtype
+  // gaussian_sums and apply in one, rounded to nearest, without the trip through acc: n is a multiple of
+  // FK_FUSED, in is not NULL, acc and noise are not read. By fk_dtype; NULL where there is none.
+  void (*gaussian_into[4])(const fk_apply *apply, uint64_t first, uint32_t stream,
+                           const fk_schedule *schedule);
   // Test-only: raw Philox words for any counters and keys; the transform of chosen words.
   void (*philox_words)(const uint32_t *counters, const uint32_t *keys, uint32_t *out, int64_t count);
   void (*normal_from_words)(const uint32_t *words, float *out, int64_t count);

@@ -76,7 +76,7 @@ static void normal_from_words(const uint32_t *words, float *out, int64_t count) 
 }
 
 extern const fk_kernels fk_kernels_baseline = {
-    gaussian_sums,     rademacher_sums,   gaussian_sums64,
-    rademacher_sums64, group_words,       {apply_fp32, apply_bf16_scalar, apply_fp16_scalar, apply_fp64},
-    philox_words,      normal_from_words,
+    gaussian_sums,     rademacher_sums, gaussian_sums64,
+    rademacher_sums64, group_words,     {apply_fp32, apply_bf16_scalar, apply_fp16_scalar, apply_fp64},
+    {0, 0, 0, 0},      philox_words,    normal_from_words,
 };

@@ -14,8 +14,8 @@ struct Vec {
 
   FK_HD F set_f(float x) { return _mm256_set1_ps(x); }
   FK_HD I set_i(uint32_t x) { return _mm256_set1_epi32((int)x); }
-  // Which of 8 consecutive groups a lane works on; store_groups relies on it.
-  static constexpr uint32_t kGroupOfLane[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7};
+  // Which of 8 consecutive groups a lane works on (lane 4 q + i: group 2 i + q); the transpositions rely on it.
+  static constexpr uint32_t kGroupOfLane[kLanes] = {0, 2, 4, 6, 1, 3, 5, 7};
   FK_HD F load_f(const float *p) { return _mm256_loadu_ps(p); }
   FK_HD I load_i(const uint32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
   FK_HD void store_f(float *p, F v) { _mm256_storeu_ps(p, v); }
@@ -32,7 +32,9 @@ struct Vec {
   FK_HD I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
   FK_HD I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
   FK_HD I and_or(I v, I mask, I base) { return _mm256_or_si256(_mm256_and_si256(v, mask), base); }
+  FK_HD I and2(I a, I b) { return _mm256_and_si256(a, b); }
   template <int n> FK_HD I shift_right(I v) { return _mm256_srli_epi32(v, n); }
+  template <int n> FK_HD I shift_left(I v) { return _mm256_slli_epi32(v, n); }
 
   // Philox: products of the low halves of 64-bit lanes; what the high halves hold does not matter.
   FK_HD I multiply(I a, I b) { return _mm256_mul_epu32(a, b); }
@@ -41,12 +43,14 @@ struct Vec {
   FK_HD I xor3(I a, I b, I c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
   FK_HD I join(I even, I odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
 
-  // acc[i] holds element i of lane's group; out gets 8 consecutive elements for each of the 8 groups.
-  FK_HD void store_groups(float *out, const F acc[8]) {
+  // In: rows[i] holds element i of each lane's group. Out: rows[i] holds the 8 elements of one group, the
+  // kElementOfRow[i]-th of all 64 and the next.
+  static constexpr int kElementOfRow[8] = {0, 16, 32, 48, 8, 24, 40, 56};
+  FK_HD void transpose_groups(F rows[8]) {
     F t[8], u[8];
     for (int i = 0; i < 4; ++i) {
-      t[2 * i] = _mm256_unpacklo_ps(acc[2 * i], acc[2 * i + 1]);
-      t[2 * i + 1] = _mm256_unpackhi_ps(acc[2 * i], acc[2 * i + 1]);
+      t[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+      t[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
     }
     for (int half = 0; half < 2; ++half) {
       for (int i = 0; i < 2; ++i) {
@@ -56,9 +60,20 @@ struct Vec {
       }
     }
     for (int i = 0; i < 4; ++i) {
-      store_f(out + 8 * i, _mm256_permute2f128_ps(u[i], u[4 + i], 0x20));
-      store_f(out + 8 * (4 + i), _mm256_permute2f128_ps(u[i], u[4 + i], 0x31));
+      rows[i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x20);
+      rows[4 + i] = _mm256_permute2f128_ps(u[i], u[4 + i], 0x31);
     }
+  }
+
+  // Four vectors of 16-byte groups in memory order <-> vector j with word j of each lane's group: the 4 x 4
+  // transposition of every 128-bit lane, which undoes itself.
+  FK_HD void transpose_pairs(I v[4]) {
+    const I a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
+    const I c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
+    v[0] = _mm256_unpacklo_epi64(a, b);
+    v[1] = _mm256_unpackhi_epi64(a, b);
+    v[2] = _mm256_unpacklo_epi64(c, d);
+    v[3] = _mm256_unpackhi_epi64(c, d);
   }
 
   // sums of 8 elements each: acc[v] += bit (8 v + lane) of bits set ? -c : c, for v < 4
@@ -76,13 +91,18 @@ struct Vec {
   FK_HD F load_bf16(const uint16_t *p) {
     return as_f(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
   }
-  FK_HD void store_bf16(uint16_t *p, F y) {
+  // bf16 of y in the high half of each lane. A NaN needs no care: finite coefficients and stored bf16 weights
+  // make none but the processor's own and quieted weights, whose low halves are zero and carry nothing.
+  FK_HD I bf16_in_high_half(F y) {
     const I bits = as_i(y);
     const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), set_i(1));
-    const I nearest = add_i(add_i(bits, set_i(0x7FFF)), odd);
-    const I quiet = _mm256_or_si256(bits, set_i(0x00400000u));
-    const I is_nan = as_i(_mm256_cmp_ps(y, y, _CMP_UNORD_Q));
-    const I high = _mm256_srli_epi32(_mm256_blendv_epi8(nearest, quiet, is_nan), 16);
+    return add_i(add_i(bits, set_i(0x7FFF)), odd);
+  }
+  FK_HD I bf16_pairs(F low, F high) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(bf16_in_high_half(low), 16), bf16_in_high_half(high), 0xAA);
+  }
+  FK_HD void store_bf16(uint16_t *p, F y) {
+    const I high = _mm256_srli_epi32(bf16_in_high_half(y), 16);
     const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
   }

@@ -19,7 +19,8 @@ struct Vec {
 
   FK_HD F set_f(float x) { return _mm512_set1_ps(x); }
   FK_HD I set_i(uint32_t x) { return _mm512_set1_epi32((int)x); }
-  // Which of 16 consecutive groups a lane works on (lane 4 q + i: group 4 i + q); store_groups relies on it.
+  // Which of 16 consecutive groups a lane works on (lane 4 q + i: group 4 i + q); the transpositions
+  // rely on it.
   static constexpr uint32_t kGroupOfLane[kLanes] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
   FK_HD F load_f(const float *p) { return _mm512_loadu_ps(p); }
   FK_HD I load_i(const uint32_t *p) { return _mm512_loadu_si512(p); }
@@ -39,7 +40,9 @@ struct Vec {
   FK_HD I and_or(I v, I mask, I base) {
     return _mm512_ternarylogic_epi32(v, mask, base, 0xEA);
   } // (v & mask) | base
+  FK_HD I and2(I a, I b) { return _mm512_and_si512(a, b); }
   template <int n> FK_HD I shift_right(I v) { return _mm512_srli_epi32(v, n); }
+  template <int n> FK_HD I shift_left(I v) { return _mm512_slli_epi32(v, n); }
 
   // Philox: products of the low halves of 64-bit lanes; what the high halves hold does not matter.
   FK_HD I multiply(I a, I b) { return _mm512_mul_epu32(a, b); }
@@ -48,14 +51,15 @@ struct Vec {
   FK_HD I xor3(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
   FK_HD I join(I even, I odd) { return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CDAB); }
 
-  // acc[i] holds element i of lane's group; out gets 8 consecutive elements for each of the 16 groups.
-  // Two in-lane steps give rows of four elements; with groups dealt to lanes as kGroupOfLane says, one
-  // two-source permutation then completes two whole neighbouring groups.
-  FK_HD void store_groups(float *out, const F acc[8]) {
+  // In: rows[i] holds element i of each lane's group. Out: rows[i] holds two groups, 16 elements from the
+  // kElementOfRow[i]-th of all 128 on. Two in-lane steps give rows of four elements; with groups dealt to
+  // lanes as kGroupOfLane says, one two-source permutation then completes two whole neighbouring groups.
+  static constexpr int kElementOfRow[8] = {0, 32, 64, 96, 16, 48, 80, 112};
+  FK_HD void transpose_groups(F rows[8]) {
     F t[8], u[8];
     for (int i = 0; i < 4; ++i) {
-      t[2 * i] = _mm512_unpacklo_ps(acc[2 * i], acc[2 * i + 1]);
-      t[2 * i + 1] = _mm512_unpackhi_ps(acc[2 * i], acc[2 * i + 1]);
+      t[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
+      t[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
     }
     for (int half = 0; half < 2; ++half) {
       for (int i = 0; i < 2; ++i) {
@@ -68,9 +72,20 @@ struct Vec {
     const I front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const I back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     for (int i = 0; i < 4; ++i) {
-      store_f(out + 32 * i, _mm512_permutex2var_ps(u[i], front, u[4 + i]));
-      store_f(out + 32 * i + 16, _mm512_permutex2var_ps(u[i], back, u[4 + i]));
+      rows[i] = _mm512_permutex2var_ps(u[i], front, u[4 + i]);
+      rows[4 + i] = _mm512_permutex2var_ps(u[i], back, u[4 + i]);
     }
+  }
+
+  // Four vectors of 16-byte groups in memory order <-> vector j with word j of each lane's group: the 4 x 4
+  // transposition of every 128-bit lane, which undoes itself.
+  FK_HD void transpose_pairs(I v[4]) {
+    const I a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpacklo_epi32(v[2], v[3]);
+    const I c = _mm512_unpackhi_epi32(v[0], v[1]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+    v[0] = _mm512_unpacklo_epi64(a, b);
+    v[1] = _mm512_unpackhi_epi64(a, b);
+    v[2] = _mm512_unpacklo_epi64(c, d);
+    v[3] = _mm512_unpackhi_epi64(c, d);
   }
 
   // sums of 16 elements each: acc[v] += bit (16 v + lane) of bits set ? -c : c, for v < 2
@@ -84,13 +99,19 @@ struct Vec {
   FK_HD F load_bf16(const uint16_t *p) {
     return as_f(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
   }
-  FK_HD void store_bf16(uint16_t *p, F y) {
+  // bf16 of y in the high half of each lane. A NaN needs no care: finite coefficients and stored bf16 weights
+  // make none but the processor's own and quieted weights, whose low halves are zero and carry nothing.
+  FK_HD I bf16_in_high_half(F y) {
     const I bits = as_i(y);
     const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set_i(1));
-    const I nearest = add_i(add_i(bits, set_i(0x7FFF)), odd);
-    const I rounded =
-        _mm512_mask_or_epi32(nearest, _mm512_cmp_ps_mask(y, y, _CMP_UNORD_Q), bits, set_i(0x00400000u));
-    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    return add_i(add_i(bits, set_i(0x7FFF)), odd);
+  }
+  FK_HD I bf16_pairs(F low, F high) {
+    return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(bf16_in_high_half(low), 16),
+                                   bf16_in_high_half(high));
+  }
+  FK_HD void store_bf16(uint16_t *p, F y) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_in_high_half(y), 16)));
   }
   FK_HD F load_fp16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
   FK_HD void store_fp16(uint16_t *p, F y) {

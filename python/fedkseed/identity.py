@@ -1,0 +1,118 @@
+"""Which model a ledger or a message is about: hashes of its structure and of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedkseed.manifest import Manifest, manifest_parameters
+
+#: Bytes hashed at a time, so that hashing needs no copy of a large parameter.
+_PIECE = 1 << 24
+
+
+class IdentityError(ValueError):
+    """Another model than the one expected: other names or shapes, other weights, or another dtype."""
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """The model that coefficients are added to.
+
+    Attributes:
+        structure: SHA-256 (32 bytes) over each parameter's name, full shape and whether it is tuned, in
+            manifest order.
+        content: SHA-256 (32 bytes) over each parameter's dtype and its elements, row-major, little-endian.
+        dtype: of the parameters, "float32" for example; "mixed" if they have several.
+    """
+
+    structure: bytes
+    content: bytes
+    dtype: str
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelIdentity:
+        """The identity of a model as its weights stand now; reads every byte of them.
+
+        Raises:
+            TypeError, ValueError: as `Manifest.of`; a parameter that is sharded or on the meta device.
+        """
+        manifest = Manifest.of(model)
+        parameters = manifest_parameters(model)
+        tuned = [parameter.requires_grad for _, parameter in parameters]
+        dtypes = {_dtype_name(parameter.dtype) for _, parameter in parameters}
+        return cls(
+            structure_hash(manifest, tuned),
+            content_hash([(name, parameter.detach()) for name, parameter in parameters]),
+            dtypes.pop() if len(dtypes) == 1 else "mixed",
+        )
+
+    def require(self, found: ModelIdentity) -> None:
+        """Nothing if ``found`` is this model.
+
+        Raises:
+            IdentityError: it is not; says in what.
+        """
+        if found.structure != self.structure:
+            raise IdentityError(
+                f"expected a model of structure {_short(self.structure)}, got {_short(found.structure)}: "
+                "other parameter names, shapes or frozen parameters; use the model this was made from"
+            )
+        if found.dtype != self.dtype:
+            raise IdentityError(
+                f"expected weights in {self.dtype}, got {found.dtype}; load the model in {self.dtype}"
+            )
+        if found.content != self.content:
+            raise IdentityError(
+                f"expected weights of content {_short(self.content)}, got {_short(found.content)}: "
+                "the same shapes, other numbers; use the very weights this was made from"
+            )
+
+
+def structure_hash(manifest: Manifest, tuned: list[bool]) -> bytes:
+    """SHA-256 over, for each parameter: length of the name u32, name (UTF-8), tuned u8, rank u32, sizes u64.
+
+    Integers are little-endian.
+    """
+    if len(tuned) != len(manifest):
+        raise ValueError(f"expected one flag for each of {len(manifest)} parameters, got {len(tuned)}")
+    digest = hashlib.sha256()
+    for name, shape, flag in zip(manifest.names, manifest.shapes, tuned, strict=True):
+        encoded = name.encode()
+        digest.update(len(encoded).to_bytes(4, "little") + encoded)
+        digest.update(bytes([flag]) + len(shape).to_bytes(4, "little"))
+        for size in shape:
+            digest.update(size.to_bytes(8, "little"))
+    return digest.digest()
+
+
+def content_hash(parameters: list[tuple[str, torch.Tensor]]) -> bytes:
+    """SHA-256 over, for each (name, tensor): length of the dtype's name u32, that name, then the elements.
+
+    Raises:
+        ValueError: a tensor without data of its own (meta device) or sharded, named.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in parameters:
+        if parameter.is_meta or type(parameter.data) is not torch.Tensor:
+            raise ValueError(
+                f"expected whole weights in memory, got {name} as {type(parameter.data).__name__} on "
+                f"{parameter.device}; load the full model first"
+            )
+        dtype = _dtype_name(parameter.dtype).encode()
+        digest.update(len(dtype).to_bytes(4, "little") + dtype)
+        flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
+        for start in range(0, flat.numel(), _PIECE):
+            digest.update(memoryview(flat[start : start + _PIECE].cpu().numpy()))
+    return digest.digest()
+
+
+def _short(digest: bytes) -> str:
+    return digest.hex()[:16]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
