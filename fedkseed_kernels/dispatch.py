@@ -138,10 +138,12 @@ def _log_choice(device_type: str, chosen: str) -> None:
     if (device_type, chosen) in _logged:
         return
     _logged.add((device_type, chosen))
-    before = TABLE[device_type][: TABLE[device_type].index(chosen)]
+    better = TABLE[device_type][: TABLE[device_type].index(chosen)]
+    reasons = _reasons_against(better, device_type)
     if chosen == "reference":
-        message = "%s tensors are served by NumPy, %s; %s"
-        logger.warning(message, device_type, reference_backend.COST, _reasons_against(before, device_type))
+        logger.warning("%s tensors are served by NumPy, %s; %s", device_type, reference_backend.COST, reasons)
+    elif better:
+        logger.warning("%s tensors are served by the %s backend; %s", device_type, chosen, reasons)
     else:
         logger.info("%s tensors are served by the %s backend, the best that works here", device_type, chosen)
 

@@ -164,7 +164,7 @@ def check(handle: ctypes.CDLL, status: int) -> None:
 
 @functools.cache
 def load_kernels(device: int) -> None:
-    """Load every kernel on a device, once: so that the first call may come inside a graph capture."""
+    """Load every kernel on a device, once; lazy loading by the runtime would fail inside a graph capture."""
     handle = library()
     check(handle, handle.fk_cuda_load(device))
 

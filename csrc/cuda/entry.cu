@@ -109,9 +109,16 @@ FK_EXPORT int32_t fk_cuda_runtime_version(int32_t *version) {
 
 FK_EXPORT const char *fk_cuda_error_string(int32_t error) { return cudaGetErrorString((cudaError_t)error); }
 
+// Loading is no work of a stream: a capture that is going on in this thread need not forbid it.
 FK_EXPORT int32_t fk_cuda_load(int32_t device) {
   const DeviceGuard guard(device);
-  return guard.error() != cudaSuccess ? (int32_t)guard.error() : fk_cuda_load_kernels();
+  if (guard.error() != cudaSuccess) return (int32_t)guard.error();
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode); // mode: now the one before
+  if (error != cudaSuccess) return (int32_t)error;
+  const int32_t loaded = fk_cuda_load_kernels();
+  error = cudaThreadExchangeStreamCaptureMode(&mode);
+  return loaded ? loaded : (int32_t)error;
 }
 
 FK_EXPORT int32_t fk_cuda_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,

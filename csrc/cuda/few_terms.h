@@ -50,13 +50,12 @@ sum_terms(float (&acc)[kPiece], uint32_t first_group, uint32_t piece, const FewT
   }
 }
 
-template <typename Storage, typename Family, int kTerms>
-__global__ void __launch_bounds__(kThreads, kTerms == 1 ? 3 : 2)
+template <typename Storage, typename Family, int kTerms> __global__ void __launch_bounds__(kThreads)
     few_terms(const __grid_constant__ FlatLaunch launch) {
   __shared__ FewShared<kTerms> shared;
   prepare_few<Storage, Family, kTerms>(launch, shared);
   __syncthreads();
-  const FlatTile tile = shared.tile;
+  const FlatTile &tile = shared.tile;
   FewTerms<kTerms> terms;
   bool any_term = false, all_terms = true;
 #pragma unroll

@@ -36,7 +36,7 @@ int32_t fk_cuda_runtime_version(int32_t *version);
 // What a positive return value means.
 const char *fk_cuda_error_string(int32_t error);
 
-// Loads every kernel on a device, so that the first call may come inside a capture.
+// Loads every kernel on a device, also while this thread captures a graph.
 int32_t fk_cuda_load(int32_t device);
 
 // The primitive (contract section 6) over a list of tensors, on a stream (a cudaStream_t) of a device.

@@ -1,4 +1,4 @@
-"""Builds the CUDA sources for the host (tests/cuda_shim) and runs them as a backend of cpu tensors."""
+"""Builds the CUDA sources for the host and runs them as a backend of cpu tensors; what their tests share."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from fedkseed_kernels import _layout, native_cuda
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedkseed_kernels import _layout, golden, native_cuda, reference
+from fedkseed_kernels._conformance_checks import tensor_of
 from fedkseed_kernels._operands import DeviceTerms, Operands, Terms
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
 SHIM = ROOT / "tests" / "cuda_shim"
+# dtypes with the rounding modes that make a difference to them.
+MODES = [("float32", "nearest"), ("float64", "nearest")] + [
+    (dtype, rounding) for dtype in ("bfloat16", "float16") for rounding in reference.ROUNDINGS
+]
 COMPILER = next((c for c in ("g++", "clang++") if shutil.which(c)), None)
 FLAGS = (
     *("-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"),
@@ -75,3 +85,29 @@ class ShimBackend:
     @property
     def num_blocks(self) -> int:
         return int(self.handle.fk_shim_num_blocks())
+
+
+def assert_same(got: NDArray[Any], want: NDArray[Any], dtype: str, label: str = "") -> None:
+    assert got.shape == want.shape
+    same = golden.same_value(got.reshape(-1), want.reshape(-1), dtype)
+    assert same.all(), f"{label}: {(~same).sum()} of {same.size} differ, first {int(np.argmin(same))}"
+
+
+def weights(count: int, dtype: str, seed: int = 1) -> Tensor:
+    values = np.random.default_rng(seed).standard_normal(count) * 0.05
+    stored = values if dtype == "float64" else reference.round_to_nearest(values.astype(np.float32), dtype)
+    return tensor_of(stored, dtype)
+
+
+def terms(count: int) -> tuple[list[int], list[float]]:
+    """Seeds of both halves, coefficients of both signs, one of five zero."""
+    generator = np.random.default_rng(count)
+    seeds = [int(s) for s in generator.integers(-(2**63), 2**63, count)]
+    coeffs = generator.standard_normal(count) * 0.01
+    coeffs[4::5] = 0.0
+    return seeds, coeffs.tolist()
+
+
+def options(rounding: str, family: str, alpha: float = 0.999) -> dict[str, Any]:
+    seed = 2**64 - 9 if rounding == "stochastic" else None
+    return {"alpha": alpha, "family": family, "rounding": rounding, "rounding_seed": seed}

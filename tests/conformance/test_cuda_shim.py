@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +11,28 @@ import cuda_shim
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from cuda_shim import MODES, assert_same, options, terms, weights
 from torch import Tensor
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import _checks, conformance, dispatch, golden, native, native_cuda, reference
+from fedkseed_kernels import (
+    conformance,
+    dispatch,
+    golden,
+    reference,
+)
 from fedkseed_kernels._conformance_checks import CHECKS, Target, poisoned, stored_of, tensor_of
-from fedkseed_kernels._operands import DeviceTerms, Terms
 
 pytestmark = pytest.mark.skipif(cuda_shim.COMPILER is None, reason="needs a C++ compiler")
 
 # Those without "words" and "transform", which ask a backend for raw words.
 OP_CHECKS = [name for name in CHECKS if name not in ("Philox words", "Gaussian transform")]
-MODES = [("float32", "nearest"), ("float64", "nearest")] + [
-    (dtype, rounding) for dtype in ("bfloat16", "float16") for rounding in reference.ROUNDINGS
-]
 all_modes = pytest.mark.parametrize(("dtype", "rounding"), MODES)
 all_families = pytest.mark.parametrize("family", reference.FAMILIES)
 # Around a piece (8), a Rademacher group (128), and a tile of each kernel (4096, 8192, 16384).
 SIZES = [1, 7, 8, 9, 127, 4097, 129, 0, 3]
 
 Call = Callable[[], Sequence[Tensor]]
-
-
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cuda_shim.build(tmp_path_factory.mktemp("cuda_shim"))
-
-
-@pytest.fixture(params=["ascending", "descending"])
-def shim(request: pytest.FixtureRequest, library: Path) -> Iterator[cuda_shim.ShimBackend]:
-    """The kernels, with the threads of each block run in one order and in the other."""
-    backend = cuda_shim.ShimBackend(library)
-    backend.descending(request.param == "descending")
-    yield backend
-    backend.descending(False)
 
 
 class Bench:
@@ -72,32 +59,6 @@ class Bench:
 @pytest.fixture
 def bench(shim: cuda_shim.ShimBackend, monkeypatch: pytest.MonkeyPatch) -> Bench:
     return Bench(shim, monkeypatch)
-
-
-def assert_same(got: NDArray[Any], want: NDArray[Any], dtype: str, label: str = "") -> None:
-    assert got.shape == want.shape
-    same = golden.same_value(got.reshape(-1), want.reshape(-1), dtype)
-    assert same.all(), f"{label}: {(~same).sum()} of {same.size} differ, first {int(np.argmin(same))}"
-
-
-def weights(count: int, dtype: str, seed: int = 1) -> Tensor:
-    values = np.random.default_rng(seed).standard_normal(count) * 0.05
-    stored = values if dtype == "float64" else reference.round_to_nearest(values.astype(np.float32), dtype)
-    return tensor_of(stored, dtype)
-
-
-def terms(count: int) -> tuple[list[int], list[float]]:
-    """Seeds of both halves, coefficients of both signs, one of five zero."""
-    generator = np.random.default_rng(count)
-    seeds = [int(s) for s in generator.integers(-(2**63), 2**63, count)]
-    coeffs = generator.standard_normal(count) * 0.01
-    coeffs[4::5] = 0.0
-    return seeds, coeffs.tolist()
-
-
-def options(rounding: str, family: str, alpha: float = 0.999) -> dict[str, Any]:
-    seed = 2**64 - 9 if rounding == "stochastic" else None
-    return {"alpha": alpha, "family": family, "rounding": rounding, "rounding_seed": seed}
 
 
 # --- the golden vectors
@@ -289,13 +250,6 @@ def test_tables_that_split(bench: Bench) -> None:
         assert_same(stored_of(got), stored_of(want), dtype)
 
 
-def test_nothing_to_do_launches_nothing(shim: cuda_shim.ShimBackend) -> None:
-    before = shim.num_launches
-    operands = _checks.check_operands([torch.empty(0), torch.empty(3, 0)], None, None, None, [], [], [])
-    shim.seed_axpy(operands, device_terms([1], [0.5]), "auto")
-    assert shim.num_launches == before
-
-
 def test_mixed_dtypes_in_one_list(bench: Bench) -> None:
     """A coefficient that rounds to zero in fp32 but not in fp64, beside one that does not."""
 
@@ -306,100 +260,6 @@ def test_mixed_dtypes_in_one_list(bench: Bench) -> None:
 
     for got, want in zip(bench.on_shim(call), call(), strict=True):
         assert_same(stored_of(got), stored_of(want), str(got.dtype).removeprefix("torch."))
-
-
-# --- what only a device decides
-
-
-def device_terms(seeds: Sequence[int], coeffs: Sequence[float], **chosen: Any) -> DeviceTerms:
-    """Terms as a GPU has them: here the device's memory is the host's."""
-    signed = [s - 2**64 if s >= 2**63 else s for s in seeds]
-    defaults: dict[str, Any] = {"alpha": 1.0, "family": "gaussian", "rounding": "nearest", "rounding_seed": 0}
-    return DeviceTerms(
-        torch.tensor(signed, dtype=torch.int64),
-        torch.tensor(coeffs, dtype=torch.float64),
-        **defaults | chosen,
-    )
-
-
-def run_in_place(shim: cuda_shim.ShimBackend, tensors: list[Tensor], terms: DeviceTerms) -> None:
-    shim.seed_axpy(_checks.check_operands(tensors, None, None, None, [], [], []), terms, "auto")
-
-
-@all_families
-@pytest.mark.parametrize("num_terms", [1, 2, 70])
-def test_nan_and_infinite_coefficients_are_skipped_and_counted(
-    shim: cuda_shim.ShimBackend, num_terms: int, family: str
-) -> None:
-    """Once a call, however many blocks, tensors and launches there are."""
-    seeds, coeffs = terms(num_terms)
-    bad = [c if k % 3 else (np.nan, np.inf, -np.inf, 1e39)[k // 3 % 4] for k, c in enumerate(coeffs)]
-    clean = [c if k % 3 else 0.0 for k, c in enumerate(coeffs)]
-    num_skipped = torch.tensor([5], dtype=torch.int32)
-    tensors, expected = (
-        [weights(9000, "float32"), weights(33, "bfloat16"), weights(64, "float32").reshape(8, 8).t()]
-        for _ in range(2)
-    )
-    run_in_place(shim, tensors, device_terms(seeds, bad, family=family, num_skipped=num_skipped))
-    fk.seed_axpy_(expected, seeds, clean, family=family)
-    for got, want in zip(tensors, expected, strict=True):
-        assert_same(stored_of(got), stored_of(want), str(got.dtype).removeprefix("torch."))
-    assert num_skipped.item() == 5 + len(range(0, num_terms, 3))
-    run_in_place(shim, tensors, device_terms(seeds, bad, family=family))
-
-
-@all_modes
-@pytest.mark.parametrize("num_terms", [1, 2, 3])
-def test_no_term_left_changes_no_byte(
-    shim: cuda_shim.ShimBackend, num_terms: int, dtype: str, rounding: str
-) -> None:
-    """Every pattern of 16 bits stays, NaN payloads too."""
-    tensor = tensor_of(
-        np.arange(2**16, dtype=np.uint16).view(f"u{torch.finfo(getattr(torch, dtype)).bits // 8}"), dtype
-    )
-    before = tensor.clone()
-    chosen = {"rounding": rounding, "rounding_seed": torch.tensor(3)}
-    strided = tensor.reshape(-1, 4).t().clone().t()
-    run_in_place(
-        shim,
-        [tensor, strided],
-        device_terms([1, 2, 3][:num_terms], [np.nan, 0.0, -0.0][:num_terms], **chosen),
-    )
-    assert stored_of(tensor).tobytes() == stored_of(before).tobytes()
-    assert stored_of(strided).tobytes() == stored_of(before).tobytes()
-
-
-@all_modes
-def test_scalars_on_the_device(shim: cuda_shim.ShimBackend, dtype: str, rounding: str) -> None:
-    """alpha is rounded to fp32 there, a rounding seed is a bit pattern."""
-    seeds, coeffs = terms(3)
-    tensor, want = weights(5000, dtype), weights(5000, dtype)
-    chosen = {"alpha": torch.tensor(0.1, dtype=torch.float64), "rounding": rounding}
-    run_in_place(shim, [tensor], device_terms(seeds, coeffs, rounding_seed=torch.tensor(-9), **chosen))
-    fk.seed_axpy_(want, seeds, coeffs, **options(rounding, "gaussian", alpha=0.1))
-    assert_same(stored_of(tensor), stored_of(want), dtype)
-
-
-@pytest.mark.parametrize("dtype", reference.DTYPES)
-def test_rows_out_of_range_give_nan_and_are_not_read(shim: cuda_shim.ShimBackend, dtype: str) -> None:
-    tensor = weights(6 * 20, dtype).reshape(6, 20)
-    out, want = (poisoned((4, 20), dtype) for _ in range(2))
-    operands = _checks.check_operands([tensor], [out], None, torch.tensor([2, 0, 0, 5]), [], [], [])
-    operands.rows = torch.tensor([2, 6, -(2**40), 5])
-    shim.seed_axpy(operands, device_terms([3], [0.5]), "auto")
-    fk.seed_axpy(tensor, [3], [0.5], rows=torch.tensor([2, 0, 0, 5]), out=want)
-    assert out[1:3].isnan().all()
-    assert_same(stored_of(out[::3]), stored_of(want[::3]), dtype)
-
-
-def test_unknown_codes_are_refused(shim: cuda_shim.ShimBackend) -> None:
-    table = np.zeros(1, native.TABLE_DTYPE)
-    table["dtype"] = 9
-    with pytest.raises(RuntimeError, match="does not know a code or a size of this call"):
-        native_cuda.seed_axpy(shim.handle, table, None, 0, device_terms([1], [0.5]), 0, 0)
-    many = Terms(np.zeros(65, np.uint64), np.ones(65), 1.0, "gaussian", "nearest", 0)
-    with pytest.raises(RuntimeError, match="does not know a code or a size of this call"):
-        native_cuda.seed_axpy(shim.handle, table[:0], None, 0, many, 0, 0)
 
 
 # --- these tests can fail

@@ -41,6 +41,7 @@ template <typename T> static inline T atomicOr(T *target, T value) {
 typedef void *cudaStream_t;
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
 struct cudaFuncAttributes {};
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
 
 // Runs a kernel's body for every thread of every block.
 void fk_shim_run(unsigned blocks, unsigned threads, const std::function<void()> &body);
@@ -61,6 +62,8 @@ static inline cudaError_t cudaRuntimeGetVersion(int *version) {
   return cudaSuccess;
 }
 static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, const void *) { return cudaSuccess; }
+
+static inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *) { return cudaSuccess; }
 
 #define FK_LAUNCH(kernel, blocks, threads, stream, argument)                                                 \
   do {                                                                                                       \
