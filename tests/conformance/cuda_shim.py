@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,8 @@ class ShimBackend:
         handle = native_cuda.open_library(library)
         assert not isinstance(handle, str), handle
         self.handle = handle
-        for name in ("fk_shim_num_launches", "fk_shim_num_blocks"):
-            getattr(handle, name).restype = ctypes.c_uint64
+        handle.fk_shim_num_launches.restype = ctypes.c_uint64
+        handle.fk_shim_only_blocks.argtypes = (ctypes.c_uint32, ctypes.c_uint32)
 
     def unavailable(self) -> None:
         return None
@@ -78,13 +80,18 @@ class ShimBackend:
         """Run the threads of a block in descending order, or in ascending."""
         self.handle.fk_shim_descending(int(on))
 
+    @contextmanager
+    def only_blocks(self, first: int, end: int) -> Iterator[None]:
+        """Leave out the other blocks of each launch: of a tensor that is too large to be written whole."""
+        self.handle.fk_shim_only_blocks(first, end)
+        try:
+            yield
+        finally:
+            self.handle.fk_shim_only_blocks(0, 2**32 - 1)
+
     @property
     def num_launches(self) -> int:
         return int(self.handle.fk_shim_num_launches())
-
-    @property
-    def num_blocks(self) -> int:
-        return int(self.handle.fk_shim_num_blocks())
 
 
 def assert_same(got: NDArray[Any], want: NDArray[Any], dtype: str, label: str = "") -> None:

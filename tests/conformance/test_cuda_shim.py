@@ -250,6 +250,51 @@ def test_tables_that_split(bench: Bench) -> None:
         assert_same(stored_of(got), stored_of(want), dtype)
 
 
+HUGE = 2**31 + 3 * 2**14 + 77
+
+
+@all_families
+@pytest.mark.parametrize("num_terms", [1, 2, 3])
+def test_more_than_2_31_elements(bench: Bench, num_terms: int, family: str) -> None:
+    """The last blocks of a tensor of which nothing else is touched: it takes addresses, not memory."""
+    seeds, coeffs = terms(num_terms)
+    tensor = torch.empty(HUGE, dtype=torch.bfloat16)
+    tail = 2**13 + 77  # within the last two tiles of every kernel
+    tensor[-tail:] = want = weights(tail, "bfloat16")
+    tile = 2**13 if num_terms > 2 else 2**14
+    num_blocks = -(-HUGE // tile)
+
+    def call() -> list[Tensor]:
+        fk.seed_axpy_(tensor, seeds, coeffs, family=family)
+        return [tensor[-tail:]]
+
+    with bench.shim.only_blocks(num_blocks - 2, num_blocks):
+        (got,) = bench.on_shim(call)
+    fk.seed_axpy_(want, seeds, coeffs, offsets=[HUGE - tail], family=family)
+    assert_same(stored_of(got), stored_of(want), "bfloat16")
+
+
+@all_families
+def test_a_slice_of_more_than_2_31_elements(bench: Bench, family: str) -> None:
+    """The last rows of a matrix without its first column, gathered from a view."""
+    seeds, coeffs = terms(2)
+    num_rows, width, last_rows = 2**19 + 5, 2**12 + 4, 3
+    matrix = torch.empty(num_rows, width, dtype=torch.bfloat16)[:, 1:]
+    matrix[-last_rows:] = want = weights(last_rows * (width - 1), "bfloat16").reshape(last_rows, width - 1)
+    slots_per_row = (width - 1 + 14) // 8
+    num_blocks = -(-num_rows * slots_per_row // 256)
+
+    def call() -> list[Tensor]:
+        fk.seed_axpy_(matrix, seeds, coeffs, views=[((num_rows, width), (0, 1))], family=family)
+        return [matrix[-last_rows:]]
+
+    with bench.shim.only_blocks(num_blocks - 1 - last_rows * slots_per_row // 256 - 1, num_blocks):
+        (got,) = bench.on_shim(call)
+    view = ((num_rows, width), (num_rows - last_rows, 1))
+    fk.seed_axpy_(want, seeds, coeffs, views=[view], family=family)
+    assert_same(stored_of(got), stored_of(want), "bfloat16")
+
+
 def test_mixed_dtypes_in_one_list(bench: Bench) -> None:
     """A coefficient that rounds to zero in fp32 but not in fp64, beside one that does not."""
 

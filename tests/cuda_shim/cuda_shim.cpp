@@ -25,7 +25,8 @@ ucontext_t scheduler;
 unsigned current;
 const std::function<void()> *running;
 bool descending;
-uint64_t num_launches, num_blocks_run;
+uint64_t num_launches;
+unsigned first_block, end_block = ~0u; // of the blocks of a launch that are run
 cudaError_t last_error = cudaSuccess;
 
 void run_fiber() {
@@ -69,9 +70,8 @@ void fk_shim_run(unsigned blocks, unsigned threads, const std::function<void()> 
   running = &body;
   gridDim.x = blocks;
   ++num_launches;
-  for (unsigned block = 0; block < blocks; ++block) {
+  for (unsigned block = first_block; block < blocks && block < end_block; ++block) {
     blockIdx.x = block;
-    ++num_blocks_run;
     if (!run_block(threads)) last_error = cudaErrorLaunchFailure;
   }
 }
@@ -88,4 +88,7 @@ const char *cudaGetErrorString(cudaError_t error) {
 
 extern "C" void fk_shim_descending(int32_t on) { descending = on != 0; }
 extern "C" uint64_t fk_shim_num_launches(void) { return num_launches; }
-extern "C" uint64_t fk_shim_num_blocks(void) { return num_blocks_run; }
+extern "C" void fk_shim_only_blocks(uint32_t first, uint32_t end) {
+  first_block = first;
+  end_block = end;
+}
