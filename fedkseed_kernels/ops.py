@@ -34,7 +34,7 @@ Arguments of the public functions, where they have them:
 For tensors on a GPU, seeds, coeffs, alpha and rounding_seed may be tensors of that GPU: the host does not
 wait for their values, and a captured CUDA graph reads them anew at each replay. A NaN or infinite coefficient
 there is skipped like a zero, and num_skipped is raised by the number of those; an alpha there is not checked.
-They must not overlap the tensors that are written.
+They must not overlap the tensors that are written. Values from the host are frozen in a captured graph.
 
 All checks are made before anything is written. Errors: ValueError for values, shapes, devices and overlaps;
 TypeError for dtypes and Python types; IndexError for rows out of range; RuntimeError for tensors that require

@@ -31,7 +31,8 @@ struct FlatTensor {
   uint32_t first_tile;
 };
 
-// Any other tensor: rows of consecutive elements, each covered by a fixed number of slots (one piece of noise each).
+// Any other tensor: rows of consecutive elements, each covered by a fixed number of slots (one piece of noise
+// each).
 struct StridedTensor {
   fk_tensor tensor;
   int64_t row_length;

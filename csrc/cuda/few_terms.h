@@ -1,5 +1,5 @@
-// One or two terms: bound by memory, or nearly. Round keys stay in registers; weights are read before the noise is
-// made, so that the one hides the other.
+// One or two terms: bound by memory, or nearly. Round keys stay in registers; weights are read before the
+// noise is made, so that the one hides the other.
 #pragma once
 
 #include "flat.h"
@@ -10,7 +10,8 @@ template <int kTerms> struct FewShared {
   FoldedKeys rounding;
 };
 
-// By the first thread of each warp: warp 0 finds the tile, warps 1.. prepare one term each, the next the rounding.
+// By the first thread of each warp: warp 0 finds the tile, warps 1.. prepare one term each, the next the
+// rounding.
 template <typename Storage, typename Family, int kTerms>
 FK_DEVICE void prepare_few(const FlatLaunch &launch, FewShared<kTerms> &shared) {
   constexpr unsigned kWarp = 32;

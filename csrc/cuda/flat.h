@@ -1,6 +1,6 @@
-// Kernels over tensors that are contiguous in the order of their elements. A block does one tile: the elements
-// [n T, (n + 1) T) of a tensor's noise for one n, so that the high half of its groups is one number. Tiles are
-// aligned to the noise, not to memory: a tile may begin before its tensor or end after it.
+// Kernels over tensors that are contiguous in the order of their elements. A block does one tile: the
+// elements [n T, (n + 1) T) of a tensor's noise for one n, so that the high half of its groups is one number.
+// Tiles are aligned to the noise, not to memory: a tile may begin before its tensor or end after it.
 #pragma once
 
 #include "piece.h"

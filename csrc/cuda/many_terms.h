@@ -1,5 +1,5 @@
-// Any number of terms: bound by arithmetic. Sums stay in registers while the terms pass by in chunks, prepared in
-// shared memory by the whole block between two barriers.
+// Any number of terms: bound by arithmetic. Sums stay in registers while the terms pass by in chunks,
+// prepared in shared memory by the whole block between two barriers.
 #pragma once
 
 #include "flat.h"
@@ -32,8 +32,8 @@ template <typename Storage> FK_DEVICE void begin_tile(const FlatLaunch &launch, 
   __syncthreads();
 }
 
-// Terms first .. first + kChunk - 1 into shared memory, by one thread each; begins and ends with a barrier. Returns
-// how many there are.
+// Terms first .. first + kChunk - 1 into shared memory, by one thread each; begins and ends with a barrier.
+// Returns how many there are.
 template <typename Family, typename Arithmetic, int kChunk>
 FK_DEVICE int prepare_chunk(const TermArguments &terms, int64_t first, const FlatTile &tile,
                             TermChunk<Arithmetic, kChunk> &chunk, uint32_t &any_term) {
@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(kThreads, ManyPieces<typename Storage::Arithme
   end_tile<Storage, Gaussian>(launch, shared, acc, [](int p) { return p * kThreads + (int32_t)threadIdx.x; });
 }
 
-// A thread sums the elements of one word (of half a word in fp64): a quarter of what one call of Philox yields. So the
-// block first makes all words of a chunk, each once, and then every thread reads its own.
+// A thread sums the elements of one word (of half a word in fp64): a quarter of what one call of Philox
+// yields. So the block first makes all words of a chunk, each once, and then every thread reads its own.
 template <typename Storage>
 __global__ void __launch_bounds__(kThreads, ManyPieces<typename Storage::Arithmetic>::kBlocks)
     many_rademacher(const __grid_constant__ FlatLaunch launch) {

@@ -1,7 +1,7 @@
 // Noise of one piece: the eight elements 8 p .. 8 p + 7. Two ways to the same words:
-//   prepared: the stream, the high half of the group and the seed are the same for a whole tile, so what follows from
-//             them alone in Philox's first rounds is worked out once a tile and shared (FoldedKeys);
-//   direct:   nothing is shared (fk_group_words).
+//   folded: the stream, the high half of the group and the seed are the same for a whole tile, so what follows
+//           from them alone in Philox's first rounds is worked out once a tile and shared (FoldedKeys);
+//   direct: nothing is shared (fk_group_words).
 #pragma once
 
 #include "normal.h"
@@ -113,7 +113,8 @@ FK_DEVICE void add_gaussian(Arithmetic (&acc)[kPiece], const fk_words &words, Ar
   }
 }
 
-// Adds one term to the sums of a piece. piece: its index, of which the low bits choose within a Rademacher group.
+// Adds one term to the sums of a piece. piece: its index, of which the low bits choose within a Rademacher
+// group.
 template <typename Family, typename Arithmetic> FK_DEVICE void
 add_term(Arithmetic (&acc)[kPiece], const fk_words &words, uint32_t piece, Arithmetic coefficient);
 

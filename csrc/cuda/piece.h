@@ -42,7 +42,8 @@ template <typename Element> FK_DEVICE void write_element(Element *to, Element bi
   *to = bits;
 }
 
-// The weights; where there are none, -0: with alpha = 1 it leaves every sum as it is, zeros of both signs too.
+// The weights; where there are none, -0: with alpha = 1 it leaves every sum as it is, zeros of both signs
+// too.
 template <typename Storage> FK_DEVICE typename Storage::Piece read_piece(const PieceMemory &memory) {
   using Element = typename Storage::Element;
   if (memory.whole && memory.in) return read_whole<Storage>(memory.in);
@@ -112,8 +113,8 @@ FK_DEVICE void copy_piece(const PieceMemory &memory, const typename Storage::Pie
   }
 }
 
-// Sums of the minus side (contract 6.2): -acc, except that zeros need not mirror. Those are summed anew, from the
-// negated coefficients and without anything prepared: they are rare. piece: its index in the noise.
+// Sums of the minus side (contract 6.2): -acc, except that zeros need not mirror. Those are summed anew, from
+// the negated coefficients and directly: with Gaussian noise they are rare. piece: its index in the noise.
 template <typename Family, typename Arithmetic>
 FK_DEVICE void negated_sums(Arithmetic (&minus)[kPiece], const Arithmetic (&acc)[kPiece],
                             const TermArguments &terms, uint32_t stream, uint64_t piece) {

@@ -20,7 +20,8 @@ const Kernels &kernels_of(int32_t dtype) {
   }
 }
 
-// Terms by value lose their zeros here, in the arithmetic of the dtype; those on the device are looked at there.
+// Terms by value lose their zeros here, in the arithmetic of the dtype; those on the device are looked at
+// there.
 TermArguments make_terms(const fk_cuda_terms &terms, bool fp64) {
   TermArguments made = {};
   made.device_alpha = terms.device_alpha;

@@ -1,4 +1,5 @@
-// From a list of tensors to launches: one for each dtype and kind of layout, more where a table or a grid is full.
+// From a list of tensors to launches: one for each dtype and kind of layout, more where a table or a grid is
+// full.
 #pragma once
 
 #include "arguments.h"

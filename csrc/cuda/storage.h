@@ -1,4 +1,5 @@
-// How the eight weights of a piece are held, widened and rounded, by dtype. A piece travels as 32-bit registers.
+// How the eight weights of a piece are held, widened and rounded, by dtype. A piece travels as 32-bit
+// registers.
 #pragma once
 
 #include "noise.h"

@@ -1,6 +1,7 @@
-// Every tensor that is not flat: slices, transposed memory, gathered rows. The tensor is a number of rows of elements
-// that are consecutive in the noise; a thread does one slot: the part of one piece of noise that lies in one row.
-// Correct for everything; the index arithmetic is paid once in eight elements where rows are long.
+// Every tensor that is not flat: slices, transposed memory, gathered rows. The tensor is a number of rows of
+// elements that are consecutive in the noise; a thread does one slot: the part of one piece of noise that
+// lies in one row. Correct for everything; the index arithmetic is paid once in eight elements where rows are
+// long.
 #pragma once
 
 #include "piece.h"

@@ -1,4 +1,5 @@
-// What the kernels take from CUDA beyond C++. tests/cuda_shim stands in for it where they are compiled for a host.
+// What the kernels take from CUDA beyond C++. tests/cuda_shim stands in for it where they are compiled for a
+// host.
 #pragma once
 
 #if defined(__CUDACC__)

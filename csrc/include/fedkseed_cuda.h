@@ -1,8 +1,9 @@
 // The C ABI of the native CUDA library; fedkseed.h describes tensors and codes.
 // fedkseed_kernels/native_cuda.py declares the same structs with ctypes.
 //
-// Tensors, rows and the pointers marked "device" are memory of one GPU. Nothing here allocates or synchronises, so a
-// call may be captured into a CUDA graph. Return values: 0, a negative FK_ERROR_*, or a positive cudaError_t.
+// Tensors, rows and the pointers marked "device" are memory of one GPU. Nothing here allocates or
+// synchronises, so a call may be captured into a CUDA graph. Return values: 0, a negative FK_ERROR_*, or a
+// positive cudaError_t.
 #pragma once
 
 #include "fedkseed.h"
@@ -29,7 +30,8 @@ typedef struct fk_cuda_terms {
   int32_t reserved; // 0
 } fk_cuda_terms;
 
-// Versions as CUDA encodes them (13000 for 13.0); the driver's is 0 without a driver. Neither touches a device.
+// Versions as CUDA encodes them (13000 for 13.0); the driver's is 0 without a driver. Neither touches a
+// device.
 int32_t fk_cuda_driver_version(int32_t *version);
 int32_t fk_cuda_runtime_version(int32_t *version);
 

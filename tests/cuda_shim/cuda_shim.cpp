@@ -1,5 +1,6 @@
-// Threads of a block are fibers on stacks of their own. A turn runs every thread to its next barrier (or its end), in
-// ascending or descending order: a kernel that relies on more than its barriers gives other results in one of the two.
+// Threads of a block are fibers on stacks of their own. A turn runs every thread to its next barrier (or its
+// end), in ascending or descending order: a kernel that relies on more than its barriers gives other results
+// in one of the two.
 #include "cuda_shim.h"
 
 #include <stdio.h>

@@ -1,5 +1,6 @@
-// Stands in for the CUDA runtime where csrc/cuda is compiled for a host: the kernels themselves run, one block after
-// the other, the threads of a block as fibers that switch at barriers. Found by csrc/cuda/target.h.
+// Stands in for the CUDA runtime where csrc/cuda is compiled for a host: the kernels themselves run, one
+// block after the other, the threads of a block as fibers that switch at barriers. Found by
+// csrc/cuda/target.h.
 #pragma once
 
 #include <stdint.h>
