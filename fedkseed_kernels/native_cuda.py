@@ -114,17 +114,16 @@ def _why_the_driver_cannot_serve() -> str | None:
     return None
 
 
-def _why_the_gpu_cannot_serve() -> str | None:
-    """Asks no GPU before torch has: tensors that need an answer are there only afterwards."""
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        for index in range(torch.cuda.device_count()):
-            capability = torch.cuda.get_device_capability(index)
-            if capability < MIN_COMPUTE_CAPABILITY:
-                got, needed = (".".join(map(str, c)) for c in (capability, MIN_COMPUTE_CAPABILITY))
-                return (
-                    f"cuda:{index} is of compute capability {got}, the library is built for {needed} and "
-                    "later; hide it with CUDA_VISIBLE_DEVICES or use FEDKSEED_BACKEND=triton"
-                )
+@functools.cache
+def _why_a_gpu_cannot_serve() -> str | None:
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < MIN_COMPUTE_CAPABILITY:
+            got, needed = (".".join(map(str, c)) for c in (capability, MIN_COMPUTE_CAPABILITY))
+            return (
+                f"cuda:{index} is of compute capability {got}, the library is built for {needed} and later; "
+                "hide it with CUDA_VISIBLE_DEVICES or use FEDKSEED_BACKEND=triton"
+            )
     return None
 
 
@@ -135,7 +134,11 @@ def unavailable() -> str | None:
         return handle
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
-    return _why_the_driver_cannot_serve() or _why_the_gpu_cannot_serve()
+    reason = _why_the_driver_cannot_serve()
+    # No GPU is asked before torch has done so: tensors that need an answer are there only afterwards.
+    if reason is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        reason = _why_a_gpu_cannot_serve()
+    return reason
 
 
 def library() -> ctypes.CDLL:

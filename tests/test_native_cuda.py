@@ -35,13 +35,17 @@ def compile_c(source: str, folder: Path, *flags: str) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fresh() -> Iterator[None]:
     """Nothing remembered of another test's library or driver."""
-    for function in (native_cuda._load, native_cuda._why_the_driver_cannot_serve):
+    remembering = [
+        native_cuda._load,
+        native_cuda._why_the_driver_cannot_serve,
+        native_cuda._why_a_gpu_cannot_serve,
+    ]
+    for function in remembering:
         function.cache_clear()
     yield
-    monkeypatch.undo()
-    for function in (native_cuda._load, native_cuda._why_the_driver_cannot_serve):
+    for function in remembering:
         function.cache_clear()
 
 
