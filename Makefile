@@ -10,7 +10,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 LIBRARY := fedkseed_kernels/_lib/libfedkseed_cpu.so
 INSTALLED := $(VENV)/.installed
-CXX_FILES = $(shell find csrc benchmarks -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu')
 
 # Extra arguments of the commands below, e.g. make demo DEMO_ARGS='--quick --seed 1'
 DEMO_ARGS ?=

@@ -1,4 +1,6 @@
-"""Builds the native CPU library beside the Python packages. Metadata is in pyproject.toml.
+"""Builds the native libraries, for CPUs and for CUDA, beside the Python packages.
+
+Metadata is in pyproject.toml.
 
 What is built, decided once, before anything is compiled:
 
@@ -12,8 +14,11 @@ What is built, decided once, before anything is compiled:
             FEDKSEED_REQUIRE_CPU=1 ......... error if it does not
         other targets ...................... baseline
         a source does not compile .......... error
-    nvcc ($CUDA_HOME/bin, else PATH)
-        missing, FEDKSEED_REQUIRE_CUDA=1 ... error
+    FEDKSEED_BUILD_CUDA=0, or not Linux .... no CUDA library
+    nvcc ($CUDA_HOME/bin, else PATH), no GPU is needed
+        missing, older than CUDA 13, or fails on a source
+            FEDKSEED_REQUIRE_CUDA=1 ........ error
+            otherwise ...................... warning, no CUDA library
 
 MAX_JOBS caps the parallel compilations. CXXFLAGS is ignored: the noise contract's bits depend on the flags.
 The decision is recorded in fedkseed_kernels/_lib/build_info.json, which the package quotes at run time.
@@ -32,7 +37,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from setuptools import Command, Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -41,9 +46,11 @@ from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 CPU_SOURCES = ROOT / "csrc" / "cpu"
+CUDA_SOURCES = ROOT / "csrc" / "cuda"
 INCLUDE = ROOT / "csrc" / "include"
 LIB_PACKAGE = Path("fedkseed_kernels", "_lib")
 LIBRARY = "libfedkseed_cpu.so"
+CUDA_LIBRARY = "libfedkseed_cuda.so"
 BUILD_INFO = "build_info.json"
 
 # No contraction and no fast-math: every fma of the contract is written out, everything else rounds by itself.
@@ -54,6 +61,21 @@ ISA_FLAGS = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
+
+
+# Machine code for these, and PTX of the newest for what comes after it. The runtime is linked in, so that the
+# library loads without CUDA; its symbols stay inside, so that torch's own runtime is left alone.
+CUDA_ARCHS = (80, 90, 100)
+NVCC_FLAGS = [
+    *("-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"),
+    *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS),
+    f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}",
+]
+NVCC_LINK_FLAGS = [
+    *("-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"),
+    "-Xcompiler=-static-libgcc,-static-libstdc++",
+]
+NVCC_MIN_MAJOR = 13
 
 
 class Toolchain(NamedTuple):
@@ -150,6 +172,35 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
+def find_cuda_toolchain() -> tuple[str, str]:
+    """nvcc and its release; "" and the reason if the CUDA library is not built.
+
+    Raises:
+        CompileError: FEDKSEED_REQUIRE_CUDA=1 and there is none to build it with.
+    """
+    nvcc = find_nvcc()
+    reason = ""
+    if not enabled("FEDKSEED_BUILD_CUDA", default="1"):
+        reason = "FEDKSEED_BUILD_CUDA=0 was set"
+    elif sys.platform != "linux":
+        reason = f"the CUDA library is built on Linux only, this is {sys.platform}"
+    elif nvcc is None:
+        reason = "nvcc was not found in $CUDA_HOME/bin or on PATH"
+    else:
+        release = re.search(r"release (\d+)\.\d+, V([\d.]+)", run([nvcc, "--version"]))
+        if release is not None and int(release.group(1)) >= NVCC_MIN_MAJOR:
+            return nvcc, release.group(2)
+        reason = (
+            f"{nvcc} is of CUDA {release.group(2) if release else 'unknown'}, {NVCC_MIN_MAJOR}.0 is needed"
+        )
+    if enabled("FEDKSEED_REQUIRE_CUDA"):
+        raise CompileError(
+            f"FEDKSEED_REQUIRE_CUDA=1 expects the native CUDA library, but {reason}; install the CUDA "
+            f"toolkit (>= {NVCC_MIN_MAJOR}.0) or unset the switch to build without it"
+        )
+    return "", reason
+
+
 def contract_version() -> int:
     """The version of the noise contract, from the header that defines it."""
     found = re.search(r"^#define FK_CONTRACT_VERSION (\d+)$", (INCLUDE / "fedkseed.h").read_text(), re.M)
@@ -172,13 +223,33 @@ def compile_objects(toolchain: Toolchain, folder: Path) -> list[Path]:
     }
     if not tasks:
         raise CompileError(f"expected C++ sources in {CPU_SOURCES}, got none; the source tree is incomplete")
-    folder.mkdir(parents=True, exist_ok=True)
-    jobs = max(1, min(int(os.environ.get("MAX_JOBS") or len(tasks)), len(os.sched_getaffinity(0))))
-    with ThreadPoolExecutor(jobs) as pool:
-        commands = ([*toolchain.command, *own, "-o", str(target)] for target, own in tasks.items())
-        for warnings in pool.map(run, commands):
-            sys.stderr.write(warnings)
+    compile_all({target: [*toolchain.command, *own, "-o", str(target)] for target, own in tasks.items()})
     return list(tasks)
+
+
+def compile_cuda_objects(nvcc: str, folder: Path) -> list[Path]:
+    """Compile csrc/cuda into ``folder``, as `compile_objects` does with csrc/cpu."""
+    sources = sorted(CUDA_SOURCES.glob("*.cu"))
+    if not sources:
+        raise CompileError(
+            f"expected CUDA sources in {CUDA_SOURCES}, got none; the source tree is incomplete"
+        )
+    tasks = {
+        folder / f"{source.stem}.o": [nvcc, *NVCC_FLAGS, f"-I{INCLUDE}", "-c", str(source)]
+        for source in sources
+    }
+    compile_all({target: [*command, "-o", str(target)] for target, command in tasks.items()})
+    return list(tasks)
+
+
+def compile_all(commands: dict[Path, list[str]]) -> None:
+    """Run one command for each target, at most MAX_JOBS and one per core at a time."""
+    for target in commands:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    jobs = max(1, min(int(os.environ.get("MAX_JOBS") or len(commands)), len(os.sched_getaffinity(0))))
+    with ThreadPoolExecutor(jobs) as pool:
+        for warnings in pool.map(run, commands.values()):
+            sys.stderr.write(warnings)
 
 
 def publish(target: Path, write: Sequence[str] | str) -> None:
@@ -202,6 +273,7 @@ class NativeDistribution(Distribution):
     """A distribution whose wheel is tied to a platform exactly when it holds the native library."""
 
     _toolchain: Toolchain | None = None
+    _cuda_toolchain: tuple[str, str] | None = None
 
     @property
     def toolchain(self) -> Toolchain:
@@ -209,14 +281,20 @@ class NativeDistribution(Distribution):
             self._toolchain = find_toolchain()
         return self._toolchain
 
+    @property
+    def cuda_toolchain(self) -> tuple[str, str]:
+        if self._cuda_toolchain is None:
+            self._cuda_toolchain = find_cuda_toolchain()
+        return self._cuda_toolchain
+
     def has_ext_modules(self) -> bool:
-        return bool(self.toolchain.command)
+        return bool(self.toolchain.command or self.cuda_toolchain[0])
 
 
 class BuildNative(Command):
-    """Compile and link the library into the build tree, or into the source tree for an editable install."""
+    """Compile and link the libraries into the build tree, or into the source tree for an editable install."""
 
-    description = "build the native CPU library"
+    description = "build the native libraries"
     user_options: ClassVar = [
         ("build-lib=", None, "folder of the packages"),
         ("build-temp=", None, "folder of the objects"),
@@ -235,11 +313,10 @@ class BuildNative(Command):
         self.set_undefined_options("build", ("build_lib", "build_lib"), ("build_temp", "build_temp"))
 
     def run(self) -> None:
-        if enabled("FEDKSEED_REQUIRE_CUDA") and find_nvcc() is None:
-            raise CompileError(
-                "FEDKSEED_REQUIRE_CUDA=1 expects nvcc, found none in $CUDA_HOME/bin or on PATH; "
-                "install the CUDA toolkit or unset the switch"
-            )
+        info = {"cpu": self._build_cpu(), "cuda": self._build_cuda(), "contract": contract_version()}
+        publish(self._folder() / BUILD_INFO, json.dumps(info, indent=2) + "\n")
+
+    def _build_cpu(self) -> dict[str, Any]:
         toolchain, folder = self.distribution.toolchain, self._folder()
         if toolchain.command:
             objects = compile_objects(toolchain, Path(self.build_temp or "build", "cpu"))
@@ -248,14 +325,34 @@ class BuildNative(Command):
             (folder / LIBRARY).unlink(missing_ok=True)
         if toolchain.reason:
             self.warn(f"native CPU library: {toolchain.reason}")
-        cpu = {
+        return {
             "built": bool(toolchain.command),
             "reason": toolchain.reason,
             "compiler": run([*toolchain.command, "--version"]).splitlines()[0] if toolchain.command else "",
             "isas": list(toolchain.isas),
         }
-        info = {"cpu": cpu, "contract": contract_version()}
-        publish(folder / BUILD_INFO, json.dumps(info, indent=2) + "\n")
+
+    def _build_cuda(self) -> dict[str, Any]:
+        nvcc, release_or_reason = self.distribution.cuda_toolchain
+        target = self._folder() / CUDA_LIBRARY
+        target.unlink(missing_ok=True)
+        reason = "" if nvcc else release_or_reason
+        if nvcc:
+            try:
+                objects = compile_cuda_objects(nvcc, Path(self.build_temp or "build", "cuda"))
+                publish(target, [nvcc, *map(str, objects), *NVCC_LINK_FLAGS])
+            except CompileError as error:
+                if enabled("FEDKSEED_REQUIRE_CUDA"):
+                    raise
+                reason = f"nvcc failed: {error}"
+        if reason:
+            self.warn(f"native CUDA library: {reason}")
+        return {
+            "built": not reason,
+            "reason": reason,
+            "nvcc": release_or_reason if nvcc else "",
+            "archs": [] if reason else [f"sm_{arch}" for arch in CUDA_ARCHS],
+        }
 
     def _folder(self) -> Path:
         return (ROOT if self.editable_mode else Path(self.build_lib or "build")) / LIB_PACKAGE
@@ -264,7 +361,9 @@ class BuildNative(Command):
         return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]
 
     def get_outputs(self) -> list[str]:
-        names = [LIBRARY, BUILD_INFO] if self.distribution.toolchain.command else [BUILD_INFO]
+        names = [BUILD_INFO]
+        names += [LIBRARY] if self.distribution.toolchain.command else []
+        names += [CUDA_LIBRARY] if (self._folder() / CUDA_LIBRARY).exists() else []
         return [str(self._folder() / name) for name in names]
 
     def get_output_mapping(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedkseed_kernels import dispatch, native
+from fedkseed_kernels import dispatch, native, native_cuda
 from fedkseed_kernels._operands import CONTRACT_VERSION
 from fedkseed_kernels._version import __version__
 
@@ -17,12 +17,14 @@ def info() -> dict[str, Any]:
     """Versions, backends with their availability, what serves cpu tensors now and why, and the switches.
 
     Keys: `version`, `contract_version`, `abi_version`, `torch`, `numpy`; `backends`: for each name
-    `available` and `reason` (why not, else None); `devices`: the dispatch table; `cpu_backend`: the backend
-    that a call would take now, or the reason why it would fail; `cpu_isa`, `cpu_isas_built`,
-    `cpu_isas_usable`: of the native library (None and empty without it); `num_threads`, `threads`: how many a
-    call may use, and whose they are; `environment`: the switches as they are set, None for unset.
+    `available` and `reason` (why not, else None; `native` is the CPU library); `native_cuda`: the same of the
+    CUDA library; `devices`: the dispatch table; `cpu_backend`: the backend that a call would take now, or the
+    reason why it would fail; `cpu_isa`, `cpu_isas_built`, `cpu_isas_usable`: of the native library (None and
+    empty without it); `num_threads`, `threads`: how many a call may use, and whose they are; `environment`:
+    the switches as they are set, None for unset.
     """
     reasons = {name: backend.unavailable() for name, backend in dispatch.BACKENDS.items()}
+    cuda_reason = native_cuda.unavailable()
     has_native = reasons["native"] is None
     threaded = has_native and native.has_threads()
     try:
@@ -46,6 +48,7 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "numpy": np.__version__,
         "backends": {name: {"available": r is None, "reason": r} for name, r in reasons.items()},
+        "native_cuda": {"available": cuda_reason is None, "reason": cuda_reason},
         "devices": {device: list(names) for device, names in dispatch.TABLE.items()},
         "cpu_backend": cpu_backend,
         "cpu_isa": (usable[-1] if isa == "auto" else isa) if has_native else None,

@@ -1,4 +1,5 @@
-"""What a backend is handed: checked tensors with noise indices (Operands), and a sum of noises (Terms)."""
+"""What a backend is handed: checked tensors with noise indices (Operands), and a sum of noises (Terms on the
+host, DeviceTerms on a GPU)."""
 
 from __future__ import annotations
 
@@ -76,3 +77,33 @@ class Terms:
     family: str
     rounding: str
     rounding_seed: int
+
+    def to(self, device: torch.device) -> DeviceTerms:
+        """The same terms with seeds and coefficients in the memory of a device."""
+        return DeviceTerms(
+            seeds=torch.from_numpy(self.seeds.view(np.int64)).to(device, non_blocking=True),
+            coeffs=torch.from_numpy(self.coeffs).to(device, non_blocking=True),
+            alpha=self.alpha,
+            family=self.family,
+            rounding=self.rounding,
+            rounding_seed=self.rounding_seed,
+        )
+
+
+@dataclass(slots=True)
+class DeviceTerms:
+    """Terms whose values only a device knows: they may change between replays of a captured graph.
+
+    `seeds` int64 [K] (bit patterns) and `coeffs` fp64 [K], contiguous, on the device; NaN and infinite
+    coefficients are skipped like zeros and their number is added to `num_skipped` (int32, one element) where
+    there is one. `alpha` (fp64) and `rounding_seed` (int64) are numbers like those of Terms, or tensors of
+    one element on the device; alpha is rounded to fp32 there.
+    """
+
+    seeds: Tensor
+    coeffs: Tensor
+    alpha: float | Tensor
+    family: str
+    rounding: str
+    rounding_seed: int | Tensor
+    num_skipped: Tensor | None = None

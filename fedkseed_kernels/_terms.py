@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedkseed_kernels._exact import ieee_arithmetic
-from fedkseed_kernels._operands import FAMILY_CODES, ROUNDING_CODES, Terms
+from fedkseed_kernels._operands import FAMILY_CODES, ROUNDING_CODES, DeviceTerms, Terms
 
 # Numbers of at least this magnitude become infinite in fp32: its largest number and half an ulp.
 FP32_OVERFLOW = float.fromhex("0x1.ffffffp+127")
@@ -140,10 +141,36 @@ def check_on_host(tensor: Tensor, name: str) -> None:
         raise ValueError(f"expected {name} on the cpu, got {tensor.device}; call {name}.cpu()")
 
 
+def check_term_place(tensor: Tensor, name: str, device: torch.device) -> None:
+    """Refuse a term that is neither on the host nor on the GPU of the tensors it changes."""
+    if device.type != "cuda":
+        check_on_host(tensor, name)
+    elif tensor.device.type != "cpu" and tensor.device != device:
+        raise ValueError(
+            f"expected {name} on {device} like the tensors, or on the cpu, got {tensor.device}; move it there"
+        )
+
+
+def check_num_skipped(num_skipped: Tensor, device: torch.device) -> None:
+    """The counter of skipped coefficients."""
+    if num_skipped.dtype != torch.int32 or num_skipped.numel() != 1:
+        got = f"{num_skipped.dtype} of shape {tuple(num_skipped.shape)}"
+        raise ValueError(f"expected num_skipped int32 of one element, got {got}")
+    if num_skipped.device != device:
+        raise ValueError(f"expected num_skipped on {device} like the tensors, got {num_skipped.device}")
+
+
 def check_term_metadata(
-    seeds: Tensor, coeffs: Tensor, alpha: Tensor, family: str, rounding: str, rounding_seed: Tensor | None
+    seeds: Tensor,
+    coeffs: Tensor,
+    alpha: Tensor,
+    family: str,
+    rounding: str,
+    rounding_seed: Tensor | None,
+    device: torch.device,
+    num_skipped: Tensor | None = None,
 ) -> None:
-    """Shapes, dtypes and choices of the terms; looks at no values."""
+    """Shapes, dtypes, choices and places of the terms; looks at no values. device: of the tensors."""
     check_choices(family, rounding)
     if seeds.dim() != 1 or seeds.dtype != torch.int64:
         raise ValueError(f"expected seeds int64 [num_terms], got {seeds.dtype} of shape {tuple(seeds.shape)}")
@@ -169,11 +196,13 @@ def check_term_metadata(
     if rounding_seed is not None and (rounding_seed.dim() != 0 or rounding_seed.dtype != torch.int64):
         got = f"{rounding_seed.dtype} of shape {tuple(rounding_seed.shape)}"
         raise ValueError(f"expected rounding_seed int64 of shape (), got {got}")
-    check_on_host(seeds, "seeds")
-    check_on_host(coeffs, "coeffs")
-    check_on_host(alpha, "alpha")
+    check_term_place(seeds, "seeds", device)
+    check_term_place(coeffs, "coeffs", device)
+    check_term_place(alpha, "alpha", device)
     if rounding_seed is not None:
-        check_on_host(rounding_seed, "rounding_seed")
+        check_term_place(rounding_seed, "rounding_seed", device)
+    if num_skipped is not None:
+        check_num_skipped(num_skipped, device)
 
 
 def check_terms(
@@ -183,18 +212,59 @@ def check_terms(
     family: str,
     rounding: str,
     rounding_seed: Tensor | None,
+    num_skipped: Tensor | None,
     all_fp64: bool,
-) -> Terms:
-    """Check the terms as the ops take them and copy them to the host.
+    device: torch.device,
+) -> Terms | DeviceTerms:
+    """Check the terms as the ops take them. Values on the host are checked, and copied unless some term is on
+    a GPU: nobody waits for that one, and all are left to the GPU.
 
     Args: those of the ops in `ops`. all_fp64: whether every tensor of the list is fp64, so that nothing is
-        rounded to fp32.
+        rounded to fp32. device: of the tensors.
     Raises:
         ValueError: as the public functions document.
     """
-    check_term_metadata(seeds, coeffs, alpha, family, rounding, rounding_seed)
-    # Copies: the caller may hold these tensors in the very list that is about to be written.
-    values = np.array(coeffs.numpy())
+    check_term_metadata(seeds, coeffs, alpha, family, rounding, rounding_seed, device, num_skipped)
+    if coeffs.device.type == "cpu":
+        _check_coefficients(coeffs.numpy(), all_fp64)
+    alpha_value = _alpha_value(alpha) if alpha.device.type == "cpu" else alpha
+    rounding_value: int | Tensor = 0
+    if rounding_seed is not None:
+        on_host = rounding_seed.device.type == "cpu"
+        rounding_value = int(rounding_seed.item()) % (1 << 64) if on_host else rounding_seed
+    if (
+        seeds.device.type == coeffs.device.type == "cpu"
+        and isinstance(alpha_value, float)
+        and isinstance(rounding_value, int)
+    ):
+        # Copies: the caller may hold these tensors in the very list that is about to be written.
+        return Terms(
+            seeds=np.array(seeds.numpy()).view(np.uint64),
+            coeffs=np.array(coeffs.numpy()),
+            alpha=alpha_value,
+            family=family,
+            rounding=rounding,
+            rounding_seed=rounding_value,
+        )
+    return DeviceTerms(
+        seeds=seeds.to(device, non_blocking=True).contiguous(),
+        coeffs=coeffs.to(device, non_blocking=True).contiguous(),
+        alpha=alpha_value,
+        family=family,
+        rounding=rounding,
+        rounding_seed=rounding_value,
+        num_skipped=num_skipped,
+    )
+
+
+def _alpha_value(alpha: Tensor) -> float:
+    value = alpha.item()
+    if not abs(value) < FP32_OVERFLOW:
+        raise ValueError(f"expected alpha to be finite in fp32, got {value}")
+    return rounded_to_fp32(value)
+
+
+def _check_coefficients(values: NDArray[np.float64], all_fp64: bool) -> None:
     limit = np.inf if all_fp64 else FP32_OVERFLOW
     finite = np.abs(values) < limit  # False for NaN
     if not finite.all():
@@ -203,14 +273,3 @@ def check_terms(
             f"expected coefficients that are finite{'' if all_fp64 else ' in fp32'}, "
             f"got {values[first]} at index {first}; skip the step or leave the term out"
         )
-    alpha_value = alpha.item()
-    if not abs(alpha_value) < FP32_OVERFLOW:
-        raise ValueError(f"expected alpha to be finite in fp32, got {alpha_value}")
-    return Terms(
-        seeds=np.array(seeds.numpy()).view(np.uint64),
-        coeffs=values,
-        alpha=rounded_to_fp32(alpha_value),
-        family=family,
-        rounding=rounding,
-        rounding_seed=0 if rounding_seed is None else int(rounding_seed.item()) % (1 << 64),
-    )

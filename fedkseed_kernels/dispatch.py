@@ -10,19 +10,19 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fedkseed_kernels import native, native_backend, reference_backend
-from fedkseed_kernels._operands import ISA_CODES, Operands, Terms
+from fedkseed_kernels import native, native_backend, native_cuda_backend, reference_backend
+from fedkseed_kernels._operands import ISA_CODES, DeviceTerms, Operands, Terms
 
 logger = logging.getLogger("fedkseed_kernels")
 
 # The whole choice: for each device type the backends that can serve it, best first.
 TABLE: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference"),
-    "cuda": ("triton",),
+    "cuda": ("native", "triton"),
 }
 
 BACKEND_VARIABLE = "FEDKSEED_BACKEND"
@@ -35,8 +35,9 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why it cannot be used, with what to do about it; None when it can."""
 
-    def seed_axpy(self, operands: Operands, terms: Terms, isa: str) -> None:
-        """The primitive over checked operands; `isa` is meant for the native backend."""
+    def seed_axpy(self, operands: Operands, terms: Any, isa: str) -> None:
+        """The primitive over checked operands; `isa` is meant for the native backend of cpu tensors. terms:
+        Terms; backends of cuda tensors also take DeviceTerms."""
 
 
 class _NotThereYet:
@@ -54,6 +55,9 @@ BACKENDS: dict[str, Backend] = {
     "triton": _NotThereYet(),
     "reference": reference_backend,
 }
+
+# Backends that are another module for another device type.
+_BACKENDS_OF_DEVICE: dict[tuple[str, str], Backend] = {("native", "cuda"): native_cuda_backend}
 
 _backend_override: ContextVar[str | None] = ContextVar("fedkseed_backend", default=None)
 _isa_override: ContextVar[str | None] = ContextVar("fedkseed_cpu_isa", default=None)
@@ -119,8 +123,13 @@ def cpu_isa(name: str) -> Iterator[None]:
         _isa_override.reset(token)
 
 
-def _reasons_against(names: Iterable[str]) -> str:
-    reasons = {name: BACKENDS[name].unavailable() for name in names}
+def backend_of(name: str, device_type: str) -> Backend:
+    """The backend of that name for tensors of a device type."""
+    return _BACKENDS_OF_DEVICE.get((name, device_type), BACKENDS[name])
+
+
+def _reasons_against(names: Iterable[str], device_type: str) -> str:
+    reasons = {name: backend_of(name, device_type).unavailable() for name in names}
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
 
 
@@ -129,21 +138,25 @@ def _log_choice(device_type: str, chosen: str) -> None:
     if (device_type, chosen) in _logged:
         return
     _logged.add((device_type, chosen))
-    before = TABLE[device_type][: TABLE[device_type].index(chosen)]
+    better = TABLE[device_type][: TABLE[device_type].index(chosen)]
+    reasons = _reasons_against(better, device_type)
     if chosen == "reference":
-        message = "%s tensors are served by NumPy, %s; %s"
-        logger.warning(message, device_type, reference_backend.COST, _reasons_against(before))
+        logger.warning("%s tensors are served by NumPy, %s; %s", device_type, reference_backend.COST, reasons)
+    elif better:
+        logger.warning("%s tensors are served by the %s backend; %s", device_type, chosen, reasons)
     else:
         logger.info("%s tensors are served by the %s backend, the best that works here", device_type, chosen)
 
 
 def _automatic(device_type: str, isa: str) -> str:
     candidates = TABLE[device_type]
-    chosen = next((name for name in candidates if BACKENDS[name].unavailable() is None), None)
+    chosen = next((name for name in candidates if backend_of(name, device_type).unavailable() is None), None)
     if chosen is None:
-        raise RuntimeError(f"no backend can serve {device_type} tensors: {_reasons_against(candidates)}")
-    if isa != "auto" and chosen != "native":
-        reasons = _reasons_against(candidates)
+        raise RuntimeError(
+            f"no backend can serve {device_type} tensors: {_reasons_against(candidates, device_type)}"
+        )
+    if isa != "auto" and chosen != "native" and device_type == "cpu":
+        reasons = _reasons_against(candidates, device_type)
         raise RuntimeError(f"{CPU_ISA_VARIABLE} asks for {isa}, which needs the native backend: {reasons}")
     _log_choice(device_type, chosen)
     return chosen
@@ -164,25 +177,27 @@ def select(device_type: str) -> Selection:
     if name == "auto":
         name = _automatic(device_type, isa)
     else:
-        if (reason := BACKENDS[name].unavailable()) is not None:
+        if (reason := backend_of(name, device_type).unavailable()) is not None:
             raise RuntimeError(f"{BACKEND_VARIABLE} asks for {name}, which cannot be used: {reason}")
         if name not in TABLE[device_type]:
             raise RuntimeError(
                 f"{BACKEND_VARIABLE} asks for {name}, which does not serve {device_type} tensors; "
                 f"expected one of {', '.join(TABLE[device_type])}"
             )
-    if name == "native" and isa != "auto" and isa not in native.usable_isas():
+    if name == "native" and device_type == "cpu" and isa != "auto" and isa not in native.usable_isas():
         built = isa in native.built_isas()
         reason = "this machine cannot run it" if built else "the library was built without it"
         usable = ", ".join(native.usable_isas())
         raise RuntimeError(f"{CPU_ISA_VARIABLE} asks for {isa}, but {reason}; expected one of auto, {usable}")
-    return Selection(name, BACKENDS[name], isa)
+    return Selection(name, backend_of(name, device_type), isa)
 
 
-def execute(operands: Operands, terms: Terms) -> None:
+def execute(operands: Operands, terms: Terms | DeviceTerms) -> None:
     """Run the primitive on the backend of the operands' device, and raise the outputs' version counters."""
     outs = operands.outs.tensors
     chosen = select(outs[0].device.type if outs else "cpu")
     chosen.backend.seed_axpy(operands, terms, chosen.isa)
     written = outs if operands.outs_minus is None else [*outs, *operands.outs_minus.tensors]
+    if isinstance(terms, DeviceTerms) and terms.num_skipped is not None:
+        written = [*written, terms.num_skipped]
     torch.autograd.graph.increment_version(written)

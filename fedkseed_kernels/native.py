@@ -101,12 +101,20 @@ def _why_it_does_not_load(error: OSError) -> str:
     return f"{LIBRARY_PATH} does not load: {error}; {_REBUILD}"
 
 
-def _why_it_was_not_built() -> str:
+def recorded_reason(library: str) -> str | None:
+    """Why there is no library "cpu" or "cuda", as the installation recorded it; None if it left no record."""
     try:
-        reason = str(json.loads(BUILD_INFO_PATH.read_text())["cpu"]["reason"])
+        reason = str(json.loads(BUILD_INFO_PATH.read_text())[library]["reason"])
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return reason or "it was removed since"
+
+
+def _why_it_was_not_built() -> str:
+    reason = recorded_reason("cpu")
+    if reason is None:
         return f"{LIBRARY_PATH} is not there: it was not built at installation; {_REBUILD}"
-    return f"{LIBRARY_PATH} was not built at installation: {reason or 'it was removed since'}; {_REBUILD}"
+    return f"{LIBRARY_PATH} was not built at installation: {reason}; {_REBUILD}"
 
 
 def _parallel_for_of_libtorch() -> int | None:

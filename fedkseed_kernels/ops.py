@@ -27,7 +27,14 @@ Arguments of the public functions, where they have them:
     family: "gaussian" or "rademacher".
     rounding: "nearest" or "stochastic"; the latter needs rounding_seed, an integer taken mod 2^64 or an int64
     tensor.
-    rows: int64 [num_rows]; gathers rows of dimension 0, repeats allowed, the same ones of every tensor.
+    rows: int64 [num_rows]; gathers rows of dimension 0, repeats allowed, the same ones of every tensor. On a
+        GPU nobody waits for their values: a row out of range is not read, its result is NaN.
+    num_skipped: int32 tensor of one element on the tensors' device, or None; see below.
+
+For tensors on a GPU, seeds, coeffs, alpha and rounding_seed may be tensors of that GPU: the host does not
+wait for their values, and a captured CUDA graph reads them anew at each replay. A NaN or infinite coefficient
+there is skipped like a zero, and num_skipped is raised by the number of those; an alpha there is not checked.
+They must not overlap the tensors that are written. Values from the host are frozen in a captured graph.
 
 All checks are made before anything is written. Errors: ValueError for values, shapes, devices and overlaps;
 TypeError for dtypes and Python types; IndexError for rows out of range; RuntimeError for tensors that require
@@ -51,7 +58,7 @@ from fedkseed_kernels._terms import Coeffs, IntLike, Seeds
 
 _TERMS = (
     "Tensor seeds, Tensor coeffs, Tensor alpha, int[] streams, int[] offsets, int[] views, str family, "
-    "str rounding, Tensor? rounding_seed"
+    "str rounding, Tensor? rounding_seed, Tensor(c!)? num_skipped=None"
 )
 # streams, offsets and views are empty for their defaults; the form of views is that of
 # `_arguments.encode_views`.
@@ -79,11 +86,15 @@ def _execute(
     family: str,
     rounding: str,
     rounding_seed: Tensor | None,
+    num_skipped: Tensor | None = None,
 ) -> None:
     """Check everything, then hand the list to the backend of its device. outs None: in place."""
     operands = _checks.check_operands(tensors, outs, outs_minus, rows, streams, offsets, views)
     all_fp64 = operands.outs.dtypes.count(torch.float64) == len(tensors)
-    terms = _terms.check_terms(seeds, coeffs, alpha, family, rounding, rounding_seed, all_fp64)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    terms = _terms.check_terms(
+        seeds, coeffs, alpha, family, rounding, rounding_seed, num_skipped, all_fp64, device
+    )
     dispatch.execute(operands, terms)
 
 
@@ -101,6 +112,7 @@ def _check_without_values(
     family: str,
     rounding: str,
     rounding_seed: Tensor | None,
+    num_skipped: Tensor | None = None,
 ) -> None:
     """The fake of every op that mutates: what can be checked on tensors that have no memory."""
     _checks.check_metadata(tensors, "tensors")
@@ -110,7 +122,8 @@ def _check_without_values(
     for name, written in (("out", outs), ("out_minus", outs_minus)):
         if written is not None:
             _checks.check_outs(written, name, tensors, num_rows)
-    _terms.check_term_metadata(seeds, coeffs, alpha, family, rounding, rounding_seed)
+    device = tensors[0].device if tensors else torch.device("cpu")
+    _terms.check_term_metadata(seeds, coeffs, alpha, family, rounding, rounding_seed, device, num_skipped)
 
 
 def _execute_in_place(tensors: Sequence[Tensor], *rest: Any) -> None:
@@ -140,7 +153,7 @@ def _fake_normal(
 ) -> Tensor:
     _checks.check_dtype(dtype, "the noise")
     _terms.check_choices(family, "nearest")
-    _terms.check_on_host(seed, "seed")
+    _terms.check_term_place(seed, "seed", device)
     if seed.dim() != 0 or seed.dtype != torch.int64:
         raise ValueError(f"expected seed int64 of shape (), got {seed.dtype} of shape {tuple(seed.shape)}")
     return torch.empty(shape, dtype=dtype, device=device)
@@ -161,7 +174,9 @@ def _execute_normal(
     dispatch.select(device.type)  # before torch looks for the device
     out = _fake_normal(shape, seed, stream, offset, dtype, device, family)
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    terms = _terms.check_terms(seed.reshape(1), one.reshape(1), one, family, "nearest", None, all_fp64=False)
+    terms = _terms.check_terms(
+        seed.reshape(1), one.reshape(1), one, family, "nearest", None, None, all_fp64=False, device=device
+    )
     dispatch.execute(Operands(None, TensorList([out]), None, None, [stream], [offset], [None]), terms)
     return out
 
@@ -220,6 +235,7 @@ def seed_axpy_(
     family: str = "gaussian",
     rounding: str = "nearest",
     rounding_seed: IntLike | Tensor | None = None,
+    num_skipped: Tensor | None = None,
 ) -> None:
     """In place, w <- round(alpha w + sum_k coeffs[k] z(seeds[k])): one pass over the weights, whatever K is.
 
@@ -233,6 +249,7 @@ def seed_axpy_(
     torch.ops.fedkseed.seed_axpy_.default(
         items,
         *_encode(len(items), seeds, coeffs, alpha, streams, offsets, views, family, rounding, rounding_seed),
+        num_skipped,
     )
 
 
@@ -248,6 +265,7 @@ def seed_axpy(
     family: str = "gaussian",
     rounding: str = "nearest",
     rounding_seed: IntLike | Tensor | None = None,
+    num_skipped: Tensor | None = None,
     out: Tensors | None = None,
     rows: Tensor | None = None,
 ) -> list[Tensor]:
@@ -266,7 +284,7 @@ def seed_axpy(
     encoded = _encode(
         len(items), seeds, coeffs, alpha, streams, offsets, views, family, rounding, rounding_seed
     )
-    torch.ops.fedkseed.seed_axpy_out.default(items, outs, rows, *encoded)
+    torch.ops.fedkseed.seed_axpy_out.default(items, outs, rows, *encoded, num_skipped)
     return outs
 
 
@@ -282,6 +300,7 @@ def seed_axpy_pair(
     family: str = "gaussian",
     rounding: str = "nearest",
     rounding_seed: IntLike | Tensor | None = None,
+    num_skipped: Tensor | None = None,
     out_plus: Tensors | None = None,
     out_minus: Tensors | None = None,
     rows: Tensor | None = None,
@@ -300,7 +319,7 @@ def seed_axpy_pair(
     encoded = _encode(
         len(items), seeds, coeffs, alpha, streams, offsets, views, family, rounding, rounding_seed
     )
-    torch.ops.fedkseed.seed_axpy_pair_out.default(items, plus, minus, rows, *encoded)
+    torch.ops.fedkseed.seed_axpy_pair_out.default(items, plus, minus, rows, *encoded, num_skipped)
     return plus, minus
 
 
@@ -316,6 +335,7 @@ def perturb_(
     family: str = "gaussian",
     rounding: str = "nearest",
     rounding_seed: IntLike | Tensor | None = None,
+    num_skipped: Tensor | None = None,
 ) -> None:
     """In place, w <- round(alpha w + scale z(seed)): `seed_axpy_` with one term.
 
@@ -327,6 +347,7 @@ def perturb_(
     torch.ops.fedkseed.seed_axpy_.default(
         items,
         *_encode(len(items), seeds, coeffs, alpha, streams, offsets, views, family, rounding, rounding_seed),
+        num_skipped,
     )
 
 

@@ -65,6 +65,7 @@ class Prepared:
         alpha: float | Tensor = 1.0,
         rounding: str = "nearest",
         rounding_seed: IntLike | Tensor | None = None,
+        num_skipped: Tensor | None = None,
     ) -> None:
         """`fedkseed_kernels.seed_axpy_` on the prepared tensors: the same bits, the same errors.
 
@@ -78,7 +79,9 @@ class Prepared:
             self._family,
             rounding,
             None if rounding_seed is None else _terms.seed_scalar(rounding_seed),
+            num_skipped,
             self._all_fp64,
+            self._tensors[0].device if self._tensors else torch.device("cpu"),
         )
         self._check_unchanged()
         dispatch.execute(self._operands, terms)
@@ -91,11 +94,19 @@ class Prepared:
         alpha: float | Tensor = 1.0,
         rounding: str = "nearest",
         rounding_seed: IntLike | Tensor | None = None,
+        num_skipped: Tensor | None = None,
     ) -> None:
         """`fedkseed_kernels.perturb_` on the prepared tensors: `seed_axpy_` with one term."""
         seeds = _terms.seed_scalar(seed).reshape(1)
         coeffs = _terms.number_tensor(scale, "scale").reshape(1)
-        self.seed_axpy_(seeds, coeffs, alpha=alpha, rounding=rounding, rounding_seed=rounding_seed)
+        self.seed_axpy_(
+            seeds,
+            coeffs,
+            alpha=alpha,
+            rounding=rounding,
+            rounding_seed=rounding_seed,
+            num_skipped=num_skipped,
+        )
 
 
 def prepare(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, native
+from fedkseed_kernels import dispatch, native, native_cuda_backend
 from fedkseed_kernels._operands import ISA_CODES
 
 HAS_NATIVE = native.unavailable() is None
@@ -50,6 +50,24 @@ def test_the_automatic_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> 
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
         ("INFO", "cpu tensors are served by the native backend, the best that works here")
     ]
+
+
+def test_a_second_choice_for_a_gpu_is_said_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native_cuda_backend, "unavailable", lambda: "the NVIDIA driver is too old")
+    monkeypatch.setattr(dispatch.BACKENDS["triton"], "unavailable", lambda: None)
+    with caplog.at_level(logging.INFO, logger="fedkseed_kernels"):
+        assert [dispatch.select("cuda").name for _ in range(2)] == ["triton"] * 2
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", "cuda tensors are served by the triton backend; native: the NVIDIA driver is too old")
+    ]
+
+
+def test_cuda_tensors_have_a_native_backend_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_cuda_backend, "unavailable", lambda: None)
+    with dispatch.backend("native"), dispatch.cpu_isa("baseline"):
+        assert dispatch.select("cuda").backend is native_cuda_backend
 
 
 @pytest.mark.usefixtures("without_native")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -38,7 +39,9 @@ def build() -> ModuleType:
 
 @pytest.fixture(autouse=True)
 def _no_switches(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FEDKSEED_BUILD_CPU", "FEDKSEED_REQUIRE_CPU", "FEDKSEED_REQUIRE_CUDA", "CXX", "CUDA_HOME"):
+    for name in ("BUILD_CPU", "REQUIRE_CPU", "BUILD_CUDA", "REQUIRE_CUDA"):
+        monkeypatch.delenv(f"FEDKSEED_{name}", raising=False)
+    for name in ("CXX", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -60,6 +63,12 @@ def build_wheel(folder: Path, **environment: str) -> Path:
 def members(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as opened:
         return set(opened.namelist())
+
+
+def exported_names(library: Path) -> set[str]:
+    command = ["nm", "--dynamic", "--defined-only", str(library)]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1] for line in table.splitlines()}
 
 
 def expected_members() -> set[str]:
@@ -86,15 +95,36 @@ def test_contract_version_is_the_headers(build: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_wheel_with_compiler(tmp_path: Path) -> None:
-    wheel = build_wheel(tmp_path, FEDKSEED_REQUIRE_CPU="1")
+    """Both libraries where nvcc is there; they load without a driver and export their interfaces alone."""
+    has_nvcc = shutil.which("nvcc") is not None
+    chosen = "FEDKSEED_REQUIRE_CUDA" if has_nvcc else "FEDKSEED_BUILD_CUDA"
+    wheel = build_wheel(tmp_path, FEDKSEED_REQUIRE_CPU="1", **{chosen: "1" if has_nvcc else "0"})
     assert re.fullmatch(rf"fedkseed_kernels-{re.escape(__version__)}-py3-none-linux_\w+\.whl", wheel.name)
     found = {name for name in members(wheel) if ".dist-info/" not in name}
     library = {"fedkseed_kernels/_lib/libfedkseed_cpu.so", "fedkseed_kernels/_lib/build_info.json"}
+    if has_nvcc:
+        library.add("fedkseed_kernels/_lib/libfedkseed_cuda.so")
     assert found == expected_members() | library
     assert {"fedkseed_kernels/py.typed", "fedkseed/py.typed"} <= found
     assert any(name.startswith("fedkseed_kernels/golden/") for name in found)
     with zipfile.ZipFile(wheel) as opened:
         info = json.loads(opened.read("fedkseed_kernels/_lib/build_info.json"))
+        opened.extractall(tmp_path / "site")
+    if has_nvcc:
+        assert info["cuda"]["built"] is True
+        assert info["cuda"]["archs"] == ["sm_80", "sm_90", "sm_100"]
+        cuda = tmp_path / "site" / "fedkseed_kernels" / "_lib" / "libfedkseed_cuda.so"
+        exported = exported_names(cuda)
+        assert {name for name in exported if not name.startswith("fk_")} == set()
+        assert {"fk_cuda_seed_axpy", "fk_cuda_load", "fk_abi_version"} <= exported
+        ctypes.CDLL(str(cuda))
+    else:
+        assert info["cuda"] == {
+            "built": False,
+            "reason": "FEDKSEED_BUILD_CUDA=0 was set",
+            "nvcc": "",
+            "archs": [],
+        }
     assert info["contract"] == CONTRACT_VERSION
     assert info["cpu"]["built"] is True
     assert info["cpu"]["reason"] == ""
@@ -103,7 +133,7 @@ def test_wheel_with_compiler(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_wheel_without_compiler_runs_on_numpy(tmp_path: Path) -> None:
-    wheel = build_wheel(tmp_path, CXX="no-such-compiler")
+    wheel = build_wheel(tmp_path, CXX="no-such-compiler", FEDKSEED_BUILD_CUDA="0")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in members(wheel) if name.endswith(".so")]
     site = tmp_path / "site"
@@ -170,6 +200,48 @@ def test_switches_are_0_or_1(build: ModuleType, monkeypatch: pytest.MonkeyPatch)
 def test_missing_nvcc_is_found_out(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", "/nonexistent")
     assert build.find_nvcc() is None
+    assert build.find_cuda_toolchain() == ("", "nvcc was not found in $CUDA_HOME/bin or on PATH")
+    monkeypatch.setenv("FEDKSEED_REQUIRE_CUDA", "1")
+    with pytest.raises(
+        build.CompileError, match="REQUIRE_CUDA=1 expects .* nvcc was not found .*install the"
+    ):
+        build.find_cuda_toolchain()
+
+
+def fake_nvcc(folder: Path, release: str, compiles: str) -> None:
+    (folder / "bin").mkdir()
+    nvcc = folder / "bin" / "nvcc"
+    version = f"Cuda compilation tools, release {release[:4]}, V{release}"
+    nvcc.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo "{version}"; else {compiles}; fi\n')
+    nvcc.chmod(0o755)
+
+
+def test_an_old_nvcc_is_left_alone(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_nvcc(tmp_path, "12.8.61", "true")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    nvcc, reason = build.find_cuda_toolchain()
+    assert nvcc == ""
+    assert "of CUDA 12.8.61, 13.0 is needed" in reason
+
+
+def test_a_failing_nvcc_is_an_error_only_on_request(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_nvcc(tmp_path, "13.0.88", "echo no such host compiler; exit 3")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("FEDKSEED_BUILD_CPU", "0")
+    command = build.BuildNative(build.NativeDistribution())
+    command.build_lib, command.build_temp = str(tmp_path / "lib"), str(tmp_path / "temp")
+    command.run()
+    info = json.loads((tmp_path / "lib" / "fedkseed_kernels" / "_lib" / "build_info.json").read_text())
+    assert info["cuda"]["built"] is False
+    assert "nvcc failed: " in info["cuda"]["reason"]
+    assert "no such host compiler" in info["cuda"]["reason"]
+    monkeypatch.setenv("FEDKSEED_REQUIRE_CUDA", "1")
+    with pytest.raises(build.CompileError, match="no such host compiler"):
+        command.run()
 
 
 def test_a_library_in_use_is_replaced_not_overwritten(build: ModuleType, tmp_path: Path) -> None:
@@ -212,11 +284,8 @@ def test_isa_files_share_no_symbols(build: ModuleType, objects: list[Path]) -> N
 def test_library_exports_only_its_interface(build: ModuleType, objects: list[Path], tmp_path: Path) -> None:
     library = tmp_path / build.LIBRARY
     build.publish(library, [*build.find_toolchain().command, *map(str, objects), *build.LINK_FLAGS])
-    command = ["nm", "--dynamic", "--defined-only", str(library)]
-    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    names = {line.split()[-1] for line in table.splitlines()}
     declared = set(re.findall(r"^int32_t (fk_\w+)\(", (build.INCLUDE / "fedkseed.h").read_text(), re.M))
-    assert names == declared
+    assert exported_names(library) == declared
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+// Kernels over tensors that are contiguous in the order of their elements. A block does one tile: the
+// elements [n T, (n + 1) T) of a tensor's noise for one n, so that the high half of its groups is one number.
+// Tiles are aligned to the noise, not to memory: a tile may begin before its tensor or end after it.
+#pragma once
+
+#include "piece.h"
+
+constexpr int kThreads = 256;
+// Few terms: a loop over pieces with the keys in registers. A thread does kFewPieces at once.
+constexpr int kFewPieces = 2;
+constexpr int kFewIterations = 4;
+constexpr int kFewTile = kPiece * kThreads * kFewPieces * kFewIterations;
+// Many terms: a loop over terms with the sums in registers.
+template <typename Arithmetic> struct ManyPieces {
+  static constexpr int kCount = sizeof(Arithmetic) == 8 ? 2 : 4;
+  static constexpr int kTile = kPiece * kThreads * kCount;
+  static constexpr int kBlocks =
+      sizeof(Arithmetic) == 8 ? 2 : 3; // on a multiprocessor at once, without spills
+};
+
+struct FlatTile {
+  PieceMemory memory; // of the tile's first piece; begin, end: elements of the tile that belong to the tensor
+  uint64_t first_element;
+  uint32_t stream;
+};
+
+template <typename Storage> FK_DEVICE FlatTile find_tile(const FlatLaunch &launch, int64_t tile_elements) {
+  const FlatTensor &tensor = tensor_of_tile(launch.tensors, launch.num_tensors, blockIdx.x);
+  FlatTile tile;
+  tile.first_element = (tensor.first_element & ~(uint64_t)(tile_elements - 1)) +
+                       (uint64_t)(blockIdx.x - tensor.first_tile) * (uint64_t)tile_elements;
+  tile.stream = tensor.stream;
+  // Of the tile's first element within the tensor; negative where the tile begins before it.
+  const int64_t at = (int64_t)(tile.first_element - tensor.first_element);
+  const int64_t bytes = at * (int64_t)sizeof(typename Storage::Element);
+  PieceMemory &memory = tile.memory;
+  memory.in = tensor.in ? tensor.in + bytes : 0;
+  memory.out = tensor.out + bytes;
+  memory.out_minus = tensor.out_minus ? tensor.out_minus + bytes : 0;
+  memory.in_stride = memory.out_stride = memory.out_minus_stride = 1;
+  memory.begin = at < 0 ? (int32_t)-at : 0;
+  memory.end = tensor.numel - at < tile_elements ? (int32_t)(tensor.numel - at) : (int32_t)tile_elements;
+  memory.whole = (((uint64_t)memory.in | (uint64_t)memory.out | (uint64_t)memory.out_minus) & 15u) == 0;
+  return tile;
+}
+
+// Memory of one piece of a tile.
+template <typename Storage> FK_DEVICE PieceMemory piece_memory(const FlatTile &tile, int32_t piece) {
+  const int64_t bytes = (int64_t)piece * (int64_t)(kPiece * sizeof(typename Storage::Element));
+  PieceMemory memory;
+  memory.in = tile.memory.in ? tile.memory.in + bytes : 0;
+  memory.out = tile.memory.out + bytes;
+  memory.out_minus = tile.memory.out_minus ? tile.memory.out_minus + bytes : 0;
+  memory.in_stride = memory.out_stride = memory.out_minus_stride = 1;
+  memory.begin = tile.memory.begin - piece * kPiece;
+  memory.end = tile.memory.end - piece * kPiece;
+  memory.whole = tile.memory.whole && memory.begin <= 0 && memory.end >= kPiece;
+  return memory;
+}
+
+FK_DEVICE uint32_t group_high(uint64_t element, int shift) { return (uint32_t)(element >> shift >> 32); }
+FK_DEVICE uint32_t group_low(uint64_t element, int shift) { return (uint32_t)(element >> shift); }

@@ -1,0 +1,19 @@
+// The kernels of one dtype, as the plan (plan.h) launches them.
+#pragma once
+
+#include "arguments.h"
+#include "target.h"
+
+// Which loop a flat launch runs.
+enum Loop { kOneTerm, kTwoTerms, kManyTerms, kNumLoops };
+
+struct Kernels {
+  void (*flat[kNumLoops][2])(const FlatLaunch &launch, uint32_t num_tiles,
+                             void *stream);                                          // by Loop, fk_family
+  void (*strided[2])(const StridedLaunch &launch, uint32_t num_tiles, void *stream); // by fk_family
+  int64_t flat_tile[kNumLoops];                                                      // elements of a tile
+  int64_t strided_tile;                                                              // slots of a tile
+  int32_t (*load)(void);                                                             // a cudaError_t
+};
+
+extern const Kernels kFp32Kernels, kBf16Kernels, kFp16Kernels, kFp64Kernels;

@@ -1,0 +1,9 @@
+#include "kernels_of.h"
+
+const Kernels kFp32Kernels = {
+    {FK_FEW(Fp32, 1), FK_FEW(Fp32, 2), FK_MANY(Fp32)},
+    FK_STRIDED(Fp32),
+    {kFewTile, kFewTile, ManyPieces<Fp32::Arithmetic>::kTile},
+    kStridedThreads,
+    load_with_few<Fp32>,
+};

@@ -1,0 +1,10 @@
+// fp64 tensors are rare: every number of terms goes through the loop for many.
+#include "kernels_of.h"
+
+const Kernels kFp64Kernels = {
+    {FK_MANY(Fp64), FK_MANY(Fp64), FK_MANY(Fp64)},
+    FK_STRIDED(Fp64),
+    {ManyPieces<double>::kTile, ManyPieces<double>::kTile, ManyPieces<double>::kTile},
+    kStridedThreads,
+    load_common<Fp64>,
+};

@@ -1,0 +1,46 @@
+// Instantiates the kernels of one dtype; included by one source for each, so that they compile in parallel.
+#pragma once
+
+#include "few_terms.h"
+#include "kernels.h"
+#include "many_terms.h"
+#include "strided.h"
+
+template <void (*kernel)(const FlatLaunch)>
+void launch_flat(const FlatLaunch &launch, uint32_t num_tiles, void *stream) {
+  FK_LAUNCH(kernel, num_tiles, kThreads, stream, launch);
+}
+
+template <void (*kernel)(const StridedLaunch)>
+void launch_strided(const StridedLaunch &launch, uint32_t num_tiles, void *stream) {
+  FK_LAUNCH(kernel, num_tiles, kStridedThreads, stream, launch);
+}
+
+template <typename Kernel> void load_kernel(Kernel kernel, cudaError_t &error) {
+  cudaFuncAttributes attributes;
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, (const void *)kernel);
+}
+
+template <typename Storage> int32_t load_common() {
+  cudaError_t error = cudaSuccess;
+  load_kernel(many_gaussian<Storage>, error);
+  load_kernel(many_rademacher<Storage>, error);
+  load_kernel(strided<Storage, Gaussian>, error);
+  load_kernel(strided<Storage, Rademacher>, error);
+  return (int32_t)error;
+}
+
+template <typename Storage> int32_t load_with_few() {
+  cudaError_t error = (cudaError_t)load_common<Storage>();
+  load_kernel(few_terms<Storage, Gaussian, 1>, error);
+  load_kernel(few_terms<Storage, Gaussian, 2>, error);
+  load_kernel(few_terms<Storage, Rademacher, 1>, error);
+  load_kernel(few_terms<Storage, Rademacher, 2>, error);
+  return (int32_t)error;
+}
+
+#define FK_MANY(Storage) {launch_flat<many_gaussian<Storage>>, launch_flat<many_rademacher<Storage>>}
+#define FK_FEW(Storage, terms)                                                                               \
+  {launch_flat<few_terms<Storage, Gaussian, terms>>, launch_flat<few_terms<Storage, Rademacher, terms>>}
+#define FK_STRIDED(Storage)                                                                                  \
+  {launch_strided<strided<Storage, Gaussian>>, launch_strided<strided<Storage, Rademacher>>}

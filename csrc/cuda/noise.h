@@ -1,0 +1,149 @@
+// Noise of one piece: the eight elements 8 p .. 8 p + 7. Two ways to the same words:
+//   folded: the stream, the high half of the group and the seed are the same for a whole tile, so what follows
+//           from them alone in Philox's first rounds is worked out once a tile and shared (FoldedKeys);
+//   direct: nothing is shared (fk_group_words).
+#pragma once
+
+#include "normal.h"
+#include "philox4x32.h"
+#include "rademacher.h"
+#include "target.h"
+
+constexpr int kPieceShift = 3;
+constexpr int kPiece = 1 << kPieceShift;
+
+struct Gaussian {
+  static constexpr uint32_t kTag = FK_TAG_GAUSSIAN;
+  static constexpr int kGroupShift = FK_GAUSSIAN_GROUP_SHIFT;
+};
+
+struct Rademacher {
+  static constexpr uint32_t kTag = FK_TAG_RADEMACHER;
+  static constexpr int kGroupShift = FK_RADEMACHER_GROUP_SHIFT;
+};
+
+// Words 0..18: round keys of one seed with the constant parts of the counter folded in. Word 19: free for the
+// coefficient in fp32. 16-byte loads.
+struct alignas(16) FoldedKeys {
+  uint32_t w[20];
+};
+
+// counter = (any, stream, group_high, tag)
+FK_DEVICE void fold_keys(FoldedKeys &keys, uint64_t seed, uint32_t stream, uint32_t group_high,
+                         uint32_t tag) {
+  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
+  const uint64_t high_product = (uint64_t)FK_PHILOX_M1 * group_high;
+  const uint32_t x0 = (uint32_t)(high_product >> 32) ^ stream ^ k0; // word 0 after the first round
+  const uint64_t x0_product = (uint64_t)FK_PHILOX_M0 * x0;
+  keys.w[0] = tag ^ k1;
+  k0 += FK_PHILOX_W0;
+  k1 += FK_PHILOX_W1;
+  keys.w[1] = (uint32_t)high_product ^ k0;
+  keys.w[2] = (uint32_t)(x0_product >> 32) ^ k1;
+  k0 += FK_PHILOX_W0;
+  k1 += FK_PHILOX_W1;
+  keys.w[3] = k0;
+  keys.w[4] = (uint32_t)x0_product ^ k1;
+#pragma unroll
+  for (int round = 3; round < FK_PHILOX_ROUNDS; ++round) {
+    k0 += FK_PHILOX_W0;
+    k1 += FK_PHILOX_W1;
+    keys.w[2 * round - 1] = k0;
+    keys.w[2 * round] = k1;
+  }
+}
+
+FK_DEVICE FoldedKeys load_keys(const FoldedKeys &shared) {
+  FoldedKeys keys;
+#pragma unroll
+  for (int i = 0; i < 5; ++i) ((uint4 *)keys.w)[i] = ((const uint4 *)shared.w)[i];
+  return keys;
+}
+
+FK_DEVICE uint64_t low_product(uint32_t group_low) { return (uint64_t)FK_PHILOX_M0 * group_low; }
+
+// The words of the group with low_product(group low).
+FK_DEVICE fk_words folded_philox(uint64_t product, const FoldedKeys &keys) {
+  uint32_t x0, x1, x2, x3;
+  {
+    const uint64_t p1 = (uint64_t)FK_PHILOX_M1 * ((uint32_t)(product >> 32) ^ keys.w[0]);
+    x0 = (uint32_t)(p1 >> 32) ^ keys.w[1];
+    x1 = (uint32_t)p1;
+    x2 = (uint32_t)product ^ keys.w[2];
+  }
+  {
+    const uint64_t p0 = (uint64_t)FK_PHILOX_M0 * x0, p1 = (uint64_t)FK_PHILOX_M1 * x2;
+    x0 = (uint32_t)(p1 >> 32) ^ x1 ^ keys.w[3];
+    x2 = (uint32_t)(p0 >> 32) ^ keys.w[4];
+    x1 = (uint32_t)p1;
+    x3 = (uint32_t)p0;
+  }
+#pragma unroll
+  for (int round = 3; round < FK_PHILOX_ROUNDS; ++round) {
+    const uint64_t p0 = (uint64_t)FK_PHILOX_M0 * x0, p1 = (uint64_t)FK_PHILOX_M1 * x2;
+    x0 = (uint32_t)(p1 >> 32) ^ x1 ^ keys.w[2 * round - 1];
+    x2 = (uint32_t)(p0 >> 32) ^ x3 ^ keys.w[2 * round];
+    x1 = (uint32_t)p1;
+    x3 = (uint32_t)p0;
+  }
+  const fk_words words = {{x0, x1, x2, x3}};
+  return words;
+}
+
+// One fma in the arithmetic of acc; z (or a weight) is widened to it, which is exact.
+FK_DEVICE void add_product(float &acc, float factor, float z) { acc = fk_fma(factor, z, acc); }
+FK_DEVICE void add_product(double &acc, double factor, double z) { acc = fk_fma64(factor, z, acc); }
+
+// c z with z = +-1 is exact, so the contract's fma is an addition of c or -c.
+FK_DEVICE void add_signed(float &acc, float coefficient, uint32_t sign_bit) {
+  acc += sign_bit ? -coefficient : coefficient;
+}
+
+FK_DEVICE void add_signed(double &acc, double coefficient, uint32_t sign_bit) {
+  acc += sign_bit ? -coefficient : coefficient;
+}
+
+template <typename Arithmetic>
+FK_DEVICE void add_gaussian(Arithmetic (&acc)[kPiece], const fk_words &words, Arithmetic coefficient) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const fk_normal_pair z = fk_normal_from_word(words.w[j]);
+    add_product(acc[2 * j], coefficient, z.even);
+    add_product(acc[2 * j + 1], coefficient, z.odd);
+  }
+}
+
+// Adds one term to the sums of a piece. piece: its index, of which the low bits choose within a Rademacher
+// group.
+template <typename Family, typename Arithmetic> FK_DEVICE void
+add_term(Arithmetic (&acc)[kPiece], const fk_words &words, uint32_t piece, Arithmetic coefficient);
+
+template <> FK_DEVICE void add_term<Gaussian, float>(float (&acc)[kPiece], const fk_words &words, uint32_t,
+                                                     float coefficient) {
+  add_gaussian(acc, words, coefficient);
+}
+
+template <> FK_DEVICE void add_term<Gaussian, double>(double (&acc)[kPiece], const fk_words &words, uint32_t,
+                                                      double coefficient) {
+  add_gaussian(acc, words, coefficient);
+}
+
+template <typename Arithmetic> FK_DEVICE void add_rademacher(Arithmetic (&acc)[kPiece], const fk_words &words,
+                                                             uint32_t piece, Arithmetic coefficient) {
+  const uint32_t j = piece >> 2 & 3u;
+  const uint32_t low = j & 1u ? words.w[1] : words.w[0];
+  const uint32_t high = j & 1u ? words.w[3] : words.w[2];
+  const uint32_t bits = (j & 2u ? high : low) >> (8u * (piece & 3u));
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) add_signed(acc[i], coefficient, bits & 1u << i);
+}
+
+template <> FK_DEVICE void add_term<Rademacher, float>(float (&acc)[kPiece], const fk_words &words,
+                                                       uint32_t piece, float coefficient) {
+  add_rademacher(acc, words, piece, coefficient);
+}
+
+template <> FK_DEVICE void add_term<Rademacher, double>(double (&acc)[kPiece], const fk_words &words,
+                                                        uint32_t piece, double coefficient) {
+  add_rademacher(acc, words, piece, coefficient);
+}

@@ -1,0 +1,153 @@
+// A piece in memory: reading its weights, y = alpha w + acc, writing one or both sides.
+#pragma once
+
+#include "storage.h"
+#include "terms.h"
+
+struct PieceMemory {
+  const char *in; // where lane 0 would be: it may lie before the tensor. NULL: the noise itself is written
+  char *out;
+  char *out_minus;
+  int64_t in_stride, out_stride, out_minus_stride; // elements
+  int32_t begin, end;                              // lanes that belong to the tensor
+  bool whole;                                      // all eight do, contiguous and on 16-byte boundaries
+};
+
+// Pointers that went through shared memory, told to be global again: 16-byte accesses of a whole piece.
+template <typename Storage> FK_DEVICE typename Storage::Piece read_whole(const char *from) {
+  FK_ASSUME_GLOBAL(from);
+  typename Storage::Piece piece;
+#pragma unroll
+  for (int v = 0; v < (int)(sizeof piece / sizeof(uint4)); ++v) {
+    ((uint4 *)piece.w)[v] = ((const uint4 *)from)[v];
+  }
+  return piece;
+}
+
+template <typename Storage> FK_DEVICE void write_whole(char *to, const typename Storage::Piece &piece) {
+  FK_ASSUME_GLOBAL(to);
+#pragma unroll
+  for (int v = 0; v < (int)(sizeof piece / sizeof(uint4)); ++v) {
+    ((uint4 *)to)[v] = ((const uint4 *)piece.w)[v];
+  }
+}
+
+template <typename Element> FK_DEVICE Element read_element(const Element *from) {
+  FK_ASSUME_GLOBAL(from);
+  return *from;
+}
+
+template <typename Element> FK_DEVICE void write_element(Element *to, Element bits) {
+  FK_ASSUME_GLOBAL(to);
+  *to = bits;
+}
+
+// The weights; where there are none, -0: with alpha = 1 it leaves every sum as it is, zeros of both signs
+// too.
+template <typename Storage> FK_DEVICE typename Storage::Piece read_piece(const PieceMemory &memory) {
+  using Element = typename Storage::Element;
+  if (memory.whole && memory.in) return read_whole<Storage>(memory.in);
+  typename Storage::Piece piece = {};
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) {
+    Element bits = Storage::kNegativeZero;
+    if (memory.in && i >= memory.begin && i < memory.end) {
+      bits = read_element((const Element *)memory.in + i * memory.in_stride);
+    }
+    Storage::set(piece, i, bits);
+  }
+  return piece;
+}
+
+template <typename Storage> FK_DEVICE void write_piece(const PieceMemory &memory, char *to, int64_t stride,
+                                                       const typename Storage::Piece &piece) {
+  if (memory.whole) {
+    write_whole<Storage>(to, piece);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) {
+    if (i >= memory.begin && i < memory.end) {
+      write_element((typename Storage::Element *)to + i * stride, Storage::get(piece, i));
+    }
+  }
+}
+
+// y = alpha w + acc in place of acc.
+template <typename Storage> FK_DEVICE void add_weights(typename Storage::Arithmetic (&acc)[kPiece],
+                                                       typename Storage::Arithmetic alpha,
+                                                       const typename Storage::Piece &weights) {
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) add_product(acc[i], alpha, Storage::widen(weights, i));
+}
+
+// Words of the rounding seed for a piece; rounding is to nearest where there are none.
+struct RoundingNoise {
+  fk_words words;
+  bool stochastic;
+};
+
+template <typename Storage>
+FK_DEVICE void write_side(const PieceMemory &memory, char *to, int64_t stride,
+                          const typename Storage::Piece &weights, typename Storage::Arithmetic alpha,
+                          const typename Storage::Arithmetic (&acc)[kPiece], const RoundingNoise &noise) {
+  typename Storage::Arithmetic y[kPiece];
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) y[i] = acc[i];
+  add_weights<Storage>(y, alpha, weights);
+  typename Storage::Piece rounded = {};
+  if (noise.stochastic) {
+    Storage::round_stochastic(y, noise.words, rounded);
+  } else {
+    Storage::round_nearest(y, rounded);
+  }
+  write_piece<Storage>(memory, to, stride, rounded);
+}
+
+// Both outputs as they came in (contract 6.1: no term remains and alpha is 1).
+template <typename Storage>
+FK_DEVICE void copy_piece(const PieceMemory &memory, const typename Storage::Piece &weights) {
+  write_piece<Storage>(memory, memory.out, memory.out_stride, weights);
+  if (memory.out_minus) {
+    write_piece<Storage>(memory, memory.out_minus, memory.out_minus_stride, weights);
+  }
+}
+
+// Sums of the minus side (contract 6.2): -acc, except that zeros need not mirror. Those are summed anew, from
+// the negated coefficients and directly: with Gaussian noise they are rare. piece: its index in the noise.
+template <typename Family, typename Arithmetic>
+FK_DEVICE void negated_sums(Arithmetic (&minus)[kPiece], const Arithmetic (&acc)[kPiece],
+                            const TermArguments &terms, uint32_t stream, uint64_t piece) {
+  bool has_zero = false;
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) {
+    minus[i] = -acc[i];
+    has_zero |= acc[i] == (Arithmetic)0;
+  }
+  if (!has_zero) return;
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) minus[i] = (Arithmetic)-0.0;
+#pragma unroll 1
+  for (int64_t k = 0; k < terms.count; ++k) {
+    bool skipped;
+    const Arithmetic c = term_coefficient<Arithmetic>(terms, k, skipped);
+    if (c == (Arithmetic)0) continue;
+    const fk_words words = fk_group_words(term_seed(terms, k), stream,
+                                          piece >> (Family::kGroupShift - kPieceShift), Family::kTag);
+    add_term<Family>(minus, words, (uint32_t)piece, -c);
+  }
+}
+
+// Writes one piece with its sums, on both sides where two are wanted.
+template <typename Storage, typename Family>
+FK_DEVICE void write_sums(const PieceMemory &memory, const typename Storage::Piece &weights,
+                          typename Storage::Arithmetic alpha,
+                          const typename Storage::Arithmetic (&acc)[kPiece], const RoundingNoise &noise,
+                          const TermArguments &terms, uint32_t stream, uint64_t piece) {
+  write_side<Storage>(memory, memory.out, memory.out_stride, weights, alpha, acc, noise);
+  if (memory.out_minus) {
+    typename Storage::Arithmetic minus[kPiece];
+    negated_sums<Family>(minus, acc, terms, stream, piece);
+    write_side<Storage>(memory, memory.out_minus, memory.out_minus_stride, weights, alpha, minus, noise);
+  }
+}

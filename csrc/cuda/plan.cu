@@ -1,0 +1,148 @@
+#include "plan.h"
+
+#include "kernels.h"
+#include "noise.h"
+
+namespace {
+
+constexpr int64_t kMaxTiles = 0x7FFFFFFF; // of a grid
+
+const Kernels &kernels_of(int32_t dtype) {
+  switch (dtype) {
+  case FK_BF16:
+    return kBf16Kernels;
+  case FK_FP16:
+    return kFp16Kernels;
+  case FK_FP64:
+    return kFp64Kernels;
+  default:
+    return kFp32Kernels;
+  }
+}
+
+// Terms by value lose their zeros here, in the arithmetic of the dtype; those on the device are looked at
+// there.
+TermArguments make_terms(const fk_cuda_terms &terms, bool fp64) {
+  TermArguments made = {};
+  made.device_alpha = terms.device_alpha;
+  made.alpha = terms.alpha;
+  made.device_rounding_seed = terms.device_rounding_seed;
+  made.rounding_seed = terms.rounding_seed;
+  made.stochastic = terms.rounding == FK_STOCHASTIC;
+  if (terms.on_device) {
+    made.seeds = terms.seeds;
+    made.coeffs = terms.coeffs;
+    made.count = terms.count;
+    return made;
+  }
+  for (int64_t k = 0; k < terms.count; ++k) {
+    if (fp64 ? terms.coeffs[k] == 0.0 : (float)terms.coeffs[k] == 0.0f) continue;
+    made.seeds_by_value[made.count] = terms.seeds[k];
+    made.coeffs_by_value[made.count] = terms.coeffs[k];
+    ++made.count;
+  }
+  return made;
+}
+
+// A launch that is being filled.
+template <typename Launch> struct Table {
+  Launch launch;
+  int64_t num_tiles;
+  void (*run)(const Launch &launch, uint32_t num_tiles, void *stream);
+};
+
+// The launches of one dtype.
+struct Plan {
+  Table<FlatLaunch> flat;
+  Table<StridedLaunch> strided;
+  int64_t flat_tile, strided_tile;
+  int32_t *num_skipped; // until a launch has taken it
+  void *stream;
+};
+
+template <typename Launch> void flush(Plan &plan, Table<Launch> &table) {
+  if (table.num_tiles > 0) {
+    table.launch.terms.num_skipped = plan.num_skipped;
+    plan.num_skipped = 0;
+    table.run(table.launch, (uint32_t)table.num_tiles, plan.stream);
+  }
+  table.launch.num_tensors = 0;
+  table.num_tiles = 0;
+}
+
+// Appends a tensor, after a launch of what is there if it does not fit.
+template <typename Launch, typename Tensor, int32_t kMaxTensors>
+int32_t append(Plan &plan, Table<Launch> &table, Tensor &tensor, int64_t num_tiles) {
+  if (num_tiles > kMaxTiles) return FK_ERROR_ARGUMENT;
+  if (table.launch.num_tensors == kMaxTensors || table.num_tiles + num_tiles > kMaxTiles) flush(plan, table);
+  tensor.first_tile = (uint32_t)table.num_tiles;
+  table.launch.tensors[table.launch.num_tensors++] = tensor;
+  table.num_tiles += num_tiles;
+  return 0;
+}
+
+int32_t append_flat(Plan &plan, const fk_tensor &t) {
+  const uint64_t first = (uint64_t)t.first_element, last = first + (uint64_t)t.numel - 1;
+  const uint64_t tile = (uint64_t)plan.flat_tile;
+  FlatTensor flat = {(const char *)t.in, (char *)t.out, (char *)t.out_minus, first, t.numel, t.stream, 0};
+  return append<FlatLaunch, FlatTensor, kMaxFlatTensors>(plan, plan.flat, flat,
+                                                         (int64_t)(last / tile - first / tile) + 1);
+}
+
+int32_t append_strided(Plan &plan, const fk_tensor &t) {
+  const int32_t last = t.ndim - 1;
+  const bool has_rows = t.element_strides[last] == 1 && !(plan.strided.launch.rows && last == 0);
+  StridedTensor strided = {};
+  strided.tensor = t;
+  strided.row_length = has_rows ? t.sizes[last] : 1;
+  strided.first_dim = has_rows ? last : t.ndim;
+  // Pieces that so many consecutive elements can touch, wherever they begin.
+  strided.slots_per_row = (strided.row_length + 2 * kPiece - 2) / kPiece;
+  strided.num_slots = t.numel / strided.row_length * strided.slots_per_row;
+  return append<StridedLaunch, StridedTensor, kMaxStridedTensors>(
+      plan, plan.strided, strided, (strided.num_slots + plan.strided_tile - 1) / plan.strided_tile);
+}
+
+void begin(Plan &plan, int32_t dtype, const fk_cuda_terms &terms, const int64_t *rows,
+           int64_t num_source_rows) {
+  const Kernels &kernels = kernels_of(dtype);
+  const TermArguments made = make_terms(terms, dtype == FK_FP64);
+  const Loop loop = made.count == 1 ? kOneTerm : made.count == 2 ? kTwoTerms : kManyTerms;
+  plan.flat.launch.terms = plan.strided.launch.terms = made;
+  plan.flat.run = kernels.flat[loop][terms.family];
+  plan.flat_tile = kernels.flat_tile[loop];
+  plan.strided.launch.rows = rows;
+  plan.strided.launch.num_source_rows = num_source_rows;
+  plan.strided.run = kernels.strided[terms.family];
+  plan.strided_tile = kernels.strided_tile;
+}
+
+} // namespace
+
+int32_t fk_cuda_run(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
+                    int64_t num_source_rows, const fk_cuda_terms *terms, void *stream) {
+  Plan plan = {};
+  plan.stream = stream;
+  plan.num_skipped = terms->num_skipped;
+  for (int32_t dtype = FK_FP32; dtype <= FK_FP64; ++dtype) {
+    bool begun = false;
+    for (int64_t i = 0; i < num_tensors; ++i) {
+      const fk_tensor &t = tensors[i];
+      if (t.dtype != dtype || t.numel == 0) continue;
+      if (!begun) begin(plan, dtype, *terms, rows, num_source_rows);
+      begun = true;
+      const int32_t error = t.ndim == 0 ? append_flat(plan, t) : append_strided(plan, t);
+      if (error) return error;
+    }
+    flush(plan, plan.flat);
+    flush(plan, plan.strided);
+  }
+  return (int32_t)cudaGetLastError();
+}
+
+int32_t fk_cuda_load_kernels(void) {
+  for (int32_t dtype = FK_FP32; dtype <= FK_FP64; ++dtype) {
+    if (const int32_t error = kernels_of(dtype).load()) return error;
+  }
+  return 0;
+}

@@ -1,0 +1,134 @@
+// How the eight weights of a piece are held, widened and rounded, by dtype. A piece travels as 32-bit
+// registers.
+#pragma once
+
+#include "noise.h"
+#include "rounding.h"
+#include "target.h"
+
+template <int kWords> struct Registers {
+  uint32_t w[kWords];
+};
+
+// Two fp32 to two 16-bit numbers in one register, to nearest even: one instruction on a GPU. A NaN stays one.
+FK_DEVICE uint32_t pack_bf16(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#else
+  return fk_bf16_nearest(low) | (uint32_t)fk_bf16_nearest(high) << 16;
+#endif
+}
+
+FK_DEVICE uint32_t pack_fp16(float low, float high) {
+#if defined(__CUDA_ARCH__)
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+#else
+  return fk_fp16_nearest(low) | (uint32_t)fk_fp16_nearest(high) << 16;
+#endif
+}
+
+FK_DEVICE float widen_fp16(uint32_t half) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low; }" : "=f"(wide) : "r"(half));
+  return wide;
+#else
+  return fk_float_from_fp16((uint16_t)half);
+#endif
+}
+
+struct Fp32 {
+  using Arithmetic = float;
+  using Element = uint32_t;
+  using Piece = Registers<8>;
+  static constexpr bool kRounds = false;
+  static constexpr Element kNegativeZero = 0x80000000u;
+  FK_DEVICE static float widen(const Piece &piece, int i) { return fk_float_from_bits(piece.w[i]); }
+  FK_DEVICE static void round_nearest(const float (&y)[kPiece], Piece &piece) {
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) piece.w[i] = fk_bits_from_float(y[i]);
+  }
+  FK_DEVICE static void round_stochastic(const float (&y)[kPiece], const fk_words &, Piece &piece) {
+    round_nearest(y, piece);
+  }
+  FK_DEVICE static Element get(const Piece &piece, int i) { return piece.w[i]; }
+  FK_DEVICE static void set(Piece &piece, int i, Element bits) { piece.w[i] = bits; }
+};
+
+struct Fp64 {
+  using Arithmetic = double;
+  using Element = uint64_t;
+  using Piece = Registers<16>;
+  static constexpr bool kRounds = false;
+  static constexpr Element kNegativeZero = (uint64_t)1 << 63;
+  FK_DEVICE static double widen(const Piece &piece, int i) {
+    return fk_double_from_words(piece.w[2 * i], piece.w[2 * i + 1]);
+  }
+  FK_DEVICE static void round_nearest(const double (&y)[kPiece], Piece &piece) {
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) set(piece, i, fk_bits_from_double(y[i]));
+  }
+  FK_DEVICE static void round_stochastic(const double (&y)[kPiece], const fk_words &, Piece &piece) {
+    round_nearest(y, piece);
+  }
+  FK_DEVICE static Element get(const Piece &piece, int i) {
+    return (uint64_t)piece.w[2 * i + 1] << 32 | piece.w[2 * i];
+  }
+  FK_DEVICE static void set(Piece &piece, int i, Element bits) {
+    piece.w[2 * i] = (uint32_t)bits;
+    piece.w[2 * i + 1] = (uint32_t)(bits >> 32);
+  }
+};
+
+struct Half { // two 16-bit numbers a register, the first in the low half
+  using Arithmetic = float;
+  using Element = uint16_t;
+  using Piece = Registers<4>;
+  static constexpr bool kRounds = true;
+  static constexpr Element kNegativeZero = 0x8000u;
+  FK_DEVICE static Element get(const Piece &piece, int i) {
+    return (uint16_t)(piece.w[i >> 1] >> (16 * (i & 1)));
+  }
+  FK_DEVICE static void set(Piece &piece, int i, Element bits) {
+    const uint32_t shift = 16u * (i & 1);
+    piece.w[i >> 1] = (piece.w[i >> 1] & ~(0xFFFFu << shift)) | (uint32_t)bits << shift;
+  }
+};
+
+struct Bf16 : Half {
+  FK_DEVICE static float widen(const Piece &piece, int i) {
+    return fk_float_from_bits(i & 1 ? piece.w[i >> 1] & 0xFFFF0000u : piece.w[i >> 1] << 16);
+  }
+  FK_DEVICE static void round_nearest(const float (&y)[kPiece], Piece &piece) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) piece.w[j] = pack_bf16(y[2 * j], y[2 * j + 1]);
+  }
+  FK_DEVICE static void round_stochastic(const float (&y)[kPiece], const fk_words &noise, Piece &piece) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      piece.w[j] = fk_bf16_stochastic(y[2 * j], noise.w[j] & 0xFFFFu) |
+                   (uint32_t)fk_bf16_stochastic(y[2 * j + 1], noise.w[j] >> 16) << 16;
+    }
+  }
+};
+
+struct Fp16 : Half {
+  FK_DEVICE static float widen(const Piece &piece, int i) {
+    return widen_fp16(i & 1 ? piece.w[i >> 1] >> 16 : piece.w[i >> 1]);
+  }
+  FK_DEVICE static void round_nearest(const float (&y)[kPiece], Piece &piece) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) piece.w[j] = pack_fp16(y[2 * j], y[2 * j + 1]);
+  }
+  FK_DEVICE static void round_stochastic(const float (&y)[kPiece], const fk_words &noise, Piece &piece) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      piece.w[j] = fk_fp16_stochastic(y[2 * j], noise.w[j] & 0xFFFFu) |
+                   (uint32_t)fk_fp16_stochastic(y[2 * j + 1], noise.w[j] >> 16) << 16;
+    }
+  }
+};

@@ -1,0 +1,130 @@
+// Every tensor that is not flat: slices, transposed memory, gathered rows. The tensor is a number of rows of
+// elements that are consecutive in the noise; a thread does one slot: the part of one piece of noise that
+// lies in one row. Correct for everything; the index arithmetic is paid once in eight elements where rows are
+// long.
+#pragma once
+
+#include "piece.h"
+
+constexpr int kStridedThreads = 256;
+constexpr int kStridedChunk = 64;
+
+template <typename Arithmetic> struct StridedShared {
+  uint64_t seeds[kStridedChunk];
+  Arithmetic coeffs[kStridedChunk];
+  int32_t tensor;
+  uint32_t any_term;
+};
+
+struct Slot {
+  PieceMemory memory;
+  uint64_t piece;
+  bool no_source; // its row index is out of range
+};
+
+template <typename Storage> FK_DEVICE Slot find_slot(const StridedTensor &strided, const int64_t *rows,
+                                                     int64_t num_source_rows, int64_t slot) {
+  constexpr int64_t kSize = sizeof(typename Storage::Element);
+  const fk_tensor &tensor = strided.tensor;
+  const int64_t row = slot / strided.slots_per_row;
+  int64_t rest = row, element = tensor.first_element, in_at = 0, out_at = 0, minus_at = 0;
+  Slot found;
+  found.no_source = false;
+  for (int d = strided.first_dim - 1; d >= 0; --d) {
+    const int64_t i = rest % tensor.sizes[d];
+    rest /= tensor.sizes[d];
+    int64_t x = i;
+    if (rows && d == 0) {
+      x = rows[i];
+      found.no_source = x < 0 || x >= num_source_rows;
+    }
+    element += x * tensor.element_strides[d];
+    in_at += x * tensor.in_strides[d];
+    out_at += i * tensor.out_strides[d];
+    minus_at += i * tensor.out_minus_strides[d];
+  }
+  if (found.no_source) element = 0;
+  const int64_t lane = element & (kPiece - 1);
+  // Of lane 0 of this slot, from the row's first element.
+  const int64_t at = (slot - row * strided.slots_per_row) * kPiece - lane;
+  found.piece = (uint64_t)(element + at) >> kPieceShift;
+  PieceMemory &memory = found.memory;
+  const bool has_row = strided.first_dim < tensor.ndim;
+  memory.in_stride = has_row ? tensor.in_strides[strided.first_dim] : 1;
+  memory.out_stride = has_row ? tensor.out_strides[strided.first_dim] : 1;
+  memory.out_minus_stride = has_row ? tensor.out_minus_strides[strided.first_dim] : 1;
+  memory.in =
+      tensor.in && !found.no_source ? (const char *)tensor.in + (in_at + at * memory.in_stride) * kSize : 0;
+  memory.out = (char *)tensor.out + (out_at + at * memory.out_stride) * kSize;
+  memory.out_minus =
+      tensor.out_minus ? (char *)tensor.out_minus + (minus_at + at * memory.out_minus_stride) * kSize : 0;
+  memory.begin = at < 0 ? (int32_t)-at : 0;
+  const int64_t left = strided.row_length - at;
+  memory.end = left < kPiece ? (left < 0 ? 0 : (int32_t)left) : kPiece;
+  const bool contiguous =
+      memory.in_stride == 1 && memory.out_stride == 1 && (!memory.out_minus || memory.out_minus_stride == 1);
+  const uint64_t addresses = (uint64_t)memory.in | (uint64_t)memory.out | (uint64_t)memory.out_minus;
+  memory.whole = contiguous && (addresses & 15u) == 0 && memory.begin == 0 && memory.end == kPiece;
+  return found;
+}
+
+template <typename Storage, typename Family> __global__ void __launch_bounds__(kStridedThreads)
+    strided(const __grid_constant__ StridedLaunch launch) {
+  using Arithmetic = typename Storage::Arithmetic;
+  __shared__ StridedShared<Arithmetic> shared;
+  const TermArguments &terms = launch.terms;
+  if (threadIdx.x == 0) {
+    shared.any_term = 0;
+    const StridedTensor &tensor = tensor_of_tile(launch.tensors, launch.num_tensors, blockIdx.x);
+    shared.tensor = (int32_t)(&tensor - launch.tensors);
+  }
+  __syncthreads();
+  const StridedTensor &tensor = launch.tensors[shared.tensor];
+  const int64_t slot = (int64_t)(blockIdx.x - tensor.first_tile) * kStridedThreads + threadIdx.x;
+  const bool inside = slot < tensor.num_slots;
+  const Slot found =
+      find_slot<Storage>(tensor, launch.rows, launch.num_source_rows, inside ? slot : tensor.num_slots - 1);
+  const PieceMemory &memory = found.memory;
+  const bool busy = inside && memory.begin < memory.end;
+  Arithmetic acc[kPiece];
+#pragma unroll
+  for (int e = 0; e < kPiece; ++e) acc[e] = (Arithmetic)-0.0;
+  for (int64_t first = 0; first < terms.count; first += kStridedChunk) {
+    const int num_terms = terms.count - first < kStridedChunk ? (int)(terms.count - first) : kStridedChunk;
+    __syncthreads();
+    if ((int)threadIdx.x < num_terms) {
+      const Arithmetic c = counted_coefficient<Arithmetic>(terms, first + threadIdx.x);
+      shared.seeds[threadIdx.x] = term_seed(terms, first + threadIdx.x);
+      shared.coeffs[threadIdx.x] = c;
+      if (c != (Arithmetic)0) atomicOr(&shared.any_term, 1u);
+    }
+    __syncthreads();
+    if (!busy) continue;
+#pragma unroll 1
+    for (int k = 0; k < num_terms; ++k) {
+      const Arithmetic c = shared.coeffs[k];
+      if (c == (Arithmetic)0) continue;
+      const fk_words words = fk_group_words(shared.seeds[k], tensor.tensor.stream,
+                                            found.piece >> (Family::kGroupShift - kPieceShift), Family::kTag);
+      add_term<Family>(acc, words, (uint32_t)found.piece, c);
+    }
+  }
+  if (!busy) return;
+  if (found.no_source) { // NaN sums make NaN results
+#pragma unroll
+    for (int e = 0; e < kPiece; ++e) acc[e] = (Arithmetic)fk_float_from_bits(0x7FC00000u);
+  }
+  const Arithmetic alpha = memory.in ? term_alpha<Arithmetic>(terms) : (Arithmetic)1;
+  const typename Storage::Piece weights = read_piece<Storage>(memory);
+  if (memory.in && !shared.any_term && alpha == (Arithmetic)1) {
+    copy_piece<Storage>(memory, weights);
+    return;
+  }
+  RoundingNoise noise;
+  noise.stochastic = Storage::kRounds && terms.stochastic;
+  if (noise.stochastic) {
+    noise.words = fk_group_words(term_rounding_seed(terms), tensor.tensor.stream,
+                                 found.piece >> (FK_ROUNDING_GROUP_SHIFT - kPieceShift), FK_TAG_ROUNDING);
+  }
+  write_sums<Storage, Family>(memory, weights, alpha, acc, noise, terms, tensor.tensor.stream, found.piece);
+}

@@ -1,0 +1,245 @@
+"""The native CUDA library (csrc/include/fedkseed_cuda.h) through ctypes.
+
+It is loaded at the first use, never at import, and so is the driver. `unavailable()` says why it cannot be
+used; nothing here falls back to anything else: that choice is made, aloud, in `dispatch`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedkseed_kernels import native
+from fedkseed_kernels._operands import CONTRACT_VERSION, FAMILY_CODES, ROUNDING_CODES, DeviceTerms, Terms
+
+LIBRARY_PATH = native.LIBRARY_PATH.with_name("libfedkseed_cuda.so")
+MAX_TERMS_BY_VALUE = 64
+MIN_COMPUTE_CAPABILITY = (8, 0)
+
+_REBUILD = "install the CUDA toolkit (nvcc) and reinstall (from a checkout: make)"
+
+
+class FkCudaTerms(ctypes.Structure):
+    """struct fk_cuda_terms of the header."""
+
+    _fields_ = (
+        ("seeds", ctypes.c_void_p),
+        ("coeffs", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("alpha", ctypes.c_double),
+        ("device_alpha", ctypes.c_void_p),
+        ("rounding_seed", ctypes.c_uint64),
+        ("device_rounding_seed", ctypes.c_void_p),
+        ("num_skipped", ctypes.c_void_p),
+        ("on_device", ctypes.c_int32),
+        ("family", ctypes.c_int32),
+        ("rounding", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+def _declare(handle: ctypes.CDLL) -> None:
+    pointer, int32, int64, uint64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_uint64
+    arguments = {
+        "driver_version": (pointer,),
+        "runtime_version": (pointer,),
+        "load": (int32,),
+        "seed_axpy": (pointer, int64, pointer, int64, pointer, int32, pointer),
+        "philox_words": (pointer, pointer, pointer, int64, int32, pointer),
+        "normal_from_words": (pointer, pointer, int64, int32, pointer),
+        "normal_digest": (uint64, uint64, pointer, int32, pointer),
+    }
+    for name, types in arguments.items():
+        function = getattr(handle, f"fk_cuda_{name}")
+        function.argtypes, function.restype = types, int32
+    handle.fk_cuda_error_string.argtypes, handle.fk_cuda_error_string.restype = (int32,), ctypes.c_char_p
+
+
+def open_library(path: Path) -> ctypes.CDLL | str:
+    """The library in a file, or the reason why it cannot be used. Touches no device and no driver."""
+    if not path.exists():
+        reason = native.recorded_reason("cuda") or "the installation left no record"
+        return f"{path} was not built at installation: {reason}; {_REBUILD}"
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path} does not load: {error}; {_REBUILD}"
+    for symbol, expected in (
+        ("fk_abi_version", native.ABI_VERSION),
+        ("fk_contract_version", CONTRACT_VERSION),
+    ):
+        version = getattr(handle, symbol, None)
+        got = "none" if version is None else version()
+        if got != expected:
+            return f"{path} is of another release: {symbol} expected {expected}, got {got}; {_REBUILD}"
+    try:
+        _declare(handle)
+    except AttributeError as error:
+        return f"{path} lacks an entry ({error}); {_REBUILD}"
+    return handle
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | str:
+    return open_library(LIBRARY_PATH)
+
+
+def _version(handle: ctypes.CDLL, of: str) -> int:
+    version = ctypes.c_int32()
+    check(handle, getattr(handle, f"fk_cuda_{of}_version")(ctypes.byref(version)))
+    return version.value
+
+
+def _readable(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+@functools.cache
+def _why_the_driver_cannot_serve() -> str | None:
+    handle = library()
+    driver, runtime = _version(handle, "driver"), _version(handle, "runtime")
+    if driver == 0:
+        return "this machine has no NVIDIA driver; install one or use cpu tensors"
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the NVIDIA driver serves CUDA {_readable(driver)}, the library needs {runtime // 1000}.0 or "
+            "later; update the driver or use FEDKSEED_BACKEND=triton"
+        )
+    return None
+
+
+@functools.cache
+def _why_a_gpu_cannot_serve() -> str | None:
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < MIN_COMPUTE_CAPABILITY:
+            got, needed = (".".join(map(str, c)) for c in (capability, MIN_COMPUTE_CAPABILITY))
+            return (
+                f"cuda:{index} is of compute capability {got}, the library is built for {needed} and later; "
+                "hide it with CUDA_VISIBLE_DEVICES or use FEDKSEED_BACKEND=triton"
+            )
+    return None
+
+
+def unavailable() -> str | None:
+    """Why the CUDA library cannot be used, with what to do about it; None when it can."""
+    handle = _load()
+    if isinstance(handle, str):
+        return handle
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    reason = _why_the_driver_cannot_serve()
+    # No GPU is asked before torch has done so: tensors that need an answer are there only afterwards.
+    if reason is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        reason = _why_a_gpu_cannot_serve()
+    return reason
+
+
+def library() -> ctypes.CDLL:
+    """The library of this installation.
+
+    Raises:
+        RuntimeError: there is none that loads.
+    """
+    handle = _load()
+    if isinstance(handle, str):
+        raise RuntimeError(f"the native CUDA library cannot be used: {handle}")
+    return handle
+
+
+def check(handle: ctypes.CDLL, status: int) -> None:
+    """Raise for a status of the library that is not 0."""
+    if status > 0:
+        message = handle.fk_cuda_error_string(status).decode()
+        raise RuntimeError(f"the native CUDA library failed: {message} (CUDA error {status})")
+    if status < 0:
+        raise RuntimeError(
+            "the native CUDA library failed: it does not know a code or a size of this call "
+            f"(status {status}); reinstall"
+        )
+
+
+@functools.cache
+def load_kernels(device: int) -> None:
+    """Load every kernel on a device, once; lazy loading by the runtime would fail inside a graph capture."""
+    handle = library()
+    check(handle, handle.fk_cuda_load(device))
+
+
+def _host_terms(terms: Terms) -> FkCudaTerms:
+    return FkCudaTerms(
+        terms.seeds.ctypes.data,
+        terms.coeffs.ctypes.data,
+        terms.seeds.size,
+        terms.alpha,
+        None,
+        terms.rounding_seed,
+        None,
+        None,
+        0,
+        FAMILY_CODES[terms.family],
+        ROUNDING_CODES[terms.rounding],
+    )
+
+
+def _device_terms(terms: DeviceTerms) -> FkCudaTerms:
+    def by_value(value: float | Tensor) -> bool:
+        return not isinstance(value, Tensor)
+
+    def pointer(value: float | Tensor | None) -> int | None:
+        return value.data_ptr() if isinstance(value, Tensor) else None
+
+    return FkCudaTerms(
+        terms.seeds.data_ptr(),
+        terms.coeffs.data_ptr(),
+        terms.seeds.numel(),
+        terms.alpha if by_value(terms.alpha) else 0.0,
+        pointer(terms.alpha),
+        terms.rounding_seed if by_value(terms.rounding_seed) else 0,
+        pointer(terms.rounding_seed),
+        pointer(terms.num_skipped),
+        1,
+        FAMILY_CODES[terms.family],
+        ROUNDING_CODES[terms.rounding],
+    )
+
+
+def seed_axpy(
+    handle: ctypes.CDLL,
+    table: NDArray[np.void],
+    rows: Tensor | None,
+    num_source_rows: int,
+    terms: Terms | DeviceTerms,
+    device: int,
+    stream: int,
+) -> None:
+    """Run the primitive over a pointer table in one native call; nothing is checked here.
+
+    Args:
+        handle: a library from `open_library`.
+        table: native.TABLE_DTYPE [num_tensors]; the memory that it points to must outlive the kernels.
+        rows: int64 [sizes[0] of every tensor], contiguous, on the device; or None.
+        num_source_rows: rows of every input, which `rows` counts.
+        terms: the sum of noises; at most MAX_TERMS_BY_VALUE unless on the device.
+        device: index of the GPU.
+        stream: its cudaStream_t.
+    Raises:
+        RuntimeError: a launch failed.
+    """
+    native_terms = _device_terms(terms) if isinstance(terms, DeviceTerms) else _host_terms(terms)
+    status = handle.fk_cuda_seed_axpy(
+        table.ctypes.data,
+        table.size,
+        None if rows is None else rows.data_ptr(),
+        num_source_rows,
+        ctypes.byref(native_terms),
+        device,
+        stream,
+    )
+    check(handle, status)

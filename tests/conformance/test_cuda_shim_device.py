@@ -1,0 +1,176 @@
+"""What the CUDA kernels decide on a GPU, and the backend that calls them: the host's memory is the GPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import cuda_shim
+import numpy as np
+import pytest
+import torch
+from cuda_shim import MODES, assert_same, options, terms, weights
+from torch import Tensor
+
+import fedkseed_kernels as fk
+from fedkseed_kernels import _checks, native, native_cuda, native_cuda_backend, reference
+from fedkseed_kernels._conformance_checks import poisoned, stored_of, tensor_of
+from fedkseed_kernels._operands import DeviceTerms, Terms
+
+pytestmark = pytest.mark.skipif(cuda_shim.COMPILER is None, reason="needs a C++ compiler")
+
+all_modes = pytest.mark.parametrize(("dtype", "rounding"), MODES)
+all_families = pytest.mark.parametrize("family", reference.FAMILIES)
+
+
+def device_terms(seeds: Sequence[int], coeffs: Sequence[float], **chosen: Any) -> DeviceTerms:
+    """Terms as a GPU has them: here the device's memory is the host's."""
+    signed = [s - 2**64 if s >= 2**63 else s for s in seeds]
+    defaults: dict[str, Any] = {"alpha": 1.0, "family": "gaussian", "rounding": "nearest", "rounding_seed": 0}
+    return DeviceTerms(
+        torch.tensor(signed, dtype=torch.int64),
+        torch.tensor(coeffs, dtype=torch.float64),
+        **defaults | chosen,
+    )
+
+
+def run_in_place(shim: cuda_shim.ShimBackend, tensors: list[Tensor], terms: DeviceTerms) -> None:
+    shim.seed_axpy(_checks.check_operands(tensors, None, None, None, [], [], []), terms, "auto")
+
+
+def test_nothing_to_do_launches_nothing(shim: cuda_shim.ShimBackend) -> None:
+    before = shim.num_launches
+    operands = _checks.check_operands([torch.empty(0), torch.empty(3, 0)], None, None, None, [], [], [])
+    shim.seed_axpy(operands, device_terms([1], [0.5]), "auto")
+    assert shim.num_launches == before
+
+
+@all_families
+@pytest.mark.parametrize("num_terms", [1, 2, 70])
+def test_nan_and_infinite_coefficients_are_skipped_and_counted(
+    shim: cuda_shim.ShimBackend, num_terms: int, family: str
+) -> None:
+    """Once a call, however many blocks, tensors and launches there are."""
+    seeds, coeffs = terms(num_terms)
+    bad = [c if k % 3 else (np.nan, np.inf, -np.inf, 1e39)[k // 3 % 4] for k, c in enumerate(coeffs)]
+    clean = [c if k % 3 else 0.0 for k, c in enumerate(coeffs)]
+    num_skipped = torch.tensor([5], dtype=torch.int32)
+    tensors, expected = (
+        [weights(9000, "float32"), weights(33, "bfloat16"), weights(64, "float32").reshape(8, 8).t()]
+        for _ in range(2)
+    )
+    run_in_place(shim, tensors, device_terms(seeds, bad, family=family, num_skipped=num_skipped))
+    fk.seed_axpy_(expected, seeds, clean, family=family)
+    for got, want in zip(tensors, expected, strict=True):
+        assert_same(stored_of(got), stored_of(want), str(got.dtype).removeprefix("torch."))
+    assert num_skipped.item() == 5 + len(range(0, num_terms, 3))
+    run_in_place(shim, tensors, device_terms(seeds, bad, family=family))
+
+
+@all_modes
+@pytest.mark.parametrize("num_terms", [1, 2, 3])
+def test_no_term_left_changes_no_byte(
+    shim: cuda_shim.ShimBackend, num_terms: int, dtype: str, rounding: str
+) -> None:
+    """Every pattern of 16 bits stays, NaN payloads too."""
+    tensor = tensor_of(
+        np.arange(2**16, dtype=np.uint16).view(f"u{torch.finfo(getattr(torch, dtype)).bits // 8}"), dtype
+    )
+    before = tensor.clone()
+    chosen = {"rounding": rounding, "rounding_seed": torch.tensor(3)}
+    strided = tensor.reshape(-1, 4).t().clone().t()
+    run_in_place(
+        shim,
+        [tensor, strided],
+        device_terms([1, 2, 3][:num_terms], [np.nan, 0.0, -0.0][:num_terms], **chosen),
+    )
+    assert stored_of(tensor).tobytes() == stored_of(before).tobytes()
+    assert stored_of(strided).tobytes() == stored_of(before).tobytes()
+
+
+@all_modes
+def test_scalars_on_the_device(shim: cuda_shim.ShimBackend, dtype: str, rounding: str) -> None:
+    """alpha is rounded to fp32 there, a rounding seed is a bit pattern."""
+    seeds, coeffs = terms(3)
+    tensor, want = weights(5000, dtype), weights(5000, dtype)
+    chosen = {"alpha": torch.tensor(0.1, dtype=torch.float64), "rounding": rounding}
+    run_in_place(shim, [tensor], device_terms(seeds, coeffs, rounding_seed=torch.tensor(-9), **chosen))
+    fk.seed_axpy_(want, seeds, coeffs, **options(rounding, "gaussian", alpha=0.1))
+    assert_same(stored_of(tensor), stored_of(want), dtype)
+
+
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_rows_out_of_range_give_nan_and_are_not_read(shim: cuda_shim.ShimBackend, dtype: str) -> None:
+    tensor = weights(6 * 20, dtype).reshape(6, 20)
+    out, want = (poisoned((4, 20), dtype) for _ in range(2))
+    operands = _checks.check_operands([tensor], [out], None, torch.tensor([2, 0, 0, 5]), [], [], [])
+    operands.rows = torch.tensor([2, 6, -(2**40), 5])
+    shim.seed_axpy(operands, device_terms([3], [0.5]), "auto")
+    fk.seed_axpy(tensor, [3], [0.5], rows=torch.tensor([2, 0, 0, 5]), out=want)
+    assert out[1:3].isnan().all()
+    assert_same(stored_of(out[::3]), stored_of(want[::3]), dtype)
+
+
+def test_unknown_codes_are_refused(shim: cuda_shim.ShimBackend) -> None:
+    table = np.zeros(1, native.TABLE_DTYPE)
+    table["dtype"] = 9
+    with pytest.raises(RuntimeError, match="does not know a code or a size of this call"):
+        native_cuda.seed_axpy(shim.handle, table, None, 0, device_terms([1], [0.5]), 0, 0)
+    many = Terms(np.zeros(65, np.uint64), np.ones(65), 1.0, "gaussian", "nearest", 0)
+    with pytest.raises(RuntimeError, match="does not know a code or a size of this call"):
+        native_cuda.seed_axpy(shim.handle, table[:0], None, 0, many, 0, 0)
+
+
+# --- the backend of cuda tensors, with the host in the place of a GPU
+
+
+@pytest.fixture
+def backend(shim: cuda_shim.ShimBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """`native_cuda_backend` on the shim; `capturing` says whether a graph is being captured."""
+    state = SimpleNamespace(capturing=False, seed_axpy=native_cuda_backend.seed_axpy)
+    monkeypatch.setattr(native_cuda, "_load", lambda: shim.handle)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    native_cuda.load_kernels.cache_clear()
+    yield state
+    native_cuda.load_kernels.cache_clear()
+
+
+def host_terms(count: int) -> Terms:
+    seeds, coeffs = terms(count)
+    signed = np.array(seeds, np.int64).view(np.uint64)
+    return Terms(signed, np.array(coeffs), 1.0, "gaussian", "nearest", 0)
+
+
+@pytest.mark.parametrize("num_terms", [64, 65])
+def test_terms_by_value_and_through_memory(backend: SimpleNamespace, num_terms: int) -> None:
+    tensor, want = weights(1000, "float32"), weights(1000, "float32")
+    operands = _checks.check_operands([tensor], None, None, None, [], [], [])
+    backend.seed_axpy(operands, host_terms(num_terms), "auto")
+    fk.seed_axpy_(want, *terms(num_terms))
+    assert_same(stored_of(tensor), stored_of(want), "float32")
+    backend.seed_axpy(operands, host_terms(num_terms), "auto")  # the table is kept
+    fk.seed_axpy_(want, *terms(num_terms))
+    assert_same(stored_of(tensor), stored_of(want), "float32")
+
+
+def test_many_terms_of_the_host_cannot_be_captured(backend: SimpleNamespace) -> None:
+    tensor = torch.ones(5)
+    operands = _checks.check_operands([tensor], None, None, None, [], [], [])
+    backend.capturing = True
+    with pytest.raises(
+        RuntimeError, match="at most 64 terms from the host while a CUDA graph .*, got 65; pass"
+    ):
+        backend.seed_axpy(operands, host_terms(65), "auto")
+    assert torch.equal(tensor, torch.ones(5))
+    backend.seed_axpy(operands, host_terms(64), "auto")
+
+
+def test_rows_count_those_of_the_input(backend: SimpleNamespace) -> None:
+    tensor, out = weights(60, "float32").reshape(20, 3), poisoned((2, 3), "float32")
+    operands = _checks.check_operands([tensor], [out], None, torch.tensor([19, 4]), [], [], [])
+    backend.seed_axpy(operands, host_terms(1), "auto")
+    (want,) = fk.seed_axpy(tensor, *terms(1), rows=torch.tensor([19, 4]))
+    assert_same(stored_of(out), stored_of(want), "float32")

@@ -1,0 +1,73 @@
+// Stands in for the CUDA runtime where csrc/cuda is compiled for a host: the kernels themselves run, one
+// block after the other, the threads of a block as fibers that switch at barriers. Found by
+// csrc/cuda/target.h.
+#pragma once
+
+#include <stdint.h>
+
+#include <functional>
+
+#define __global__ static
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct fk_shim_index {
+  unsigned x;
+};
+extern fk_shim_index threadIdx, blockIdx, gridDim;
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+// Ends the turn of the running thread until all others of its block stand here too.
+void __syncthreads();
+
+template <typename T, typename U> static inline T atomicAdd(T *target, U value) {
+  const T before = *target;
+  *target += (T)value;
+  return before;
+}
+
+template <typename T> static inline T atomicOr(T *target, T value) {
+  const T before = *target;
+  *target |= value;
+  return before;
+}
+
+typedef void *cudaStream_t;
+enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+struct cudaFuncAttributes {};
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0, cudaStreamCaptureModeRelaxed = 2 };
+
+// Runs a kernel's body for every thread of every block.
+void fk_shim_run(unsigned blocks, unsigned threads, const std::function<void()> &body);
+cudaError_t cudaGetLastError();
+const char *cudaGetErrorString(cudaError_t error);
+
+static inline cudaError_t cudaGetDevice(int *device) {
+  *device = 0;
+  return cudaSuccess;
+}
+static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+static inline cudaError_t cudaDriverGetVersion(int *version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+static inline cudaError_t cudaRuntimeGetVersion(int *version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, const void *) { return cudaSuccess; }
+
+static inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *) { return cudaSuccess; }
+
+#define FK_LAUNCH(kernel, blocks, threads, stream, argument)                                                 \
+  do {                                                                                                       \
+    (void)(stream);                                                                                          \
+    fk_shim_run((unsigned)(blocks), (unsigned)(threads), [&] { kernel(argument); });                         \
+  } while (0)
