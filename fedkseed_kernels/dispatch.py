@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from fedkseed_kernels import native, native_backend, reference_backend
+from fedkseed_kernels import native, native_backend, reference_backend, triton_backend
 from fedkseed_kernels._operands import ISA_CODES, Operands, Terms
 
 logger = logging.getLogger("fedkseed_kernels")
@@ -39,19 +39,9 @@ class Backend(Protocol):
         """The primitive over checked operands; `isa` is meant for the native backend."""
 
 
-class _NotThereYet:
-    """A backend that the table names and this release does not have."""
-
-    def unavailable(self) -> str | None:
-        return "it is not part of this release; use cpu tensors"
-
-    def seed_axpy(self, operands: Operands, terms: Terms, isa: str) -> None:
-        raise RuntimeError(f"the triton backend cannot be used: {self.unavailable()}")
-
-
 BACKENDS: dict[str, Backend] = {
     "native": native_backend,
-    "triton": _NotThereYet(),
+    "triton": triton_backend,
     "reference": reference_backend,
 }
 
@@ -166,7 +156,8 @@ def select(device_type: str) -> Selection:
     else:
         if (reason := BACKENDS[name].unavailable()) is not None:
             raise RuntimeError(f"{BACKEND_VARIABLE} asks for {name}, which cannot be used: {reason}")
-        if name not in TABLE[device_type]:
+        is_interpreted = name == "triton" and triton_backend.is_interpreting()
+        if name not in TABLE[device_type] and not is_interpreted:
             raise RuntimeError(
                 f"{BACKEND_VARIABLE} asks for {name}, which does not serve {device_type} tensors; "
                 f"expected one of {', '.join(TABLE[device_type])}"

@@ -25,8 +25,9 @@ def test_mixed_devices(name: str) -> None:
         call(name, [a, torch.ones(4, device="meta")])
 
 
-def test_device_without_a_backend() -> None:
-    with pytest.raises(RuntimeError, match="no backend can serve cuda tensors: triton: it is not part"):
+def test_device_without_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no backend can serve cuda tensors: .*triton"):
         fk.normal(4, 1, device="cuda")
     with pytest.raises(RuntimeError, match="expected tensors on one of cpu, cuda, got xpu"):
         dispatch.select("xpu")
