@@ -44,8 +44,8 @@ def unavailable() -> str | None:
         return reason
     if not is_interpreting() and not torch.cuda.is_available():
         return (
-            f"torch finds no GPU; on the CPU it runs only in Triton's interpreter, set {INTERPRET_VARIABLE}=1 "
-            "(thousands of times slower: for debugging)"
+            "torch finds no GPU; on the CPU it runs only in Triton's interpreter, thousands of times slower: "
+            f"set {INTERPRET_VARIABLE}=1 for that"
         )
     return None
 
@@ -61,7 +61,7 @@ def seed_axpy(operands: Operands, terms: Any, isa: str) -> None:
     outs = operands.outs.tensors
     if outs and outs[0].device.type == "cpu" and not launch.IS_INTERPRETED:
         raise RuntimeError(
-            f"expected {INTERPRET_VARIABLE}=1 before Triton is imported, for cpu tensors are for its interpreter, "
-            "but Triton is there already; start Python with it set"
+            f"expected {INTERPRET_VARIABLE}=1 before Triton is imported: its interpreter serves cpu tensors, "
+            "but Triton was there already; start Python with it set"
         )
     launch.seed_axpy(operands, terms)

@@ -1,7 +1,7 @@
 """Exact arithmetic for Triton's interpreter, which rounds differently from every GPU.
 
-Its fma rounds twice in some releases, and its conversion to bf16 truncates. While the kernels run in it, both are
-those of the noise contract, so that it gives the contract's bits too.
+Its fma rounds twice in some releases, and its conversion to bf16 truncates. While the kernels run in it,
+both are those of the noise contract, so that it gives the contract's bits too.
 """
 
 from __future__ import annotations

@@ -81,8 +81,9 @@ def runs_config() -> Config:
 class PackedTerms(NamedTuple):
     """The terms of one arithmetic format as the kernels take them.
 
-    Up to MAX_TERMS_BY_VALUE on the host: seeds and the fp64 patterns of coefficients, alpha, rounding seed. More,
-    or on the device: records of RECORD_WORDS int32, in the first the number of terms, alpha and rounding seed.
+    Up to MAX_TERMS_BY_VALUE on the host: seeds and the fp64 patterns of coefficients, alpha, rounding seed.
+    More, or on the device: records of RECORD_WORDS int32; in the first the number of terms, alpha and
+    rounding seed.
     """
 
     num_by_value: int
@@ -120,8 +121,8 @@ def pack_host_terms(terms: Terms, fp64: bool, device: torch.device) -> PackedTer
 def pack_device_terms(terms: Any, fp64: bool) -> PackedTerms:
     """The same for terms in device memory, there: nothing waits, and a captured graph does it at each replay.
 
-    terms: seeds int64 [K], coeffs fp64 [K]; alpha and rounding_seed numbers, or tensors of one element. A NaN or
-    infinite coefficient is dropped like a zero.
+    terms: seeds int64 [K], coeffs fp64 [K]; alpha and rounding_seed numbers, or tensors of one element.
+    A NaN or infinite coefficient is dropped like a zero.
     """
     coefficients = terms.coeffs if fp64 else terms.coeffs.to(torch.float32)
     num_terms = coefficients.numel()

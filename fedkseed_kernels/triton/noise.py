@@ -1,4 +1,4 @@
-"""The noise contract's device functions in Triton: Philox, the Gaussian transform, Rademacher signs, roundings.
+"""The noise contract in Triton: Philox, the Gaussian transform, Rademacher signs, stochastic rounding.
 
 Section numbers are those of docs/noise-contract.md. Every constant comes from the reference, which a test
 holds to that page. Kernels that use these must be launched with enable_fp_fusion=False: each fma is written
@@ -80,7 +80,7 @@ def group_words(low, high, stream, tag: tl.constexpr, k0, k1):
 
 @triton.jit
 def normal_pair(word, radius_base, one_bits):
-    """Section 4: the normals (even, odd) of a word; radius_base and one_bits are the two bit patterns above."""
+    """Section 4: the normals (even, odd) of a word; radius_base, one_bits: the two patterns above."""
     u = ((word & RADIUS_MASK) | radius_base).to(tl.float32, bitcast=True) - RADIUS_CENTRE
     m = ((u.to(tl.uint32, bitcast=True) & MANTISSA_MASK) | one_bits).to(tl.float32, bitcast=True)
     e = tl.fma(u.to(tl.int32, bitcast=True).to(tl.float32), LOG_SLOPE, LOG_0)

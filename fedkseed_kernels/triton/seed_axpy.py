@@ -80,7 +80,7 @@ def _add_term(
     NUM_LANES: tl.constexpr,
     NUM_SIDES: tl.constexpr,
 ):
-    """acc with one term added to each of its sums: first those of the plus side, then those of the minus side.
+    """acc with one term added to each of its sums: those of the plus side, then those of the minus side.
 
     low, high: octets, or for NUM_LANES == 128 groups of 128 elements.
     """
@@ -400,7 +400,10 @@ def runs_kernel(
     num_outer = tl.load(entry + 12).to(tl.int32)
     dims = entry + FIRST_DIM
 
-    lane = ((tile - tl.load(entry)) * PROGRAMS + part) * BLOCK + tl.arange(0, BLOCK)
+    begin = ((tile - tl.load(entry)) * PROGRAMS + part) * BLOCK
+    if begin >= num_runs * octets_per_run:
+        return
+    lane = begin + tl.arange(0, BLOCK)
     run = lane // octets_per_run
     in_run = lane % octets_per_run
     exists = run < num_runs

@@ -1,4 +1,4 @@
-"""The Triton kernels' bits, in Triton's interpreter, against the reference: every path, on poisoned outputs."""
+"""The Triton kernels' bits, in Triton's interpreter, against the reference, on poisoned outputs."""
 
 from __future__ import annotations
 
@@ -93,17 +93,17 @@ def check_flat(
 @all_modes
 @pytest.mark.parametrize("num_terms", [0, 1, 2, 3])
 def test_numbers_of_terms(dtype: str, rounding: str, family: str, num_terms: int) -> None:
-    check_flat(dtype, rounding, family, num_terms, count=150, first=0)
+    check_flat(dtype, rounding, family, num_terms, count=70, first=0)
 
 
 @all_families
 @pytest.mark.parametrize(("dtype", "rounding"), [("bfloat16", "stochastic"), ("float64", "nearest")])
 def test_many_terms(dtype: str, rounding: str, family: str) -> None:
-    check_flat(dtype, rounding, family, 17, count=67, first=8)
+    check_flat(dtype, rounding, family, 17, count=64, first=8)
 
 
 @all_families
-@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 127, 128, 129, 512, 1031])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 128, 131, 520])
 def test_ragged_sizes(family: str, count: int) -> None:
     check_flat("bfloat16", "nearest", family, 1, count, first=0)
     check_flat("float32", "nearest", family, 3, count, first=16)
@@ -111,10 +111,17 @@ def test_ragged_sizes(family: str, count: int) -> None:
 
 @all_families
 @pytest.mark.parametrize(
-    "first",
-    [5, 2**31 - 40, 2**34 - 24, 2**35 - 24, 2**35 + 3, 2**39 - 40, 2**62 + 2, 2**63 - 120],
+    ("first", "num_terms"),
+    [
+        (5, 3),
+        (2**31 - 40, 1),
+        (2**35 - 24, 1),
+        (2**35 + 3, 1),
+        (2**39 - 40, 3),
+        (2**62 + 2, 1),
+        (2**63 - 120, 3),
+    ],
 )
-@pytest.mark.parametrize("num_terms", [1, 3])
 def test_offsets(family: str, first: int, num_terms: int) -> None:
     """Beyond 2^31 and 2^32 elements and, at 8 and 128 elements each, 2^32 groups."""
     check_flat("bfloat16", "stochastic", family, num_terms, count=120, first=first)
@@ -122,7 +129,7 @@ def test_offsets(family: str, first: int, num_terms: int) -> None:
 
 @all_families
 @all_modes
-@pytest.mark.parametrize("num_terms", [1, 2, 3])
+@pytest.mark.parametrize("num_terms", [1, 3])
 def test_both_sides(dtype: str, rounding: str, family: str, num_terms: int) -> None:
     check_flat(dtype, rounding, family, num_terms, count=43, first=8, pair=True)
 
@@ -167,9 +174,8 @@ def test_noise_itself(dtype: str, rounding: str, family: str) -> None:
         assert_same(got, reference.normal_array(-5, STREAM, elements, dtype, family), dtype)
 
 
-@all_families
 @all_modes
-@pytest.mark.parametrize("memory", ["transposed", "every other"])
+@pytest.mark.parametrize(("memory", "family"), [("transposed", "gaussian"), ("every other", "rademacher")])
 def test_strides(dtype: str, rounding: str, family: str, memory: str) -> None:
     chosen, stored = options(rounding, family), weights(7 * 11, dtype).reshape(7, 11)
     elements = np.uint64(11) + np.arange(77, dtype=np.uint64).reshape(7, 11)
@@ -201,9 +207,15 @@ def test_views_equal_the_whole(family: str) -> None:
         assert_same(got, expected(stored, elements, "bfloat16", 2, 1, **chosen), "bfloat16")
 
 
-@all_families
-@all_modes
-@pytest.mark.parametrize("shape", [(9, 16), (9, 5), (9,), (9, 2, 8)])
+@pytest.mark.parametrize(
+    ("dtype", "rounding", "family", "shape"),
+    [(*mode, "gaussian", (9, 16)) for mode in MODES]
+    + [
+        ("bfloat16", "stochastic", family, s)
+        for family in reference.FAMILIES
+        for s in ((9, 5), (9,), (9, 2, 8))
+    ],
+)
 def test_rows(dtype: str, rounding: str, family: str, shape: tuple[int, ...]) -> None:
     chosen, stored = options(rounding, family), weights(int(np.prod(shape)), dtype).reshape(shape)
     first = 2**31 - 8
@@ -235,7 +247,7 @@ def test_lists() -> None:
     chosen = options("stochastic", "gaussian")
     streams = [2**32 - 1, *range(1, 8)]
     for num_terms in (1, 3):
-        before = [stored_of(t) for t in tensors]
+        before = [stored_of(t).copy() for t in tensors]
         fk.seed_axpy_(tensors, SEEDS[:num_terms], COEFFS[:num_terms], streams=streams, **chosen)
         for got, was, dtype, stream in zip(tensors, before, kinds, streams, strict=True):
             want = reference.seed_axpy_array(
@@ -268,7 +280,7 @@ class _OnDevice:
     """Terms as a device holds them; here its memory is the host's."""
 
     def __init__(self, num_terms: int, **fields: Any):
-        self.seeds = torch.tensor([s - 2**64 if s >> 63 else s for s in SEEDS[:num_terms]])
+        self.seeds = torch.tensor(np.array(SEEDS[:num_terms], dtype=np.uint64).view(np.int64))
         self.coeffs = torch.tensor(COEFFS[:num_terms], dtype=torch.float64)
         self.alpha: Any = torch.tensor([ALPHA], dtype=torch.float64)
         self.family, self.rounding = "gaussian", "stochastic"
@@ -321,7 +333,7 @@ def test_a_row_out_of_range_is_nan() -> None:
     operands.rows[1], operands.rows[2] = 4, -1
     launch.seed_axpy(operands, _OnDevice(0, alpha=1.0, rounding="nearest", rounding_seed=0))
     assert torch.isnan(out).all(dim=1).tolist() == [False, True, True, False]
-    assert (out[0] == 1).all() and (out[3] == 1).all()
+    assert (out[[0, 3]] == 1).all()
 
 
 def test_segments_end_where_the_high_word_changes() -> None:
