@@ -61,11 +61,14 @@ class Function:
     labels: dict[str, int] = field(default_factory=dict)
 
     def loops(self) -> list[tuple[int, int]]:
-        """(first, last) instruction of each backward branch's body."""
+        """(first, last) instruction of each backward branch that a way forward from its target comes to.
+
+        Others come back from a side way that stands behind the function's end.
+        """
         found = []
         for at, instruction in enumerate(self.instructions):
             first = self.labels.get(instruction.target or "", at + 1)
-            if first <= at and instruction.opcode.startswith("BRA"):
+            if first <= at and path_that_makes_most(self, first, at, _NOTHING):
                 found.append((first, at))
         return found
 
@@ -79,6 +82,7 @@ class Function:
         ]
 
 
+_NOTHING = re.compile("$")
 _LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z]\S*)(.*);")
 
 

@@ -6,6 +6,7 @@ list (once for a prepared one) and, for three terms or more, the terms.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +42,11 @@ _NOTHING_BY_VALUE = (0, 0, 0, 0, 1.0, 0)
 TILE = 4096
 # Below this many tiles a program takes one block instead of a tile, so that small lists fill a GPU too.
 FEW_TILES = 1024
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Where launches go within a block: Triton takes torch's current device, or its own interpreter."""
+    return exact_arithmetic() if IS_INTERPRETED else torch.cuda.device(device)
 
 
 class Config(NamedTuple):
@@ -130,8 +136,8 @@ def pack_device_terms(terms: Any, fp64: bool) -> PackedTerms:
     # In order behind the header; dropped ones share a last record that is never read.
     place = torch.where(is_left, torch.cumsum(is_left, 0), num_terms + 1)
     found = torch.zeros((num_terms, RECORD_WORDS), dtype=torch.int32, device=coefficients.device)
-    found[:, :2] = terms.seeds.contiguous().view(torch.int32).view(num_terms, 2)
-    words = coefficients.contiguous().view(torch.int32).view(num_terms, 2 if fp64 else 1)
+    found[:, :2] = terms.seeds.reshape(num_terms, 1).contiguous().view(torch.int32)
+    words = coefficients.reshape(num_terms, 1).contiguous().view(torch.int32)
     found[:, 2 : 2 + words.shape[1]] = words
     records = torch.zeros((num_terms + 2, RECORD_WORDS), dtype=torch.int32, device=coefficients.device)
     records[place] = found
@@ -174,6 +180,7 @@ class _DeviceTables(NamedTuple):
 
     tables: dict[torch.dtype, DtypeTables]
     copies: dict[tuple[torch.dtype, str], Tensor]
+    copied: torch.cuda.Event | None  # None on the CPU
 
 
 def _tables_of(operands: Operands, device: torch.device) -> _DeviceTables:
@@ -185,8 +192,16 @@ def _tables_of(operands: Operands, device: torch.device) -> _DeviceTables:
             for kind, table in zip(("segments", "runs"), pair, strict=True)
             if table is not None
         }
-        operands.device_tables = _DeviceTables(tables, copies)
+        copied = None
+        if device.type != "cpu":
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        operands.device_tables = _DeviceTables(tables, copies, copied)
     found: _DeviceTables = operands.device_tables
+    # A prepared list may be used on another stream than the one that its tables were copied on. (A capture
+    # begins when the device is idle.)
+    if found.copied is not None and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(device).wait_event(found.copied)
     return found
 
 
@@ -200,7 +215,7 @@ def seed_axpy(operands: Operands, terms: Any) -> None:
     device = operands.outs.tensors[0].device
     on_host = isinstance(terms, Terms)
     in_place = operands.outs is operands.inputs and operands.outs_minus is None
-    with exact_arithmetic() if IS_INTERPRETED else torch.cuda.device(device):
+    with on_device(device):
         found = _tables_of(operands, device)
         packed: dict[bool, PackedTerms] = {}
         for dtype, (segments, runs) in found.tables.items():
