@@ -139,6 +139,12 @@ def _automatic(device_type: str, isa: str) -> str:
     return chosen
 
 
+def serves(name: str, device_type: str) -> bool:
+    """Whether a backend, where it can be used, takes tensors of a device type."""
+    is_interpreted = name == "triton" and triton_backend.is_interpreting()
+    return name in TABLE[device_type] or is_interpreted
+
+
 def select(device_type: str) -> Selection:
     """The backend for tensors of a device type.
 
@@ -156,8 +162,7 @@ def select(device_type: str) -> Selection:
     else:
         if (reason := BACKENDS[name].unavailable()) is not None:
             raise RuntimeError(f"{BACKEND_VARIABLE} asks for {name}, which cannot be used: {reason}")
-        is_interpreted = name == "triton" and triton_backend.is_interpreting()
-        if name not in TABLE[device_type] and not is_interpreted:
+        if not serves(name, device_type):
             raise RuntimeError(
                 f"{BACKEND_VARIABLE} asks for {name}, which does not serve {device_type} tensors; "
                 f"expected one of {', '.join(TABLE[device_type])}"
