@@ -7,7 +7,8 @@ lane, whose sums stay in registers over the whole loop over terms and are joined
   weights of a model.
 * `runs_kernel`: anything else: odd ends, strides, views, gathered rows.
 
-`launch` makes the tables and picks the parameters; what the arguments mean is said there.
+`launch` picks the parameters and says what the arguments mean. Fields of the tables are read by their
+position in `tables.SEGMENT_FIELDS` and `tables.RUN_FIELDS`.
 """
 
 from __future__ import annotations
@@ -16,23 +17,16 @@ import triton
 import triton.language as tl
 
 from fedkseed_kernels.triton import noise
+from fedkseed_kernels.triton.primitive import accumulate, finish, octet_values, read_header
 from fedkseed_kernels.triton.tables import (
     RUN_DIMS,
     RUN_FIELDS,
     RUN_FIRST_DIM,
     RUN_MAX_OUTER,
-    SEGMENT_FIELDS,
 )
 
-gaussian_octet = noise.gaussian_octet
-rademacher_octet = noise.rademacher_octet
-group_words = noise.group_words
 key_of = noise.key_of
 rounding_octet = noise.rounding_octet
-bf16_stochastic = noise.bf16_stochastic
-fp16_stochastic = noise.fp16_stochastic
-TAG_RADEMACHER = noise.TAG_RADEMACHER
-NUM_SEGMENT_FIELDS = tl.constexpr(len(SEGMENT_FIELDS))
 NUM_RUN_FIELDS = tl.constexpr(len(RUN_FIELDS) + len(RUN_DIMS) * RUN_MAX_OUTER)
 FIRST_DIM = tl.constexpr(RUN_FIRST_DIM)
 MAX_OUTER = tl.constexpr(RUN_MAX_OUTER)
@@ -51,183 +45,6 @@ _RUN_TIME = (
     "radius_base",
     "one_bits",
 )
-
-
-@triton.jit
-def _signed(coefficient, word, SHIFT: tl.constexpr):
-    """-coefficient where the bit that SHIFT moves to the top of the word is set, else coefficient."""
-    sign = (word << SHIFT) & 0x80000000
-    if coefficient.dtype == tl.float32:
-        if SHIFT == 31:  # nothing to mask: shift and add are one instruction
-            return ((word << SHIFT) + coefficient.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
-        return (sign ^ coefficient.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
-    else:
-        return tl.where(sign != 0, -coefficient, coefficient)
-
-
-@triton.jit
-def _add_term(
-    acc,
-    low,
-    high,
-    stream,
-    k0,
-    k1,
-    coefficient,
-    radius_base,
-    one_bits,
-    FAMILY: tl.constexpr,
-    NUM_LANES: tl.constexpr,
-    NUM_SIDES: tl.constexpr,
-):
-    """acc with one term added to each of its sums: those of the plus side, then those of the minus side.
-
-    low, high: octets, or for NUM_LANES == 128 groups of 128 elements.
-    """
-    sums = ()
-    if FAMILY == "gaussian":
-        z = gaussian_octet(low, high, stream, k0, k1, radius_base, one_bits)
-        for side in tl.static_range(NUM_SIDES):
-            c = -coefficient if side == 1 else coefficient
-            for i in tl.static_range(NUM_LANES):
-                sums = sums + (tl.fma(z[i].to(acc[0].dtype), c, acc[side * NUM_LANES + i]),)
-    else:
-        if NUM_LANES == 8:
-            octet_bits = rademacher_octet(low, high, stream, k0, k1)
-            words = (octet_bits,)
-        else:
-            words = group_words(low, high, stream, TAG_RADEMACHER, k0, k1)
-        for side in tl.static_range(NUM_SIDES):
-            c = -coefficient if side == 1 else coefficient
-            for i in tl.static_range(NUM_LANES):
-                # fma(c, +-1, acc) has the rounding of one addition.
-                product = _signed(c, words[i // 32], 31 - i % 32)
-                sums = sums + (acc[side * NUM_LANES + i] + product,)
-    return sums
-
-
-@triton.jit
-def _read_header(terms):
-    """The first record: number of terms, alpha, rounding seed."""
-    alpha = tl.load((terms + 1).to(tl.pointer_type(tl.float32)))
-    return tl.load(terms), alpha, tl.load((terms + 2).to(tl.pointer_type(tl.int64)))
-
-
-@triton.jit
-def _accumulate(
-    low,
-    high,
-    stream,
-    terms,
-    num_terms,
-    seed_0,
-    bits_0,
-    seed_1,
-    bits_1,
-    radius_base,
-    one_bits,
-    ARITHMETIC: tl.constexpr,
-    FAMILY: tl.constexpr,
-    NUM_TERMS: tl.constexpr,
-    NUM_LANES: tl.constexpr,
-    NUM_SIDES: tl.constexpr,
-    UNROLL: tl.constexpr,
-):
-    """The sums over all terms, a tuple of NUM_LANES * NUM_SIDES."""
-    start = tl.full(low.shape, -0.0, ARITHMETIC)
-    acc = ()
-    for _ in tl.static_range(NUM_LANES * NUM_SIDES):
-        acc = acc + (start,)
-    if NUM_TERMS == 0:
-        for k in tl.range(0, num_terms, loop_unroll_factor=UNROLL):
-            # Two 32-bit loads: from one of 64 bits LLVM makes 64-bit arithmetic of the whole of Philox.
-            record = terms + (k + 1) * 4
-            k0 = tl.load(record).to(tl.uint32, bitcast=True)
-            k1 = tl.load(record + 1).to(tl.uint32, bitcast=True)
-            c = tl.load((record + 2).to(tl.pointer_type(ARITHMETIC)))
-            acc = _add_term(
-                acc, low, high, stream, k0, k1, c, radius_base, one_bits, FAMILY, NUM_LANES, NUM_SIDES
-            )
-    else:
-        c = bits_0.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
-        k0, k1 = key_of(seed_0)
-        acc = _add_term(
-            acc, low, high, stream, k0, k1, c, radius_base, one_bits, FAMILY, NUM_LANES, NUM_SIDES
-        )
-        if NUM_TERMS == 2:
-            c = bits_1.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
-            k0, k1 = key_of(seed_1)
-            acc = _add_term(
-                acc, low, high, stream, k0, k1, c, radius_base, one_bits, FAMILY, NUM_LANES, NUM_SIDES
-            )
-    return acc
-
-
-@triton.jit
-def _octet_values(lanes, FIRST: tl.constexpr):
-    """lanes[FIRST .. FIRST + 7], each [block], as [block, 8].
-
-    Joined from the highest bit of the position down, so that a thread's eight values are neighbours and
-    nothing has to move between threads.
-    """
-    even = tl.join(tl.join(lanes[FIRST], lanes[FIRST + 4]), tl.join(lanes[FIRST + 2], lanes[FIRST + 6]))
-    odd = tl.join(tl.join(lanes[FIRST + 1], lanes[FIRST + 5]), tl.join(lanes[FIRST + 3], lanes[FIRST + 7]))
-    joined = tl.join(even, odd)
-    return tl.reshape(joined, (joined.shape[0], 8))
-
-
-@triton.jit
-def _rounded(y, random_bits, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Sections 7 and 8: y in the stored dtype."""
-    if not STOCHASTIC:
-        return y.to(DTYPE)
-    elif DTYPE == tl.bfloat16:
-        return bf16_stochastic(y, random_bits)
-    else:
-        return fp16_stochastic(y, random_bits)
-
-
-@triton.jit
-def _finish(
-    source,
-    target,
-    target_minus,
-    mask,
-    acc,
-    num_terms,
-    scale,
-    random_bits,
-    FIRST: tl.constexpr,
-    ARITHMETIC: tl.constexpr,
-    DTYPE: tl.constexpr,
-    NUM_TERMS: tl.constexpr,
-    NUM_LANES: tl.constexpr,
-    NUM_SIDES: tl.constexpr,
-    HAS_INPUT: tl.constexpr,
-    PAIR: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-):
-    """Sections 6.1 and 6.2 after the sums: scale, add, round, store. Pointers and mask are [block, 8]."""
-    sums = _octet_values(acc, FIRST)
-    if not HAS_INPUT:
-        tl.store(target, sums.to(DTYPE), mask=mask)
-    else:
-        stored = tl.load(source, mask=mask)
-        w = stored.to(ARITHMETIC)
-        factor = scale.to(ARITHMETIC)
-        # Without a term and with alpha 1 the bytes stay as they are.
-        unchanged = (num_terms == 0) & (scale == 1.0)
-        result = _rounded(tl.fma(w, factor, sums), random_bits, DTYPE, STOCHASTIC)
-        if NUM_TERMS == 0:
-            result = tl.where(unchanged, stored, result)
-        if PAIR:
-            # A single product mirrors exactly, its zero too; longer sums were kept for both sides.
-            minus = _octet_values(acc, FIRST + NUM_LANES) if NUM_SIDES == 2 else -sums
-            result_minus = _rounded(tl.fma(w, factor, minus), random_bits, DTYPE, STOCHASTIC)
-            if NUM_TERMS == 0:
-                result_minus = tl.where(unchanged, stored, result_minus)
-            tl.store(target_minus, result_minus, mask=mask)
-        tl.store(target, result, mask=mask)
 
 
 @triton.jit
@@ -276,7 +93,7 @@ def segments_kernel(
     PROGRAMS: tl.constexpr = TILE // (BLOCK * NUM_BLOCKS * OCTETS)
     num_terms = NUM_TERMS
     if NUM_TERMS == 0:
-        num_terms, alpha, rounding_seed = _read_header(terms)
+        num_terms, alpha, rounding_seed = read_header(terms)
     scale = tl.full((1, 1), alpha, tl.float32)
     tile = tl.program_id(0) // PROGRAMS
     part = tl.program_id(0) % PROGRAMS
@@ -306,7 +123,7 @@ def segments_kernel(
             else:
                 low = (octet >> 4) | (high << 28)
                 high_word = high >> 4
-            acc = _accumulate(
+            acc = accumulate(
                 low,
                 high_word,
                 stream,
@@ -334,8 +151,8 @@ def segments_kernel(
                 random_bits = 0
                 if STOCHASTIC:
                     k0, k1 = key_of(rounding_seed)
-                    random_bits = _octet_values(rounding_octet(octet + i, high, stream, k0, k1), 0)
-                _finish(
+                    random_bits = octet_values(rounding_octet(octet + i, high, stream, k0, k1), 0)
+                finish(
                     tl.multiple_of(source + begin * 8, 16) + offset,
                     tl.multiple_of(target + begin * 8, 16) + offset,
                     tl.multiple_of(target_minus + begin * 8, 16) + offset,
@@ -388,7 +205,7 @@ def runs_kernel(
     PROGRAMS: tl.constexpr = TILE // BLOCK
     num_terms = NUM_TERMS
     if NUM_TERMS == 0:
-        num_terms, alpha, rounding_seed = _read_header(terms)
+        num_terms, alpha, rounding_seed = read_header(terms)
     scale = tl.full((1, 1), alpha, tl.float32)
     tile = tl.program_id(0) // PROGRAMS
     part = tl.program_id(0) % PROGRAMS
@@ -431,7 +248,7 @@ def runs_kernel(
     octet = (first_element >> 3) + in_run
     low = octet.to(tl.uint32)
     high = (octet >> 32).to(tl.uint32)
-    acc = _accumulate(
+    acc = accumulate(
         low,
         high,
         stream,
@@ -456,14 +273,14 @@ def runs_kernel(
     random_bits = 0
     if STOCHASTIC:
         k0, k1 = key_of(rounding_seed)
-        random_bits = _octet_values(rounding_octet(low, high, stream, k0, k1), 0)
+        random_bits = octet_values(rounding_octet(low, high, stream, k0, k1), 0)
     # Position within the run; the octets at its ends reach beyond it.
     position = (octet * 8 - first_element)[:, None] + tl.arange(0, 8)[None, :]
     mask = exists[:, None] & (position >= 0) & (position < run_length)
     source = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
     target = tl.load(entry + 2).to(tl.pointer_type(DTYPE))
     target_minus = tl.load(entry + 3).to(tl.pointer_type(DTYPE))
-    _finish(
+    finish(
         source + source_at[:, None] + position * tl.load(entry + 9),
         target + target_at[:, None] + position * tl.load(entry + 10),
         target_minus + minus_at[:, None] + position * tl.load(entry + 11),
