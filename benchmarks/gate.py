@@ -16,7 +16,6 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
+from benchmarks.machine_code import ToolError as GateError
+from benchmarks.machine_code import find_binary_tool, innermost_loop, read_cubin, run
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "gate.cu"
@@ -42,10 +43,6 @@ NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-cubin")
 CPU_NUM_ELEMENTS = 1 << 13
 CPU_NUM_SEEDS = 1024
 CPU_REPEATS = 9
-
-
-class GateError(RuntimeError):
-    """The gate cannot be measured here; the message says what is missing."""
 
 
 @dataclass(frozen=True)
@@ -79,56 +76,6 @@ def find_nvcc() -> str:
     return found
 
 
-def find_binary_tool(name: str) -> str:
-    """A tool of the CUDA toolkit that reads machine code: on PATH, else the copy inside the triton package.
-
-    Raises:
-        GateError: there is none.
-    """
-    spec = util.find_spec("triton")
-    folders = [str(Path(spec.origin).parent / "backends/nvidia/bin")] if spec and spec.origin else []
-    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
-    if found is None:
-        raise GateError(f"expected {name} on PATH or in the triton package, got none; pip install triton")
-    return found
-
-
-def run(command: Sequence[str]) -> str:
-    """Standard output of a command.
-
-    Raises:
-        GateError: it failed.
-    """
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        output = result.stderr or result.stdout
-        raise GateError(f"{Path(command[0]).name} failed ({result.returncode}):\n{output}")
-    return result.stdout
-
-
-def innermost_loop(sass: str) -> list[str]:
-    """Opcodes of the shortest backward branch's body that holds 64-bit multiplications, which is Philox's.
-
-    Raises:
-        GateError: there is no such loop.
-    """
-    opcodes: list[str] = []
-    labels: dict[str, int] = {}
-    bodies: list[list[str]] = []
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L\w+):", line):
-            labels[label.group(1)] = len(opcodes)
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*)(.*);", line):
-            opcodes.append(found.group(1))
-            target = re.search(r"\.L\w+", found.group(2)) if found.group(1).startswith("BRA") else None
-            if target and target.group() in labels:
-                bodies.append(opcodes[labels[target.group()] :])
-    loops = [body for body in bodies if any(opcode.startswith("IMAD.WIDE") for opcode in body)]
-    if not loops:
-        raise GateError("expected a loop with 64-bit multiplications in the machine code, got none")
-    return min(loops, key=len)
-
-
 def count_loop(cubin: Path, compiler: str, arch: str, groups_per_thread: int) -> Count:
     """Disassemble a kernel and count its loop.
 
@@ -136,10 +83,7 @@ def count_loop(cubin: Path, compiler: str, arch: str, groups_per_thread: int) ->
         GateError: the loop found does not make the expected number of normals.
     """
     sass = run([find_binary_tool("nvdisasm"), "-c", str(cubin)])
-    usage = run([find_binary_tool("cuobjdump"), "--dump-resource-usage", str(cubin)])
-    registers = re.search(r"\bREG:(\d+)", usage)
-    if registers is None:
-        raise GateError(f"expected the number of registers from cuobjdump, got:\n{usage}")
+    ((_, usage),) = read_cubin(cubin)
     loop = innermost_loop(sass)
     num_normals = GROUP_SIZE * groups_per_thread
     # A word converts two integers to float, for the exponent and for the angle, and gives two normals.
@@ -152,8 +96,8 @@ def count_loop(cubin: Path, compiler: str, arch: str, groups_per_thread: int) ->
         groups_per_thread=groups_per_thread,
         instructions_per_normal=round(len(loop) / num_normals, 4),
         limit=LIMITS[compiler],
-        registers=int(registers.group(1)),
-        spill_instructions=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        registers=usage.registers,
+        spill_instructions=usage.spills,
         instructions=dict(Counter(loop).most_common()),
     )
 

@@ -105,10 +105,16 @@ def philox(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
         np.array([golden.words_from_hex(case[name]) for case in vectors["philox"]])
         for name in ("counter", "key", "words")
     )
-    if target.isa is None:
-        yield Comparison("philox", reference.philox4x32_10(counters, keys), expected)
+    if target.isa is not None:
+        got = native.philox_words(counters, keys, target.isa)
+    elif target.backend == "triton":
+        from fedkseed_kernels.triton import words
+
+        tensors = (torch.from_numpy(array.view(np.int32)) for array in (counters, keys))
+        got = words.philox_words(*tensors).numpy().view(np.uint32)
     else:
-        yield Comparison("philox", native.philox_words(counters, keys, target.isa), expected)
+        got = reference.philox4x32_10(counters, keys)
+    yield Comparison("philox", got, expected)
 
 
 def normals(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
@@ -117,17 +123,25 @@ def normals(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
     expected = np.stack(
         [golden.stored_from_hex(vectors["normals"][name], "float32") for name in ("even", "odd")], axis=-1
     )
-    if target.isa is None:
-        got = np.stack(reference.normals_from_words(words), axis=-1)
-    else:
+    if target.isa is not None:
         got = native.normal_from_words(words, target.isa)
+    elif target.backend == "triton":
+        from fedkseed_kernels.triton.words import normal_from_words
+
+        got = normal_from_words(torch.from_numpy(words.view(np.int32))).numpy()
+    else:
+        got = np.stack(reference.normals_from_words(words), axis=-1)
     yield Comparison("chosen words", got, expected)
     for case in vectors["digests"]:
         first, count = case["first"], case["count"]
-        if target.isa is None:
-            digest = reference.normal_digest(first, count)
-        else:
+        if target.isa is not None:
             digest = native.normal_digest(first, count, target.isa)
+        elif target.backend == "triton":
+            from fedkseed_kernels.triton.words import normal_digest
+
+            digest = normal_digest(first, count, "cpu")
+        else:
+            digest = reference.normal_digest(first, count)
         label = f"digest of {count} words from {first} on"
         expected_digest = golden.words64_from_hex(case["digest"])
         yield Comparison(label, np.array([digest], dtype=np.uint64), expected_digest)

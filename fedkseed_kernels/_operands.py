@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +62,8 @@ class Operands:
     views: Sequence[View | None]
     # The native pointer table, built at the first call that needs it (`_layout.pointer_table`).
     table: NDArray[np.void] | None = field(default=None, repr=False)
+    # What the Triton backend keeps of the list in the device's memory, built likewise.
+    device_tables: Any = field(default=None, repr=False)
 
 
 @dataclass(slots=True)

@@ -53,6 +53,8 @@ def find_targets(backends: Sequence[str] = (), isas: Sequence[str] = ()) -> tupl
     missing: list[Result] = []
     for backend in backends or (["native"] if isas else list(dispatch.BACKENDS)):
         reason = dispatch.BACKENDS[backend].unavailable()
+        if reason is None and not dispatch.serves(backend, "cpu"):
+            reason = "it serves no cpu tensors; tests/gpu holds it to the same bits"
         if reason is not None:
             status = "fail" if backend in backends or isas else "skip"
             missing.append(Result(status, backend, "left out", reason))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fedkseed_kernels import native, native_backend, native_cuda_backend, reference_backend
+from fedkseed_kernels import native, native_backend, native_cuda_backend, reference_backend, triton_backend
 from fedkseed_kernels._operands import ISA_CODES, DeviceTerms, Operands, Terms
 
 logger = logging.getLogger("fedkseed_kernels")
@@ -40,19 +40,9 @@ class Backend(Protocol):
         Terms; backends of cuda tensors also take DeviceTerms."""
 
 
-class _NotThereYet:
-    """A backend that the table names and this release does not have."""
-
-    def unavailable(self) -> str | None:
-        return "it is not part of this release; use cpu tensors"
-
-    def seed_axpy(self, operands: Operands, terms: Terms, isa: str) -> None:
-        raise RuntimeError(f"the triton backend cannot be used: {self.unavailable()}")
-
-
 BACKENDS: dict[str, Backend] = {
     "native": native_backend,
-    "triton": _NotThereYet(),
+    "triton": triton_backend,
     "reference": reference_backend,
 }
 
@@ -162,6 +152,12 @@ def _automatic(device_type: str, isa: str) -> str:
     return chosen
 
 
+def serves(name: str, device_type: str) -> bool:
+    """Whether a backend, where it can be used, takes tensors of a device type."""
+    is_interpreted = name == "triton" and triton_backend.is_interpreting()
+    return name in TABLE[device_type] or is_interpreted
+
+
 def select(device_type: str) -> Selection:
     """The backend for tensors of a device type.
 
@@ -179,7 +175,7 @@ def select(device_type: str) -> Selection:
     else:
         if (reason := backend_of(name, device_type).unavailable()) is not None:
             raise RuntimeError(f"{BACKEND_VARIABLE} asks for {name}, which cannot be used: {reason}")
-        if name not in TABLE[device_type]:
+        if not serves(name, device_type):
             raise RuntimeError(
                 f"{BACKEND_VARIABLE} asks for {name}, which does not serve {device_type} tensors; "
                 f"expected one of {', '.join(TABLE[device_type])}"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, native, native_cuda_backend
+from fedkseed_kernels import dispatch, native, native_cuda_backend, triton_backend
 from fedkseed_kernels._operands import ISA_CODES
 
 HAS_NATIVE = native.unavailable() is None
@@ -132,12 +132,43 @@ def test_unknown_names_list_the_known_ones(monkeypatch: pytest.MonkeyPatch, name
         assert torch.equal(weights, torch.ones(4))
 
 
-def test_triton_says_that_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_says_why_it_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "triton")
-    with pytest.raises(
-        RuntimeError, match="asks for triton, which cannot be used: it is not part of this release"
-    ):
-        fk.normal(3, 1)
+    monkeypatch.delenv(triton_backend.INTERPRET_VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for reason in (None, "the package triton is not installed; pip install 'triton>=3.6'"):
+        monkeypatch.setattr(triton_backend, "_why_not_installed", lambda reason=reason: reason)
+        expected = reason or "torch finds no GPU; on the CPU it runs only in Triton's interpreter"
+        with pytest.raises(RuntimeError, match=f"asks for triton, which cannot be used: {expected}"):
+            fk.normal(3, 1)
+
+
+def test_triton_serves_cpu_tensors_only_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "_why_not_installed", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv(triton_backend.INTERPRET_VARIABLE, raising=False)
+    with dispatch.backend("triton"):
+        with pytest.raises(
+            RuntimeError, match="triton, which does not serve cpu tensors; expected one of native"
+        ):
+            dispatch.select("cpu")
+        assert dispatch.select("cuda").name == "triton"
+        monkeypatch.setenv(triton_backend.INTERPRET_VARIABLE, "1")
+        assert dispatch.select("cpu").name == "triton"
+    assert dispatch.select("cpu").name != "triton"
+
+
+@pytest.mark.parametrize(
+    ("version", "works"),
+    [("3.5.1", False), ("3.6.0", True), ("3.9.0+git1", True), ("3.10.0", False), ("?", False)],
+)
+def test_releases_of_triton(version: str, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton_backend.metadata, "version", lambda name: version)
+    reason = triton_backend._why_not_installed.__wrapped__()
+    assert (
+        reason is None if works else reason.startswith(f"expected triton 3.6 to 3.9, got {version}; install")
+    )
 
 
 def test_a_backend_that_does_not_serve_the_device() -> None:

@@ -90,17 +90,6 @@ def test_architecture() -> None:
         gate.measure("hopper")
 
 
-def test_header_constants() -> None:
-    pytest.importorskip("triton", reason="gate_triton.py imports triton")
-    from benchmarks import gate_triton
-
-    constants = gate_triton.header_constants("normal.h", "philox4x32.h")
-    assert constants["FK_RADIUS_MASK"] == 0x1FFFF
-    assert constants["FK_PHILOX_ROUNDS"] == 10
-    assert constants["FK_SQRT2"] == float.fromhex("0x1.6a09e6p+0")
-    assert constants["FK_LOG_5"] == float.fromhex("-0x1.f1af44p-5")
-
-
 @pytest.mark.parametrize(
     ("change", "status"), [({}, 0), ({"limit": 21.9}, 1), ({"spill_instructions": 2}, 1)]
 )

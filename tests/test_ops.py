@@ -483,5 +483,5 @@ def test_info_names_what_serves() -> None:
     assert info["cpu_backend"] == dispatch.requested_backend()
     assert info["version"] == fk.__version__
     assert info["num_threads"] >= 1
-    assert info["backends"]["triton"]["available"] is False
-    assert info["backends"]["triton"]["reason"]
+    for backend in info["backends"].values():
+        assert backend["available"] is (backend["reason"] is None)

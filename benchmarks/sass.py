@@ -1,0 +1,300 @@
+"""What every GPU kernel costs, read from machine code: instructions an element, registers, spills, ceilings.
+
+    python -m benchmarks.sass [--arch sm_90] [--json FILE] [--check] [--write-budget]
+
+CUDA kernels come out of the built library, Triton's are compiled here as the package launches them. Counted
+is the hot path, machine_code.hot_path: the innermost loop that makes most, else the way through the kernel.
+No GPU is needed. A ceiling is what an H100 could do at most, by issue slots and by memory; nothing is
+measured. Exit status: 0, 1 past the committed budget (--check), 2 if something needed is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from benchmarks import environment, machine_code
+from benchmarks.machine_code import Function, ToolError, Usage, classify
+
+HERE = Path(__file__).resolve().parent
+BUDGET = HERE / "sass_budget.json"
+LIBRARY = HERE.parent / "fedkseed_kernels" / "_lib" / "libfedkseed_cuda.so"
+ARCHES = ("sm_80", "sm_90", "sm_100")
+
+#: H100 SXM: 132 SMs issue 4 instructions for 32 lanes each clock of 1.755 GHz; 3.35 TB/s.
+ISSUE_SLOTS_PER_SECOND = 132 * 128 * 1.755e9
+BYTES_PER_SECOND = 3.35e12
+#: What a budget leaves to another patch release of a compiler.
+MARGIN = 1.01
+ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+RADEMACHER_GROUP = 128
+
+_INTEGER_TO_FLOAT = re.compile(r"I2FP?(\.F32\.S32|\.S32)?$")  # two a word, which gives two normals
+_SUM = re.compile(r"[FD]ADD")  # one a term
+_FINAL_FMA = re.compile(r"[FD]FMA")  # alpha w + acc: the only one of a short Rademacher kernel
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How to read one kernel: its name in the tables, what makes an element, and the memory that one moves.
+
+    num_terms 0: a loop over any number of terms; the count is then per element and term.
+    """
+
+    name: str
+    family: str
+    num_terms: int
+    bytes_per_element: int
+    num_sides: int = 1
+
+    @property
+    def makes(self) -> re.Pattern[str]:
+        if self.family == "gaussian":
+            return _INTEGER_TO_FLOAT
+        return _SUM if self.is_loop else _FINAL_FMA
+
+    @property
+    def is_loop(self) -> bool:
+        return self.num_terms == 0
+
+    def num_elements(self, num_made: int) -> float:
+        per_element = max(self.num_terms, 1) if self.family == "gaussian" else self.num_sides
+        return num_made / per_element
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one architecture."""
+
+    kernel: str
+    arch: str
+    instructions_per_element: float
+    classes: dict[str, float]
+    is_loop_over_terms: bool
+    elements_of_hot_path: float
+    barriers_on_hot_path: int
+    registers: int
+    stack: int
+    spills: int
+    issue_ceiling: float
+    memory_ceiling: float
+
+    @property
+    def bound(self) -> str:
+        """What limits one pass (a loop over terms: one of a single term) on an H100."""
+        return "memory" if self.memory_ceiling < self.issue_ceiling else "issue"
+
+
+def measure(function: Function, usage: Usage, arch: str, rule: Rule) -> Row:
+    """Count one kernel.
+
+    Raises:
+        ToolError: its machine code does not make what the rule says.
+    """
+    path = machine_code.hot_path(function, rule.makes)
+    num_elements = rule.num_elements(path.num_made)
+    counts = {name: n / num_elements for name, n in Counter(map(classify, path.opcodes)).items()}
+    if rule.family == "rademacher" and rule.is_loop:
+        makes_words = sum(map(machine_code.is_philox, path.opcodes))
+        if makes_words < machine_code.PHILOX_PRODUCTS:  # a loop of its own makes the words of whole groups
+            words = machine_code.philox_loop(function, without=rule.makes)
+            if not words:
+                raise ToolError(f"expected a loop of Philox in {rule.name}, got none")
+            for name, n in Counter(map(classify, words)).items():
+                counts[name] = counts.get(name, 0) + n / RADEMACHER_GROUP
+    total = sum(counts.values())
+    return Row(
+        kernel=rule.name,
+        arch=arch,
+        instructions_per_element=round(total, 3),
+        classes={name: round(n, 3) for name, n in sorted(counts.items(), key=lambda item: -item[1])},
+        is_loop_over_terms=rule.is_loop,
+        elements_of_hot_path=num_elements,
+        barriers_on_hot_path=sum(opcode.startswith("BAR") for opcode in path.opcodes),
+        registers=usage.registers,
+        stack=usage.stack,
+        spills=usage.spills,
+        issue_ceiling=ISSUE_SLOTS_PER_SECOND / total,
+        memory_ceiling=BYTES_PER_SECOND / rule.bytes_per_element,
+    )
+
+
+_CUDA_NAME = re.compile(r"(\w+)<(\w+)(?:, (\w+))?(?:, (\d+))?>$")
+
+
+def cuda_rule(name: str) -> Rule | None:
+    """The rule of a kernel of csrc/cuda by its readable name; None for the test-only ones, without a dtype.
+
+    Raises:
+        ToolError: the name is none that this tool knows.
+    """
+    found = _CUDA_NAME.match(name)
+    if found is None:
+        return None
+    kernel, storage, family, num_terms = found.groups()
+    dtype = storage.lower()
+    if kernel in ("many_gaussian", "many_rademacher") and family is None:
+        family = kernel.removeprefix("many_")
+    elif kernel not in ("few_terms", "strided") or family is None:
+        raise ToolError(f"expected a kernel that benchmarks/sass.py has a rule for, got {name}; add one")
+    family = family.lower()
+    terms = int(num_terms or 0)
+    form = f"K = {terms}" if terms else "K loop"
+    suffix = ", rows" if kernel == "strided" else ""
+    label = f"cuda {family} {dtype}, {form}{suffix}"
+    return Rule(label, family, terms, 2 * ITEMSIZES[dtype])
+
+
+def cuda_rows(library: Path, arches: Sequence[str]) -> Iterator[Row]:
+    """The kernels of the built library."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubins = machine_code.extract_cubins(library, Path(folder))
+        for arch in arches:
+            if arch not in cubins:
+                raise ToolError(f"expected machine code for {arch} in {library}, got {', '.join(cubins)}")
+            for cubin in cubins[arch]:
+                for function, usage in machine_code.read_cubin(cubin):
+                    rule = cuda_rule(machine_code.readable_name(function.name))
+                    if rule is not None:
+                        yield measure(function, usage, arch, rule)
+
+
+def triton_rows(arches: Sequence[str]) -> Iterator[Row]:
+    """The Triton kernels, compiled here.
+
+    Raises:
+        ToolError: the package triton is missing.
+    """
+    if util.find_spec("triton") is None:
+        raise ToolError("expected the package triton, got none; pip install triton")
+    from benchmarks import triton_kernels
+
+    sides_moved = {"in place": 2, "pair": 3, "noise": 1, "rows": 2}
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        for arch in arches:
+            for variant in triton_kernels.VARIANTS:
+                compiled = triton_kernels.compile_variant(variant, triton_kernels.TARGETS[arch])
+                cubin.write_bytes(compiled.asm["cubin"])
+                ((function, usage),) = machine_code.read_cubin(cubin)
+                num_sides = 2 if variant.form == "pair" else 1
+                moved = ITEMSIZES[variant.dtype] * sides_moved[variant.form]
+                rule = Rule(variant.name, variant.family, variant.num_terms, moved, num_sides)
+                yield measure(function, usage, arch, rule)
+
+
+def problems(rows: Sequence[Row], budget: dict[str, dict[str, Any]], arches: Sequence[str]) -> list[str]:
+    """What is past the budget or not in it; spills, stack and barriers in a loop over terms never are."""
+    found = []
+    seen = {(row.arch, row.kernel): row for row in rows}
+    for arch in arches:
+        for kernel, limits in budget.get(arch, {}).items():
+            row = seen.get((arch, kernel))
+            if row is None:
+                found.append(f"{arch} {kernel}: expected in the budget, got no such kernel")
+                continue
+            for name, limit in limits.items():
+                if getattr(row, name) > limit:
+                    found.append(
+                        f"{arch} {kernel}: expected {name} at most {limit}, got {getattr(row, name)}"
+                    )
+    for (arch, kernel), row in seen.items():
+        if kernel not in budget.get(arch, {}):
+            found.append(f"{arch} {kernel}: expected a budget, got none; run with --write-budget")
+        if row.spills or row.stack:
+            found.append(f"{arch} {kernel}: expected no spills or stack, got {row.spills}, {row.stack}")
+        if row.is_loop_over_terms and row.barriers_on_hot_path:
+            found.append(f"{arch} {kernel}: expected no barrier in the loop, got {row.barriers_on_hot_path}")
+    return found
+
+
+def make_budget(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """A budget that these rows keep."""
+    budget: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        budget.setdefault(row.arch, {})[row.kernel] = {
+            "instructions_per_element": round(row.instructions_per_element * MARGIN, 2),
+            "registers": row.registers,
+        }
+    return budget
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """One line a kernel."""
+    names = [name for name, _ in machine_code.CLASSES] + ["other"]
+    head = "  ".join(f"{name:>{max(len(name), 6)}}" for name in names)
+    print(f"{'kernel':<44} {'arch':<7} {'per element':>11}  {head}  registers  spills  T/s issue  T/s memory")
+    for row in rows:
+        classes = "  ".join(f"{row.classes.get(name, 0):>{max(len(name), 6)}.2f}" for name in names)
+        per = f"{row.instructions_per_element:.2f}{'*' if row.is_loop_over_terms else ' '}"
+        print(
+            f"{row.kernel:<44} {row.arch:<7} {per:>11}  {classes}  {row.registers:>9}  {row.spills:>6}  "
+            f"{row.issue_ceiling / 1e12:>9.2f}  {row.memory_ceiling / 1e12:>10.2f}"
+        )
+    print(
+        "* per element and term. Ceilings: T elements/s of an H100, by issue slots and, one pass, by memory."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Count, print, compare."""
+    description = (__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sass", description=description)
+    parser.add_argument("--arch", choices=ARCHES, action="append", help="only this one (default: all)")
+    parser.add_argument(
+        "--library", type=Path, default=LIBRARY, help="the CUDA library (default: the package's)"
+    )
+    parser.add_argument("--only", choices=("cuda", "triton"), help="only these kernels")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    parser.add_argument("--check", action="store_true", help=f"fail past {BUDGET.name}")
+    parser.add_argument("--write-budget", action="store_true", help=f"write {BUDGET.name} from these rows")
+    options = parser.parse_args(arguments)
+    arches = tuple(options.arch or ARCHES)
+    rows: list[Row] = []
+    try:
+        if options.only != "triton":
+            if not options.library.exists():
+                raise ToolError(
+                    f"expected the CUDA library at {options.library}, got none; build it, or --only triton"
+                )
+            rows += cuda_rows(options.library, arches)
+        if options.only != "cuda":
+            rows += triton_rows(arches)
+    except ToolError as error:
+        print(f"sass: {error}", file=sys.stderr)
+        return 2
+    print_table(rows)
+    if options.json:
+        described = environment.describe(num_threads=1)
+        content = {"environment": described, "rows": [{**asdict(row), "bound": row.bound} for row in rows]}
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    budget: dict[str, dict[str, Any]] = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+    if options.write_budget:
+        for arch, kernels in make_budget(rows).items():
+            budget[arch] = {**budget.get(arch, {}), **kernels}
+        BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
+    if not options.check:
+        return 0
+    if options.only:
+        budget = {
+            arch: {name: limits for name, limits in kernels.items() if name.startswith(options.only)}
+            for arch, kernels in budget.items()
+        }
+    found = problems(rows, budget, arches)
+    for problem in found:
+        print(f"sass: {problem}", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

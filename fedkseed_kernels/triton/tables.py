@@ -1,0 +1,221 @@
+"""From checked operands to the tables that the Triton kernels read: segments and runs.
+
+Plain NumPy on the host; nothing here needs Triton or a GPU. One table of each kind for each dtype, so that a
+list of any length is one launch a dtype, and a second one where something is not whole and aligned. (A launch
+from Python costs more than the work of a small tensor; a list of 300 would be launch-bound.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedkseed_kernels._layout import collapsed_layout, strided_positions
+from fedkseed_kernels._operands import MAX_DIMS, Operands
+
+OCTET = 8
+# Bytes of the widest access; a segment's memory starts at a multiple of it.
+ALIGNMENT = 16
+# Segments never cross a multiple of this many octets, so that the counter's high word is one for a segment.
+OCTETS_PER_HIGH_WORD = 1 << 32
+
+# Columns of a segment table, int64 [len(SEGMENT_FIELDS), num_segments]. Output element i of a segment has
+# element index 8 first_octet + i.
+SEGMENT_FIELDS = ("first_tile", "source", "target", "target_minus", "num_octets", "first_octet", "stream")
+
+# Rows of a run table, int64 [num_entries, len(RUN_FIELDS) + len(RUN_DIMS) * RUN_MAX_OUTER]. A run is a row of
+# run_length elements with consecutive element indices; its coordinates are those of the outer dimensions.
+RUN_FIELDS = (
+    "first_tile",
+    "source",
+    "target",
+    "target_minus",
+    "num_runs",
+    "run_length",
+    "octets_per_run",
+    "first_element",
+    "stream",
+    "source_stride",
+    "target_stride",
+    "target_minus_stride",
+    "num_outer",
+)
+RUN_DIMS = ("sizes", "source_strides", "target_strides", "target_minus_strides", "element_strides")
+RUN_MAX_OUTER = MAX_DIMS
+RUN_FIRST_DIM = len(RUN_FIELDS)
+
+
+class Table(NamedTuple):
+    """One launch: its entries and how many tiles of octets they take."""
+
+    entries: NDArray[np.int64]
+    num_entries: int
+    num_tiles: int
+
+
+class DtypeTables(NamedTuple):
+    """What the tensors of one dtype come to; None for a kind without entries."""
+
+    segments: Table | None
+    runs: Table | None
+
+
+class _Addresses(NamedTuple):
+    source: int
+    target: int
+    target_minus: int
+
+    def after(self, num_bytes: int) -> _Addresses:
+        return _Addresses(*(address + num_bytes if address else 0 for address in self))
+
+
+class _Run(NamedTuple):
+    """One entry of a run table, before its tile is known."""
+
+    addresses: _Addresses
+    first_element: int
+    stream: int
+    run_length: int
+    inner_strides: tuple[int, int, int]
+    sizes: list[int]
+    strides: list[list[int]]  # in the order of RUN_DIMS[1:]
+
+    @property
+    def num_runs(self) -> int:
+        return int(np.prod(self.sizes, dtype=np.int64))
+
+    @property
+    def octets_per_run(self) -> int:
+        starts_on_octets = self.first_element % OCTET == 0 and all(s % OCTET == 0 for s in self.strides[3])
+        return (self.run_length + (OCTET - 1 if starts_on_octets else 2 * (OCTET - 1))) // OCTET
+
+
+class _Segment(NamedTuple):
+    addresses: _Addresses
+    num_octets: int
+    first_octet: int
+    stream: int
+
+
+def _flat_run(addresses: _Addresses, first_element: int, stream: int, numel: int) -> _Run:
+    return _Run(addresses, first_element, stream, numel, (1, 1, 1), [], [[], [], [], []])
+
+
+def split_flat(
+    addresses: tuple[int, int, int], first_element: int, stream: int, numel: int, itemsize: int
+) -> tuple[list[_Segment], list[_Run]]:
+    """A tensor whose memory and element indices run together: aligned whole octets, and what is left over.
+
+    Args:
+        addresses: of source, target and target_minus; 0 where there is none.
+        first_element: element index of its first element.
+        numel, itemsize: elements, and bytes of each.
+    """
+    places = _Addresses(*addresses)
+    head = min(-first_element % OCTET, numel)
+    num_octets = (numel - head) // OCTET
+    body = places.after(head * itemsize)
+    if num_octets == 0 or any(address % ALIGNMENT for address in body):
+        return [], [_flat_run(places, first_element, stream, numel)]
+    runs = [_flat_run(places, first_element, stream, head)] if head else []
+    segments = []
+    done = 0
+    first_octet = (first_element + head) // OCTET
+    while done < num_octets:
+        room = OCTETS_PER_HIGH_WORD - (first_octet + done) % OCTETS_PER_HIGH_WORD
+        take = min(num_octets - done, room)
+        segments.append(_Segment(body.after(done * OCTET * itemsize), take, first_octet + done, stream))
+        done += take
+    tail = numel - head - num_octets * OCTET
+    if tail:
+        end = head + num_octets * OCTET
+        runs.append(_flat_run(places.after(end * itemsize), first_element + end, stream, tail))
+    return segments, runs
+
+
+def _strided_run(operands: Operands, position: int, addresses: _Addresses, stream: int) -> _Run | None:
+    """The run table's entry of a tensor, None if it is flat after all."""
+    first_element, sizes, strides = collapsed_layout(operands, position)
+    gathers = operands.rows is not None
+    if not gathers and len(sizes) <= 1 and all(s in ([], [1]) for s in strides):
+        return None
+    # Dimension 0 of a gather is looked up, so it is no run.
+    has_inner = len(sizes) > gathers and strides[3][-1] == 1
+    if not has_inner:
+        return _Run(addresses, first_element, stream, 1, (0, 0, 0), sizes, strides)
+    inner = (strides[0][-1], strides[1][-1], strides[2][-1])
+    return _Run(addresses, first_element, stream, sizes[-1], inner, sizes[:-1], [s[:-1] for s in strides])
+
+
+def _segment_table(segments: list[_Segment], tile: int) -> Table | None:
+    if not segments:
+        return None
+    entries = np.empty((len(SEGMENT_FIELDS), len(segments)), dtype=np.int64)
+    entries[1:4] = np.array([s.addresses for s in segments], dtype=np.int64).T
+    entries[4] = [s.num_octets for s in segments]
+    entries[5] = [s.first_octet for s in segments]
+    entries[6] = [s.stream for s in segments]
+    # A program of the wide Rademacher kernel starts at a group of 16 octets, before the segment's first.
+    tiles = -(-(entries[4] + entries[5] % 16) // tile)
+    entries[0] = np.cumsum(tiles) - tiles
+    return Table(entries, len(segments), int(tiles.sum()))
+
+
+def _run_table(runs: list[_Run], tile: int) -> Table | None:
+    if not runs:
+        return None
+    width = RUN_FIRST_DIM + len(RUN_DIMS) * RUN_MAX_OUTER
+    entries = np.zeros((len(runs), width), dtype=np.int64)
+    num_tiles = 0
+    for entry, run in zip(entries, runs, strict=True):
+        entry[:RUN_FIRST_DIM] = (
+            num_tiles,
+            *run.addresses,
+            run.num_runs,
+            run.run_length,
+            run.octets_per_run,
+            run.first_element,
+            run.stream,
+            *run.inner_strides,
+            len(run.sizes),
+        )
+        dims = entry[RUN_FIRST_DIM:].reshape(len(RUN_DIMS), RUN_MAX_OUTER)
+        for row, values in zip(dims, (run.sizes, *run.strides), strict=True):
+            row[: len(values)] = values
+        num_tiles += -(-run.num_runs * run.octets_per_run // tile)
+    return Table(entries, len(runs), num_tiles)
+
+
+def make_tables(operands: Operands, tile: int) -> dict[torch.dtype, DtypeTables]:
+    """The tables of a list, by dtype; tile is the number of octets that an entry's tiles count in.
+
+    Raises:
+        ValueError: a tensor has more than MAX_DIMS dimensions after merging.
+    """
+    outs = operands.outs
+    segments: dict[torch.dtype, list[_Segment]] = {dtype: [] for dtype in outs.dtypes}
+    runs: dict[torch.dtype, list[_Run]] = {dtype: [] for dtype in outs.dtypes}
+    strided = set(strided_positions(operands))
+    for i, (dtype, numel, stream) in enumerate(zip(outs.dtypes, outs.numels, operands.streams, strict=True)):
+        if numel == 0:
+            continue
+        addresses = _Addresses(
+            0 if operands.inputs is None else operands.inputs.addresses[i],
+            outs.addresses[i],
+            0 if operands.outs_minus is None else operands.outs_minus.addresses[i],
+        )
+        run = _strided_run(operands, i, addresses, stream) if i in strided else None
+        if run is not None:
+            runs[dtype].append(run)
+            continue
+        first_element = collapsed_layout(operands, i)[0] if i in strided else operands.offsets[i]
+        whole, left_over = split_flat(addresses, first_element, stream, numel, dtype.itemsize)
+        segments[dtype] += whole
+        runs[dtype] += left_over
+    return {
+        dtype: DtypeTables(_segment_table(segments[dtype], tile), _run_table(runs[dtype], tile))
+        for dtype in segments
+    }

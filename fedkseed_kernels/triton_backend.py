@@ -1,0 +1,67 @@
+"""The Triton backend: for GPUs, and on the CPU in Triton's interpreter.
+
+Triton is imported at the first call that needs it: importing the package stays light.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from importlib import metadata, util
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from fedkseed_kernels._operands import Operands
+
+INTERPRET_VARIABLE = "TRITON_INTERPRET"
+# Releases that the kernels are compiled with in the tests.
+OLDEST, NEWEST = (3, 6), (3, 9)
+
+
+@functools.cache
+def _why_not_installed() -> str | None:
+    known = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+    if util.find_spec("triton") is None:
+        return f"the package triton is not installed; pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
+    version = metadata.version("triton")
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or not OLDEST <= tuple(map(int, found.groups())) <= NEWEST:
+        return f"expected triton {known}, got {version}; install one of those"
+    return None
+
+
+def is_interpreting() -> bool:
+    """Whether the kernels run on the CPU: TRITON_INTERPRET=1, set before Triton was first imported."""
+    return os.environ.get(INTERPRET_VARIABLE) == "1"
+
+
+def unavailable() -> str | None:
+    """Why it cannot be used, with what to do about it; None when it can."""
+    if (reason := _why_not_installed()) is not None:
+        return reason
+    if not is_interpreting() and not torch.cuda.is_available():
+        return (
+            "torch finds no GPU; on the CPU it runs only in Triton's interpreter, thousands of times slower: "
+            f"set {INTERPRET_VARIABLE}=1 for that"
+        )
+    return None
+
+
+def seed_axpy(operands: Operands, terms: Any, isa: str) -> None:
+    """Write the primitive's result into `operands.outs` (and `outs_minus`). `isa` means nothing here.
+
+    Raises:
+        RuntimeError: cpu tensors, and Triton was imported before TRITON_INTERPRET=1 was set.
+    """
+    from fedkseed_kernels.triton import launch
+
+    outs = operands.outs.tensors
+    if outs and outs[0].device.type == "cpu" and not launch.IS_INTERPRETED:
+        raise RuntimeError(
+            f"expected {INTERPRET_VARIABLE}=1 before Triton is imported: its interpreter serves cpu tensors, "
+            "but Triton was there already; start Python with it set"
+        )
+    launch.seed_axpy(operands, terms)

@@ -1,0 +1,213 @@
+"""The reader of machine code and its budget, on text whose counts are known; and the kernels' own limits."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import machine_code, sass
+from benchmarks.machine_code import Function, ToolError, Usage
+
+# A search, then a loop over terms that may skip one, a side way behind the exit, and padding.
+SASS = """
+	.section	.text._Z13many_gaussianI4Bf16Ev10FlatLaunch,"ax",@progbits
+.L_search:
+        /*0000*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*0010*/               @P0 BRA `(.L_search) ;
+        /*0020*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+.L_loop:
+        /*0030*/                   LDS.128 R4, [R2] ;
+        /*0040*/               @P2 BRA `(.L_skip) ;
+        /*0050*/                   IMAD.WIDE.U32 R4, R4, 0x5, RZ ;
+        /*0060*/                   LOP3.LUT R6, R4, R5, RZ, 0x3c, !PT ;
+        /*0070*/                   I2FP.F32.S32 R5, R6 ;
+        /*0080*/                   I2FP.F32.S32 R7, R6 ;
+        /*0090*/                   FFMA R5, R6, R7, R8 ;
+        /*00a0*/              @!P1 FFMA R9, R6, R7, R8 ;
+        /*00b0*/                   BRA P3, `(.L_aside) ;
+.L_skip:
+        /*00c0*/                   UIADD3 UR4, UR4, 0x1, URZ ;
+        /*00d0*/               @P1 BRA `(.L_loop) ;
+        /*00e0*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*00f0*/                   EXIT ;
+.L_aside:
+        /*0100*/                   STL [R1], R4 ;
+        /*0110*/                   BRA `(.L_skip) ;
+.L_padding:
+        /*0120*/                   BRA `(.L_padding);
+	.section	.text.straight,"ax",@progbits
+        /*0000*/               @P0 EXIT ;
+        /*0010*/                   I2F R5, R6 ;
+        /*0020*/                   MUFU.RSQ R5, R6 ;
+        /*0030*/                   F2FP.BF16.F32.PACK_AB R5, R6, R7 ;
+        /*0040*/                   HFMA2.MMA R5, -RZ, RZ, 0, 0 ;
+        /*0050*/                   EXIT ;
+"""
+LOOP = [
+    "LDS.128",
+    "BRA",
+    "IMAD.WIDE.U32",
+    "LOP3.LUT",
+    *["I2FP.F32.S32"] * 2,
+    *["FFMA"] * 2,
+    "BRA",
+    "UIADD3",
+    "BRA",
+]
+RULE = sass.Rule("a kernel", "gaussian", 0, 4)
+
+
+@pytest.fixture
+def functions() -> list[Function]:
+    return machine_code.parse(SASS)
+
+
+@pytest.fixture
+def row(functions: list[Function]) -> sass.Row:
+    return sass.measure(functions[0], Usage(96, 0, 0), "sm_90", RULE)
+
+
+def test_functions_loops_and_names(functions: list[Function]) -> None:
+    assert [len(function.instructions) for function in functions] == [19, 6]
+    assert functions[0].loops() == [(0, 1), (3, 13), (18, 18)]
+    assert functions[0].innermost_loops() == [(0, 1), (3, 13)]
+    assert machine_code.readable_name(functions[0].name) == "many_gaussian<Bf16>"
+    assert machine_code.readable_name(functions[1].name) == "straight"
+    few = "_Z9few_termsI4Bf1610RademacherLi2EEv10FlatLaunch"
+    assert machine_code.readable_name(few) == "few_terms<Bf16, Rademacher, 2>"
+
+
+def test_an_outer_loop_is_not_innermost() -> None:
+    function = machine_code.parse(
+        ".L_a:\n /*0000*/ NOP ;\n.L_b:\n /*0010*/ NOP ;\n /*0020*/ @P0 BRA `(.L_b) ;\n"
+        " /*0030*/ @P1 BRA `(.L_a) ;"
+    )[0]
+    assert function.loops() == [(1, 2), (0, 3)]
+    assert function.innermost_loops() == [(1, 2)]
+
+
+def test_the_hot_path_is_the_loop_without_its_side_ways(functions: list[Function]) -> None:
+    path = machine_code.hot_path(functions[0], RULE.makes)
+    assert (path.opcodes, path.num_made, path.is_loop) == (LOOP, 2, True)
+
+
+def test_the_hot_path_of_straight_code(functions: list[Function]) -> None:
+    path = machine_code.hot_path(functions[1], RULE.makes)
+    assert path.opcodes == ["EXIT", "I2F", "MUFU.RSQ", "F2FP.BF16.F32.PACK_AB", "HFMA2.MMA", "EXIT"]
+    assert not path.is_loop
+    with pytest.raises(ToolError, match="expected DADD in the machine code of straight, got none"):
+        machine_code.hot_path(functions[1], re.compile("DADD"))
+
+
+def test_counts_of_a_row(row: sass.Row) -> None:
+    assert row.instructions_per_element == len(LOOP) / 2
+    per_element = {"FMA": 1, "conversion": 1, "integer": 1, "memory": 0.5, "control": 1.5, "uniform": 0.5}
+    assert row.classes == per_element
+    assert sum(row.classes.values()) == row.instructions_per_element
+    assert row.barriers_on_hot_path == 0
+    assert row.issue_ceiling == pytest.approx(132 * 128 * 1.755e9 / 5.5)
+    assert row.memory_ceiling == pytest.approx(3.35e12 / 4)
+    assert row.bound == "memory"
+
+
+@pytest.mark.parametrize(
+    ("opcode", "name"),
+    [
+        ("HFMA2.MMA", "move"),
+        ("HFMA2.BF16_V2", "FMA"),
+        ("HADD2.F32", "conversion"),
+        ("F2FP.BF16.F32.PACK_AB", "conversion"),
+        ("I2FP.F32.S32", "conversion"),
+        ("IMAD.WIDE.U32", "integer"),
+        ("ISETP.GE.AND", "integer"),
+        ("VIADD", "integer"),
+        ("UIMAD.WIDE.U32", "uniform"),
+        ("R2UR", "uniform"),
+        ("STL", "memory"),
+        ("BAR.SYNC", "control"),
+        ("FMUL", "other float"),
+        ("WHAT.IS.THIS", "other"),
+    ],
+)
+def test_classes(opcode: str, name: str) -> None:
+    assert machine_code.classify(opcode) == name
+
+
+def test_words_made_in_a_loop_of_their_own_are_counted() -> None:
+    """A Rademacher kernel whose words are made 128 elements at a time, and summed by another loop."""
+    words = "\n".join(f" /*{16 * i:04x}*/ IMAD.WIDE.U32 R4, R4, 0x5, RZ ;" for i in range(18))
+    sums = " /*0200*/ FADD R1, R1, R2 ;\n /*0210*/ FADD R1, R1, R2 ;"
+    text = f".L_w:\n{words}\n /*0120*/ @P0 BRA `(.L_w) ;\n.L_s:\n{sums}\n /*0220*/ @P0 BRA `(.L_s) ;"
+    rule = sass.Rule("a kernel", "rademacher", 0, 4)
+    row = sass.measure(machine_code.parse(text)[0], Usage(32, 0, 0), "sm_90", rule)
+    assert row.instructions_per_element == pytest.approx(3 / 2 + 19 / 128, abs=1e-3)
+
+
+def test_rules_of_cuda_kernels() -> None:
+    assert sass.cuda_rule("many_rademacher<Fp32>") == sass.Rule(
+        "cuda rademacher fp32, K loop", "rademacher", 0, 8
+    )
+    few = sass.cuda_rule("few_terms<Bf16, Gaussian, 2>")
+    assert few == sass.Rule("cuda gaussian bf16, K = 2", "gaussian", 2, 4)
+    assert sass.cuda_rule("_ZN12_GLOBAL__N_11philox_wordsE") is None
+    with pytest.raises(ToolError, match="has a rule for, got new_kernel<Bf16>; add one"):
+        sass.cuda_rule("new_kernel<Bf16>")
+
+
+def test_budget(row: sass.Row) -> None:
+    budget = sass.make_budget([row])
+    assert budget == {"sm_90": {"a kernel": {"instructions_per_element": 5.55, "registers": 96}}}
+    assert sass.problems([row], budget, ["sm_90"]) == []
+    worse = replace(row, instructions_per_element=5.57, registers=97, spills=1, barriers_on_hot_path=2)
+    assert sass.problems([worse], budget, ["sm_90"]) == [
+        "sm_90 a kernel: expected instructions_per_element at most 5.55, got 5.57",
+        "sm_90 a kernel: expected registers at most 96, got 97",
+        "sm_90 a kernel: expected no spills or stack, got 1, 0",
+        "sm_90 a kernel: expected no barrier in the loop, got 2",
+    ]
+    assert "got no such kernel" in sass.problems([], budget, ["sm_90"])[0]
+    assert "expected a budget, got none" in sass.problems([row], {}, ["sm_90"])[0]
+
+
+def test_command(
+    row: sass.Row, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sass, "BUDGET", tmp_path / "budget.json")
+    rows = [replace(row, kernel="triton x")]
+    monkeypatch.setattr(sass, "triton_rows", lambda arches: rows)
+    target = tmp_path / "rows.json"
+    arguments = ["--only", "triton", "--arch", "sm_90"]
+    assert sass.main([*arguments, "--write-budget", "--json", str(target)]) == 0
+    assert json.loads(target.read_text())["rows"][0]["bound"] == "memory"
+    assert sass.main([*arguments, "--check"]) == 0
+    rows[0] = replace(rows[0], instructions_per_element=9.0)
+    assert sass.main([*arguments, "--check"]) == 1
+    assert "expected instructions_per_element at most 5.55, got 9.0" in capsys.readouterr().err
+    assert sass.main(["--only", "cuda", "--library", str(tmp_path / "none.so")]) == 2
+    assert "expected the CUDA library at" in capsys.readouterr().err
+
+
+#: Most instructions an element (and term, in a loop) that the kernels were designed to take on sm_90.
+PROMISED = {
+    "triton gaussian bf16, K loop": 26.5,
+    "triton gaussian fp32, K loop": 26.5,
+    "triton rademacher bf16, K loop": 3.5,
+    "triton rademacher fp32, K loop": 3.5,
+    "triton gaussian bf16, K = 1": 33,
+    "cuda gaussian bf16, K loop": 25.3,
+    "cuda gaussian fp32, K loop": 25.3,
+    "cuda rademacher bf16, K loop": 3.5,
+    "cuda rademacher fp32, K loop": 3.5,
+    "cuda gaussian bf16, K = 1": 31,
+}
+
+
+def test_the_committed_budget_is_within_what_was_promised() -> None:
+    budget = json.loads(sass.BUDGET.read_text())
+    assert set(budget) == set(sass.ARCHES)
+    for kernel, limit in PROMISED.items():
+        assert budget["sm_90"][kernel]["instructions_per_element"] <= limit, kernel
