@@ -133,8 +133,9 @@ def cases(
 
 
 def _rebuild_of_ours(tensors: list[torch.Tensor], num_seeds: int, family: str) -> list[Pass]:
-    seeds = torch.arange(1, num_seeds + 1, device="cuda")
-    coeffs = torch.full((num_seeds,), 1e-4, device="cuda", dtype=torch.float64)
+    device = tensors[0].device
+    seeds = torch.arange(1, num_seeds + 1, device=device)
+    coeffs = torch.full((num_seeds,), 1e-4, device=device, dtype=torch.float64)
 
     def call() -> None:
         fedkseed_kernels.seed_axpy_(tensors, seeds, coeffs, family=family)
