@@ -12,7 +12,7 @@ LIBRARY := fedkseed_kernels/_lib/libfedkseed_cpu.so
 INSTALLED := $(VENV)/.installed
 CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu')
 
-# Extra arguments of the commands below, e.g. make demo DEMO_ARGS=--quick
+# Extra arguments of the commands below, e.g. make demo DEMO_ARGS='--quick --seed 1'
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=

@@ -61,6 +61,13 @@ def measure_memory(settings: Settings) -> list[dict[str, Any]]:
     ]
 
 
+def command_line(arguments: argparse.Namespace) -> str:
+    """The command, without the folder that its results went to: a path of the machine."""
+    words = ["python -m benchmarks.run", f"--threads {arguments.threads}", f"--dtype {arguments.dtype}"]
+    words += [f"--seeds {arguments.seeds}"] if arguments.seeds else []
+    return " ".join([*words, "--quick"] if arguments.quick else words)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
@@ -93,7 +100,7 @@ def main() -> None:
     rows = run_suite(options)
     document: results.Document = {
         "schema": results.SCHEMA_VERSION,
-        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
+        "command": command_line(arguments),
         "environment": {**described, "load_average_after": environment.load_average()},
         "settings": asdict(settings),
         "num_parameters": num_parameters(settings.model),

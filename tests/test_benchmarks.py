@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import fedkseed_kernels
-from benchmarks import answers, baselines, cases, measure, official, report, results, settings, weights
+from benchmarks import answers, baselines, cases, measure, merge, official, report, results, settings, weights
+from fedkseed.server_config import Sampling
 from fedkseed_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -470,3 +471,13 @@ def test_everything_runs_on_tiny_shapes(tmp_path: Path) -> None:
     text = path.with_suffix(".md").read_text()
     assert text == report.build(document)
     assert str(ROOT) not in path.read_text()
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "pro"])
+def test_the_merge_benchmark_measures_right_answers(sampling: Sampling) -> None:
+    merge.check_answer(sampling)
+    row = merge.measure(20, sampling)
+    assert (row["bytes_down"], row["bytes_up"]) == (16_916, 860)
+    assert row["merges_per_second"] == 20 / row["merge_seconds"]["median"]
+    # What a merge may hold for 20 replies: its schedules, K sums, one pass of scalars.
+    assert 20 * 2 * 200 < row["merge_peak_bytes"] < 20_000_000

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from messages import patched
 from torch import nn
 
 import fedkseed_kernels
@@ -15,7 +18,9 @@ from fedkseed import (
     Broadcast,
     Client,
     FedKSeedSGD,
+    IdentityError,
     MessageError,
+    ModelIdentity,
     ProtocolError,
     Reply,
     SeedPool,
@@ -23,6 +28,7 @@ from fedkseed import (
 )
 
 POOL = SeedPool(21, 32)
+RUN = b"one of many runs"
 COEFFICIENTS = np.random.default_rng(1).normal(scale=0.01, size=32).astype(np.float32)
 
 
@@ -42,16 +48,19 @@ def batches(round: int, num_steps: int) -> Iterable[torch.Tensor]:
 
 def make_client(working: WorkingCopy, **changes: Any) -> Client[torch.Tensor]:
     arguments: dict[str, Any] = {"loss": loss, "batches": batches, "data_size": 9}
-    return Client(4, working, POOL, **{**arguments, **changes})
+    return Client(4, working, **{"pool": POOL, **arguments, **changes})
 
 
 def make_broadcast(**changes: Any) -> bytes:
     fields: dict[str, Any] = {
         "round": 2,
         "client": 4,
+        "run_id": RUN,
+        "identity": ModelIdentity.of(make_model()),
         "base_seed": 21,
         "lr": 0.05,
         "eps": 1e-3,
+        "max_abs_g": 1e3,
         "coefficients": COEFFICIENTS,
         "schedule": np.array([3, 31, 3, 0], dtype=np.uint16),
     }
@@ -88,6 +97,7 @@ def test_a_step_walks_the_schedule_from_the_round_s_model() -> None:
         for index, batch in zip((3, 31, 3, 0), batches(2, 4), strict=True)
     ]
     assert (reply.round, reply.client, reply.data_size) == (2, 4, 9)
+    assert reply.digest == hashlib.sha256(make_broadcast()).digest()
     assert reply.scalars.tolist() == [g for _, g in optimizer.history]
     assert same_bytes(weights_of(client.working.model), weights_of(model))
     assert client.last_run is not None
@@ -95,9 +105,9 @@ def test_a_step_walks_the_schedule_from_the_round_s_model() -> None:
     assert client.last_run.num_skipped == 0
 
 
-@pytest.mark.parametrize("keeps_round_model", [False, True])
-def test_nothing_is_left_of_an_earlier_round(keeps_round_model: bool) -> None:
-    working = WorkingCopy(make_model(), keeps_round_model=keeps_round_model)
+@pytest.mark.parametrize("round_model", [None, "own"])
+def test_nothing_is_left_of_an_earlier_round(round_model: Any) -> None:
+    working = WorkingCopy(make_model(), round_model=round_model)
     client = make_client(working)
     first = client.step(make_broadcast())
     client.step(make_broadcast(coefficients=np.zeros(32, np.float32)))
@@ -121,27 +131,89 @@ def test_on_step_is_called_after_each_step() -> None:
     assert len(calls) == 4
 
 
+def test_g_is_clipped_to_the_bound_of_the_broadcast() -> None:
+    client = make_client(WorkingCopy(make_model()))
+    free = Reply.from_bytes(client.step(make_broadcast())).scalars
+    bound = np.float32(np.median(np.abs(free)))
+    values = iter([1.0, 1.0, 2.0, 1.0, 1.0, 9.0, 1.0, 1.0 + 1e-6])
+    client = make_client(WorkingCopy(make_model()), loss=lambda model, batch: next(values))
+    scalars = Reply.from_bytes(client.step(make_broadcast(max_abs_g=float(bound)))).scalars
+    assert scalars[:3].tolist() == [0.0, float(bound), -float(bound)]
+    assert 0 < abs(scalars[3]) < bound
+
+
+def test_the_pool_can_come_with_the_broadcast() -> None:
+    expected = make_client(WorkingCopy(make_model())).step(make_broadcast())
+    client = make_client(WorkingCopy(make_model()), pool=None)
+    assert client.step(make_broadcast()) == expected
+    assert client.step(make_broadcast(base_seed=22)) != expected
+
+
+def other_weights() -> ModelIdentity:
+    model = make_model()
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1e-12
+    return ModelIdentity.of(model)
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "error", "message"),
     [
-        ({"client": 5}, r"got one for \(5, 21, 32\)"),
-        ({"base_seed": 22}, r"got one for \(4, 22, 32\)"),
+        ({"client": 5}, ProtocolError, "for client 4, got one for 5"),
+        ({"base_seed": 22}, ProtocolError, r"got one for \(22, 32\)"),
         (
             {"coefficients": np.zeros(16, np.float32), "schedule": np.zeros(1, np.uint16)},
-            r"got one for \(4, 21, 16\)",
+            ProtocolError,
+            r"got one for \(21, 16\)",
+        ),
+        ({"run_id": bytes(16)}, ProtocolError, "of run b'one of many runs', got one of"),
+        ({"family": "rademacher"}, ProtocolError, "gaussian noise, got a broadcast with rademacher"),
+        ({"identity": other_weights()}, IdentityError, "the same shapes, other numbers"),
+        (
+            {"identity": ModelIdentity.of(make_model(torch.float32))},
+            IdentityError,
+            "expected weights in float32, got float64",
+        ),
+        (
+            {"identity": dataclasses.replace(other_weights(), structure=bytes(32))},
+            IdentityError,
+            "of structure 0000000000000000",
         ),
     ],
 )
-def test_a_message_for_others_changes_nothing(changes: dict[str, Any], message: str) -> None:
+def test_a_message_for_others_changes_nothing(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
     working = WorkingCopy(make_model())
-    client = make_client(working)
+    client = make_client(working, run_id=RUN)
     before = weights_of(working.model)
-    with pytest.raises(ProtocolError, match=message):
+    with pytest.raises(error, match=message):
         client.step(make_broadcast(**changes))
     with pytest.raises(MessageError):
         client.step(make_broadcast()[:-1])
     assert same_bytes(before, weights_of(working.model))
     assert client.last_run is None
+
+
+def test_random_changes_of_broadcasts_are_refused_or_walked() -> None:
+    """Structured fuzz under a right checksum: a typed error and untouched weights, or a valid reply."""
+    whole = make_broadcast()
+    client = make_client(WorkingCopy(make_model()), run_id=RUN)
+    generator = np.random.default_rng(7)
+    num_walked = 0
+    for _ in range(400):
+        before = weights_of(client.working.model)
+        start = int(generator.integers(8, len(whole) - 8))
+        message = patched(whole, start, generator.bytes(int(generator.integers(1, 5))))
+        try:
+            reply = Reply.from_bytes(client.step(message))
+        except (MessageError, ProtocolError, IdentityError):
+            assert same_bytes(before, weights_of(client.working.model))
+            continue
+        num_walked += 1
+        assert reply.digest == hashlib.sha256(message).digest()
+        assert (np.abs(reply.scalars) <= Broadcast.from_bytes(message).max_abs_g).all()
+    assert 50 < num_walked < 350
 
 
 def test_bad_clients_and_too_few_batches() -> None:
@@ -166,7 +238,7 @@ def test_loading_is_one_rebuild_then_copies(dtype: torch.dtype, monkeypatch: pyt
 
     monkeypatch.setattr(fedkseed_kernels, "seed_axpy", seed_axpy)
     expected = weights_of(rebuilt(dtype))
-    working = WorkingCopy(make_model(dtype), keeps_round_model=True)
+    working = WorkingCopy(make_model(dtype), round_model="own")
     for _ in range(3):
         for parameter in working.model.parameters():
             parameter.data.fill_(torch.nan)
@@ -192,6 +264,22 @@ def test_two_working_copies_share_one_w0() -> None:
         WorkingCopy(make_model(), w0=first.w0[:3])
     with pytest.raises(ValueError, match="got 4 tensors, 4 others"):
         WorkingCopy(make_model(torch.float32), w0=first.w0)
+
+
+def test_the_identity_is_that_of_w0_and_of_the_frozen_parameters() -> None:
+    model = make_model()
+    model[0].weight.requires_grad_(False)
+    expected = ModelIdentity.of(model)
+    working = WorkingCopy(model)
+    working.load(POOL, COEFFICIENTS)
+    assert working.identity == expected
+    second = WorkingCopy(make_model().requires_grad_(True), w0=None)
+    assert second.identity == ModelIdentity.of(make_model()) != expected
+    walked = make_model()
+    with torch.no_grad():
+        walked[2].bias.add_(1)
+    shared = WorkingCopy(walked, w0=second.w0)
+    assert shared.identity == second.identity
 
 
 def test_frozen_parameters_get_no_noise_and_do_not_renumber() -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call
 
 import fedkseed_kernels
-from fedkseed import Client, Manifest, SeedPool, Server, WorkingCopy
+from fedkseed import Client, SeedPool, Server, ServerConfig, WorkingCopy
 
 BASE_SEED, NUM_SEEDS, NUM_CLIENTS, PER_ROUND, NUM_STEPS, NUM_ROUNDS = 2024, 48, 6, 4, 6, 3
 LR, EPS = 3e-3, 1e-3
@@ -173,17 +173,11 @@ def test_three_rounds_of_four_clients_agree() -> None:
     sums = [0.0] * NUM_SEEDS
 
     pool = SeedPool(BASE_SEED, NUM_SEEDS)
-    working = WorkingCopy(make_model(), keeps_round_model=True)
-    server = Server(
-        Manifest.of(working.model),
-        pool,
-        num_clients=NUM_CLIENTS,
-        clients_per_round=PER_ROUND,
-        num_local_steps=NUM_STEPS,
-        lr=LR,
-        eps=EPS,
-        weighting="data_size",
+    working = WorkingCopy(make_model(), round_model="own")
+    config = ServerConfig(
+        num_clients=NUM_CLIENTS, clients_per_round=PER_ROUND, num_local_steps=NUM_STEPS, lr=LR, eps=EPS
     )
+    server = Server(working.identity, pool, config)
     clients = [
         Client(
             client,

@@ -1,49 +1,33 @@
-"""Messages and the server: bytes both ways, merging in fp64, and that a bad message changes nothing."""
+"""The server: merging in fp64, who may reply with what, and that a bad reply changes nothing."""
 
 from __future__ import annotations
 
-import dataclasses
-import struct
-import zlib
+from collections.abc import Callable
 from fractions import Fraction
 from itertools import permutations
 from typing import Any
 
 import numpy as np
 import pytest
+from messages import CONFIG, IDENTITY, POOL, make_replies, make_reply, make_server, patched
 
-from fedkseed import Broadcast, Manifest, MessageError, ProtocolError, Reply, SeedPool, Server
-
-MANIFEST = Manifest(("weight",), ((3, 2),))
-
-
-def make_server(**changes: Any) -> Server:
-    arguments: dict[str, Any] = {
-        "num_clients": 7,
-        "clients_per_round": 3,
-        "num_local_steps": 20,
-        "lr": 0.3,
-        "eps": 1e-3,
-    }
-    return Server(MANIFEST, SeedPool(5, 16), **{**arguments, **changes})
+from fedkseed import (
+    Broadcast,
+    MessageError,
+    ModelIdentity,
+    ProtocolError,
+    Reply,
+    SeedPool,
+    Server,
+    ServerConfig,
+)
+from fedkseed.seeds import MAX_ROUNDS
 
 
-def make_reply(server: Server, client: int, **changes: Any) -> bytes:
-    generator = np.random.default_rng([server.round, client])
-    scalars = generator.normal(size=server.num_local_steps).astype(np.float32)
-    fields = {"round": server.round, "client": client, "data_size": 10 + client, "scalars": scalars}
-    return Reply(**{**fields, **changes}).to_bytes()
-
-
-def make_replies(server: Server) -> list[tuple[int, bytes]]:
-    return [(client, make_reply(server, client)) for client in server.clients]
-
-
-def resealed(message: bytes, position: int, field: bytes, header_size: int) -> bytes:
-    """The message with one field replaced and its checksum made right again."""
-    changed = message[:position] + field + message[position + len(field) :]
-    start, body = changed[: header_size - 4], changed[header_size:]
-    return start + struct.pack("<I", zlib.crc32(start + body)) + body
+def state_of(server: Server) -> tuple[Any, ...]:
+    significance = server.significance
+    tracked = () if significance is None else (significance.sums.tobytes(), significance.counts.tobytes())
+    return (server.round, server.clients, server.coefficients.tobytes(), *tracked)
 
 
 def test_a_broadcast_says_what_the_round_is() -> None:
@@ -51,100 +35,31 @@ def test_a_broadcast_says_what_the_round_is() -> None:
     client = server.clients[1]
     message = Broadcast.from_bytes(server.broadcast(client))
     assert (message.round, message.client, message.base_seed) == (0, client, 5)
-    assert (message.lr, message.eps) == (0.3, float(np.float32(1e-3)))
-    assert message.coefficients.dtype == np.float32
+    assert (message.lr, message.eps, message.max_abs_g) == (0.3, float(np.float32(1e-3)), 100.0)
+    assert (message.identity, message.family) == (IDENTITY, "gaussian")
+    assert message.run_id == server.config.run_id
     assert not message.coefficients.any()
-    assert np.array_equal(message.schedule, SeedPool(5, 16).schedule(0, client, 20))
+    assert np.array_equal(message.schedule, POOL.schedule(0, client, 20))
     assert server.broadcast(client) == server.broadcast(client)
+    server.merge(make_replies(server))
+    message = Broadcast.from_bytes(server.broadcast(server.clients[0]))
+    assert message.round == 1
+    assert np.array_equal(message.coefficients, server.coefficients.astype(np.float32))
+    assert server.wire_coefficients.dtype == np.float32
+    assert np.array_equal(server.wire_coefficients, message.coefficients)
 
 
-def test_bytes_at_the_paper_s_size() -> None:
-    server = Server(
-        MANIFEST, SeedPool(0, 4096), num_clients=1, clients_per_round=1, num_local_steps=200, lr=0.1, eps=1e-3
-    )
-    assert len(server.broadcast(0)) == 44 + 4 * 4096 + 2 * 200
-    assert len(make_reply(server, 0)) == 24 + 4 * 200
-
-
-def test_the_layout_of_both_messages() -> None:
-    coefficients = np.array([1.5, -2.0], dtype=np.float32)
-    schedule = np.array([1, 0, 1], dtype=np.uint16)
-    down = Broadcast(258, 3, 2**63 + 1, 0.1, 0.5, coefficients, schedule).to_bytes()
-    start = b"FKSB" + bytes([1, 0, 3, 0, 2, 1, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 128])
-    start += struct.pack("<d", 0.1) + struct.pack("<f", 0.5)
-    body = struct.pack("<2f", 1.5, -2.0) + bytes([1, 0, 0, 0, 1, 0])
-    assert down == start + struct.pack("<I", zlib.crc32(start + body)) + body
-    up = Reply(258, 3, 77, np.array([0.25], dtype=np.float32)).to_bytes()
-    start = b"FKSR" + bytes([1, 0, 1, 0, 2, 1, 0, 0, 3, 0, 0, 0, 77, 0, 0, 0])
-    assert up == start + struct.pack("<I", zlib.crc32(start + struct.pack("<f", 0.25))) + struct.pack(
-        "<f", 0.25
-    )
-    for message in (Broadcast.from_bytes(down), Reply.from_bytes(up)):
-        assert message.to_bytes() in (down, up)
-
-
-@pytest.mark.parametrize("kind", ["broadcast", "reply"])
-def test_every_flipped_bit_and_every_truncation_is_noticed(kind: str) -> None:
-    server = make_server(num_local_steps=2)
-    client = server.clients[0]
-    message = server.broadcast(client) if kind == "broadcast" else make_reply(server, client)
-    read: Any = Broadcast.from_bytes if kind == "broadcast" else Reply.from_bytes
-    read(message)
-    for position in range(len(message)):
-        for bit in range(8):
-            changed = bytearray(message)
-            changed[position] ^= 1 << bit
-            with pytest.raises(MessageError):
-                read(bytes(changed))
-    for length in range(len(message)):
-        with pytest.raises(MessageError):
-            read(message[:length])
-    with pytest.raises(MessageError, match="bytes, got"):
-        read(message + b"\0")
-
-
-@pytest.mark.parametrize(
-    ("kind", "position", "field", "message"),
-    [
-        ("broadcast", 4, struct.pack("<H", 2), "format version 1, got 2"),
-        ("broadcast", 8, struct.pack("<I", 2**24), "round below"),
-        ("broadcast", 12, struct.pack("<I", 2**24), "client below"),
-        ("broadcast", 28, struct.pack("<d", -1.0), "lr of at least 0, got -1"),
-        ("broadcast", 28, struct.pack("<d", np.nan), "lr of at least 0, got nan"),
-        ("broadcast", 36, struct.pack("<f", 0.0), "eps above 0"),
-        ("broadcast", 44, struct.pack("<f", np.inf), "finite coefficients"),
-        ("broadcast", 44 + 4 * 16, struct.pack("<H", 16), "indices below 16, got 16"),
-        ("reply", 4, struct.pack("<H", 0), "format version 1, got 0"),
-        ("reply", 8, struct.pack("<I", 2**32 - 1), "round below"),
-        ("reply", 12, struct.pack("<I", 2**24), "client below"),
-        ("reply", 16, struct.pack("<I", 0), "a data size of at least 1"),
-        ("reply", 24, struct.pack("<f", np.nan), "finite scalars"),
-        ("reply", 24, struct.pack("<f", -np.inf), "finite scalars"),
-    ],
-)
-def test_a_field_out_of_range_under_a_right_checksum(
-    kind: str, position: int, field: bytes, message: str
-) -> None:
-    server = make_server()
-    client = server.clients[0]
-    whole = server.broadcast(client) if kind == "broadcast" else make_reply(server, client)
-    read: Any = Broadcast.from_bytes if kind == "broadcast" else Reply.from_bytes
-    with pytest.raises(MessageError, match=message):
-        read(resealed(whole, position, field, 44 if kind == "broadcast" else 24))
-
-
-def test_empty_messages_and_other_types() -> None:
-    empty = np.zeros(0)
-    with pytest.raises(MessageError, match="at least one local step"):
-        Broadcast.from_bytes(Broadcast(0, 0, 0, 0.1, 0.1, np.zeros(2, "f4"), empty.astype("u2")).to_bytes())
-    with pytest.raises(MessageError, match="number of seeds"):
-        Broadcast.from_bytes(Broadcast(0, 0, 0, 0.1, 0.1, empty.astype("f4"), np.zeros(2, "u2")).to_bytes())
-    with pytest.raises(MessageError, match="at least one scalar"):
-        Reply.from_bytes(Reply(0, 0, 1, empty.astype("f4")).to_bytes())
-    with pytest.raises(MessageError, match="as bytes, got str"):
-        Reply.from_bytes("FKSR")  # type: ignore[arg-type]
-    with pytest.raises(MessageError, match="begins with b'FKSR', got b'FKSB'"):
-        Reply.from_bytes(make_server().broadcast(make_server().clients[0]))
+def test_the_run_id_tells_configurations_apart_and_can_be_given() -> None:
+    ids = [
+        make_server().config.run_id,
+        make_server(lr=0.2).config.run_id,
+        make_server(pool=SeedPool(6, 16)).config.run_id,
+        make_server(ModelIdentity(bytes(32), bytes(32), "bfloat16")).config.run_id,
+    ]
+    assert len(set(ids)) == 4
+    assert make_server().config.run_id == ids[0]
+    given = make_server(run_id=b"another run here")
+    assert Broadcast.from_bytes(given.broadcast(given.clients[0])).run_id == b"another run here"
 
 
 @pytest.mark.parametrize("weighting", ["data_size", "equal"])
@@ -164,18 +79,33 @@ def test_merge_adds_what_the_formula_says(weighting: str) -> None:
     assert server.coefficients.dtype == np.float64
     expected = np.array([float(value) for value in exact])
     assert np.abs(server.coefficients - expected).max() < 1e-15 * np.abs(expected).max() * 8
-    assert server.wire_coefficients.dtype == np.float32
-    assert np.array_equal(server.wire_coefficients, server.coefficients.astype(np.float32))
 
 
-def test_order_of_arrival_does_not_matter() -> None:
+def test_merge_has_the_bits_of_the_formula_one_addition_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedkseed.server._SCALARS_AT_ONCE", 100)  # many passes
+    server = make_server(num_clients=90, clients_per_round=90, num_local_steps=3)
+    sizes = [10 + client for client in server.clients]
+    sums = [0.0] * 16
+    replies = make_replies(server)
+    for client, message in replies:
+        weight = (10 + client) / float(sum(sizes))
+        for index, g in zip(server.schedule(client), Reply.from_bytes(message).scalars, strict=True):
+            sums[index] += weight * float(g)
+    server.merge(reversed(replies))
+    assert server.coefficients.tolist() == [0.0 - 0.3 * value for value in sums]
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "pro"])
+def test_order_of_arrival_does_not_matter(sampling: str) -> None:
     results = set()
     for order in permutations(range(3)):
-        server = make_server()
+        server = make_server(sampling=sampling)
         for _ in range(2):
             replies = make_replies(server)
             server.merge(iter([replies[i] for i in order]))
-        results.add((server.coefficients.tobytes(), server.clients))
+        results.add(state_of(server))
     assert len(results) == 1
 
 
@@ -183,10 +113,26 @@ def test_missing_replies_leave_the_weights_to_the_others() -> None:
     server, alone = make_server(), make_server()
     reply = make_replies(server)[1]
     server.merge([reply])
-    first = server.coefficients.copy()
     g = np.zeros(16)
     np.add.at(g, alone.schedule(reply[0]), Reply.from_bytes(reply[1]).scalars.astype(np.float64))
-    assert np.array_equal(first, -0.3 * g)
+    assert np.array_equal(server.coefficients, -0.3 * g)
+    assert server.round == 1
+
+
+def test_a_round_without_replies_is_skipped_and_the_model_stays() -> None:
+    server = make_server()
+    server.merge(make_replies(server))
+    before = server.coefficients.copy()
+    with pytest.raises(ProtocolError, match=r"reply of round 1, got none; skip_round\(\) goes on without"):
+        server.merge([])
+    late = make_replies(server)
+    server.skip_round()
+    assert server.round == 2
+    assert np.array_equal(server.coefficients, before)
+    with pytest.raises(ProtocolError):
+        server.merge(late)
+    server.merge(make_replies(server))
+    assert server.round == 3
 
 
 def test_rounds_differ_in_clients_and_schedules_and_repeat_by_seed() -> None:
@@ -202,41 +148,150 @@ def test_rounds_differ_in_clients_and_schedules_and_repeat_by_seed() -> None:
     assert np.array_equal(server.coefficients, again.coefficients)
 
 
-def test_a_bad_reply_changes_nothing() -> None:
-    server = make_server()
+def g_of(value: float) -> np.ndarray[Any, Any]:
+    scalars = np.zeros(20, dtype=np.float32)
+    scalars[7] = value
+    return scalars
+
+
+BAD: dict[str, tuple[Callable[[Server, int], bytes], type[Exception], str]] = {
+    "an older round": (lambda s, c: make_reply(s, c, round=0), ProtocolError, r"\(1, .*got one of \(0, "),
+    "a coming round": (lambda s, c: make_reply(s, c, round=2), ProtocolError, r"\(1, .*got one of \(2, "),
+    "another client": (
+        lambda s, c: make_reply(s, s.clients[0] if c != s.clients[0] else s.clients[1]),
+        ProtocolError,
+        r"of \(round, client, number of steps\)",
+    ),
+    "fewer steps": (lambda s, c: make_reply(s, c, scalars=g_of(0)[:19]), ProtocolError, "19\\)"),
+    "more steps": (
+        lambda s, c: make_reply(s, c, scalars=np.zeros(21, np.float32)),
+        ProtocolError,
+        "21\\)",
+    ),
+    "another broadcast": (
+        lambda s, c: make_reply(s, c, digest=bytes(32)),
+        ProtocolError,
+        "answer to another: of another run, model or configuration",
+    ),
+    "another run": (
+        lambda s, c: make_reply(make_server(run_id=b"another run here"), c, round=1),
+        ProtocolError,
+        "answer to another",
+    ),
+    "g too large": (
+        lambda s, c: make_reply(s, c, scalars=g_of(-100.1)),
+        ProtocolError,
+        r"\|g\| of at most 100.0 from client \d, got -100.0\d* at step 7",
+    ),
+    "huge g": (lambda s, c: make_reply(s, c, scalars=g_of(3e38)), ProtocolError, "at step 7"),
+    "NaN": (
+        lambda s, c: patched(make_reply(s, c), 60, np.float32(np.nan).tobytes()),
+        ProtocolError,
+        "got nan at step 1",
+    ),
+    "infinity": (
+        lambda s, c: patched(make_reply(s, c), 60, np.float32(-np.inf).tobytes()),
+        ProtocolError,
+        "got -inf at step 1",
+    ),
+    "truncated": (
+        lambda s, c: make_reply(s, c)[:-1],
+        MessageError,
+        "client .: expected a reply of 140 bytes",
+    ),
+    "damaged": (lambda s, c: make_reply(s, c)[:-1] + b"x", MessageError, "client .: .* it was damaged"),
+    "a broadcast": (lambda s, c: s.broadcast(c), MessageError, "begins with b'FKSR'"),
+    "no bytes": (lambda s, c: None, MessageError, "as bytes, got NoneType"),  # type: ignore[arg-type, return-value]
+}
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "pro"])
+@pytest.mark.parametrize("what", list(BAD))
+def test_a_bad_reply_changes_nothing(what: str, sampling: str) -> None:
+    make, error, message = BAD[what]
+    server = make_server(sampling=sampling, clients_per_round=7)
     server.merge(make_replies(server))
-    before = (server.round, server.clients, server.coefficients.tobytes())
+    before = state_of(server)
     good = make_replies(server)
-    first, second = good[0][0], good[1][0]
-    outsider = next(client for client in range(7) if client not in server.clients)
-    steps = np.zeros(19, dtype=np.float32)
-    cases: list[tuple[list[tuple[int, bytes]], type[Exception], str]] = [
-        ([], ProtocolError, "at least one reply of round 1, got none"),
-        ([*good, good[0]], ProtocolError, f"one reply of client {first}, got two"),
-        ([*good, (outsider, make_reply(server, outsider))], ProtocolError, f"of round 1, got {outsider}"),
-        ([good[0], (second, good[0][1])], ProtocolError, "of \\(round, client, number of steps\\)"),
-        ([good[0], (second, make_reply(server, second, round=0))], ProtocolError, "got one of \\(0, "),
-        ([good[0], (second, make_reply(server, second, scalars=steps))], ProtocolError, "19\\)"),
-        ([good[0], (second, good[1][1][:-1])], MessageError, "reply of 104 bytes, got 103"),
-    ]
-    for replies, error, message in cases:
+    bad = (good[1][0], make(server, good[1][0]))
+    for replies in ([good[0], bad, *good[2:]], [bad]):
         with pytest.raises(error, match=message):
             server.merge(replies)
-        assert (server.round, server.clients, server.coefficients.tobytes()) == before
-    with pytest.raises(ProtocolError, match=f"got {outsider}"):
-        server.broadcast(outsider)
-    server.merge(good)
+        assert state_of(server) == before
+    with pytest.raises(error, match=message):
+        server.check(*bad)
+    # What is checked one by one can be merged.
+    kept = []
+    for client, reply in [good[0], bad, *good[2:]]:
+        try:
+            server.check(client, reply)
+        except (MessageError, ProtocolError):
+            continue
+        kept.append((client, reply))
+    assert len(kept) == 6
+    assert state_of(server) == before
+    server.merge(kept)
     assert server.round == 2
 
 
+def test_repeated_and_uninvited_replies_are_refused() -> None:
+    server = make_server()
+    server.merge(make_replies(server))
+    before, good = state_of(server), make_replies(server)
+    outsider = next(client for client in range(7) if client not in server.clients)
+    message = make_reply(server, outsider, digest=bytes(32))
+    with pytest.raises(ProtocolError, match=f"one reply of client {good[0][0]}, got two"):
+        server.merge([*good, good[0]])
+    for call in (
+        lambda: server.merge([*good, (outsider, message)]),
+        lambda: server.check(outsider, message),
+        lambda: server.broadcast(outsider),
+        lambda: server.schedule(outsider),
+        lambda: server.check(-1, message),
+        lambda: server.check(2**70, message),
+    ):
+        with pytest.raises(ProtocolError, match="one of the 3 clients of round 1, got"):
+            call()
+    assert state_of(server) == before
+    server.merge(good)
+    with pytest.raises(ProtocolError):
+        server.merge(good)
+    assert server.round == 2
+
+
+def test_check_returns_the_reply() -> None:
+    server = make_server()
+    client = server.clients[2]
+    reply = server.check(client, make_reply(server, client, scalars=g_of(-100.0)))
+    assert (reply.client, reply.data_size, reply.scalars[7]) == (client, 10 + client, -100.0)
+
+
 def test_sums_beyond_fp32_change_nothing() -> None:
-    server = make_server(lr=1e3)
+    server = make_server(lr=1.0, max_abs_g=3e38)
     client = server.clients[0]
-    huge = np.full(20, 1e38, dtype=np.float32)
-    with pytest.raises(ProtocolError, match="got some beyond it; the learning rate is too large"):
-        server.merge([(client, make_reply(server, client, scalars=huge))])
-    assert server.round == 0
-    assert not server.coefficients.any()
+    before = state_of(server)
+    with pytest.raises(ProtocolError, match="got some beyond it; lr or max_abs_g is too large"):
+        server.merge([(client, make_reply(server, client, scalars=np.full(20, 3e38, np.float32)))])
+    assert state_of(server) == before
+
+
+def test_rounds_end_where_their_numbers_end() -> None:
+    server = make_server()
+    server._open_round(MAX_ROUNDS - 1)
+    for call in (server.skip_round, lambda: server.merge(make_replies(server))):
+        with pytest.raises(ProtocolError, match="at most 16777215 rounds"):
+            call()
+    assert server.round == MAX_ROUNDS - 1
+
+
+def test_one_client_moves_the_model_no_further_than_said() -> None:
+    server = make_server(num_local_steps=50)
+    replies = make_replies(server)
+    worst = np.full(50, 100.0, dtype=np.float32)
+    client = server.clients[1]
+    replies[1] = (client, make_reply(server, client, scalars=worst, data_size=2**32 - 1))
+    server.merge(replies)
+    assert np.abs(server.coefficients).sum() <= 0.3 * 50 * 100.0 * (1 + 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -251,14 +306,54 @@ def test_sums_beyond_fp32_change_nothing() -> None:
         ({"num_local_steps": 2.0}, TypeError, "integer num_local_steps"),
         ({"lr": -1.0}, ValueError, "lr"),
         ({"eps": 0.0}, ValueError, "eps"),
-        ({"weighting": "size"}, ValueError, r"out of \['data_size', 'equal'\], got 'size'"),
+        ({"max_abs_g": 0.0}, ValueError, "max_abs_g in"),
+        ({"max_abs_g": np.inf}, ValueError, "max_abs_g in"),
+        ({"max_abs_g": np.nan}, ValueError, "max_abs_g in"),
+        ({"max_abs_g": 3e38, "lr": 2.0}, ValueError, "whose steps lie within fp32"),
+        ({"max_abs_g": None}, TypeError, "real number for max_abs_g"),
+        ({"weighting": "size"}, ValueError, r"weighting out of \['data_size', 'equal'\], got 'size'"),
+        ({"sampling": "best"}, ValueError, r"sampling out of \['uniform', 'pro'\], got 'best'"),
+        ({"run_id": b"short"}, ValueError, "run_id of 16 bytes or None"),
+        ({"run_id": "sixteen letters."}, ValueError, "run_id of 16 bytes or None"),
     ],
 )
-def test_bad_servers(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_configurations(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        make_server(**changes)
+        ServerConfig(**{**CONFIG, **changes})
 
 
-def test_messages_are_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Reply(0, 0, 1, np.zeros(1, np.float32)).round = 3  # type: ignore[misc]
+def test_a_model_of_a_dtype_without_a_code_is_refused() -> None:
+    with pytest.raises(ValueError, match="dtype out of .*, got int8"):
+        make_server(ModelIdentity(bytes(32), bytes(32), "int8"))
+
+
+def test_random_changes_of_replies_are_refused_or_within_the_bounds() -> None:
+    """Structured fuzz under a right checksum: what passes differs in data size or scalars alone."""
+    server = make_server(sampling="pro")
+    generator = np.random.default_rng(6)
+    replies = make_replies(server)
+    before, num_passed = state_of(server), 0
+    for _ in range(5_000):
+        client, whole = replies[int(generator.integers(3))]
+        start = int(generator.integers(0, len(whole) - 4))
+        changed = patched(whole, start, generator.bytes(int(generator.integers(1, 5))))[: len(whole)]
+        message = patched(changed, 0, b"")
+        try:
+            reply = server.check(client, message)
+        except (MessageError, ProtocolError):
+            with pytest.raises((MessageError, ProtocolError)):
+                server.merge([(client, message)])
+            assert state_of(server) == before
+            continue
+        num_passed += 1
+        assert message[:20] + message[24:56] == whole[:20] + whole[24:56]
+        assert (np.abs(reply.scalars) <= 100).all()
+        assert reply.data_size >= 1
+    assert 100 < num_passed < 4_900
+
+
+def test_memory_follows_the_invited_not_the_registered() -> None:
+    server = make_server(num_clients=2**24, clients_per_round=3)
+    server.merge(make_replies(server))
+    held = sum(value.nbytes for value in vars(server).values() if isinstance(value, np.ndarray))
+    assert held <= 16 * 8 + 3 * 20 * 2

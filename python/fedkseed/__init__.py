@@ -6,28 +6,46 @@ Qin et al., ICML 2024, arXiv 2312.06353. All noise and all passes over weights a
 from __future__ import annotations
 
 from fedkseed.client import Client, LocalRun
+from fedkseed.hosting import Task
+from fedkseed.identity import IdentityError, ModelIdentity
+from fedkseed.ledger import Ledger
+from fedkseed.ledger_format import LedgerError
 from fedkseed.manifest import Manifest, manifest_parameters
-from fedkseed.messages import Broadcast, MessageError, ProtocolError, Reply
-from fedkseed.optim import FedKSeedSGD
+from fedkseed.optim import ZOSGD, FedKSeedSGD
+from fedkseed.pro import SeedSignificance
+from fedkseed.protocol import Broadcast, MessageError, ProtocolError, Reply
 from fedkseed.seeds import SeedPool
 from fedkseed.server import Server
+from fedkseed.server_config import ServerConfig
+from fedkseed.server_state import StateError
 from fedkseed.simulation import RoundResult, Simulation, SimulationConfig
+from fedkseed.tuned_model import load
 from fedkseed.working_copy import WorkingCopy
 
 __all__ = [
+    "ZOSGD",
     "Broadcast",
     "Client",
     "FedKSeedSGD",
+    "IdentityError",
+    "Ledger",
+    "LedgerError",
     "LocalRun",
     "Manifest",
     "MessageError",
+    "ModelIdentity",
     "ProtocolError",
     "Reply",
     "RoundResult",
     "SeedPool",
+    "SeedSignificance",
     "Server",
+    "ServerConfig",
     "Simulation",
     "SimulationConfig",
+    "StateError",
+    "Task",
     "WorkingCopy",
+    "load",
     "manifest_parameters",
 ]

@@ -37,6 +37,19 @@ def check_learning_rate(value: object) -> float:
     return lr
 
 
+def check_max_abs_g(value: object) -> float:
+    """A bound of |g| rounded to fp32, once: the value that is used everywhere.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: not a positive normal number of fp32.
+    """
+    bound = _real("max_abs_g", value)
+    if not float(_FP32.tiny) <= bound <= float(_FP32.max):
+        raise ValueError(f"expected max_abs_g in [{_FP32.tiny:.3g}, {_FP32.max:.3g}], got {value}")
+    return float(np.float32(bound))
+
+
 def check_eps(value: object) -> float:
     """eps rounded to fp32, once: the value that is used everywhere.
 
@@ -48,6 +61,45 @@ def check_eps(value: object) -> float:
     if not float(_FP32.tiny) <= eps <= float(_FP32.max):
         raise ValueError(f"expected eps in [{_FP32.tiny:.3g}, {_FP32.max:.3g}], got {value}")
     return float(np.float32(eps))
+
+
+def check_weight_decay(value: object) -> float:
+    """A weight decay as a Python float: finite, at least 0.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: negative, NaN or infinite.
+    """
+    weight_decay = _real("weight_decay", value)
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"expected a finite weight_decay of at least 0, got {value}")
+    return weight_decay
+
+
+def check_seed(value: object) -> int:
+    """Any integer, taken mod 2^64.
+
+    Raises:
+        TypeError: not an integer.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"expected an integer seed, got {value!r}")
+    return int(value) % 2**64
+
+
+def check_bound(name: str, value: object) -> float:
+    """A bound as a Python float: finite, above 0 and no subnormal number of fp32.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: out of range.
+    """
+    bound = _real(name, value)
+    if not float(_FP32.tiny) <= bound < math.inf:
+        raise ValueError(
+            f"expected a finite {name} of at least {_FP32.tiny:.3g}, got {value}; None means no bound"
+        )
+    return bound
 
 
 def _real(name: str, value: object) -> float:

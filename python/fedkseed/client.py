@@ -11,12 +11,15 @@ import numpy as np
 from torch import nn
 
 from fedkseed._checks import check_count
-from fedkseed.messages import Broadcast, ProtocolError, Reply
 from fedkseed.optim import FedKSeedSGD, Loss
+from fedkseed.protocol import Broadcast, ProtocolError, Reply, broadcast_digest
 from fedkseed.seeds import MAX_CLIENTS, SeedPool
 from fedkseed.working_copy import WorkingCopy
 
 BatchT = TypeVar("BatchT")
+
+#: The noise that `FedKSeedSGD` walks along.
+_FAMILY = "gaussian"
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,11 @@ class Client(Generic[BatchT]):
     Args:
         client: its number at the server.
         working: the model to walk on.
-        pool: the candidate seeds.
+        pool: the candidate seeds; if None, those of each broadcast.
         loss: of a model on a batch, a number or a tensor of one element.
         batches: the batches of a round, one for each local step, from (round, number of steps).
         data_size: of the training data, in rows or whatever all clients count: the weight of the reply.
+        run_id: 16 bytes; if given, broadcasts of another run are refused.
         on_step: called after each local step.
 
     Attributes:
@@ -59,17 +63,19 @@ class Client(Generic[BatchT]):
         self,
         client: int,
         working: WorkingCopy,
-        pool: SeedPool,
+        pool: SeedPool | None = None,
         *,
         loss: Callable[[nn.Module, BatchT], Loss],
         batches: Callable[[int, int], Iterable[BatchT]],
         data_size: int,
+        run_id: bytes | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> None:
         self.client = check_count("client", client, 0, MAX_CLIENTS - 1)
         self.data_size = check_count("data_size", data_size, 1, 2**32 - 1)
         self.working = working
-        self.pool = pool
+        self.run_id = run_id
+        self._pool = pool
         self.last_run: LocalRun | None = None
         self._loss = loss
         self._batches = batches
@@ -78,20 +84,26 @@ class Client(Generic[BatchT]):
     def step(self, message: bytes) -> bytes:
         """One round: the reply to a broadcast.
 
+        A step whose loss is NaN or infinite is skipped and travels as g = 0. Nothing has changed when one of
+        the first three errors is raised.
+
         Raises:
-            MessageError: the message is damaged.
-            ProtocolError: it is for another client or another pool.
+            MessageError: the message is damaged, of another format or contract version, or not a broadcast.
+            ProtocolError: it is for another client, pool or run, or of a noise family not walked here.
+            IdentityError: it is for another w0: other structure, dtype or weights.
             ValueError: fewer batches than local steps.
         """
-        broadcast = self._open(message)
-        self.working.load(self.pool, broadcast.coefficients)
+        broadcast = Broadcast.from_bytes(message)
+        pool = self._pool_for(broadcast)
+        self.working.load(pool, broadcast.coefficients)
         start = perf_counter()
         optimizer = FedKSeedSGD(
             self.working.model,
             lr=broadcast.lr,
             eps=broadcast.eps,
-            seed_pool=self.pool,
+            seed_pool=pool,
             schedule=broadcast.schedule,
+            max_abs_g=broadcast.max_abs_g,
         )
         num_steps = len(broadcast.schedule)
         losses = []
@@ -103,14 +115,27 @@ class Client(Generic[BatchT]):
             raise ValueError(f"expected {num_steps} batches, one for each local step, got {len(losses)}")
         self.last_run = LocalRun(tuple(losses), optimizer.num_skipped, perf_counter() - start)
         scalars = np.array([g for _, g in optimizer.history], dtype=np.float32)
-        return Reply(broadcast.round, self.client, self.data_size, scalars).to_bytes()
+        digest = broadcast_digest(message)
+        return Reply(broadcast.round, self.client, self.data_size, digest, scalars).to_bytes()
 
-    def _open(self, message: bytes) -> Broadcast:
-        broadcast = Broadcast.from_bytes(message)
-        found = (broadcast.client, broadcast.base_seed, len(broadcast.coefficients))
-        wanted = (self.client, self.pool.base_seed, self.pool.num_seeds)
+    def _pool_for(self, broadcast: Broadcast) -> SeedPool:
+        """The seeds of a broadcast that is meant for this client and its model."""
+        if broadcast.client != self.client:
+            raise ProtocolError(
+                f"expected a broadcast for client {self.client}, got one for {broadcast.client}"
+            )
+        if self.run_id not in (None, broadcast.run_id):
+            raise ProtocolError(
+                f"expected a broadcast of run {self.run_id!r}, got one of {broadcast.run_id!r}; "
+                "make a client for that run"
+            )
+        if broadcast.family != _FAMILY:
+            raise ProtocolError(f"expected {_FAMILY} noise, got a broadcast with {broadcast.family}")
+        found = (broadcast.base_seed, len(broadcast.coefficients))
+        wanted = found if self._pool is None else (self._pool.base_seed, self._pool.num_seeds)
         if found != wanted:
             raise ProtocolError(
-                f"expected a broadcast for (client, base seed, number of seeds) {wanted}, got one for {found}"
+                f"expected a broadcast for (base seed, number of seeds) {wanted}, got one for {found}"
             )
-        return broadcast
+        broadcast.identity.require(self.working.identity)
+        return SeedPool(*found) if self._pool is None else self._pool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -34,19 +35,41 @@ class ModelIdentity:
     dtype: str
 
     @classmethod
-    def of(cls, model: nn.Module) -> ModelIdentity:
-        """The identity of a model as its weights stand now; reads every byte of them.
+    def of(cls, model: nn.Module, frozen: Collection[int] | None = None) -> ModelIdentity:
+        """The identity of a model as its weights stand now; reads every byte of its parameters.
+
+        Buffers are no part of it.
+
+        Args:
+            frozen: manifest indices of the parameters that are not tuned; those with
+                ``requires_grad=False`` if None.
 
         Raises:
             TypeError, ValueError: as `Manifest.of`; a parameter that is sharded or on the meta device.
         """
-        manifest = Manifest.of(model)
-        parameters = manifest_parameters(model)
-        tuned = [parameter.requires_grad for _, parameter in parameters]
-        dtypes = {_dtype_name(parameter.dtype) for _, parameter in parameters}
+        if frozen is None:
+            frozen = frozen_indices(model)
+        parameters = [parameter for _, parameter in manifest_parameters(model)]
+        tuned = [index not in frozen for index in range(len(parameters))]
+        return cls.of_weights(Manifest.of(model), tuned, [parameter.detach() for parameter in parameters])
+
+    @classmethod
+    def of_weights(cls, manifest: Manifest, tuned: list[bool], weights: list[torch.Tensor]) -> ModelIdentity:
+        """The identity of a model that has these weights in manifest order; reads every byte of them.
+
+        Raises:
+            ValueError: not one flag and tensor for each entry; a tensor sharded or on the meta device.
+        """
+        for name, shape, weight in zip(manifest.names, manifest.shapes, weights, strict=True):
+            if tuple(weight.shape) != shape:
+                raise ValueError(
+                    f"expected whole weights in memory, got shape {tuple(weight.shape)} of {name} "
+                    f"{shape}, a shard; load the full model first"
+                )
+        dtypes = {_dtype_name(weight.dtype) for weight in weights}
         return cls(
             structure_hash(manifest, tuned),
-            content_hash([(name, parameter.detach()) for name, parameter in parameters]),
+            content_hash(list(zip(manifest.names, weights, strict=True))),
             dtypes.pop() if len(dtypes) == 1 else "mixed",
         )
 
@@ -70,6 +93,16 @@ class ModelIdentity:
                 f"expected weights of content {_short(self.content)}, got {_short(found.content)}: "
                 "the same shapes, other numbers; use the very weights this was made from"
             )
+
+
+def frozen_indices(model: nn.Module) -> tuple[int, ...]:
+    """Manifest indices of the parameters with ``requires_grad=False``, ascending.
+
+    Raises:
+        TypeError, ValueError: as `Manifest.of`.
+    """
+    parameters = manifest_parameters(model)
+    return tuple(index for index, (_, parameter) in enumerate(parameters) if not parameter.requires_grad)
 
 
 def structure_hash(manifest: Manifest, tuned: list[bool]) -> bytes:
@@ -106,7 +139,7 @@ def content_hash(parameters: list[tuple[str, torch.Tensor]]) -> bytes:
         digest.update(len(dtype).to_bytes(4, "little") + dtype)
         flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
         for start in range(0, flat.numel(), _PIECE):
-            digest.update(memoryview(flat[start : start + _PIECE].cpu().numpy()))
+            digest.update(flat[start : start + _PIECE].cpu().numpy().data)
     return digest.digest()
 
 

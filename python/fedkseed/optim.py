@@ -1,16 +1,31 @@
-"""FedKSeedSGD: zeroth-order SGD whose every step is one (seed, scalar) pair.
+"""Zeroth-order SGD whose every step is made of (seed, scalar) pairs: `ZOSGD` and `FedKSeedSGD`.
 
-Qin et al., ICML 2024, arXiv 2312.06353. A step draws a candidate seed s, measures the loss on both sides of
-the weights along the noise z(s), and moves the weights along it:
+A step measures the loss on both sides of the weights along the noise z(s) of a seed s, and moves the weights
+along it (MeZO, Malladi et al., NeurIPS 2023, arXiv 2305.17333):
 
     g = (L(w + eps z(s)) - L(w - eps z(s))) / (2 eps),      w <- w - lr g z(s)
+
+`FedKSeedSGD` draws s from a finite pool (FedKSeed, Qin et al., ICML 2024, arXiv 2312.06353), `ZOSGD` takes a
+new one each time.
+
+Both take eps rounded to fp32 once, and g = fp32((fp64 L+ - fp64 L-) / (2 eps)). The coefficients handed to
+the kernels are fp64 products and sums, without fma, of fp32 eps, fp32 g, fp32 alpha = 1 - lr weight_decay and
+the Python float lr (contract, section 6.1). lr may change between steps (torch.optim.lr_scheduler).
+
+A direction whose loss on either side, or whose g, is NaN or infinite, or whose losses differ by more than
+max_loss_gap, is skipped: it counts as g = 0 and in ``num_skipped``. If the closure raises (Ctrl-C included),
+the perturbation is taken back first, and the next step takes the same seeds. A model given in train mode with
+dropout modules is warned of once, at the first step.
+
+Weights are perturbed in place, with the memory of inference. Every pass rounds to the weights' dtype, so
+stored weights of 16 bits drift from w0 + sum_k c_k z(s_k).
 """
 
 from __future__ import annotations
 
-import math
-import numbers
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,34 +33,137 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedkseed._checks import check_count, check_eps, check_learning_rate
-from fedkseed.manifest import Manifest, manifest_parameters
+from fedkseed._checks import check_count, check_learning_rate, check_seed, check_weight_decay
+from fedkseed.gradient import ProjectedGradient
+from fedkseed.parameters import Params
 from fedkseed.seeds import MAX_STEPS, SeedPool
-from fedkseed.storage import InplaceStorage, Storage
+from fedkseed.storage import GroupUpdate
+from fedkseed.zeroth_order import Loss, ZerothOrderOptimizer
+from fedkseed_kernels import derived
 
-#: What a closure returns: the loss of one batch, a number or a tensor of one element.
-Loss = torch.Tensor | float
-Params = nn.Module | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
+__all__ = ["ZOSGD", "FedKSeedSGD", "Loss", "Params"]
 
 _REBUILD = (
     "a model tuned by FedKSeed is w0 plus one coefficient a seed for all of its parameters, and could not be "
     "rebuilt from seeds and scalars otherwise"
 )
 
+# Seeds and schedules are drawn this many at a time: one draw costs as much as a pass over a small model.
+_BLOCK = 256
 
-class FedKSeedSGD(torch.optim.Optimizer):
-    """Zeroth-order SGD over a pool of candidate seeds, in place: the memory of inference.
+
+class ZOSGD(ZerothOrderOptimizer):
+    """Zeroth-order SGD with a new seed each time, decoupled weight decay and several directions a step.
+
+        w <- (1 - lr weight_decay) w - lr / n sum_i g_i z(s_i)
+
+    Each g_i is measured around the same w. A step makes 2 n evaluations and 2 n + 1 passes over the weights,
+    decay and update within the last one (`InplaceStorage`). alpha = 1 - lr weight_decay is an fp32 number: a
+    product of at most 2^-25 decays nothing, which is warned of.
+
+    Seed number i is the candidate seed of index i (contract, section 9, purpose 0) of ``seed``; step t takes
+    the numbers n t to n t + n - 1. So the seeds of a run are those of SeedPool(seed, n steps).
+
+    Args:
+        params: a model (a parameter's stream is then its index in the manifest), or ``named_parameters()``, a
+            list of tensors, or a list of groups, dicts with "params" and, if wanted, "lr" and "weight_decay"
+            (the stream is then the position among all given, unless ``model`` is). Parameters with
+            ``requires_grad=False`` are frozen: left alone, but counted; plain tensors are always tuned.
+        lr: learning rate, finite, at least 0.
+        eps: scale of the perturbation, above 0.
+        seed: any integer, taken mod 2^64.
+        weight_decay: at least 0, and lr weight_decay at most 1.
+        num_directions: n, the seeds of a step.
+        max_abs_g: bound to which g is clipped, rounded down to fp32.
+        max_loss_gap: a direction with |L+ - L-| above it is skipped. The mean stays one over n. If all
+            directions of a step are skipped, the step changes nothing: no weight decay either.
+        model: beside a list or groups: the model whose manifest gives the streams, so that grouping and
+            leaving out parameters does not change what noise they get.
+
+    Attributes:
+        seed: in [0, 2^64).
+        num_directions: as given.
+        projected_grads: g of each direction of the last step, as used; empty before the first.
+        eps, manifest, num_skipped: see `ZerothOrderOptimizer`.
+
+    Raises:
+        TypeError: a tensor that is not floating point or is sharded; a number of another type.
+        ValueError: a number out of range, nothing to tune, a tensor twice, an unknown option of a group.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float,
+        eps: float = 1e-3,
+        *,
+        seed: int = 0,
+        weight_decay: float = 0.0,
+        num_directions: int = 1,
+        max_abs_g: float | None = None,
+        max_loss_gap: float | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.seed = check_seed(seed)
+        self.num_directions = check_count("num_directions", num_directions, 1, 2**16)
+        self.projected_grads: tuple[float, ...] = ()
+        defaults = {"lr": check_learning_rate(lr), "weight_decay": check_weight_decay(weight_decay)}
+        gradient = ProjectedGradient(eps, max_abs_g, max_loss_gap)
+        super().__init__(params, defaults, gradient, model, _check_group)
+        for group, update in zip(self.param_groups, self._group_updates(), strict=True):
+            decay = group["lr"] * group["weight_decay"]
+            if decay > 0 and update.alpha == 1:
+                warnings.warn(
+                    f"weight decay does nothing: 1 - lr weight_decay = 1 - {decay:.3g} is 1 in fp32; "
+                    "it takes a product above 2^-25 (3e-8)",
+                    stacklevel=2,
+                )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Loss]) -> float:  # type: ignore[override]
+        """One step along the noise of the next ``num_directions`` seeds.
+
+        The closure is called twice for each, without gradients, always with the same state of torch's random
+        number generators (of the CPU and of the parameters' devices), so dropout agrees everywhere; after the
+        step they stand as after one call. Python's and NumPy's generators are the caller's. It must take the
+        same batch every time and leave the weights alone.
+
+        Args:
+            closure: evaluates the loss.
+
+        Returns:
+            The mean loss of the evaluations in fp64: NaN or infinite if a loss was.
+
+        Raises:
+            ValueError: lr or weight_decay of a group out of range, a loss of more than one element, an update
+                that is not finite in fp32.
+            TypeError: a loss that is neither a tensor nor a number.
+        """
+        seeds = [_seed(self.seed, self._num_drawn + number) for number in range(self.num_directions)]
+
+        def record(gradients: list[float]) -> None:
+            self._num_drawn += len(gradients)
+            self.projected_grads = tuple(gradients)
+
+        return self._walk(seeds, self._group_updates(), closure, record)
+
+    def _group_updates(self) -> list[GroupUpdate]:
+        return [_decaying_update(group["lr"], group["weight_decay"]) for group in self.param_groups]
+
+    def _identity(self) -> dict[str, Any]:
+        return {**super()._identity(), "seed": self.seed, "num_directions": self.num_directions}
+
+    def _progress(self) -> dict[str, Any]:
+        return {**super()._progress(), "projected_grads": list(self.projected_grads)}
+
+    def _parsed(self, own: dict[str, Any]) -> dict[str, Any]:
+        return {**super()._parsed(own), "projected_grads": tuple(float(g) for g in own["projected_grads"])}
+
+
+class FedKSeedSGD(ZerothOrderOptimizer):
+    """Zeroth-order SGD over a pool of candidate seeds: what it did is one coefficient a seed.
 
     A step makes three passes over the weights: +eps z; -2 eps z; restore and update in one, (eps - lr g) z.
-    Each pass rounds to the weights' dtype, so stored weights of 16 bits drift from w0 + sum_k c_k z(s_k).
-
-    eps is rounded to fp32 once and that value is used everywhere; g = fp32((fp64 L+ - fp64 L-) / (2 eps));
-    the coefficients handed to the kernels are fp64 products and sums, without fma, of fp32 eps, fp32 g and
-    the Python float lr (contract, section 6.1). lr may change between steps (schedulers).
-
-    A step whose loss on either side, or whose g, is NaN or infinite updates nothing, stands in the history
-    with g = 0 and is counted in ``num_skipped``. If the closure raises (Ctrl-C included), the perturbation is
-    taken back first.
 
     Args:
         params: a model (a parameter's stream is then its index in the manifest), or ``named_parameters()``, a
@@ -57,16 +175,17 @@ class FedKSeedSGD(torch.optim.Optimizer):
         schedule: indices into the pool for the steps to come; if None, they are drawn from the pool,
             uniformly.
         weight_decay: must be 0.
+        max_abs_g: bound to which g is clipped, rounded down to fp32.
+        max_loss_gap: a step with |L+ - L-| above it is skipped.
 
     Attributes:
-        eps: as rounded to fp32.
-        history: one (index into the pool, g) for each step since construction.
+        history: one (index into the pool, g) for each step since construction; g = 0 if it was skipped.
         coefficients: fp64 [K], the sum of -lr g over the steps that drew each seed.
-        num_skipped: how many steps had a loss that is not finite.
+        eps, manifest, num_skipped: see `ZerothOrderOptimizer`.
 
     Raises:
-        TypeError: a tensor that is not floating point or is sharded; lr, eps or the pool of another type.
-        ValueError: lr, eps or the schedule out of range, nothing to tune, a tensor twice, weight decay, a
+        TypeError: a tensor that is not floating point or is sharded; a number or the pool of another type.
+        ValueError: a number or the schedule out of range, nothing to tune, a tensor twice, weight decay, a
             group with options of its own.
     """
 
@@ -79,39 +198,29 @@ class FedKSeedSGD(torch.optim.Optimizer):
         *,
         schedule: Sequence[int] | NDArray[np.uint16] | None = None,
         weight_decay: float = 0.0,
+        max_abs_g: float | None = None,
+        max_loss_gap: float | None = None,
     ) -> None:
         if not isinstance(seed_pool, SeedPool):
             raise TypeError(f"expected a SeedPool, got {type(seed_pool).__name__}")
         if weight_decay != 0:
             raise ValueError(f"expected weight_decay 0, got {weight_decay}: {_REBUILD}")
         lr = check_learning_rate(lr)
-        self.eps = check_eps(eps)
         self.seed_pool = seed_pool
         self.history: list[tuple[int, float]] = []
         self.coefficients: NDArray[np.float64] = np.zeros(seed_pool.num_seeds)
-        self.num_skipped = 0
-        self._num_drawn = 0
         self._schedule = None if schedule is None else [self._check_index(index) for index in schedule]
-        groups, streams = _groups_and_streams(params, lr)
-        self._is_complete = False
-        super().__init__(groups, {"lr": lr})
-        self._is_complete = True
-        tensors: list[torch.Tensor] = [tensor for group in self.param_groups for tensor in group["params"]]
-        self._storage: Storage = InplaceStorage(tensors, streams, self.eps)
-        self._devices = sorted({tensor.device for tensor in tensors} - {torch.device("cpu")}, key=str)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused once the optimizer exists.
+        def check_group(options: dict[str, Any]) -> None:
+            same = {"lr": lr, "weight_decay": 0}
+            for key, value in options.items():
+                if not (key in same and value == same[key]):
+                    raise ValueError(
+                        f"expected groups without options of their own, got {key}={value!r}: {_REBUILD}"
+                    )
 
-        Raises:
-            RuntimeError: always, after construction.
-        """
-        if self._is_complete:
-            raise RuntimeError(
-                "expected all parameters at construction, got a further group: what noise a tensor gets "
-                "depends on its place among them; make a new FedKSeedSGD"
-            )
-        super().add_param_group(param_group)
+        gradient = ProjectedGradient(eps, max_abs_g, max_loss_gap)
+        super().__init__(params, {"lr": lr}, gradient, None, check_group)
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -120,8 +229,8 @@ class FedKSeedSGD(torch.optim.Optimizer):
         """One step along the noise of one candidate seed.
 
         The closure is called twice, without gradients, with the same state of torch's random number
-        generators (of the CPU and of the parameters' devices), so dropout agrees on both sides. It must take
-        the same batch both times and leave the weights alone.
+        generators (of the CPU and of the parameters' devices), so dropout agrees on both sides; after the
+        step they stand as after one call. It must take the same batch both times and leave the weights alone.
 
         Args:
             closure: evaluates the loss.
@@ -132,71 +241,54 @@ class FedKSeedSGD(torch.optim.Optimizer):
 
         Raises:
             ValueError: an index out of range, an exhausted schedule, learning rates that differ between
-                groups, a loss of more than one element.
+                groups, weight decay, a loss of more than one element, an update that is not finite in fp32.
             TypeError: a loss that is neither a tensor nor a number.
         """
         lr = self._learning_rate()
         index = self._next_index() if seed_index is None else self._check_index(seed_index)
-        states = self._rng_states()
 
-        def evaluate() -> float:
-            self._set_rng_states(states)
-            return _loss_value(closure())
-
-        def record(g: float) -> None:
-            if not math.isfinite(g):
-                self.num_skipped += 1
-                g = 0.0
+        def record(gradients: list[float]) -> None:
+            (g,) = gradients
             if seed_index is None:
                 self._num_drawn += 1
             self.coefficients[index] -= lr * g
             self.history.append((index, g))
 
-        plus, minus = self._storage.walk(int(self.seed_pool.seeds[index]), lr, evaluate, record)
-        return (plus + minus) / 2
+        updates = [GroupUpdate(lr)] * len(self.param_groups)
+        return self._walk([int(self.seed_pool.seeds[index])], updates, closure, record)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The base class's state and, as "fedkseed", what was walked so far and where the schedule stands."""
-        state = super().state_dict()
-        state["fedkseed"] = {
-            "base_seed": self.seed_pool.base_seed,
-            "num_seeds": self.seed_pool.num_seeds,
-            "eps": self.eps,
+    def _identity(self) -> dict[str, Any]:
+        pool = {"base_seed": self.seed_pool.base_seed, "num_seeds": self.seed_pool.num_seeds}
+        return {**pool, **super()._identity()}
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            **super()._progress(),
             "schedule": self._schedule,
-            "num_drawn": self._num_drawn,
-            "num_skipped": self.num_skipped,
             "history": list(self.history),
             "coefficients": torch.from_numpy(self.coefficients.copy()),
         }
-        return state
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken; the weights are the caller's to load.
-
-        Raises:
-            ValueError: the state of another optimizer, seed pool or eps.
-        """
-        if "fedkseed" not in state_dict:
-            raise ValueError("expected a state_dict of FedKSeedSGD, got one of another optimizer")
-        own = state_dict["fedkseed"]
-        found = (own["base_seed"], own["num_seeds"], own["eps"])
-        wanted = (self.seed_pool.base_seed, self.seed_pool.num_seeds, self.eps)
-        if found != wanted:
+    def _parsed(self, own: dict[str, Any]) -> dict[str, Any]:
+        schedule, coefficients = own["schedule"], own["coefficients"].double().numpy().copy()
+        if coefficients.shape != self.coefficients.shape or not np.isfinite(coefficients).all():
             raise ValueError(
-                f"expected the state of base seed, number of seeds and eps {wanted}, got {found}; "
-                "construct the optimizer with those of the state"
+                f"expected {self.seed_pool.num_seeds} finite coefficients, got shape {coefficients.shape}"
             )
-        super().load_state_dict(state_dict)
-        self._schedule = None if own["schedule"] is None else list(own["schedule"])
-        self._num_drawn = int(own["num_drawn"])
-        self.num_skipped = int(own["num_skipped"])
-        self.history = [(int(index), float(g)) for index, g in own["history"]]
-        self.coefficients = own["coefficients"].double().numpy().copy()
+        return {
+            **super()._parsed(own),
+            "_schedule": None if schedule is None else [self._check_index(index) for index in schedule],
+            "history": [(self._check_index(index), float(g)) for index, g in own["history"]],
+            "coefficients": coefficients,
+        }
 
     def _learning_rate(self) -> float:
         rates = [check_learning_rate(group["lr"]) for group in self.param_groups]
         if len(set(rates)) != 1:
             raise ValueError(f"expected one lr for all groups, got {rates}: {_REBUILD}")
+        for group in self.param_groups:
+            if group.get("weight_decay", 0) != 0:
+                raise ValueError(f"expected weight_decay 0, got {group['weight_decay']}: {_REBUILD}")
         return rates[0]
 
     def _check_index(self, index: Any) -> int:
@@ -205,8 +297,7 @@ class FedKSeedSGD(torch.optim.Optimizer):
     def _next_index(self) -> int:
         step = self._num_drawn
         if self._schedule is None:
-            # A run of its own is client 0; every MAX_STEPS steps start another round of the index layout.
-            return int(self.seed_pool.schedule(step // MAX_STEPS, 0, 1, first_step=step % MAX_STEPS)[0])
+            return _uniform_schedule(self.seed_pool, step // _BLOCK)[step % _BLOCK]
         if step >= len(self._schedule):
             raise ValueError(
                 f"expected at most {len(self._schedule)} steps, the length of the schedule, got one more; "
@@ -214,96 +305,38 @@ class FedKSeedSGD(torch.optim.Optimizer):
             )
         return self._schedule[step]
 
-    def _rng_states(self) -> list[torch.Tensor]:
-        states = [torch.get_device_module(device).get_rng_state(device) for device in self._devices]
-        return [torch.get_rng_state(), *states]
 
-    def _set_rng_states(self, states: list[torch.Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for device, state in zip(self._devices, states[1:], strict=True):
-            torch.get_device_module(device).set_rng_state(state, device)
+@lru_cache(maxsize=16)
+def _seed_block(base_seed: int, block: int) -> list[int]:
+    indices = np.uint64(block * _BLOCK) + np.arange(_BLOCK, dtype=np.uint64)
+    seeds: list[int] = derived.seeds(base_seed, derived.PURPOSE_CANDIDATE_SEEDS, indices).tolist()
+    return seeds
 
 
-def _groups_and_streams(params: Params, lr: float) -> tuple[list[dict[str, Any]], list[int]]:
-    """Groups as the base class takes them, without frozen parameters, and the stream of each tensor."""
-    if isinstance(params, torch.Tensor):
-        raise TypeError("expected a model or an iterable of tensors, got one tensor; put it into a list")
-    given: list[Any]
-    if isinstance(params, nn.Module):
-        given = manifest_parameters(params)
-        _check_whole(given, Manifest.of(params))
-    else:
-        given = list(params)
-    if given and isinstance(given[0], dict):
-        listed = [_group_members(group, lr) for group in given]
-    else:
-        listed = [given]
-    groups, streams, seen, position = [], [], set(), 0
-    for members in listed:
-        tuned = []
-        for member in members:
-            name, tensor = member if isinstance(member, tuple) else (f"tensor {position}", member)
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(
-                    f"expected tensors or (name, tensor) pairs, got {type(tensor).__name__} as {name}"
-                )
-            if id(tensor) in seen:
-                raise ValueError(f"expected every tensor once, got {name} twice")
-            seen.add(id(tensor))
-            if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
-                _check_tunable(name, tensor)
-                tuned.append(member)
-                streams.append(position)
-            position += 1
-        groups.append({"params": tuned})
-    if not streams:
+def _seed(base_seed: int, number: int) -> int:
+    return _seed_block(base_seed, number // _BLOCK)[number % _BLOCK]
+
+
+@lru_cache(maxsize=16)
+def _uniform_schedule(pool: SeedPool, block: int) -> list[int]:
+    # A run of its own is client 0; every MAX_STEPS steps start another round of the index layout.
+    round, step = divmod(block * _BLOCK, MAX_STEPS)
+    schedule: list[int] = pool.schedule(round, 0, _BLOCK, first_step=step).tolist()
+    return schedule
+
+
+def _check_group(options: dict[str, Any]) -> None:
+    unknown = sorted(set(options) - {"lr", "weight_decay"})
+    if unknown:
+        raise ValueError(f"expected groups with params, lr and weight_decay alone, got {', '.join(unknown)}")
+
+
+def _decaying_update(lr: Any, weight_decay: Any) -> GroupUpdate:
+    lr, weight_decay = check_learning_rate(lr), check_weight_decay(weight_decay)
+    decay = lr * weight_decay
+    if decay > 1:
         raise ValueError(
-            f"expected at least one tensor to tune, got {position}, all of them frozen (requires_grad=False)"
-            if position
-            else "expected at least one tensor to tune, got none"
+            f"expected lr weight_decay of at most 1, got {lr} times {weight_decay}: "
+            "the weights would change their sign"
         )
-    return groups, streams
-
-
-def _group_members(group: Any, lr: float) -> list[Any]:
-    if not isinstance(group, dict) or "params" not in group:
-        raise TypeError(f"expected groups that are all dicts with 'params', got {type(group).__name__}")
-    same = {"lr": lr, "weight_decay": 0}
-    for key, value in group.items():
-        if key != "params" and not (key in same and value == same[key]):
-            raise ValueError(f"expected groups without options of their own, got {key}={value!r}: {_REBUILD}")
-    members = group["params"]
-    return [members] if isinstance(members, torch.Tensor) else list(members)
-
-
-def _check_whole(parameters: list[tuple[str, nn.Parameter]], manifest: Manifest) -> None:
-    for (name, parameter), shape in zip(parameters, manifest.shapes, strict=True):
-        if tuple(parameter.shape) != shape:
-            raise ValueError(
-                f"expected whole parameters, got shape {tuple(parameter.shape)} of {name} {shape}; "
-                "sharded models are not supported here"
-            )
-
-
-def _check_tunable(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"expected floating-point tensors, got {name} of {tensor.dtype}; leave it out")
-    if type(tensor.data) is not torch.Tensor:
-        raise TypeError(
-            f"expected ordinary tensors, got {name} of type {type(tensor.data).__name__}; "
-            "sharded and wrapped tensors are not supported here"
-        )
-
-
-def _loss_value(loss: Any) -> float:
-    if isinstance(loss, torch.Tensor):
-        if loss.numel() != 1:
-            raise ValueError(
-                f"expected a loss of one element, got shape {tuple(loss.shape)}; reduce it in the closure"
-            )
-        return float(loss.detach().double())
-    if not isinstance(loss, numbers.Real):
-        raise TypeError(
-            f"expected the closure to return the loss, a tensor or a number, got {type(loss).__name__}"
-        )
-    return float(loss)
+    return GroupUpdate(lr, float(np.float32(1.0 - decay)))

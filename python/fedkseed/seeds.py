@@ -5,6 +5,7 @@ All of it is a function of one base seed (contract, section 9), so any machine c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,9 @@ MAX_ROUNDS, MAX_CLIENTS, MAX_STEPS = 1 << ROUND_BITS, 1 << CLIENT_BITS, 1 << STE
 
 #: A schedule travels as 16-bit indices.
 MAX_SEEDS = 1 << 16
+
+#: Draws made in one vectorised pass: bounds the memory of drawing many schedules.
+_DRAWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -55,17 +59,56 @@ class SeedPool:
         Raises:
             ValueError: round, client or a step outside the index layout.
         """
+        schedule: NDArray[np.uint16] = self._draw(round, np.array([client]), num_steps, first_step, None)[0]
+        return schedule
+
+    def schedules(
+        self,
+        round: int,
+        clients: Sequence[int],
+        num_steps: int,
+        probabilities: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.uint16]:
+        """The schedules of several clients in one round, uint16 [len(clients), num_steps].
+
+        Args:
+            probabilities: of the K seeds, fp64 [K]; equal if None, and then each row is `schedule`'s.
+
+        Raises:
+            ValueError: round, a client or a step outside the index layout, or not K probabilities.
+        """
+        if probabilities is not None and probabilities.shape != (self.num_seeds,):
+            raise ValueError(f"expected {self.num_seeds} probabilities, got shape {probabilities.shape}")
+        result = np.empty((len(clients), num_steps), dtype=np.uint16)
+        at_once = max(1, _DRAWS_AT_ONCE // max(1, num_steps))
+        for start in range(0, len(clients), at_once):
+            part = np.array(clients[start : start + at_once])
+            result[start : start + at_once] = self._draw(round, part, num_steps, 0, probabilities)
+        return result
+
+    def _draw(
+        self,
+        round: int,
+        clients: NDArray[np.int64],
+        num_steps: int,
+        first_step: int,
+        probabilities: NDArray[np.float64] | None,
+    ) -> NDArray[np.uint16]:
         _check_range("round", round, MAX_ROUNDS)
-        _check_range("client", client, MAX_CLIENTS)
+        for client in (int(clients.min()), int(clients.max())):
+            _check_range("client", client, MAX_CLIENTS)
         if first_step < 0 or num_steps < 0 or first_step + num_steps > MAX_STEPS:
             raise ValueError(
                 f"expected steps in [0, {MAX_STEPS}), got {num_steps} of them from {first_step} on"
             )
-        first = (round << (CLIENT_BITS + STEP_BITS)) | (client << STEP_BITS) | first_step
-        indices = np.uint64(first) + np.arange(num_steps, dtype=np.uint64)
-        uniforms = derived.uniforms(self.base_seed, derived.PURPOSE_SCHEDULE, indices)
-        probabilities = np.full(self.num_seeds, 1.0 / self.num_seeds)
-        return derived.draw(probabilities, uniforms).astype(np.uint16)
+        first = np.uint64((round << (CLIENT_BITS + STEP_BITS)) | first_step)
+        of_client = first + (clients.astype(np.uint64) << np.uint64(STEP_BITS))
+        indices = of_client[:, None] + np.arange(num_steps, dtype=np.uint64)
+        uniforms = derived.uniforms(self.base_seed, derived.PURPOSE_SCHEDULE, indices.reshape(-1))
+        if probabilities is None:
+            probabilities = np.full(self.num_seeds, 1.0 / self.num_seeds)
+        drawn: NDArray[np.int64] = derived.draw(probabilities, uniforms)
+        return drawn.reshape(len(clients), num_steps).astype(np.uint16)
 
     def sample_clients(self, round: int, num_clients: int, num_sampled: int) -> tuple[int, ...]:
         """``num_sampled`` of the clients 0 .. num_clients - 1, without replacement, ascending.

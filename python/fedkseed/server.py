@@ -2,154 +2,344 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import os
 from collections.abc import Iterable
-from typing import Literal, get_args
+from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed._checks import check_count, check_eps, check_learning_rate
-from fedkseed.manifest import Manifest
-from fedkseed.messages import Broadcast, ProtocolError, Reply
-from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_STEPS, SeedPool
+from fedkseed.identity import ModelIdentity
+from fedkseed.pro import SeedSignificance
+from fedkseed.protocol import (
+    DTYPE_CODES,
+    RUN_ID_BYTES,
+    Broadcast,
+    BroadcastWriter,
+    MessageError,
+    ProtocolError,
+    Reply,
+    ReplyHeader,
+    read_reply_header,
+    read_scalars,
+)
+from fedkseed.seeds import MAX_ROUNDS, SeedPool
+from fedkseed.server_config import ServerConfig
+from fedkseed.server_state import ServerState, StateError, StateFolder
 
-Weighting = Literal["data_size", "equal"]
+#: Scalars that are widened and added in one pass: bounds the memory beside the replies themselves.
+_SCALARS_AT_ONCE = 1 << 18
+_FP32_MAX = float(np.finfo(np.float32).max)
 
 
 class Server:
     """Draws who takes part and with which seeds, and merges the scalars that come back.
 
-    The state between rounds is ``round`` and ``coefficients``, O(K) whatever the number of clients; the model
-    of a round is w0 + sum_k c_k z(seed_k) with c the coefficients rounded once to fp32, as they travel.
+    The state between rounds is ``round``, ``coefficients`` and, for FedKSeed-Pro, ``significance``: O(K)
+    whatever the number of clients. The model of a round is w0 + sum_k c_k z(seed_k) with c the coefficients
+    rounded once to fp32, as they travel. While a round is open, the schedules of its clients and its replies
+    come on top.
 
-    A round's merge adds, for the replies in ascending order of client,
+    A round's merge is, in fp64, with replies i in ascending order of client, steps t in order, g_it the
+    scalars and j_it the schedule, n_i the data sizes or all 1:
 
-        a_j += -(lr weight) (sum of g over the client's steps that drew seed j, in step order)
+        w_i = n_i / (sum of all n);    b = 0;    b[j_it] += w_i g_it  one after the other;    a <- a - lr b
 
-    in fp64, where the weights are equal or proportional to the clients' data sizes and add up to 1 over the
-    replies of the round. So the order of arrival does not matter.
+    So the order of arrival does not matter, and a reply that is missing leaves its weight to the others. No
+    method changes anything when it raises.
 
     Args:
-        manifest: of the model w0.
+        identity: of the model w0.
         pool: the candidate seeds; schedules and client samples derive from its base seed too.
-        num_clients: registered clients, 0 .. num_clients - 1.
-        clients_per_round: how many take part in a round.
-        num_local_steps: tau, steps of a client in a round.
-        lr: learning rate of the local steps.
-        eps: scale of the perturbation, rounded to fp32.
-        weighting: "data_size" or "equal".
+        config: the federation's fixed numbers.
 
     Attributes:
+        identity, pool: as given.
+        config: as given, with its run id.
         round: number of the round that is open, from 0.
-        clients: who takes part in it, ascending.
-        coefficients: fp64 [K], the sums before they are rounded for the wire.
+        clients: who is invited to it, ascending.
+        coefficients: fp64 [K], the sums a before they are rounded for the wire.
+        significance: what FedKSeed-Pro draws from; None with uniform sampling.
 
     Raises:
-        TypeError, ValueError: an argument of another type or out of range.
+        ValueError: a model whose weights have a dtype that no message can name.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        pool: SeedPool,
-        *,
-        num_clients: int,
-        clients_per_round: int,
-        num_local_steps: int,
-        lr: float,
-        eps: float,
-        weighting: Weighting = "data_size",
-    ) -> None:
-        self.manifest = manifest
+    def __init__(self, identity: ModelIdentity, pool: SeedPool, config: ServerConfig) -> None:
+        if identity.dtype not in DTYPE_CODES:
+            raise ValueError(
+                f"expected weights with a dtype out of {list(DTYPE_CODES)}, got {identity.dtype}"
+            )
+        self.identity = identity
         self.pool = pool
-        self.num_clients = check_count("num_clients", num_clients, 1, MAX_CLIENTS)
-        self.clients_per_round = check_count("clients_per_round", clients_per_round, 1, self.num_clients)
-        self.num_local_steps = check_count("num_local_steps", num_local_steps, 1, MAX_STEPS - 1)
-        self.lr = check_learning_rate(lr)
-        self.eps = check_eps(eps)
-        if weighting not in get_args(Weighting):
-            raise ValueError(f"expected a weighting out of {list(get_args(Weighting))}, got {weighting!r}")
-        self.weighting = weighting
+        self.config = config
         self.coefficients: NDArray[np.float64] = np.zeros(pool.num_seeds)
+        self.significance = SeedSignificance.empty(pool.num_seeds) if config.sampling == "pro" else None
+        self._folder: StateFolder | None = None
         self._open_round(0)
+        if config.run_id is None:
+            run_id = hashlib.sha256(self._state().to_bytes()).digest()[:RUN_ID_BYTES]
+            self.config = dataclasses.replace(config, run_id=run_id)
+
+    @classmethod
+    def resume(
+        cls, folder: str | os.PathLike[str], identity: ModelIdentity, pool: SeedPool, config: ServerConfig
+    ) -> Server:
+        """The server whose state was saved in ``folder``, bit for bit; it goes on saving there.
+
+        Replies to broadcasts that were sent before the interruption still count: the open round's messages
+        come out the same.
+
+        Raises:
+            StateError: no state, a damaged one, or one of another pool or configuration; says in which field.
+            IdentityError: the state of another model.
+            FolderInUseError: another server has the folder.
+            OSError: the file cannot be read.
+        """
+        server = cls(identity, pool, config)
+        opened = StateFolder(folder)
+        try:
+            state = opened.read()
+            state.require(identity, pool, server.config)
+        except BaseException:
+            opened.close()
+            raise
+        server.coefficients = state.coefficients
+        server.significance = state.significance
+        server._folder = opened
+        server._open_round(state.round)
+        return server
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Saves the state atomically; between rounds is the time for it.
+
+        The first call takes the folder for this server alone, until `close` or the end of the process.
+
+        Raises:
+            FolderInUseError: another server has the folder.
+            StateError: the folder holds the state of a run that this server was not resumed from.
+            OSError: no space, no permission; the state saved before stays.
+        """
+        if self._folder is None or self._folder.path != Path(folder).resolve():
+            self._take(folder)
+        assert self._folder is not None, "a folder was taken"
+        self._folder.write(self._state())
+
+    def close(self) -> None:
+        """Gives the folder of the saved state back; the server itself stays usable."""
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def wire_coefficients(self) -> NDArray[np.float32]:
         """The sums rounded once to fp32: the round's model, fp32 [K]."""
         return self.coefficients.astype(np.float32)
 
+    def probabilities(self) -> NDArray[np.float64]:
+        """What the open round's schedules are drawn from, fp64 [K]."""
+        if self.significance is None:
+            return np.full(self.pool.num_seeds, 1.0 / self.pool.num_seeds)
+        return self.significance.probabilities()
+
     def schedule(self, client: int) -> NDArray[np.uint16]:
-        """The indices into the pool that a client's steps of the open round use, uint16 [tau]."""
-        return self.pool.schedule(self.round, client, self.num_local_steps)
+        """The indices into the pool that a client's steps of the open round use, uint16 [tau].
+
+        Raises:
+            ProtocolError: the client is not invited to this round.
+        """
+        schedule: NDArray[np.uint16] = self._round_schedules()[self._row(client)]
+        return schedule
 
     def broadcast(self, client: int) -> bytes:
         """The open round's message to one of its clients; the same bytes at every call.
 
         Raises:
-            ProtocolError: the client does not take part in this round.
+            ProtocolError: the client is not invited to this round.
         """
-        self._check_member(client)
-        return Broadcast(
-            round=self.round,
-            client=client,
-            base_seed=self.pool.base_seed,
-            lr=self.lr,
-            eps=self.eps,
-            coefficients=self.wire_coefficients,
-            schedule=self.schedule(client),
-        ).to_bytes()
+        return self._round_writer().message(client, self.schedule(client))
+
+    def check(self, client: int, message: bytes) -> Reply:
+        """The reply of one client, if `merge` would take it: to drop a bad one as it arrives.
+
+        Raises:
+            MessageError: the message is damaged, of another format or contract version, or not a reply.
+            ProtocolError: a client that is not invited; a reply of another round, client or number of steps,
+                or to another broadcast; a scalar that is NaN, infinite or beyond the bound.
+        """
+        self._read(client, message)
+        self._check_scalars(np.array([client]), read_scalars([message]))
+        return Reply.from_bytes(message)
 
     def merge(self, replies: Iterable[tuple[int, bytes]]) -> None:
         """Adds the replies of the open round, (client, message) in any order, and opens the next round.
 
-        Clients that did not reply are left out of the weights. Either all replies count or nothing changes.
+        Either all replies count or nothing changes: `check` each one as it arrives, and leave out the bad.
 
         Raises:
-            MessageError: a message is damaged.
-            ProtocolError: no replies, two of one client, a client that does not take part, a reply of another
-                round, client or number of steps, or sums beyond fp32.
+            MessageError, ProtocolError: as `check`, for any of them; no replies (see `skip_round`), two of
+                one client, or sums beyond fp32.
         """
-        opened: dict[int, Reply] = {}
+        given: dict[int, bytes] = {}
         for client, message in replies:
-            self._check_member(client)
-            if client in opened:
+            self._row(client)
+            if client in given:
                 raise ProtocolError(f"expected one reply of client {client}, got two")
-            opened[client] = self._check_reply(client, Reply.from_bytes(message))
-        if not opened:
-            raise ProtocolError(f"expected at least one reply of round {self.round}, got none")
-        if self.round + 1 == MAX_ROUNDS:
-            raise ProtocolError(f"expected at most {MAX_ROUNDS - 1} rounds, got one more")
-        sums = self.coefficients.copy()
-        shares = [
-            opened[client].data_size if self.weighting == "data_size" else 1 for client in sorted(opened)
-        ]
-        for client, share in zip(sorted(opened), shares, strict=True):
-            drawn, which = np.unique(self.schedule(client), return_inverse=True)
-            # bincount adds one after the other, in fp64.
-            gradients = np.bincount(which, weights=opened[client].scalars.astype(np.float64))
-            sums[drawn] += -(self.lr * (share / sum(shares))) * gradients
-        if not (np.abs(sums) <= np.finfo(np.float32).max).all():
+            given[client] = message
+        if not given:
             raise ProtocolError(
-                "expected sums within fp32, got some beyond it; the learning rate is too large"
+                f"expected at least one reply of round {self.round}, got none; skip_round() goes on without"
             )
-        self.coefficients = sums
+        self._check_rounds_left()
+        clients = sorted(given)
+        sizes = [self._read(client, given[client]).data_size for client in clients]
+        sums, significance = self._add(clients, [given[client] for client in clients], sizes)
+        coefficients = self.coefficients - self.config.lr * sums
+        if not (np.abs(coefficients) <= _FP32_MAX).all():
+            raise ProtocolError("expected sums within fp32, got some beyond it; lr or max_abs_g is too large")
+        self.coefficients, self.significance = coefficients, significance
         self._open_round(self.round + 1)
 
-    def _open_round(self, round: int) -> None:
-        self.round = round
-        self.clients = self.pool.sample_clients(round, self.num_clients, self.clients_per_round)
+    def skip_round(self) -> None:
+        """Opens the next round, with other clients, and leaves the model as it is: no client replied.
 
-    def _check_member(self, client: int) -> None:
-        if client not in self.clients:
-            raise ProtocolError(
-                f"expected one of the {self.clients_per_round} clients of round {self.round}, got {client}"
-            )
+        Raises:
+            ProtocolError: no further round has a number.
+        """
+        self._check_rounds_left()
+        self._open_round(self.round + 1)
 
-    def _check_reply(self, client: int, reply: Reply) -> Reply:
-        found = (reply.round, reply.client, len(reply.scalars))
-        wanted = (self.round, client, self.num_local_steps)
+    def _add(
+        self, clients: list[int], messages: list[bytes], sizes: list[int]
+    ) -> tuple[NDArray[np.float64], SeedSignificance | None]:
+        """b of the class's formula, and the significance after the round; raises for a g out of bounds."""
+        sums = np.zeros(self.pool.num_seeds)
+        significance = None if self.significance is None else self.significance.copy()
+        shares = np.array(
+            sizes if self.config.weighting == "data_size" else [1] * len(sizes), dtype=np.float64
+        )
+        weights = shares / shares.sum()
+        rows = [self._rows[client] for client in clients]
+        at_once = max(1, _SCALARS_AT_ONCE // self.config.num_local_steps)
+        for start in range(0, len(clients), at_once):
+            part = slice(start, start + at_once)
+            scalars = read_scalars(messages[part])
+            self._check_scalars(np.array(clients[part]), scalars)
+            wide = scalars.astype(np.float64)
+            indices = self._round_schedules()[rows[part]].reshape(-1).astype(np.intp)
+            if significance is not None:
+                significance.record_(indices, wide.reshape(-1))
+            # One after the other, unlike a bincount of each part.
+            np.add.at(sums, indices, (weights[part, None] * wide).reshape(-1))
+        return sums, significance
+
+    def _read(self, client: int, message: bytes) -> ReplyHeader:
+        row = self._row(client)
+        try:
+            header = read_reply_header(message)
+        except MessageError as error:
+            raise MessageError(f"client {client}: {error}") from error
+        found = (header.round, header.client, header.num_steps)
+        wanted = (self.round, client, self.config.num_local_steps)
         if found != wanted:
             raise ProtocolError(
                 f"expected a reply of (round, client, number of steps) {wanted}, got one of {found}"
             )
-        return reply
+        if header.digest != self._round_writer().digest(client, self._round_schedules()[row]):
+            raise ProtocolError(
+                f"expected client {client} to answer this run's broadcast of round {self.round}, got an "
+                "answer to another: of another run, model or configuration"
+            )
+        return header
+
+    def _check_scalars(self, clients: NDArray[np.int64], scalars: NDArray[np.float32]) -> None:
+        """Raises unless |g| <= the bound for all of [len(clients), tau]; NaN is not."""
+        bound = np.float32(self.config.max_abs_g)
+        # A NaN stays NaN in both reductions, and then the comparison is false.
+        if scalars.max() <= bound and scalars.min() >= -bound:
+            return
+        rows, steps = np.nonzero(~(np.abs(scalars) <= bound))
+        raise ProtocolError(
+            f"expected |g| of at most {bound} from client {clients[rows[0]]}, "
+            f"got {scalars[rows[0], steps[0]]} at step {steps[0]}"
+        )
+
+    def _row(self, client: int) -> int:
+        """The client's place among those invited."""
+        row = self._rows.get(client)
+        if row is None:
+            raise ProtocolError(
+                f"expected one of the {len(self.clients)} clients of round {self.round}, got {client!r}"
+            )
+        return row
+
+    def _open_round(self, round: int) -> None:
+        self.round = round
+        config = self.config
+        self.clients = self.pool.sample_clients(round, config.num_clients, config.clients_per_round)
+        self._rows = {client: row for row, client in enumerate(self.clients)}
+        # Made when first needed, dropped with the round.
+        self._schedules: NDArray[np.uint16] | None = None
+        self._writer: BroadcastWriter | None = None
+
+    def _round_schedules(self) -> NDArray[np.uint16]:
+        if self._schedules is None:
+            probabilities = None if self.significance is None else self.significance.probabilities()
+            steps = self.config.num_local_steps
+            self._schedules = self.pool.schedules(self.round, self.clients, steps, probabilities)
+        return self._schedules
+
+    def _round_writer(self) -> BroadcastWriter:
+        if self._writer is None:
+            assert self.config.run_id is not None, "the constructor sets one"
+            template = Broadcast(
+                round=self.round,
+                client=self.clients[0],
+                run_id=self.config.run_id,
+                identity=self.identity,
+                base_seed=self.pool.base_seed,
+                lr=self.config.lr,
+                eps=self.config.eps,
+                max_abs_g=self.config.max_abs_g,
+                coefficients=self.wire_coefficients,
+                schedule=self._round_schedules()[0],
+            )
+            self._writer = BroadcastWriter(template)
+        return self._writer
+
+    def _state(self) -> ServerState:
+        return ServerState(
+            self.identity,
+            self.pool.base_seed,
+            self.pool.num_seeds,
+            self.config,
+            self.round,
+            self.coefficients,
+            self.significance,
+        )
+
+    def _take(self, folder: str | os.PathLike[str]) -> None:
+        opened = StateFolder(folder)
+        if opened.holds_state:
+            opened.close()
+            raise StateError(
+                f"expected a folder without a saved state, got {opened.path}; resume that run, or choose "
+                "another folder"
+            )
+        self.close()
+        self._folder = opened
+
+    def _check_rounds_left(self) -> None:
+        if self.round + 1 == MAX_ROUNDS:
+            raise ProtocolError(f"expected at most {MAX_ROUNDS - 1} rounds, got one more")

@@ -1,31 +1,42 @@
-"""A whole federation in one process: the round loop over one server, its clients and one working copy."""
+"""A whole federation on one machine: the round loop over one server and the clients it hosts."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
 from time import perf_counter
-from typing import Generic, TypeVar, get_args
+from types import TracebackType
+from typing import Any, Generic, get_args
 
-import numpy as np
 import torch
-from torch import nn
 
 from fedkseed._checks import check_count, check_eps, check_learning_rate
-from fedkseed.client import BatchT, Client
-from fedkseed.manifest import Manifest
-from fedkseed.optim import Loss
+from fedkseed.client import BatchT
+from fedkseed.hosting import ClientRun, ExampleT, Host, InProcessHost, Task
+from fedkseed.identity import frozen_indices
+from fedkseed.ledger import Ledger
+from fedkseed.manifest import manifest_parameters
+from fedkseed.run_folder import LEDGER, METRICS, TIMINGS, RoundLog
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, MAX_STEPS, SeedPool
-from fedkseed.server import Server, Weighting
+from fedkseed.server import Server
+from fedkseed.server_config import Sampling, ServerConfig, Weighting
+from fedkseed.shared_tensors import SharedTensors
+from fedkseed.worker_pool import WorkerPool
 from fedkseed.working_copy import WorkingCopy
 
-ExampleT = TypeVar("ExampleT")
+
+class RoundFailedError(RuntimeError):
+    """No client of a round came through; the round is not merged, and resuming tries it again."""
 
 
 @dataclass(frozen=True)
 class SimulationConfig:
     """One run; every random choice in it derives from ``seed``.
+
+    Two runs of one config on one machine give the same bytes, however many workers they have.
 
     Attributes:
         num_rounds: rounds to run.
@@ -38,6 +49,8 @@ class SimulationConfig:
         seed: base seed of the pool, the schedules, the client samples and the order of the data; taken mod
             2^64.
         weighting: of the clients' sums, "data_size" or "equal".
+        sampling: of the seeds, "uniform" or "pro" (by significance, FedKSeed-Pro).
+        num_threads: CPU threads of each worker and of the evaluation; they change the bits of a loss.
 
     Raises:
         TypeError, ValueError: a field of another type or out of range.
@@ -52,6 +65,8 @@ class SimulationConfig:
     num_seeds: int = 4096
     seed: int = 0
     weighting: Weighting = "data_size"
+    sampling: Sampling = "uniform"
+    num_threads: int = 1
 
     def __post_init__(self) -> None:
         check_count("num_rounds", self.num_rounds, 0, MAX_ROUNDS - 1)
@@ -59,14 +74,16 @@ class SimulationConfig:
         check_count("num_local_steps", self.num_local_steps, 1, MAX_STEPS - 1)
         check_count("batch_size", self.batch_size, 1, 2**31)
         check_count("num_seeds", self.num_seeds, 1, MAX_SEEDS)
+        check_count("num_threads", self.num_threads, 1, 2**15)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"expected an integer seed, got {self.seed!r}")
         check_learning_rate(self.lr)
         check_eps(self.eps)
-        if self.weighting not in get_args(Weighting):
-            raise ValueError(
-                f"expected a weighting out of {list(get_args(Weighting))}, got {self.weighting!r}"
-            )
+        for name, kind in (("weighting", Weighting), ("sampling", Sampling)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"expected a {name} out of {list(get_args(kind))}, got {getattr(self, name)!r}"
+                )
 
 
 @dataclass(frozen=True)
@@ -76,21 +93,24 @@ class RoundResult:
     Attributes:
         round: number of the round, from 0.
         clients: who took part, ascending.
+        failed: those of them that did not reply.
         train_loss: mean over all local steps of (L+ + L-) / 2, those that were skipped left out; None if all
             were.
-        held_out_loss: of the model after the round; None if it was not evaluated.
+        evaluation: what the task's ``evaluate`` found after the round; None for values that are not finite.
         bytes_down, bytes_up: of all messages of the round.
         num_skipped: local steps whose loss was NaN or infinite.
         seconds_rebuild: rebuilding the model after the round from w0 and the sums.
-        seconds_reset: copying the round's model for each client.
-        seconds_local: the local steps.
+        seconds_reset: setting working copies to the round's model, all clients together.
+        seconds_local: the local steps, all clients together.
         seconds_evaluation: the evaluation.
+        seconds: the whole round, as the clock on the wall saw it.
     """
 
     round: int
     clients: tuple[int, ...]
+    failed: tuple[int, ...]
     train_loss: float | None
-    held_out_loss: float | None
+    evaluation: dict[str, float | None]
     bytes_down: int
     bytes_up: int
     num_skipped: int
@@ -98,128 +118,243 @@ class RoundResult:
     seconds_reset: float
     seconds_local: float
     seconds_evaluation: float
+    seconds: float
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What is the same in every run of one config."""
+        return {name: value for name, value in self._items() if not name.startswith("seconds")}
+
+    @property
+    def timings(self) -> dict[str, Any]:
+        """The rest, with the round's number."""
+        timed = {name: value for name, value in self._items() if name.startswith("seconds")}
+        return {"round": self.round, **timed}
+
+    def _items(self) -> list[tuple[str, Any]]:
+        return [(entry.name, getattr(self, entry.name)) for entry in fields(self)]
 
 
 class Simulation(Generic[ExampleT, BatchT]):
     """Server and clients of a federation around one model; only the bytes of their messages pass between
     them.
 
-    Memory: the model, w0, and the round's model from which each client starts.
+    A context manager: leaving it ends the workers and gives the folder free.
+
+    Memory: w0, the round's model from which each client starts, and one working copy a process.
 
     Args:
-        model: tuned in place; its weights as they stand now are w0.
-        datasets: the training rows of each client, at least one each.
+        task: what is trained; its model is tuned in place, its weights as they stand now are w0.
         config: the run.
-        collate: a batch from some rows.
-        loss: of the model on a batch, a number or a tensor of one element.
-        data_sizes: of each client, its weight if weighting is "data_size"; its number of rows if None.
-        evaluate: the held-out loss of the model, called after each round, without gradients; None to leave it
-            out.
+        make_task: makes the same task in a worker process; needed, and picklable, for more than one worker.
+        num_workers: processes that run clients side by side; with 1 it is this process.
+        folder: keeps server state, ledger and metrics after each round (`run_folder`); None keeps nothing.
+        resume: go on with the run in the folder instead of starting one.
         on_step: called after each local step of any client.
 
     Attributes:
-        server, clients, working: the parties, and the model they share.
+        server, working: the server, and the model of this process.
 
     Raises:
-        ValueError: fewer clients than a round needs, a client without data, or not one data size a client.
+        ValueError: fewer clients than a round needs, workers without ``make_task``, or a folder that holds a
+            run already (without ``resume``) or none (with it).
+        FolderInUseError, RunFolderError, WorkerError: as they say.
+        StateError: the folder's state is damaged, or of another model or config.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        datasets: Sequence[Sequence[ExampleT]],
+        task: Task[ExampleT, BatchT],
         config: SimulationConfig,
         *,
-        collate: Callable[[Sequence[ExampleT]], BatchT],
-        loss: Callable[[nn.Module, BatchT], Loss],
-        data_sizes: Sequence[int] | None = None,
-        evaluate: Callable[[nn.Module], float] | None = None,
+        make_task: Callable[[], Task[ExampleT, BatchT]] | None = None,
+        num_workers: int = 1,
+        folder: Path | None = None,
+        resume: bool = False,
         on_step: Callable[[], None] | None = None,
     ) -> None:
-        sizes = [len(rows) for rows in datasets] if data_sizes is None else list(data_sizes)
-        if len(sizes) != len(datasets):
-            raise ValueError(f"expected one data size for each of {len(datasets)} clients, got {len(sizes)}")
+        check_count("num_workers", num_workers, 1, 2**15)
+        if num_workers > 1 and make_task is None:
+            raise ValueError(f"expected make_task for {num_workers} workers, got None")
         self.config = config
-        self._evaluate = evaluate
-        for client, rows in enumerate(datasets):
-            if len(rows) == 0:
-                raise ValueError(f"expected training rows of every client, got none of client {client}")
+        self.task = task
+        self._on_step = on_step or (lambda: None)
+        self._folder = folder
+        self._exit = contextlib.ExitStack()
+        try:
+            self._set_up(make_task, num_workers, resume)
+        except BaseException:
+            self._exit.close()
+            raise
+
+    def _set_up(
+        self, make_task: Callable[[], Task[ExampleT, BatchT]] | None, num_workers: int, resume: bool
+    ) -> None:
+        task, config = self.task, self.config
         pool = SeedPool(config.seed, config.num_seeds)
-        self.server = Server(
-            Manifest.of(model),
-            pool,
-            num_clients=len(datasets),
+        self._frozen = frozen_indices(task.model)
+        weights = [weight.detach() for _, weight in manifest_parameters(task.model) if weight.requires_grad]
+        shared: tuple[SharedTensors, SharedTensors] | None = None
+        if num_workers == 1:
+            self.working = WorkingCopy(task.model, round_model="own")
+        else:
+            shared = SharedTensors.empty_like(weights), SharedTensors.empty_like(weights)
+            w0, round_model = (part.tensors() for part in shared)
+            for to, weight in zip(w0, weights, strict=True):
+                to.copy_(weight)
+            self.working = WorkingCopy(task.model, w0=w0, round_model=round_model)
+        self._open_server(pool, resume)
+        host_options: dict[str, Any] = {"pool": pool, "seed": config.seed, "batch_size": config.batch_size}
+        self._host: Host
+        if shared is None:
+            self._host = InProcessHost(task, working=self.working, **host_options)
+        else:
+            assert make_task is not None, "checked by the constructor"
+            self._host = WorkerPool(
+                make_task,
+                num_workers=num_workers,
+                num_threads=config.num_threads,
+                w0=shared[0],
+                round_model=shared[1],
+                host_options=host_options,
+            )
+        self._exit.callback(self._host.close)
+        with self._threads():
+            self.working.load(pool, self.server.wire_coefficients)
+
+    def _open_server(self, pool: SeedPool, resume: bool) -> None:
+        config = self.config
+        server_config = ServerConfig(
+            num_clients=len(self.task.datasets),
             clients_per_round=config.clients_per_round,
             num_local_steps=config.num_local_steps,
             lr=config.lr,
             eps=config.eps,
             weighting=config.weighting,
+            sampling=config.sampling,
         )
-        self.working = WorkingCopy(model, keeps_round_model=True)
-        self.clients = [
-            Client(
-                client,
-                self.working,
-                pool,
-                loss=loss,
-                batches=_LocalBatches(rows, client, config, collate),
-                data_size=size,
-                on_step=on_step,
-            )
-            for client, (rows, size) in enumerate(zip(datasets, sizes, strict=True))
-        ]
+        identity = self.working.identity
+        if resume and self._folder is not None:
+            self.server = Server.resume(self._folder, identity, pool, server_config)
+        else:
+            self.server = Server(identity, pool, server_config)
+        self._exit.callback(self.server.close)
+        if self._folder is not None:
+            self.server.save(self._folder)
+            self.ledger().save(self._folder / LEDGER)
+            self._metrics = RoundLog(self._folder / METRICS, self.server.round)
+            self._timings = RoundLog(self._folder / TIMINGS, self.server.round)
+
+    def __enter__(self) -> Simulation[ExampleT, BatchT]:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers and gives the folder free; the model keeps its weights."""
+        self._exit.close()
+
+    def ledger(self) -> Ledger:
+        """The model after the last round that is complete, as a ledger."""
+        server = self.server
+        notes = {"num_rounds": str(server.round)}
+        return Ledger(
+            server.pool.base_seed, server.wire_coefficients, server.identity, frozen=self._frozen, notes=notes
+        )
+
+    @property
+    def past_metrics(self) -> list[dict[str, Any]]:
+        """The metrics of all rounds so far, also of those before a resume; empty without a folder."""
+        return list(self._metrics.rows) if self._folder is not None else []
 
     def rounds(self) -> Iterator[RoundResult]:
         """Runs the rounds that are left of the config, one at each step of the iterator.
 
-        Whenever it yields, the model's weights are those after the round.
+        Whenever it yields, the model's weights are those after the round, and the folder holds them.
+
+        Raises:
+            RoundFailedError: no client of a round replied.
+            WorkerError: a worker process died.
+            OSError: the folder cannot be written; it stays as after the round before.
         """
         while self.server.round < self.config.num_rounds:
-            yield self._run_round()
+            with self._threads():
+                result = self._run_round()
+            yield result
 
     def _run_round(self) -> RoundResult:
+        start = perf_counter()
         server, working = self.server, self.working
         round, members = server.round, server.clients
         rebuild, reset = working.seconds_rebuild, working.seconds_reset
         messages = {client: server.broadcast(client) for client in members}
-        replies = [(client, self.clients[client].step(message)) for client, message in messages.items()]
-        runs = [run for client in members if (run := self.clients[client].last_run) is not None]
+        runs = self._host.run(messages, self._on_step)
+        replies = [(client, run.reply) for client, run in runs.items() if run.reply is not None]
+        if not replies:
+            reasons = sorted({f"client {client}: {run.error}" for client, run in runs.items()})
+            raise RoundFailedError(
+                f"expected at least one reply in round {round}, got none of {len(members)} clients "
+                f"({reasons[0]}); the round was not merged, resuming tries it again"
+            )
         server.merge(replies)
         working.load(server.pool, server.wire_coefficients)
-        start = perf_counter()
-        with torch.no_grad():
-            held_out_loss = None if self._evaluate is None else self._evaluate(working.model)
-        losses = [loss for run in runs for loss in run.losses if math.isfinite(loss)]
-        return RoundResult(
+        begin = perf_counter()
+        evaluation = self._evaluate(round)
+        end = perf_counter()
+        local = [run.local for run in runs.values() if run.local is not None]
+        losses = [loss for seen in local for loss in seen.losses if math.isfinite(loss)]
+        result = RoundResult(
             round=round,
             clients=members,
+            failed=tuple(client for client in members if runs[client].reply is None),
             train_loss=sum(losses) / len(losses) if losses else None,
-            held_out_loss=held_out_loss,
+            evaluation=evaluation,
             bytes_down=sum(len(message) for message in messages.values()),
             bytes_up=sum(len(reply) for _, reply in replies),
-            num_skipped=sum(run.num_skipped for run in runs),
+            num_skipped=sum(seen.num_skipped for seen in local),
             seconds_rebuild=working.seconds_rebuild - rebuild,
-            seconds_reset=working.seconds_reset - reset,
-            seconds_local=sum(run.seconds for run in runs),
-            seconds_evaluation=perf_counter() - start,
+            seconds_reset=working.seconds_reset - reset + self._seconds_reset_elsewhere(runs),
+            seconds_local=sum(seen.seconds for seen in local),
+            seconds_evaluation=end - begin,
+            seconds=end - start,
         )
+        self._keep(result)
+        return result
 
+    def _seconds_reset_elsewhere(self, runs: dict[int, ClientRun]) -> float:
+        """What the workers' own working copies took; the host in this process shares ours."""
+        if isinstance(self._host, InProcessHost):
+            return 0.0
+        return sum(run.seconds_reset for run in runs.values())
 
-@dataclass(frozen=True)
-class _LocalBatches(Generic[ExampleT, BatchT]):
-    """A client's batches of a round: its rows, shuffled by (seed, round, client), pass after pass."""
+    def _evaluate(self, round: int) -> dict[str, float | None]:
+        if self.task.evaluate is None:
+            return {}
+        with torch.no_grad():
+            found = self.task.evaluate(self.working.model, round)
+        return {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
 
-    rows: Sequence[ExampleT]
-    client: int
-    config: SimulationConfig
-    collate: Callable[[Sequence[ExampleT]], BatchT]
+    def _keep(self, result: RoundResult) -> None:
+        """Writes the round down; the server's state comes last, and says which lines of the others count."""
+        if self._folder is None:
+            return
+        self._metrics.append(result.metrics)
+        self._timings.append(result.timings)
+        self.ledger().save(self._folder / LEDGER)
+        self.server.save(self._folder)
 
-    def __call__(self, round: int, num_steps: int) -> Iterator[BatchT]:
-        generator = np.random.default_rng([self.config.seed % 2**64, round, self.client])
-        size = min(self.config.batch_size, len(self.rows))
-        order: list[int] = []
-        for _ in range(num_steps):
-            if len(order) < size:
-                order = generator.permutation(len(self.rows)).tolist()
-            yield self.collate([self.rows[index] for index in order[:size]])
-            order = order[size:]
+    @contextlib.contextmanager
+    def _threads(self) -> Iterator[None]:
+        """The config's number of threads in this process, too."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.config.num_threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)

@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -19,27 +18,63 @@ import torch
 import fedkseed_kernels
 
 
+class GroupUpdate(NamedTuple):
+    """w <- alpha w - lr (mean over the directions of g z), for the tensors of one group; alpha is an fp32."""
+
+    lr: float
+    alpha: float = 1.0
+
+
+class Direction(NamedTuple):
+    """What was measured along the noise of one seed; g is None if the direction is skipped."""
+
+    plus: float
+    minus: float
+    g: float | None
+
+
 class Storage(Protocol):
     """What the optimizer asks of the weights."""
 
     def walk(
-        self, seed: int, lr: float, evaluate: Callable[[], float], record: Callable[[float], None]
-    ) -> tuple[float, float]:
-        """(L+, L-) of one seed, ``evaluate`` called on either side in this order; then w <- w - lr g z.
+        self,
+        seeds: Sequence[int],
+        updates: Sequence[GroupUpdate],
+        evaluate: Callable[[], float],
+        project: Callable[[float, float], float | None],
+        record: Callable[[list[Direction]], None],
+    ) -> list[Direction]:
+        """One step: both sides of w along every seed's noise, then one update along all of them.
 
-        ``record(g)`` is called once the update is made: whatever interrupts, both have happened or neither.
-        If g is not finite nothing is updated, but it is recorded. If ``evaluate`` raises, the weights are as
-        they were (up to the rounding of the passes made), and the exception goes on.
+        ``evaluate`` is called at w + eps z and then at w - eps z of each seed in turn; ``project`` makes g of
+        the two losses. A skipped direction counts as g = 0; if all are skipped nothing is updated, alpha
+        included.
+
+        ``record`` is called once the update is made: whatever interrupts, both have happened or neither. If
+        ``evaluate`` or ``project`` raises, the weights are as they were (up to the rounding of the passes
+        made), and the exception goes on.
+
+        Args:
+            seeds: at least one.
+            updates: one for each group of tensors.
+
+        Raises:
+            ValueError: the update is not finite in fp32.
         """
 
 
 class InplaceStorage:
-    """Three passes in place: to w + eps z, to w - eps z, then restore and update in one, + (eps - lr g) z.
+    """Passes in place, 2 n + 1 for n seeds: the fewest that visit all points and come back.
+
+    To w + eps z_1; to w - eps z_1; to w + eps z_2, restoring and perturbing in one pass with two terms; and
+    so on; last from w - eps z_n with n terms, restore and update in one:
+
+        w <- alpha w + sum_i c_i z_i,  c_i = -(lr g_i) / n, and c_n = alpha eps - (lr g_n) / n
 
     No memory beyond the weights. Every pass rounds to the weights' dtype.
 
     Args:
-        tensors: the weights, moved in place.
+        groups: the weights, moved in place.
         streams: the noise stream of each.
         eps: an fp32 value.
 
@@ -47,41 +82,92 @@ class InplaceStorage:
         TypeError, ValueError: what the kernels refuse: a dtype, tensors that overlap, devices that are mixed.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], streams: Sequence[int], eps: float) -> None:
-        self._prepared = fedkseed_kernels.prepare(list(tensors), streams=list(streams))
+    def __init__(
+        self, groups: Sequence[Sequence[torch.Tensor]], streams: Sequence[Sequence[int]], eps: float
+    ) -> None:
+        self._tensors = [tensor for group in groups for tensor in group]
+        self._streams = [stream for group in streams for stream in group]
+        self._whole = fedkseed_kernels.prepare(self._tensors, streams=self._streams)
+        self._groups = (
+            [self._whole]
+            if len(groups) == 1
+            else [
+                fedkseed_kernels.prepare(list(group), streams=list(group_streams))
+                for group, group_streams in zip(groups, streams, strict=True)
+            ]
+        )
         self._eps = eps
-        self._offset = 0.0  # the weights stand at w + offset z
+        self._seed = 0
+        self._offset = 0.0  # the weights stand at w + offset z(seed)
 
     def walk(
-        self, seed: int, lr: float, evaluate: Callable[[], float], record: Callable[[float], None]
-    ) -> tuple[float, float]:
+        self,
+        seeds: Sequence[int],
+        updates: Sequence[GroupUpdate],
+        evaluate: Callable[[], float],
+        project: Callable[[float, float], float | None],
+        record: Callable[[list[Direction]], None],
+    ) -> list[Direction]:
         """See `Storage.walk`."""
-        eps = self._eps
+        directions = []
         try:
-            self._move(seed, eps, offset=eps)
-            plus = evaluate()
-            self._move(seed, -2 * eps, offset=-eps)
-            minus = evaluate()
-            g = projected_gradient(plus, minus, eps)
+            for seed in seeds:
+                self._move(seed, self._eps)
+                plus = evaluate()
+                self._move(seed, -self._eps)
+                minus = evaluate()
+                directions.append(Direction(plus, minus, project(plus, minus)))
             with _interrupts_held():
-                self._move(seed, eps - lr * g if math.isfinite(g) else eps, offset=0.0)
-                record(g)
+                self._update(seeds, updates, directions)
+                record(directions)
         except BaseException:
-            if self._offset:
-                self._move(seed, -self._offset, offset=0.0)
+            self._restore()
             raise
-        return plus, minus
+        return directions
 
-    def _move(self, seed: int, scale: float, offset: float) -> None:
+    def _move(self, seed: int, offset: float) -> None:
+        """To w + offset z(seed) from where the weights stand."""
+        if seed == self._seed or not self._offset:
+            seeds, coeffs = [seed], [offset - self._offset]
+        else:
+            seeds, coeffs = [self._seed, seed], [-self._offset, offset]
         with _interrupts_held():
-            self._prepared.perturb_(seed, scale)
-            self._offset = offset
+            self._whole.seed_axpy_(seeds, coeffs)
+            self._seed, self._offset = seed, offset
 
+    def _update(
+        self, seeds: Sequence[int], updates: Sequence[GroupUpdate], directions: list[Direction]
+    ) -> None:
+        if all(direction.g is None for direction in directions):
+            updates = [GroupUpdate(lr=0.0)] * len(updates)
+        gradients = [0.0 if direction.g is None else direction.g for direction in directions]
+        all_coeffs = [self._coefficients(update, gradients) for update in updates]
+        if len(set(updates)) == 1:
+            self._whole.seed_axpy_(seeds, all_coeffs[0], alpha=updates[0].alpha)
+        else:
+            self._whole.seed_axpy_([], [])  # moves nothing: all are in place, before the first is updated
+            for group, update, coeffs in zip(self._groups, updates, all_coeffs, strict=True):
+                group.seed_axpy_(seeds, coeffs, alpha=update.alpha)
+        self._offset = 0.0
 
-def projected_gradient(plus: float, minus: float, eps: float) -> float:
-    """g = fp32((L+ - L-) / (2 eps)) from fp64 losses; not finite if a loss is not or it is beyond fp32."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(np.float32((np.float64(plus) - np.float64(minus)) / (2 * eps)))
+    def _coefficients(self, update: GroupUpdate, gradients: list[float]) -> list[float]:
+        coeffs = [-(update.lr * g) / len(gradients) for g in gradients]
+        coeffs[-1] += update.alpha * -self._offset
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(np.array(coeffs).astype(np.float32))
+        if not finite.all():
+            raise ValueError(
+                f"expected an update that is finite in fp32, got lr {update.lr} times g {gradients}; "
+                "lower lr or set max_abs_g"
+            )
+        return coeffs
+
+    def _restore(self) -> None:
+        """Takes the perturbation back wherever the tensors are now, for they may be what was changed."""
+        if self._offset:
+            with _interrupts_held():
+                fedkseed_kernels.perturb_(self._tensors, self._seed, -self._offset, streams=self._streams)
+                self._offset = 0.0
 
 
 @contextmanager

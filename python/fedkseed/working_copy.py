@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from time import perf_counter
+from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import fedkseed_kernels
+from fedkseed.identity import ModelIdentity
 from fedkseed.manifest import Manifest, manifest_parameters
 from fedkseed.seeds import SeedPool
 
@@ -25,9 +28,10 @@ class WorkingCopy:
         model: its weights are w0 as they stand now; from then on the working weights.
         w0: the tuned parameters' read-only weights in manifest order, shared between working copies; a clone
             of the model's if None.
-        keeps_round_model: keep a copy of what was rebuilt last, so that loading the same coefficients again
-            copies instead of rebuilding. For machines that host several clients; costs one more model of
-            memory.
+        round_model: room for what was rebuilt last, in tensors like w0's, so that loading the same
+            coefficients again copies instead of rebuilding; "own" to make room here (one more model of
+            memory), None to always rebuild. Working copies of several processes may share it: one of them
+            rebuilds, the others are told by `adopt_round_model`.
 
     Attributes:
         model: the model given.
@@ -40,7 +44,11 @@ class WorkingCopy:
     """
 
     def __init__(
-        self, model: nn.Module, *, w0: Sequence[torch.Tensor] | None = None, keeps_round_model: bool = False
+        self,
+        model: nn.Module,
+        *,
+        w0: Sequence[torch.Tensor] | None = None,
+        round_model: Sequence[torch.Tensor] | Literal["own"] | None = None,
     ) -> None:
         self.model = model
         self.manifest = Manifest.of(model)
@@ -54,18 +62,31 @@ class WorkingCopy:
         self._streams = [stream for stream, _ in tuned]
         self._weights = [parameter for _, parameter in tuned]
         self.w0 = [weight.detach().clone() for weight in self._weights] if w0 is None else list(w0)
-        found = [(tuple(weight.shape), weight.dtype) for weight in self.w0]
-        wanted = [(tuple(weight.shape), weight.dtype) for weight in self._weights]
-        if found != wanted:
-            raise ValueError(
-                f"expected w0 with the shapes and dtypes of the model's {len(wanted)} tuned parameters, "
-                f"got {len(found)} tensors, {sum(a != b for a, b in zip(found, wanted, strict=False))} others"
-            )
-        self._keeps_round_model = keeps_round_model
+        self._check_like_weights("w0", self.w0)
         self._round_model: list[torch.Tensor] | None = None
-        self._loaded: tuple[SeedPool, bytes] | None = None
+        if round_model == "own":
+            self._round_model = [torch.empty_like(weight) for weight in self.w0]
+        elif round_model is not None:
+            self._round_model = list(round_model)
+            self._check_like_weights("round_model", self._round_model)
+        self._kept: tuple[SeedPool, bytes] | None = None  # what the round model holds
         self.seconds_rebuild = 0.0
         self.seconds_reset = 0.0
+
+    @cached_property
+    def identity(self) -> ModelIdentity:
+        """Of w0 and the frozen parameters; read and hashed when first asked for.
+
+        Raises:
+            ValueError: a parameter that is sharded or on the meta device.
+        """
+        tuned = dict(zip(self._streams, self.w0, strict=True))
+        weights = [
+            tuned.get(stream, parameter.detach())
+            for stream, (_, parameter) in enumerate(manifest_parameters(self.model))
+        ]
+        flags = [stream in tuned for stream in range(len(weights))]
+        return ModelIdentity.of_weights(self.manifest, flags, weights)
 
     @torch.no_grad()
     def load(self, pool: SeedPool, coefficients: NDArray[np.float32] | NDArray[np.float64]) -> None:
@@ -78,7 +99,7 @@ class WorkingCopy:
             raise ValueError(f"expected {pool.num_seeds} coefficients, got shape {coefficients.shape}")
         start = perf_counter()
         wanted = (pool, coefficients.astype(np.float64).tobytes())
-        if self._round_model is not None and self._loaded == wanted:
+        if self._round_model is not None and self._kept == wanted:
             for weight, kept in zip(self._weights, self._round_model, strict=True):
                 weight.copy_(kept)
             self.seconds_reset += perf_counter() - start
@@ -91,15 +112,25 @@ class WorkingCopy:
             out=self._weights,
         )
         self.seconds_rebuild += perf_counter() - start
-        if self._keeps_round_model:
-            self._keep(wanted)
-
-    def _keep(self, loaded: tuple[SeedPool, bytes]) -> None:
-        start = perf_counter()
-        if self._round_model is None:
-            self._round_model = [weight.detach().clone() for weight in self._weights]
-        else:
+        if self._round_model is not None:
+            start = perf_counter()
+            self._kept = None
             for kept, weight in zip(self._round_model, self._weights, strict=True):
                 kept.copy_(weight)
-        self._loaded = loaded
-        self.seconds_reset += perf_counter() - start
+            self._kept = wanted
+            self.seconds_reset += perf_counter() - start
+
+    def adopt_round_model(
+        self, pool: SeedPool, coefficients: NDArray[np.float32] | NDArray[np.float64]
+    ) -> None:
+        """Says that another process has rebuilt these coefficients into the shared round model."""
+        self._kept = (pool, coefficients.astype(np.float64).tobytes())
+
+    def _check_like_weights(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
+        found = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        wanted = [(tuple(weight.shape), weight.dtype) for weight in self._weights]
+        if found != wanted:
+            raise ValueError(
+                f"expected {name} with the shapes and dtypes of the model's {len(wanted)} tuned parameters, "
+                f"got {len(found)} tensors, {sum(a != b for a, b in zip(found, wanted, strict=False))} others"
+            )

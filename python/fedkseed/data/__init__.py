@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedkseed.data.fetch import FetchError
 from fedkseed.data.instructions import DataError, Example, Task, load_instruction_tasks
-from fedkseed.data.models import ModelError, load_causal_lm, load_smollm2
+from fedkseed.data.models import ModelError, load_causal_lm, load_causal_lm_weights, load_smollm2
 
 __all__ = [
     "DataError",
@@ -13,6 +13,7 @@ __all__ = [
     "ModelError",
     "Task",
     "load_causal_lm",
+    "load_causal_lm_weights",
     "load_instruction_tasks",
     "load_smollm2",
 ]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedkseed._extras import require_extra
 from fedkseed.data import fetch
 
 if TYPE_CHECKING:
@@ -33,6 +36,9 @@ _TOKENIZERS = (
     "vocab.txt",
     "spiece.model",
 )
+#: What a folder has to hold: a description for each set of names, of which one has to be there.
+_MODEL = {"config.json": ("config.json",), f"weights ({' or '.join(_WEIGHTS)})": _WEIGHTS}
+_TOKENIZER = {f"a tokenizer ({' or '.join(_TOKENIZERS)})": _TOKENIZERS}
 
 
 class ModelError(ValueError):
@@ -89,36 +95,43 @@ def load_causal_lm(
     Raises:
         ModelError: the folder lacks a file (named), a file is damaged, the weights lack a parameter, or the
             hub has no such model or cannot be reached.
+        MissingExtraError: a package of the extra `hf` is not installed.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    _check_dtype(dtype)
+    require_extra("hf", "transformers", "safetensors")
+    from transformers import AutoTokenizer
 
-    if not dtype.is_floating_point:
-        raise ModelError(
-            f"expected a floating-point dtype for the weights, got {dtype}; use torch.float32, say"
-        )
-    subject = f"cannot load a causal language model from {path_or_id}"
-    local = is_local(path_or_id)
-    if local:
-        path_or_id = Path(path_or_id).expanduser()
-        _check_folder(path_or_id)
-    try:
+    source, local = _source(path_or_id, {**_MODEL, **_TOKENIZER})
+    model = load_causal_lm_weights(path_or_id, dtype)
+    with _loading(path_or_id, local):
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+    return model, tokenizer
+
+
+def load_causal_lm_weights(path_or_id: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of `load_causal_lm` alone; the folder needs no tokenizer.
+
+    Raises:
+        ModelError, MissingExtraError: as `load_causal_lm`.
+    """
+    _check_dtype(dtype)
+    require_extra("hf", "transformers", "safetensors")
+    from transformers import AutoModelForCausalLM
+
+    source, local = _source(path_or_id, _MODEL)
+    with _loading(path_or_id, local):
         # With output_loading_info it returns a pair, which its own annotations do not say.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path_or_id, dtype=dtype, local_files_only=local, output_loading_info=True
+            source, dtype=dtype, local_files_only=local, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(path_or_id, local_files_only=local)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        kind = "the folder's files to be whole" if local else "a local folder or a hub id that can be reached"
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{subject}: expected {kind}, got: {first}") from error
     model, info = loaded
     if absent := sorted(info["missing_keys"]):
         raise ModelError(
-            f"{subject}: expected weights for every parameter, got none for {len(absent)} "
+            f"{_subject(path_or_id)}: expected weights for every parameter, got none for {len(absent)} "
             f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); save the whole model again"
         )
-    return model.eval(), tokenizer
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
 
 
 def is_local(path_or_id: str | Path) -> bool:
@@ -128,19 +141,46 @@ def is_local(path_or_id: str | Path) -> bool:
     return path_or_id.startswith(("/", ".", "~")) or path_or_id.count("/") > 1
 
 
-def _check_folder(folder: Path) -> None:
+def _check_dtype(dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise ModelError(
+            f"expected a floating-point dtype for the weights, got {dtype}; use torch.float32, say"
+        )
+
+
+def _source(path_or_id: str | Path, needed: Mapping[str, tuple[str, ...]]) -> tuple[str | Path, bool]:
+    """What the library is given, and whether that is a folder; one that lacks something is refused."""
+    if not is_local(path_or_id):
+        return path_or_id, False
+    folder = Path(path_or_id).expanduser()
+    _check_folder(folder, needed)
+    return folder, True
+
+
+@contextmanager
+def _loading(path_or_id: str | Path, local: bool) -> Iterator[None]:
+    """Turns the library's many errors about what it reads into one."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        kind = "the folder's files to be whole" if local else "a local folder or a hub id that can be reached"
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{_subject(path_or_id)}: expected {kind}, got: {first}") from error
+
+
+def _subject(path_or_id: str | Path) -> str:
+    return f"cannot load a causal language model from {path_or_id}"
+
+
+def _check_folder(folder: Path, needed: Mapping[str, tuple[str, ...]]) -> None:
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing there"
         raise ModelError(
             f"expected a model folder at {folder}, got {found}; name a folder written by save_pretrained"
         )
-    missing = []
-    if not (folder / "config.json").is_file():
-        missing.append("config.json")
-    if not any((folder / name).is_file() for name in _WEIGHTS):
-        missing.append(f"weights ({' or '.join(_WEIGHTS)})")
-    if not any((folder / name).is_file() for name in _TOKENIZERS):
-        missing.append(f"a tokenizer ({' or '.join(_TOKENIZERS)})")
+    missing = [what for what, names in needed.items() if not any((folder / name).is_file() for name in names)]
     if missing:
         present = sorted(entry.name for entry in folder.iterdir())
         raise ModelError(

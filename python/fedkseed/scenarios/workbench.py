@@ -106,7 +106,17 @@ class Workbench:
 
     def scores(self, num_rows: int, num_generated: int) -> Scores:
         """Losses on ``num_rows`` test rows of each task, answers to ``num_generated`` of each client task."""
-        asked = [row for task in self.tasks for row in task.test[:num_generated]]
+        rouge, exact = self.answer_scores(num_generated)
+        return Scores(
+            held_out_loss=self.held_out_loss(num_rows),
+            unseen_loss=self._loss("unseen loss", self._unseen, num_rows),
+            rouge_l=rouge,
+            exact_match=exact,
+        )
+
+    def answer_scores(self, num_rows: int) -> tuple[float, float]:
+        """(Rouge-L, exact match) of greedy answers to the first test rows of every client task."""
+        asked = [row for task in self.tasks for row in task.test[:num_rows]]
         answers = generate_greedy(
             self.model,
             self._tokenizer,
@@ -116,12 +126,7 @@ class Workbench:
             progress=sys.stderr.isatty(),
         )
         pairs = [(answer, row.output) for answer, row in zip(answers, asked, strict=True)]
-        return Scores(
-            held_out_loss=self.held_out_loss(num_rows),
-            unseen_loss=self._loss("unseen loss", self._unseen, num_rows),
-            rouge_l=mean(rouge_l(*pair) for pair in pairs),
-            exact_match=mean(exact_match(*pair) for pair in pairs),
-        )
+        return mean(rouge_l(*pair) for pair in pairs), mean(exact_match(*pair) for pair in pairs)
 
     def majority_scores(self, num_generated: int) -> Scores:
         """What always giving each task's most frequent training answer scores on the same rows."""

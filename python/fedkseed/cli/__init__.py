@@ -1,0 +1,57 @@
+"""The command `fedkseed`: one module a subcommand, each with ``add`` (its flags) and ``run``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import fedkseed_kernels
+from fedkseed.cli import apply, bench, info, inspect, plot, simulate
+
+_COMMANDS = (info, simulate, apply, inspect, plot, bench)
+
+#: What a user can mend: printed as one line. Anything else is a defect and shows where it happened.
+_EXPECTED = (ValueError, OSError, RuntimeError, ModuleNotFoundError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: 0, 1 after an unexpected error, 2 after one that it explains, 130 after Ctrl-C."""
+    options = make_parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left
+        return 141
+    except _EXPECTED as error:
+        if options.verbose:
+            traceback.print_exc()
+        else:
+            print(f"fedkseed {options.command}: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="fedkseed",
+        description="Federated full-parameter tuning of language models: clients exchange seeds and scalars, "
+        "a tuned model is a ledger of 16 KB.",
+        epilog="fedkseed COMMAND --help tells more of each command.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"fedkseed-kernels {fedkseed_kernels.__version__}"
+    )
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--verbose", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for command in _COMMANDS:
+        command.add(commands, [shared])
+    return parser

@@ -1,0 +1,34 @@
+"""`fedkseed inspect`: what a ledger says."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedkseed.cli._types import Commands
+
+
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "inspect",
+        parents=parents,
+        help="what a ledger says",
+        description="Shows versions, seed pool, coefficients, hashes of the base model and signature of a "
+        "ledger.",
+    )
+    parser.add_argument("ledger", type=Path, help="the ledger", metavar="LEDGER")
+    parser.add_argument(
+        "--public-key", type=Path, help="check the signature with this key (PEM)", metavar="FILE"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints it."""
+    from fedkseed.inspection import describe
+
+    print(describe(options.ledger, public_key=options.public_key))
+    return 0

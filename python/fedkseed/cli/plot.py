@@ -1,0 +1,91 @@
+"""`fedkseed plot`: losses, scores and bytes of a run as a PNG."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedkseed.run_folder import METRICS, RunFolderError
+
+if TYPE_CHECKING:
+    from fedkseed.cli._types import Commands
+
+
+def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
+    """Adds the subcommand."""
+    parser = commands.add_parser(
+        "plot",
+        parents=parents,
+        help="draw a run's losses, scores and bytes",
+        description="Draws loss, Rouge-L and exchanged bytes of a run over its rounds as a PNG. Needs "
+        "matplotlib: pip install 'fedkseed-kernels[plot]'.",
+    )
+    parser.add_argument("folder", type=Path, help="folder of the run", metavar="RUN")
+    parser.add_argument("--out", type=Path, help="the PNG (RUN/plot.png)", metavar="FILE")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Draws it."""
+    rows = read_metrics(options.folder / METRICS)
+    target = options.out or options.folder / "plot.png"
+    draw(rows, target)
+    print(f"Written: {target}")
+    return 0
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rounds of a run.
+
+    Raises:
+        RunFolderError: no metrics there, or none of a complete round.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"expected the folder of a run with {path.name}, got: {error}") from error
+    if not rows:
+        raise RunFolderError(f"expected at least one complete round in {path}, got none")
+    return rows
+
+
+def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
+    """Writes the PNG.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"expected matplotlib to draw, got: {error}; run: pip install 'fedkseed-kernels[plot]'"
+        ) from error
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    losses, scores, traffic = figure.subplots(1, 3)
+    rounds = [row["round"] + 1 for row in rows]
+    _line(losses, rounds, [row["train_loss"] for row in rows], "train")
+    for name, axes in (("held_out_loss", losses), ("rouge_l", scores), ("exact_match", scores)):
+        _line(axes, rounds, [row["evaluation"].get(name) for row in rows], name.replace("_", " "))
+    for name in ("bytes_down", "bytes_up"):
+        total, sums = 0, []
+        for row in rows:
+            total += row[name]
+            sums.append(total / 1024)
+        _line(traffic, rounds, sums, name.replace("bytes_", ""))
+    titles = ("loss, nats a token", "answers, mean over rows", "KiB exchanged so far")
+    for axes, title in zip((losses, scores, traffic), titles, strict=True):
+        axes.set_title(title)
+        axes.set_xlabel("round")
+        if axes.has_data():
+            axes.legend()
+    figure.savefig(target, dpi=120)
+
+
+def _line(axes: Any, rounds: Sequence[int], values: Sequence[float | None], label: str) -> None:
+    known = [(x, y) for x, y in zip(rounds, values, strict=True) if y is not None]
+    if known:
+        axes.plot(*zip(*known, strict=True), marker="o", markersize=3, label=label)

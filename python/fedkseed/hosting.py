@@ -1,0 +1,158 @@
+"""Clients that one machine hosts: what they train (`Task`), and their rounds in this process.
+
+`worker_pool` runs them in several processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+from torch import nn
+
+from fedkseed.client import BatchT, Client, LocalRun
+from fedkseed.optim import Loss
+from fedkseed.seeds import SeedPool
+from fedkseed.working_copy import WorkingCopy
+
+ExampleT = TypeVar("ExampleT")
+
+
+@dataclass(frozen=True)
+class Task(Generic[ExampleT, BatchT]):
+    """What a federation trains: a model, and the rows of each client.
+
+    Attributes:
+        model: its weights as they stand are w0. Tuned in place.
+        datasets: the training rows of each client, at least one each.
+        collate: a batch from some rows.
+        loss: of the model on a batch, a number or a tensor of one element.
+        data_sizes: of each client, its weight if clients are weighted by data size; its number of rows if
+            None.
+        evaluate: named scores of the model after a round, from (model, round), called without gradients; None
+            to leave it out.
+
+    Raises:
+        ValueError: a client without data, or not one data size a client.
+    """
+
+    model: nn.Module
+    datasets: Sequence[Sequence[ExampleT]]
+    collate: Callable[[Sequence[ExampleT]], BatchT]
+    loss: Callable[[nn.Module, BatchT], Loss]
+    data_sizes: Sequence[int] | None = None
+    evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
+
+    def __post_init__(self) -> None:
+        for client, rows in enumerate(self.datasets):
+            if len(rows) == 0:
+                raise ValueError(
+                    f"expected training rows of every client, got none of client {client}; leave it out"
+                )
+        if self.data_sizes is not None and len(self.data_sizes) != len(self.datasets):
+            raise ValueError(
+                f"expected one data size for each of {len(self.datasets)} clients, got {len(self.data_sizes)}"
+            )
+
+    def data_size(self, client: int) -> int:
+        """What the client's reply weighs."""
+        return len(self.datasets[client]) if self.data_sizes is None else self.data_sizes[client]
+
+
+@dataclass(frozen=True)
+class ClientRun:
+    """One client's part in one round.
+
+    Attributes:
+        reply: its message; None if it failed.
+        local: what it saw; None if it failed.
+        error: why it failed, one line; None if it did not.
+        seconds_reset: time to set the working copy to the round's model.
+    """
+
+    reply: bytes | None
+    local: LocalRun | None
+    error: str | None
+    seconds_reset: float
+
+
+class Host(Protocol):
+    """Runs the clients of one machine."""
+
+    def run(self, messages: Mapping[int, bytes], on_step: Callable[[], None]) -> dict[int, ClientRun]:
+        """One round: each client's broadcast in, what came of it out; ``on_step`` after each local step.
+
+        A client that raises an exception has failed; the others go on.
+        """
+
+    def close(self) -> None:
+        """Ends what runs in the background; harmless when called twice."""
+
+
+@dataclass
+class InProcessHost(Generic[ExampleT, BatchT]):
+    """One client after the other on one working copy.
+
+    Args:
+        task: what they train.
+        pool: the candidate seeds.
+        working: the model they walk on.
+        seed, batch_size: of the order of each client's rows and its batches.
+    """
+
+    task: Task[ExampleT, BatchT]
+    pool: SeedPool
+    working: WorkingCopy
+    seed: int
+    batch_size: int
+
+    def run(self, messages: Mapping[int, bytes], on_step: Callable[[], None]) -> dict[int, ClientRun]:
+        """See `Host.run`."""
+        return {client: self.run_client(client, message, on_step) for client, message in messages.items()}
+
+    def run_client(self, client: int, message: bytes, on_step: Callable[[], None]) -> ClientRun:
+        """One client's round."""
+        reset = self.working.seconds_reset
+        reply, local, error = None, None, None
+        rows = self.task.datasets[client]
+        try:
+            party = Client(
+                client,
+                self.working,
+                self.pool,
+                loss=self.task.loss,
+                batches=LocalBatches(rows, client, self.seed, self.batch_size, self.task.collate),
+                data_size=self.task.data_size(client),
+                on_step=on_step,
+            )
+            reply = party.step(message)
+            local = party.last_run
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        return ClientRun(reply, local, error, self.working.seconds_reset - reset)
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+
+@dataclass(frozen=True)
+class LocalBatches(Generic[ExampleT, BatchT]):
+    """A client's batches of a round: its rows, shuffled by (seed, round, client), pass after pass."""
+
+    rows: Sequence[ExampleT]
+    client: int
+    seed: int
+    batch_size: int
+    collate: Callable[[Sequence[ExampleT]], BatchT]
+
+    def __call__(self, round: int, num_steps: int) -> Iterator[BatchT]:
+        generator = np.random.default_rng([self.seed % 2**64, round, self.client])
+        size = min(self.batch_size, len(self.rows))
+        order: list[int] = []
+        for _ in range(num_steps):
+            if len(order) < size:
+                order = generator.permutation(len(self.rows)).tolist()
+            yield self.collate([self.rows[index] for index in order[:size]])
+            order = order[size:]

@@ -1,0 +1,66 @@
+"""The folder of a run: the server's state, the ledger, the metrics of each round and what they took.
+
+    state...            the server's, see `server_state`
+    ledger.safetensors  the model after the last round that is complete
+    metrics.jsonl       one line a round; the same bytes in every run of the same configuration
+    timings.jsonl       one line a round; seconds, which differ
+
+All are written anew and renamed after each round, the server's state last: after a crash at any instant the
+state says which lines of the others count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedkseed.files import read_bounded, write_atomically
+
+METRICS, TIMINGS, LEDGER = "metrics.jsonl", "timings.jsonl", "ledger.safetensors"
+_MAX_BYTES = 1 << 30
+
+
+class RunFolderError(ValueError):
+    """A folder that does not hold what a run left there."""
+
+
+class RoundLog:
+    """A file of one JSON object a line, one line a round from round 0 on.
+
+    Args:
+        path: of the file.
+        num_rounds: rounds that are complete: further lines, of a round that was cut off, are dropped.
+
+    Attributes:
+        rows: the objects.
+
+    Raises:
+        RunFolderError: fewer lines, or lines that are not those of rounds 0, 1, ...
+    """
+
+    def __init__(self, path: Path, num_rounds: int) -> None:
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+        if num_rounds == 0:
+            return
+        try:
+            lines = read_bounded(path, _MAX_BYTES).decode().splitlines()[:num_rounds]
+            self.rows = [json.loads(line) for line in lines]
+            found = [row["round"] for row in self.rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunFolderError(f"expected a line a round in {path}, got {error}") from error
+        if found != list(range(num_rounds)):
+            raise RunFolderError(f"expected rounds 0 to {num_rounds - 1} in {path}, got {len(found)} lines")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds one round and writes the file anew.
+
+        Raises:
+            OSError: the file stays as it was.
+        """
+        rows = [*self.rows, dict(row)]
+        text = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
+        write_atomically(self._path, text.encode())
+        self.rows = rows

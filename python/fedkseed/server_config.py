@@ -1,0 +1,68 @@
+"""What a server is told once, at its start; a resumed server must be told the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from fedkseed._checks import check_count, check_eps, check_learning_rate, check_max_abs_g
+from fedkseed.protocol import RUN_ID_BYTES, moves_within_fp32
+from fedkseed.seeds import MAX_CLIENTS, MAX_STEPS
+
+Weighting = Literal["data_size", "equal"]
+Sampling = Literal["uniform", "pro"]
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """A federation's fixed numbers.
+
+    Attributes:
+        num_clients: registered clients, 0 .. num_clients - 1.
+        clients_per_round: how many are invited to a round.
+        num_local_steps: tau, steps of a client in a round.
+        lr: learning rate of the local steps.
+        eps: scale of the perturbation, rounded to fp32.
+        max_abs_g: bound of |g|, rounded to fp32; clients clip to it, and a reply beyond it is refused. So a
+            round moves the coefficients by at most lr tau max_abs_g in all, whoever replies.
+        weighting: of the replies, "data_size" (as the clients state it) or "equal".
+        sampling: of the seeds of a schedule, "uniform" or "pro" (`SeedSignificance`).
+        run_id: 16 bytes that tell this run from others; if None, `Server` puts a hash of the configuration,
+            the model and the pool there, so equal runs have equal ids.
+
+    Raises:
+        TypeError, ValueError: a field of another type or out of range.
+    """
+
+    num_clients: int
+    clients_per_round: int
+    num_local_steps: int
+    lr: float
+    eps: float
+    max_abs_g: float = 1000.0
+    weighting: Weighting = "data_size"
+    sampling: Sampling = "uniform"
+    run_id: bytes | None = None
+
+    def __post_init__(self) -> None:
+        check_count("num_clients", self.num_clients, 1, MAX_CLIENTS)
+        check_count("clients_per_round", self.clients_per_round, 1, self.num_clients)
+        check_count("num_local_steps", self.num_local_steps, 1, MAX_STEPS - 1)
+        object.__setattr__(self, "lr", check_learning_rate(self.lr))
+        object.__setattr__(self, "eps", check_eps(self.eps))
+        object.__setattr__(self, "max_abs_g", check_max_abs_g(self.max_abs_g))
+        if not moves_within_fp32(self.lr, self.eps, self.max_abs_g):
+            raise ValueError(
+                f"expected lr, eps and max_abs_g whose steps lie within fp32 (2 eps + lr max_abs_g), "
+                f"got {self.lr}, {self.eps}, {self.max_abs_g}; lower them"
+            )
+        for name, value, choices in (
+            ("weighting", self.weighting, get_args(Weighting)),
+            ("sampling", self.sampling, get_args(Sampling)),
+        ):
+            if value not in choices:
+                raise ValueError(f"expected a {name} out of {list(choices)}, got {value!r}")
+        if self.run_id is not None and (
+            not isinstance(self.run_id, bytes) or len(self.run_id) != RUN_ID_BYTES
+        ):
+            raise ValueError(f"expected a run_id of {RUN_ID_BYTES} bytes or None, got {self.run_id!r}")

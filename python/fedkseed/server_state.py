@@ -1,0 +1,224 @@
+"""A server's state as one file, and the folder that only one server at a time may keep it in."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedkseed.files import FileTooLargeError, FolderLock, read_bounded, remove_leftovers, write_atomically
+from fedkseed.identity import ModelIdentity
+from fedkseed.pro import SeedSignificance
+from fedkseed.protocol import DTYPE_CODES
+from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS, SeedPool
+from fedkseed.server_config import Sampling, ServerConfig, Weighting
+from fedkseed_kernels import CONTRACT_VERSION
+from fedkseed_kernels.reference import FAMILIES
+
+FORMAT_VERSION = 1
+
+_MAGIC = b"FKSS"
+_FAMILY = "gaussian"
+_DTYPES = {code: name for name, code in DTYPE_CODES.items()}
+_WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
+_SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
+#: Magic, format version, contract version, family, dtype, weighting, sampling, K, round, clients, clients per
+#: round, tau, base seed, lr, eps, bound of |g|, run id, structure hash, content hash; the sums follow.
+_HEADER = struct.Struct("<4sHHBBBBIIIIIQdff16s32s32s")
+_DIGEST_BYTES = 32
+_MAX_BYTES = _HEADER.size + 3 * 8 * MAX_SEEDS + _DIGEST_BYTES
+_FP32_MAX = float(np.finfo(np.float32).max)
+
+
+class StateError(ValueError):
+    """A file that is not a server's state, or the state of another run than the one configured."""
+
+
+@dataclass(frozen=True, eq=False)
+class ServerState:
+    """All that a server needs to go on, and all that a ledger of its model needs.
+
+    Attributes:
+        identity: of w0.
+        base_seed, num_seeds: of the seed pool.
+        config: with its run id.
+        round: the round that is open.
+        coefficients: fp64 [K].
+        significance: None unless the sampling is "pro".
+    """
+
+    identity: ModelIdentity
+    base_seed: int
+    num_seeds: int
+    config: ServerConfig
+    round: int
+    coefficients: NDArray[np.float64]
+    significance: SeedSignificance | None
+
+    def to_bytes(self) -> bytes:
+        """The file: docs/protocol.md shows every byte."""
+        config = self.config
+        header = _HEADER.pack(
+            _MAGIC,
+            FORMAT_VERSION,
+            CONTRACT_VERSION,
+            FAMILIES.index(_FAMILY),
+            DTYPE_CODES[self.identity.dtype],
+            _WEIGHTINGS.index(config.weighting),
+            _SAMPLINGS.index(config.sampling),
+            self.num_seeds,
+            self.round,
+            config.num_clients,
+            config.clients_per_round,
+            config.num_local_steps,
+            self.base_seed,
+            config.lr,
+            config.eps,
+            config.max_abs_g,
+            config.run_id or b"",
+            self.identity.structure,
+            self.identity.content,
+        )
+        body = header + self.coefficients.astype("<f8").tobytes()
+        if self.significance is not None:
+            body += self.significance.sums.astype("<f8").tobytes()
+            body += self.significance.counts.astype("<i8").tobytes()
+        return body + hashlib.sha256(body).digest()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> ServerState:
+        """The state that `to_bytes` wrote.
+
+        Raises:
+            StateError: truncated, damaged, of another format or contract version, or a field out of range.
+        """
+        if not _HEADER.size + _DIGEST_BYTES <= len(data) <= _MAX_BYTES:
+            raise StateError(
+                f"expected {_HEADER.size + _DIGEST_BYTES} to {_MAX_BYTES} bytes, got {len(data)}"
+            )
+        found, version, contract, family, dtype, weighting, sampling, *rest = _HEADER.unpack_from(data)
+        _require(found == _MAGIC, f"a file that begins with {_MAGIC!r}", found)
+        _require(version == FORMAT_VERSION, f"format version {FORMAT_VERSION}", version)
+        _require(contract == CONTRACT_VERSION, f"contract version {CONTRACT_VERSION}", contract)
+        body = data[:-_DIGEST_BYTES]
+        _require(hashlib.sha256(body).digest() == data[-_DIGEST_BYTES:], "the checksum stated", "another one")
+        _require(family == FAMILIES.index(_FAMILY), f"noise family {FAMILIES.index(_FAMILY)}", family)
+        _require(dtype in _DTYPES, f"a dtype code out of {sorted(_DTYPES)}", dtype)
+        _require(weighting < len(_WEIGHTINGS), f"a weighting below {len(_WEIGHTINGS)}", weighting)
+        _require(sampling < len(_SAMPLINGS), f"a sampling below {len(_SAMPLINGS)}", sampling)
+        num_seeds, round, clients, invited, steps, base_seed, lr, eps, max_abs_g, run_id = rest[:-2]
+        _require(1 <= num_seeds <= MAX_SEEDS, f"a number of seeds in [1, {MAX_SEEDS}]", num_seeds)
+        _require(round < MAX_ROUNDS, f"a round below {MAX_ROUNDS}", round)
+        options = (max_abs_g, _WEIGHTINGS[weighting], _SAMPLINGS[sampling], run_id)
+        try:
+            config = ServerConfig(clients, invited, steps, lr, eps, *options)
+        except ValueError as error:
+            raise StateError(f"expected a configuration in range, got one that says: {error}") from error
+        identity = ModelIdentity(rest[-2], rest[-1], _DTYPES[dtype])
+        arrays = _read_arrays(body, num_seeds, config.sampling)
+        return cls(identity, base_seed, num_seeds, config, round, *arrays)
+
+    def require(self, identity: ModelIdentity, pool: SeedPool, config: ServerConfig) -> None:
+        """Nothing if this is a state of that model, pool and configuration.
+
+        Raises:
+            IdentityError: of another model.
+            StateError: of another pool or configuration; says in which field.
+        """
+        self.identity.require(identity)
+        wanted = {"base_seed": pool.base_seed, "num_seeds": pool.num_seeds, **vars(config)}
+        found = {"base_seed": self.base_seed, "num_seeds": self.num_seeds, **vars(self.config)}
+        for name, value in wanted.items():
+            if found[name] != value:
+                raise StateError(
+                    f"expected the state of a run with {name} {value}, got one with {found[name]}; "
+                    "resume with the configuration that the run began with"
+                )
+
+
+def _read_arrays(
+    body: bytes, num_seeds: int, sampling: Sampling
+) -> tuple[NDArray[np.float64], SeedSignificance | None]:
+    num_arrays = 3 if sampling == "pro" else 1
+    _require(
+        len(body) == _HEADER.size + 8 * num_arrays * num_seeds,
+        f"{num_arrays} arrays of {num_seeds} numbers",
+        f"{len(body) - _HEADER.size} bytes",
+    )
+    size = 8 * num_seeds
+    coefficients, *tracked = (
+        np.frombuffer(body, dtype, num_seeds, _HEADER.size + size * position)
+        for position, dtype in enumerate(("<f8", "<f8", "<i8")[:num_arrays])
+    )
+    coefficients = coefficients.astype(np.float64)
+    _require(bool((np.abs(coefficients) <= _FP32_MAX).all()), "coefficients within fp32", "others")
+    if not tracked:
+        return coefficients, None
+    significance = SeedSignificance(tracked[0].astype(np.float64), tracked[1].astype(np.int64))
+    in_range = (significance.sums >= 0) & (significance.sums < math.inf) & (significance.counts >= 0)
+    _require(bool(in_range.all()), "finite sums and counts of at least 0", "others")
+    return coefficients, significance
+
+
+def _require(condition: bool, expected: str, got: object) -> None:
+    if not condition:
+        raise StateError(f"expected {expected}, got {got}")
+
+
+class StateFolder:
+    """A folder with one server's state, locked for this owner until `close` or the end of the process.
+
+    Args:
+        folder: made if it is not there.
+
+    Raises:
+        FolderInUseError: another server has it, in this process or in another.
+        OSError: it cannot be made or written.
+    """
+
+    FILE = "server.state"
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.path = Path(folder).resolve()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self.path)
+        self._lock.__enter__()
+        remove_leftovers(self.path)
+
+    @property
+    def holds_state(self) -> bool:
+        """Whether a state was saved here before."""
+        return (self.path / self.FILE).exists()
+
+    def write(self, state: ServerState) -> None:
+        """Replaces the state; after a crash at any instant there is the old one or the new one.
+
+        Raises:
+            OSError: no space, no permission; the old state stays.
+        """
+        write_atomically(self.path / self.FILE, state.to_bytes())
+
+    def read(self) -> ServerState:
+        """The state saved last.
+
+        Raises:
+            StateError: there is none, or it is damaged or of another format.
+            OSError: it cannot be read.
+        """
+        if not self.holds_state:
+            raise StateError(f"expected a saved state in {self.path}, got none; start a new run there")
+        try:
+            return ServerState.from_bytes(read_bounded(self.path / self.FILE, _MAX_BYTES))
+        except (StateError, FileTooLargeError) as error:
+            raise StateError(f"{self.path / self.FILE}: {error}") from error
+
+    def close(self) -> None:
+        """Ends the ownership."""
+        self._lock.__exit__(None, None, None)

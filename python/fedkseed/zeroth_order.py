@@ -1,0 +1,216 @@
+"""What the zeroth-order optimizers share: evaluating both sides alike, skipping, and state that resumes."""
+
+from __future__ import annotations
+
+import logging
+import numbers
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from fedkseed._checks import check_count
+from fedkseed.gradient import ProjectedGradient
+from fedkseed.parameters import Params, tuned_parameters
+from fedkseed.storage import Direction, GroupUpdate, InplaceStorage, Storage
+
+logger = logging.getLogger("fedkseed")
+
+#: What a closure returns: the loss of one batch, a number or a tensor of one element.
+Loss = torch.Tensor | float
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+class ZerothOrderOptimizer(torch.optim.Optimizer):
+    """Common part of `ZOSGD` and `FedKSeedSGD`: they say which seeds a step takes and what is kept of it.
+
+    Attributes:
+        eps: as rounded to fp32.
+        manifest: of the model given; None if a tensor's stream is its place among those given. The tuned
+            weights of the latter kind cannot be described by a ledger.
+        num_skipped: how many directions were skipped: a loss or g was not finite, or |L+ - L-| was above
+            max_loss_gap.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        defaults: dict[str, Any],
+        gradient: ProjectedGradient,
+        model: nn.Module | None,
+        check_options: Callable[[dict[str, Any]], None],
+    ) -> None:
+        tuned = tuned_parameters(params, model, check_options)
+        self._is_complete = False
+        super().__init__(tuned.groups, defaults)
+        self._is_complete = True
+        self.eps = gradient.eps
+        self.manifest = tuned.manifest
+        self.num_skipped = 0
+        self._num_drawn = 0  # by steps that take the next seeds of the optimizer's own sequence
+        self._gradient = gradient
+        self._streams = tuned.streams
+        tensors: list[list[torch.Tensor]] = [list(group["params"]) for group in self.param_groups]
+        self._storage: Storage = InplaceStorage(tensors, self._streams, self.eps)
+        devices = {tensor.device for group in tensors for tensor in group}
+        self._devices = sorted(devices - {torch.device("cpu")}, key=str)
+        #: Looked at in the first step, when the caller has chosen between train and eval mode.
+        self._model_to_check = params if isinstance(params, nn.Module) else model
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the optimizer exists.
+
+        Raises:
+            RuntimeError: always, after construction.
+        """
+        if self._is_complete:
+            raise RuntimeError(
+                "expected all parameters at construction, got a further group: what noise a tensor gets "
+                f"depends on its place among them; make a new {type(self).__name__}"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> NoReturn:
+        """Refused: a copy would not know its weights from those of the original.
+
+        Raises:
+            TypeError: always.
+        """
+        name = type(self).__name__
+        raise TypeError(f"expected no copy or pickle of {name}; make a new one and load the state_dict")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base class's state and, as "fedkseed", what the optimizer was made with and how far it got.
+
+        An optimizer made alike, on a model with the weights of that moment, goes on with the same bits once
+        it has loaded this. The state of torch's random number generators (dropout) and of a learning rate
+        scheduler is the caller's to save beside it. Holds nothing that torch.load refuses with weights_only.
+        """
+        state = super().state_dict()
+        state["fedkseed"] = {"optimizer": type(self).__name__, **self._identity(), **self._progress()}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken; the weights are the caller's to load.
+
+        Learning rates and weight decays come from the state, as in every torch optimizer; seeds, eps, bounds
+        and the parameters' streams must be those of this optimizer.
+
+        Raises:
+            ValueError: the state of another optimizer, or damaged; nothing changes.
+        """
+        name = type(self).__name__
+        own = state_dict.get("fedkseed")
+        if not isinstance(own, dict) or own.get("optimizer") != name:
+            raise ValueError(f"expected a state_dict of {name}, got one of another optimizer")
+        for key, wanted in self._identity().items():
+            if own.get(key) != wanted:
+                raise ValueError(
+                    f"expected a state with {key} {wanted}, got {own.get(key)}; "
+                    "construct the optimizer with those of the state"
+                )
+        try:
+            progress = self._parsed(own)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"expected a whole state_dict of {name}, got a damaged one: {error!r}"
+            ) from error
+        super().load_state_dict(state_dict)
+        for attribute, value in progress.items():
+            setattr(self, attribute, value)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for the steps to go on as they would have."""
+        return {
+            "eps": self.eps,
+            "max_abs_g": self._gradient.max_abs_g,
+            "max_loss_gap": self._gradient.max_loss_gap,
+            "streams": [list(streams) for streams in self._streams],
+        }
+
+    def _progress(self) -> dict[str, Any]:
+        return {"num_drawn": self._num_drawn, "num_skipped": self.num_skipped}
+
+    def _parsed(self, own: dict[str, Any]) -> dict[str, Any]:
+        """Attributes and their values out of `_progress`, checked."""
+        return {
+            "_num_drawn": check_count("num_drawn", own["num_drawn"], 0, 2**63),
+            "num_skipped": check_count("num_skipped", own["num_skipped"], 0, 2**63),
+        }
+
+    def _walk(
+        self,
+        seeds: Sequence[int],
+        updates: Sequence[GroupUpdate],
+        closure: Callable[[], Loss],
+        record: Callable[[list[float]], None],
+    ) -> float:
+        """Mean loss of the evaluations of one step; ``record`` gets g of each seed, 0 where it was skipped.
+
+        All evaluations start from the same state of torch's random number generators, and the last one leaves
+        them where a single evaluation would have.
+        """
+        self._check_dropout()
+        states = self._rng_states()
+
+        def evaluate() -> float:
+            self._set_rng_states(states)
+            return _loss_value(closure())
+
+        def note(directions: list[Direction]) -> None:
+            self.num_skipped += sum(direction.g is None for direction in directions)
+            record([0.0 if direction.g is None else direction.g for direction in directions])
+
+        num_skipped = self.num_skipped
+        directions = self._storage.walk(seeds, updates, evaluate, self._gradient, note)
+        for plus, minus, g in directions:
+            if g is None:
+                # The first is said aloud; a run that diverges would repeat it at every step.
+                level = logging.INFO if num_skipped else logging.WARNING
+                bound = self._gradient.max_loss_gap
+                logger.log(level, "skipped: losses %s and %s, max_loss_gap %s", plus, minus, bound)
+                num_skipped += 1
+        return sum((plus + minus) / 2 for plus, minus, _ in directions) / len(directions)
+
+    def _check_dropout(self) -> None:
+        model, self._model_to_check = self._model_to_check, None
+        if model is None:
+            return
+        found = [
+            f"{name} (p={module.p})"
+            for name, module in model.named_modules()
+            if isinstance(module, _DROPOUT) and module.training and module.p > 0
+        ]
+        if found:
+            warnings.warn(
+                f"the model is in train mode with dropout: {found[0]}, {len(found)} in all. Both sides of a "
+                "step get the same mask, so a step is sound but follows the loss of a thinned model, with "
+                "more noise; to measure the model itself call model.eval() first",
+                stacklevel=6,  # the caller of step, past what torch wraps around it
+            )
+
+    def _rng_states(self) -> list[torch.Tensor]:
+        states = [torch.get_device_module(device).get_rng_state(device) for device in self._devices]
+        return [torch.get_rng_state(), *states]
+
+    def _set_rng_states(self, states: list[torch.Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self._devices, states[1:], strict=True):
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+def _loss_value(loss: Any) -> float:
+    if isinstance(loss, torch.Tensor):
+        if loss.numel() != 1:
+            raise ValueError(
+                f"expected a loss of one element, got shape {tuple(loss.shape)}; reduce it in the closure"
+            )
+        return float(loss.detach().double())
+    if not isinstance(loss, numbers.Real):
+        raise TypeError(
+            f"expected the closure to return the loss, a tensor or a number, got {type(loss).__name__}"
+        )
+    return float(loss)

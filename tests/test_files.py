@@ -1,0 +1,214 @@
+"""Files and folders that are whole or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedkseed.files import (
+    FileTooLargeError,
+    FolderInUseError,
+    FolderLock,
+    FolderNotEmptyError,
+    new_folder,
+    read_bounded,
+    remove_leftovers,
+    write_atomically,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def test_write_and_replace(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    write_atomically(path, b"old")
+    write_atomically(str(path), b"new")
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["state"]
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"")
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
+def test_a_failure_keeps_the_old_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    path = tmp_path / "state"
+    write_atomically(path, b"old")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, failing, full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["state"]
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    """A real limit on the size of files: the write itself fails half way."""
+    path = tmp_path / "state"
+    write_atomically(path, b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            write_atomically(path, b"x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["state"]
+
+
+def test_order_of_flushing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content is on the disk before the name points to it, and the name after."""
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        events.append("flush " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.partition(".")[0])
+        fsync(descriptor)
+
+    def recorded_replace(source: Any, target: Any) -> None:
+        events.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "replace", recorded_replace)
+    write_atomically(tmp_path / "state", b"new")
+    # Of the temporary file nothing stands before the first dot.
+    assert events == ["flush ", "rename", f"flush {tmp_path.name}"]
+
+
+_KILLED = """
+import os, signal, sys
+from fedkseed.files import write_atomically
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+write_atomically(sys.argv[1], b"new")
+"""
+
+
+def test_killed_before_the_rename(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    write_atomically(path, b"old")
+    process = subprocess.run([sys.executable, "-c", _KILLED, str(path)], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    assert len(names(tmp_path)) == 2
+    (tmp_path / ".folder.1-1.tmp").mkdir()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["state"]
+
+
+def test_threads_that_write_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    contents = [bytes([number]) * 100_000 for number in range(8)]
+    threads = [threading.Thread(target=write_atomically, args=(path, content)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in contents
+    assert names(tmp_path) == ["state"]
+
+
+def test_read_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert read_bounded(path, 5) == b"12345"
+    with pytest.raises(FileTooLargeError, match=r"expected at most 4 bytes in .*file, got more"):
+        read_bounded(path, 4)
+    with pytest.raises(FileTooLargeError):
+        read_bounded("/dev/zero", 1000)
+    with pytest.raises(FileNotFoundError):
+        read_bounded(tmp_path / "absent", 4)
+
+
+def test_new_folder(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("absent", "empty"):
+        with new_folder(tmp_path / name) as folder:
+            (folder / "below").mkdir()
+            (folder / "below" / "file").write_text("content")
+            assert not (tmp_path / name / "below").exists()
+        assert (tmp_path / name / "below" / "file").read_text() == "content"
+    assert names(tmp_path) == ["absent", "empty"]
+
+
+def test_new_folder_that_is_not_finished(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "folder") as folder:
+        (folder / "file").write_text("content")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+    with pytest.raises(FileNotFoundError), new_folder(tmp_path / "absent" / "folder"):
+        raise AssertionError("must not be entered")
+
+
+def test_new_folder_where_something_is(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    before = names(tmp_path)
+    for name in ("full", "file", "link"):
+        with (
+            pytest.raises(FolderNotEmptyError, match="expected a new or an empty folder"),
+            new_folder(tmp_path / name),
+        ):
+            raise AssertionError("must not be entered")
+    for meanwhile in ("empty/file", "later"):
+        with (
+            pytest.raises(FolderNotEmptyError, match="already"),
+            new_folder(tmp_path / meanwhile.partition("/")[0]) as folder,
+        ):
+            (folder / "file").write_text("lost")
+            (tmp_path / meanwhile).write_text("kept")
+    assert names(tmp_path) == sorted([*before, "later"])
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"kept"}
+
+
+_HOLDS = """
+import sys
+from fedkseed.files import FolderLock
+with FolderLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_owner_of_a_folder(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _HOLDS, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(FolderInUseError, match="another process works in; wait for it or choose another"),
+            FolderLock(tmp_path),
+        ):
+            raise AssertionError("must not be entered")
+        owner.kill()
+    for _ in range(2):
+        with FolderLock(tmp_path), pytest.raises(FolderInUseError), FolderLock(tmp_path):
+            raise AssertionError("must not be entered")
+
+
+def test_a_lock_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), FolderLock(tmp_path / "absent"):
+        raise AssertionError("must not be entered")

@@ -1,0 +1,275 @@
+"""A server that is interrupted: its state on disk, its folder, and what cannot be resumed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import multiprocessing
+import os
+import resource
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from killed_server import NUM_ROUNDS, play
+from messages import CONFIG, IDENTITY, POOL, make_replies, make_server
+from test_protocol import fields_of_the_page
+
+from fedkseed import IdentityError, ModelIdentity, SeedPool, Server, ServerConfig, StateError
+from fedkseed.files import FolderInUseError
+from fedkseed.server_state import ServerState, StateFolder
+
+HEADER = 136
+SAMPLINGS = pytest.mark.parametrize("sampling", ["uniform", "pro"])
+
+
+def resume(folder: Path, identity: ModelIdentity = IDENTITY, pool: SeedPool = POOL, **changes: Any) -> Server:
+    return Server.resume(folder, identity, pool, ServerConfig(**{**CONFIG, **changes}))
+
+
+def saved(folder: Path, num_rounds: int = 2, **changes: Any) -> bytes:
+    """The file of a server that merged some rounds, saved and ended."""
+    with make_server(**changes) as server:
+        for _ in range(num_rounds):
+            server.merge(make_replies(server))
+        server.save(folder)
+    return (folder / StateFolder.FILE).read_bytes()
+
+
+def sealed(data: bytes) -> bytes:
+    return data[:-32] + hashlib.sha256(data[:-32]).digest()
+
+
+@SAMPLINGS
+def test_a_resumed_server_goes_on_bit_for_bit(tmp_path: Path, sampling: str) -> None:
+    straight = make_server(sampling=sampling)
+    server = make_server(sampling=sampling)
+    for round in range(6):
+        replies = make_replies(straight)
+        straight.merge(replies)
+        # The replies answer the broadcasts of a server that was never interrupted.
+        server.merge(replies)
+        server.save(tmp_path)
+        if round % 2:
+            server.close()
+            server = resume(tmp_path, sampling=sampling)
+    assert server.round == 6
+    assert server.clients == straight.clients
+    assert server.coefficients.tobytes() == straight.coefficients.tobytes()
+    for client in straight.clients:
+        assert server.broadcast(client) == straight.broadcast(client)
+    server.close()
+
+
+@SAMPLINGS
+def test_the_page_shows_every_byte_of_the_state(tmp_path: Path, sampling: str) -> None:
+    data = saved(tmp_path, sampling=sampling)
+    with resume(tmp_path, sampling=sampling) as server:
+        pass
+    fields = {}
+    sizes = {"K": 16, "tau": 20}
+    for name, code, offset in fields_of_the_page("Server state", sizes):
+        if name == "checksum":
+            offset = offset if sampling == "pro" else HEADER + 8 * 16
+            assert offset + 32 == len(data)
+        elif name in ("sums", "counts") and sampling == "uniform":
+            continue
+        fields[name] = struct.unpack_from("<" + code.replace("K ", "16"), data, offset)
+    assert fields["magic"] == (b"FKSS",)
+    assert fields["K"] == (16,)
+    assert fields["round"] == (2,)
+    assert (fields["clients"], fields["clients a round"], fields["tau"]) == ((7,), (3,), (20,))
+    assert (fields["lr"], fields["bound of g"], fields["base seed"]) == ((0.3,), (100.0,), (5,))
+    assert fields["run id"] == (server.config.run_id,)
+    assert (fields["structure hash"], fields["content hash"]) == ((IDENTITY.structure,), (IDENTITY.content,))
+    assert fields["sampling"] == (1 if sampling == "pro" else 0,)
+    assert fields["coefficients"] == tuple(server.coefficients)
+    if server.significance is not None:
+        assert fields["sums"] == tuple(server.significance.sums)
+        assert fields["counts"] == tuple(server.significance.counts)
+    assert fields["checksum"] == (hashlib.sha256(data[:-32]).digest(),)
+
+
+@SAMPLINGS
+def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path, sampling: str) -> None:
+    data = saved(tmp_path, sampling=sampling)
+    for position in range(len(data)):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        with pytest.raises(StateError):
+            ServerState.from_bytes(bytes(changed))
+        with pytest.raises(StateError):
+            ServerState.from_bytes(data[:position])
+    (tmp_path / StateFolder.FILE).write_bytes(data[:-1])
+    with pytest.raises(StateError, match=r"server\.state: expected"):
+        resume(tmp_path, sampling=sampling)
+    # Refusing it gave the folder back and left the file alone.
+    assert (tmp_path / StateFolder.FILE).read_bytes() == data[:-1]
+    (tmp_path / StateFolder.FILE).write_bytes(data)
+    resume(tmp_path, sampling=sampling).close()
+
+
+@pytest.mark.parametrize(
+    ("position", "field", "message"),
+    [
+        (4, struct.pack("<H", 2), "format version 1, got 2"),
+        (6, struct.pack("<H", 2), "contract version 1, got 2"),
+        (8, b"\1", "noise family 0, got 1"),
+        (9, b"\xff", "dtype code"),
+        (10, b"\2", "weighting below 2"),
+        (11, b"\2", "sampling below 2"),
+        (12, struct.pack("<I", 0), r"number of seeds in \[1, 65536\], got 0"),
+        (12, struct.pack("<I", 17), "3 arrays of 17 numbers"),
+        (16, struct.pack("<I", 2**24), "round below"),
+        (24, struct.pack("<I", 8), "clients_per_round"),
+        (40, struct.pack("<d", np.nan), "lr"),
+        (48, struct.pack("<f", 0.0), "eps"),
+        (52, struct.pack("<f", np.inf), "max_abs_g"),
+        (HEADER, struct.pack("<d", np.nan), "coefficients within fp32"),
+        (HEADER, struct.pack("<d", 1e39), "coefficients within fp32"),
+        (HEADER + 128, struct.pack("<d", -1.0), "sums and counts of at least 0"),
+        (HEADER + 128, struct.pack("<d", np.inf), "sums and counts of at least 0"),
+        (HEADER + 256, struct.pack("<q", -1), "sums and counts of at least 0"),
+    ],
+)
+def test_a_field_out_of_range_under_a_right_checksum(
+    tmp_path: Path, position: int, field: bytes, message: str
+) -> None:
+    data = saved(tmp_path, sampling="pro")
+    assert ServerState.from_bytes(sealed(data)).to_bytes() == data
+    with pytest.raises(StateError, match=message):
+        ServerState.from_bytes(sealed(data[:position] + field + data[position + len(field) :]))
+
+
+def test_a_file_of_any_size_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with open(tmp_path / StateFolder.FILE, "wb") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(StateError, match="expected at most"):
+        resume(tmp_path)
+
+
+def test_another_model_or_configuration_is_named(tmp_path: Path) -> None:
+    data = saved(tmp_path)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"pool": SeedPool(6, 16)}, "base_seed 6, got one with 5"),
+        ({"pool": SeedPool(5, 32)}, "num_seeds 32, got one with 16"),
+        ({"num_clients": 8}, "num_clients 8, got one with 7"),
+        ({"clients_per_round": 2}, "clients_per_round 2, got one with 3"),
+        ({"num_local_steps": 21}, "num_local_steps 21, got one with 20"),
+        ({"lr": 0.2}, "lr 0.2, got one with 0.3"),
+        ({"eps": 1e-2}, "eps 0.0099"),
+        ({"max_abs_g": 99.0}, "max_abs_g 99.0, got one with 100.0"),
+        ({"weighting": "equal"}, "weighting equal, got one with data_size"),
+        ({"sampling": "pro"}, "sampling pro, got one with uniform"),
+        ({"run_id": b"another run here"}, "run_id b'another run here', got one with"),
+    ]
+    for changes, message in cases:
+        with pytest.raises(StateError, match=message):
+            resume(tmp_path, **changes)
+    other = ModelIdentity(IDENTITY.structure, bytes(32), "bfloat16")
+    with pytest.raises(IdentityError, match="the same shapes, other numbers"):
+        resume(tmp_path, other)
+    assert (tmp_path / StateFolder.FILE).read_bytes() == data
+
+
+def test_a_folder_without_a_state_and_one_with_another_s(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="got none; start a new run there"):
+        resume(tmp_path / "new")
+    data = saved(tmp_path / "old")
+    with make_server() as server, pytest.raises(StateError, match="resume that run, or choose another"):
+        server.save(tmp_path / "old")
+    assert (tmp_path / "old" / StateFolder.FILE).read_bytes() == data
+    with make_server() as server:
+        server.save(tmp_path / "first")
+        server.save(tmp_path / "second")
+        with make_server() as other, pytest.raises(StateError):
+            other.save(tmp_path / "first")
+        assert (tmp_path / "first" / StateFolder.FILE).read_bytes() == server._state().to_bytes()
+
+
+def hold(folder: Path, ready: Any, done: Any) -> None:
+    with make_server() as server:
+        server.save(folder)
+        ready.set()
+        done.wait()
+
+
+def test_two_servers_on_one_folder_fail_clearly(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, done))
+    other.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(FolderInUseError, match="to itself"):
+            resume(tmp_path)
+        with make_server() as server, pytest.raises(FolderInUseError):
+            server.save(tmp_path)
+    finally:
+        done.set()
+        other.join(60)
+    assert other.exitcode == 0
+    with resume(tmp_path), pytest.raises(FolderInUseError):
+        resume(tmp_path)
+    resume(tmp_path).close()
+
+
+@SAMPLINGS
+def test_a_full_disk_leaves_the_old_state(
+    tmp_path: Path, sampling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, sampling=sampling)
+    with resume(tmp_path, sampling=sampling) as server:
+        before = (tmp_path / StateFolder.FILE).read_bytes()
+        server.merge(make_replies(server))
+
+        def no_space(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", no_space)
+            with pytest.raises(OSError, match="No space left"):
+                server.save(tmp_path)
+        assert (tmp_path / StateFolder.FILE).read_bytes() == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", StateFolder.FILE]
+        # The server itself lost nothing: with space it saves.
+        server.save(tmp_path)
+        assert ServerState.from_bytes((tmp_path / StateFolder.FILE).read_bytes()).round == 3
+
+
+def test_a_real_limit_on_file_sizes_leaves_the_old_state(tmp_path: Path) -> None:
+    saved(tmp_path)
+    with resume(tmp_path) as server:
+        before = (tmp_path / StateFolder.FILE).read_bytes()
+        server.merge(make_replies(server))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        try:
+            with pytest.raises(OSError, match="large"):
+                server.save(tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / StateFolder.FILE).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", StateFolder.FILE]
+
+
+@pytest.mark.slow
+def test_killed_at_any_instant_it_ends_in_the_same_state(tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    play(str(straight))
+    script = Path(__file__).with_name("killed_server.py")
+    command = [sys.executable, str(script), str(killed), "30"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    num_killed, num_states = map(int, done.stdout.split())
+    assert num_killed >= 20
+    assert num_states >= 10
+    final = (killed / StateFolder.FILE).read_bytes()
+    assert ServerState.from_bytes(final).round == NUM_ROUNDS
+    assert final == (straight / StateFolder.FILE).read_bytes()
+    assert sorted(path.name for path in killed.iterdir()) == [".lock", StateFolder.FILE]

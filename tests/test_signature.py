@@ -1,0 +1,228 @@
+"""Ed25519 keys and signatures: RFC 8032's vectors, keys in files, and ledgers that have to be signed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from fedkseed import Ledger, LedgerError, ModelIdentity
+from fedkseed._extras import MissingExtraError
+from fedkseed.inspection import describe
+from fedkseed.ledger_format import LedgerSignatureError, LedgerUnsignedError
+from fedkseed.signature import Signature, SigningKeyError, make_key_pair, public_key_bytes, sign
+
+# RFC 8032, section 7.1, tests 1 and 3: secret key, public key, message, signature.
+RFC_8032 = [
+    (
+        "9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60",
+        "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",
+        "",
+        "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e065224901555fb8821590a33bacc61e39701cf9b46b"
+        "d25bf5f0595bbe24655141438e7a100b",
+    ),
+    (
+        "c5aa8df43f9f837bedb7442f31dcb7b166d38535076f094b85ce3a2e0b4458f7",
+        "fc51cd8e6218a1a38da47ed00230f0580816ed13ba3303ac5deb911548908025",
+        "af82",
+        "6291d657deec24024827e69c3abe01a30ce548a284743a445e3680d7db5ac3ac18ff9b538d16f290ae67f760984dc659"
+        "4a7c15e9716ed28dc027beceea1ec40a",
+    ),
+]
+LEDGER = Ledger(
+    7, np.array([0.5, -0.25]), ModelIdentity(bytes(32), bytes(32), "float32"), notes={"creator": "a test"}
+)
+
+
+def private_pem(key: Any, password: bytes | None = None) -> bytes:
+    encryption: Any = serialization.NoEncryption()
+    if password is not None:
+        encryption = serialization.BestAvailableEncryption(password)
+    pem: bytes = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+    return pem
+
+
+def public_pem(key: Any) -> bytes:
+    pem: bytes = key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return pem
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    make_key_pair(tmp_path / "private.pem", tmp_path / "public.pem")
+    return tmp_path / "private.pem", tmp_path / "public.pem"
+
+
+@pytest.mark.parametrize(("secret", "public", "message", "value"), RFC_8032)
+def test_published_vectors(secret: str, public: str, message: str, value: str) -> None:
+    key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(secret))
+    signature = sign(bytes.fromhex(message), key)
+    assert signature == Signature(bytes.fromhex(public), bytes.fromhex(value))
+    assert signature.is_of(bytes.fromhex(message))
+    assert not signature.is_of(bytes.fromhex(message) + b"\0")
+    assert not Signature(bytes.fromhex(public), bytes(64)).is_of(bytes.fromhex(message))
+
+
+def test_a_key_pair_in_files(tmp_path: Path) -> None:
+    mask = os.umask(0)
+    try:
+        public = make_key_pair(tmp_path / "private.pem", str(tmp_path / "public.pem"))
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "private.pem").stat().st_mode) == 0o600
+    assert stat.S_IMODE((tmp_path / "public.pem").stat().st_mode) == 0o644
+    assert sign(b"x", tmp_path / "private.pem").public_key == public
+    assert public_key_bytes(tmp_path / "public.pem") == public_key_bytes(public) == public
+    assert public_key_bytes(Ed25519PublicKey.from_public_bytes(public)) == public
+
+
+def test_no_key_is_ever_overwritten(tmp_path: Path) -> None:
+    private, public = tmp_path / "private.pem", tmp_path / "public.pem"
+    public.write_text("kept")
+    with pytest.raises(FileExistsError):
+        make_key_pair(private, public)
+    assert not private.exists()
+    private.write_text("kept")
+    public.unlink()
+    with pytest.raises(FileExistsError):
+        make_key_pair(private, public)
+    assert private.read_text() == "kept"
+    assert not public.exists()
+    with pytest.raises(FileNotFoundError):
+        make_key_pair(tmp_path / "new.pem", tmp_path / "absent" / "public.pem")
+    assert not (tmp_path / "new.pem").exists()
+
+
+def test_keys_that_are_none(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    private, public = keys
+    elliptic = ec.generate_private_key(ec.SECP256R1())
+    files = {
+        "text": b"no key",
+        "empty": b"",
+        "large": b"x" * 20_000,
+        "locked": private_pem(Ed25519PrivateKey.generate(), b"password"),
+        "other": private_pem(elliptic),
+        "other_public": public_pem(elliptic.public_key()),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for name, message in {
+        "text": "expected a private key as PEM in .*text, got none",
+        "empty": "got none",
+        "large": "a file too large for one",
+        "locked": "without a password in .*locked, got one with",
+        "other": "expected a private key of Ed25519, got .*EC",
+        public.name: "got none",
+    }.items():
+        with pytest.raises(SigningKeyError, match=message):
+            sign(b"x", tmp_path / name)
+    for name, message in {
+        "text": "expected a public key as PEM in .*text, got none",
+        "large": "a file too large for one",
+        "other_public": "expected a public key of Ed25519, got .*EC",
+        private.name: "got none",
+    }.items():
+        with pytest.raises(SigningKeyError, match=message):
+            public_key_bytes(tmp_path / name)
+    with pytest.raises(SigningKeyError, match="public key of 32 bytes, got 31"):
+        public_key_bytes(bytes(31))
+    with pytest.raises(SigningKeyError, match="private key of Ed25519, got RSA"):
+        sign(b"x", rsa.generate_private_key(65537, 2048))  # type: ignore[arg-type]
+    with pytest.raises(FileNotFoundError):
+        sign(b"x", tmp_path / "absent")
+    with pytest.raises(ValueError, match="got 32 and 63"):
+        Signature(bytes(32), bytes(63))
+
+
+# Ledgers
+
+
+def test_a_signed_ledger(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    private, public = keys
+    path = tmp_path / "ledger"
+    LEDGER.save(path, private)
+    ledger = Ledger.load(path, public_key=public)
+    assert ledger.is_signed_by_its_key()
+    assert ledger == LEDGER.sign(private) != LEDGER
+    assert replace(ledger, signature=None) == LEDGER
+    ledger.save(path)
+    assert Ledger.load(path, public_key=public_key_bytes(public)) == ledger
+
+
+def test_what_is_signed_is_the_file_without_its_signature(keys: tuple[Path, Path]) -> None:
+    signed = LEDGER.sign(keys[0])
+    assert signed.signature is not None
+    key = Ed25519PublicKey.from_public_bytes(signed.signature.public_key)
+    key.verify(signed.signature.value, LEDGER.to_bytes())
+
+
+def test_ledgers_that_are_not_signed_by_the_key_asked_for(tmp_path: Path, keys: tuple[Path, Path]) -> None:
+    private, public = keys
+    asked = public_key_bytes(public)
+    other = Ed25519PrivateKey.generate()
+    signed = LEDGER.sign(private)
+    assert signed.signature is not None
+    refused: list[tuple[Ledger, type[LedgerError], str]] = [
+        (LEDGER, LedgerUnsignedError, f"signed by {asked.hex()}, got one without a signature"),
+        (
+            LEDGER.sign(other),
+            LedgerSignatureError,
+            f"got one by {public_key_bytes(other.public_key()).hex()}",
+        ),
+        # Signed by another, who writes the wanted key into it.
+        (
+            replace(LEDGER, signature=Signature(asked, sign(LEDGER.to_bytes(), other).value)),
+            LedgerSignatureError,
+            "a signature that is not of this ledger",
+        ),
+        *(
+            (changed, LedgerSignatureError, "a signature that is not of this ledger")
+            for changed in (
+                replace(signed, base_seed=8),
+                replace(signed, coefficients=np.array([0.5, -0.5])),
+                replace(signed, frozen=(3,)),
+                replace(signed, notes={}),
+                replace(signed, identity=ModelIdentity(bytes(32), bytes(32), "float16")),
+            )
+        ),
+    ]
+    path = tmp_path / "ledger"
+    for ledger, error, message in refused:
+        ledger.save(path)
+        assert Ledger.load(path) == ledger
+        with pytest.raises(error, match=message):
+            Ledger.load(path, public_key=public)
+        with pytest.raises(error, match=message):
+            describe(path, public_key=public)
+    assert not LEDGER.is_signed_by_its_key()
+    assert LEDGER.sign(other).is_signed_by_its_key()
+    assert not replace(signed, base_seed=8).is_signed_by_its_key()
+
+
+def test_without_the_library(keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsigned and signed ledgers are read all the same; what needs the library names the extra."""
+    data = LEDGER.sign(keys[0]).to_bytes()
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "cryptography" else find_spec(name)
+    )
+    ledger = Ledger.from_bytes(data)
+    assert ledger.signature is not None
+    for call in (
+        lambda: ledger.sign(keys[0]),
+        lambda: ledger.verify(ledger.signature.public_key),
+        lambda: Ledger.from_bytes(data, public_key=keys[1]),
+        lambda: make_key_pair("private.pem", "public.pem"),
+    ):
+        with pytest.raises(MissingExtraError, match=r"pip install 'fedkseed-kernels\[sign\]'"):
+            call()
+    assert "not checked: expected the package cryptography" in describe(ledger)
