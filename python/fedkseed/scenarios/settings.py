@@ -40,7 +40,7 @@ class RunSettings:
     rounds: int = _setting(8, "rounds to run", "N")
     clients_per_round: int = _setting(16, "clients that take part in a round, of 16", "N")
     local_steps: int = _setting(2, "steps of each client in a round", "N")
-    batch_size: int = _setting(4, "rows of a step's batch", "N")
+    batch_size: int = _setting(2, "rows of a step's batch", "N")
     lr: float = _setting(1e-4, "learning rate; the more clients share a round, the larger it may be", "LR")
     eps: float = _setting(1e-3, "scale of the perturbation", "EPS")
     num_seeds: int = _setting(256, "size K of the seed pool", "K")
@@ -49,10 +49,10 @@ class RunSettings:
     sampling: str = _setting(
         "uniform", "how seeds are drawn; pro: by significance (FedKSeed-Pro)", choices=get_args(Sampling)
     )
-    round_rows: int = _setting(4, "test rows of each task behind the held-out loss of a round", "N")
+    round_rows: int = _setting(2, "test rows of each task behind the held-out loss of a round", "N")
     final_rows: int = _setting(16, "test rows of each task behind the losses before and after, of 16", "N")
     generate_rows: int = _setting(
-        4, "test rows of each client task that are answered for Rouge-L and exact match", "N"
+        2, "test rows of each client task that are answered for Rouge-L and exact match", "N"
     )
     rouge_every: int = _setting(0, "rounds between measurements of Rouge-L; 0: only before and after", "N")
     model: str = _setting("", "a save_pretrained folder or a hub id (SmolLM2-135M-Instruct)", "MODEL")

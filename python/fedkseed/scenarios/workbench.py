@@ -35,7 +35,8 @@ from fedkseed.evaluation import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_EVALUATION_BATCH = 16
+_LOSS_BATCH = 8
+_ANSWER_BATCH = 16
 _MAX_NEW_TOKENS = 26  # the longest answer of the data has 24
 
 
@@ -96,10 +97,13 @@ class Workbench:
         return self._loss("held-out loss", self._test, num_rows)
 
     def _loss(self, name: str, tasks: Sequence[Sequence[Encoded]], num_rows: int) -> float:
+        # Rows of like length share a batch: padding costs as much as text.
         chosen = [
             batch
             for rows in tasks
-            for batch in iterate_batches(rows[:num_rows], _EVALUATION_BATCH, self._pad_id)
+            for batch in iterate_batches(
+                sorted(rows[:num_rows], key=lambda row: len(row.input_ids)), _LOSS_BATCH, self._pad_id
+            )
         ]
         bar = tqdm(chosen, desc=name, unit="batch", leave=False, disable=None)
         return response_loss(self.model, bar, share_prefix=True)
@@ -122,7 +126,7 @@ class Workbench:
             self._tokenizer,
             [encode_prompt(self._tokenizer, row, self._style) for row in asked],
             max_new_tokens=_MAX_NEW_TOKENS,
-            batch_size=_EVALUATION_BATCH,
+            batch_size=_ANSWER_BATCH,
             progress=sys.stderr.isatty(),
         )
         pairs = [(answer, row.output) for answer, row in zip(answers, asked, strict=True)]
