@@ -49,7 +49,7 @@ class RunSettings:
     sampling: str = _setting(
         "uniform", "how seeds are drawn; pro: by significance (FedKSeed-Pro)", choices=get_args(Sampling)
     )
-    round_rows: int = _setting(2, "test rows of each task behind the held-out loss of a round", "N")
+    round_rows: int = _setting(1, "test rows of each task behind the held-out loss of a round", "N")
     final_rows: int = _setting(16, "test rows of each task behind the losses before and after, of 16", "N")
     generate_rows: int = _setting(
         2, "test rows of each client task that are answered for Rouge-L and exact match", "N"

@@ -89,7 +89,9 @@ class Workbench:
 
     def train_loss(self, model: torch.nn.Module, batch: Batch) -> float:
         """Mean loss over the batch's response tokens, in nats."""
-        nll, num_tokens = response_nll(model, batch, share_prefix=True)
+        # Few rows save fewer tokens by a shared prefix than its own pass over the weights costs.
+        share = len(batch.input_ids) >= _LOSS_BATCH
+        nll, num_tokens = response_nll(model, batch, share_prefix=share)
         return nll / num_tokens
 
     def held_out_loss(self, num_rows: int) -> float:
