@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -145,7 +144,7 @@ def main() -> None:
     registered = _registered_peaks()
     rows = [measure(options.replies, sampling) for sampling in ("uniform", "pro")]
     result = {
-        "command": " ".join(["python -m benchmarks.merge", *sys.argv[1:]]),
+        "command": f"python -m benchmarks.merge --replies {options.replies}",
         "environment": {**described, "load_average_after": environment.load_average()},
         "target_per_second": TARGET,
         "rows": rows,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_language_model import make_model, make_task, make_tokenizer
+from data_samples import make_tokenizer
+from tiny_language_model import make_model, make_task
 
 from fedkseed import cli
 from fedkseed.data import FetchError, ModelError

