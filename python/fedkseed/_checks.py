@@ -31,10 +31,7 @@ def check_learning_rate(value: object) -> float:
         TypeError: not a real number.
         ValueError: negative, NaN or infinite.
     """
-    lr = _real("lr", value)
-    if not 0 <= lr < math.inf:
-        raise ValueError(f"expected a finite lr of at least 0, got {value}")
-    return lr
+    return _finite_not_negative("lr", value)
 
 
 def check_max_abs_g(value: object) -> float:
@@ -44,10 +41,7 @@ def check_max_abs_g(value: object) -> float:
         TypeError: not a real number.
         ValueError: not a positive normal number of fp32.
     """
-    bound = _real("max_abs_g", value)
-    if not float(_FP32.tiny) <= bound <= float(_FP32.max):
-        raise ValueError(f"expected max_abs_g in [{_FP32.tiny:.3g}, {_FP32.max:.3g}], got {value}")
-    return float(np.float32(bound))
+    return _positive_fp32("max_abs_g", value)
 
 
 def check_eps(value: object) -> float:
@@ -57,10 +51,7 @@ def check_eps(value: object) -> float:
         TypeError: not a real number.
         ValueError: not a positive normal number of fp32.
     """
-    eps = _real("eps", value)
-    if not float(_FP32.tiny) <= eps <= float(_FP32.max):
-        raise ValueError(f"expected eps in [{_FP32.tiny:.3g}, {_FP32.max:.3g}], got {value}")
-    return float(np.float32(eps))
+    return _positive_fp32("eps", value)
 
 
 def check_weight_decay(value: object) -> float:
@@ -70,10 +61,7 @@ def check_weight_decay(value: object) -> float:
         TypeError: not a real number.
         ValueError: negative, NaN or infinite.
     """
-    weight_decay = _real("weight_decay", value)
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"expected a finite weight_decay of at least 0, got {value}")
-    return weight_decay
+    return _finite_not_negative("weight_decay", value)
 
 
 def check_seed(value: object) -> int:
@@ -100,6 +88,20 @@ def check_bound(name: str, value: object) -> float:
             f"expected a finite {name} of at least {_FP32.tiny:.3g}, got {value}; None means no bound"
         )
     return bound
+
+
+def _finite_not_negative(name: str, value: object) -> float:
+    number = _real(name, value)
+    if not 0 <= number < math.inf:
+        raise ValueError(f"expected a finite {name} of at least 0, got {value}")
+    return number
+
+
+def _positive_fp32(name: str, value: object) -> float:
+    number = _real(name, value)
+    if not float(_FP32.tiny) <= number <= float(_FP32.max):
+        raise ValueError(f"expected {name} in [{_FP32.tiny:.3g}, {_FP32.max:.3g}], got {value}")
+    return float(np.float32(number))
 
 
 def _real(name: str, value: object) -> float:

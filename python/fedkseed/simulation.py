@@ -9,18 +9,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Generic, get_args
+from typing import Any, Generic
 
 import torch
 
-from fedkseed._checks import check_count, check_eps, check_learning_rate
+from fedkseed._checks import check_count
 from fedkseed.client import BatchT
 from fedkseed.hosting import ClientRun, ExampleT, Host, InProcessHost, Task
 from fedkseed.identity import frozen_indices
 from fedkseed.ledger import Ledger
 from fedkseed.manifest import manifest_parameters
 from fedkseed.run_folder import LEDGER, METRICS, TIMINGS, RoundLog
-from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, MAX_STEPS, SeedPool
+from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed.server import Server
 from fedkseed.server_config import Sampling, ServerConfig, Weighting
 from fedkseed.shared_tensors import SharedTensors
@@ -70,20 +70,28 @@ class SimulationConfig:
 
     def __post_init__(self) -> None:
         check_count("num_rounds", self.num_rounds, 0, MAX_ROUNDS - 1)
-        check_count("clients_per_round", self.clients_per_round, 1, MAX_CLIENTS)
-        check_count("num_local_steps", self.num_local_steps, 1, MAX_STEPS - 1)
         check_count("batch_size", self.batch_size, 1, 2**31)
         check_count("num_seeds", self.num_seeds, 1, MAX_SEEDS)
         check_count("num_threads", self.num_threads, 1, 2**15)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"expected an integer seed, got {self.seed!r}")
-        check_learning_rate(self.lr)
-        check_eps(self.eps)
-        for name, kind in (("weighting", Weighting), ("sampling", Sampling)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"expected a {name} out of {list(get_args(kind))}, got {getattr(self, name)!r}"
-                )
+        self.server_config(MAX_CLIENTS)  # checks the rest; how many clients there are is not known yet
+
+    def server_config(self, num_clients: int) -> ServerConfig:
+        """The server's part, for this many registered clients.
+
+        Raises:
+            TypeError, ValueError: a field of another type or out of range.
+        """
+        return ServerConfig(
+            num_clients=num_clients,
+            clients_per_round=self.clients_per_round,
+            num_local_steps=self.num_local_steps,
+            lr=self.lr,
+            eps=self.eps,
+            weighting=self.weighting,
+            sampling=self.sampling,
+        )
 
 
 @dataclass(frozen=True)
@@ -223,16 +231,7 @@ class Simulation(Generic[ExampleT, BatchT]):
             self.working.load(pool, self.server.wire_coefficients)
 
     def _open_server(self, pool: SeedPool, resume: bool) -> None:
-        config = self.config
-        server_config = ServerConfig(
-            num_clients=len(self.task.datasets),
-            clients_per_round=config.clients_per_round,
-            num_local_steps=config.num_local_steps,
-            lr=config.lr,
-            eps=config.eps,
-            weighting=config.weighting,
-            sampling=config.sampling,
-        )
+        server_config = self.config.server_config(len(self.task.datasets))
         identity = self.working.identity
         if resume and self._folder is not None:
             self.server = Server.resume(self._folder, identity, pool, server_config)
