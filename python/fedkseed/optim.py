@@ -17,8 +17,9 @@ max_loss_gap, is skipped: it counts as g = 0 and in ``num_skipped``. If the clos
 the perturbation is taken back first, and the next step takes the same seeds. A model given in train mode with
 dropout modules is warned of once, at the first step.
 
-Weights are perturbed in place, with the memory of inference. Every pass rounds to the weights' dtype, so
-stored weights of 16 bits drift from w0 + sum_k c_k z(s_k).
+How both sides are visited is the storage mode's (`fedkseed.storage`). By default weights are perturbed in
+place, with the memory of inference: every pass rounds to the weights' dtype, so stored weights of 16 bits
+drift from w0 + sum_k c_k z(s_k).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from fedkseed._checks import check_count, check_learning_rate, check_seed, check
 from fedkseed.gradient import ProjectedGradient
 from fedkseed.parameters import Params
 from fedkseed.seeds import MAX_STEPS, SeedPool
-from fedkseed.storage import GroupUpdate
+from fedkseed.storage import GroupUpdate, Inplace, StorageOptions
 from fedkseed.zeroth_order import Loss, ZerothOrderOptimizer
 from fedkseed_kernels import derived
 
@@ -50,6 +51,7 @@ _REBUILD = (
 
 # Seeds and schedules are drawn this many at a time: one draw costs as much as a pass over a small model.
 _BLOCK = 256
+_INPLACE = Inplace()
 
 
 class ZOSGD(ZerothOrderOptimizer):
@@ -79,12 +81,14 @@ class ZOSGD(ZerothOrderOptimizer):
             directions of a step are skipped, the step changes nothing: no weight decay either.
         model: beside a list or groups: the model whose manifest gives the streams, so that grouping and
             leaving out parameters does not change what noise they get.
+        storage: how both sides of the weights are visited (`fedkseed.storage`).
+        family: of the noise, "gaussian" or "rademacher".
 
     Attributes:
         seed: in [0, 2^64).
         num_directions: as given.
         projected_grads: g of each direction of the last step, as used; empty before the first.
-        eps, manifest, num_skipped: see `ZerothOrderOptimizer`.
+        eps, family, manifest, num_skipped: see `ZerothOrderOptimizer`.
 
     Raises:
         TypeError: a tensor that is not floating point or is sharded; a number of another type.
@@ -103,13 +107,15 @@ class ZOSGD(ZerothOrderOptimizer):
         max_abs_g: float | None = None,
         max_loss_gap: float | None = None,
         model: nn.Module | None = None,
+        storage: StorageOptions = _INPLACE,
+        family: str = "gaussian",
     ) -> None:
         self.seed = check_seed(seed)
         self.num_directions = check_count("num_directions", num_directions, 1, 2**16)
         self.projected_grads: tuple[float, ...] = ()
         defaults = {"lr": check_learning_rate(lr), "weight_decay": check_weight_decay(weight_decay)}
         gradient = ProjectedGradient(eps, max_abs_g, max_loss_gap)
-        super().__init__(params, defaults, gradient, model, _check_group)
+        super().__init__(params, defaults, gradient, model, _check_group, storage, family, self.seed)
         for group, update in zip(self.param_groups, self._group_updates(), strict=True):
             decay = group["lr"] * group["weight_decay"]
             if decay > 0 and update.alpha == 1:
@@ -145,7 +151,8 @@ class ZOSGD(ZerothOrderOptimizer):
             self._num_drawn += len(gradients)
             self.projected_grads = tuple(gradients)
 
-        return self._walk(seeds, self._group_updates(), closure, record)
+        next_seed = _seed(self.seed, self._num_drawn + self.num_directions)
+        return self._walk(seeds, self._group_updates(), closure, record, next_seed)
 
     def _group_updates(self) -> list[GroupUpdate]:
         return [_decaying_update(group["lr"], group["weight_decay"]) for group in self.param_groups]
@@ -177,11 +184,13 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         weight_decay: must be 0.
         max_abs_g: bound to which g is clipped, rounded down to fp32.
         max_loss_gap: a step with |L+ - L-| above it is skipped.
+        storage: how both sides of the weights are visited (`fedkseed.storage`).
+        family: of the noise, "gaussian" or "rademacher".
 
     Attributes:
         history: one (index into the pool, g) for each step since construction; g = 0 if it was skipped.
         coefficients: fp64 [K], the sum of -lr g over the steps that drew each seed.
-        eps, manifest, num_skipped: see `ZerothOrderOptimizer`.
+        eps, family, manifest, num_skipped: see `ZerothOrderOptimizer`.
 
     Raises:
         TypeError: a tensor that is not floating point or is sharded; a number or the pool of another type.
@@ -200,6 +209,8 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         max_abs_g: float | None = None,
         max_loss_gap: float | None = None,
+        storage: StorageOptions = _INPLACE,
+        family: str = "gaussian",
     ) -> None:
         if not isinstance(seed_pool, SeedPool):
             raise TypeError(f"expected a SeedPool, got {type(seed_pool).__name__}")
@@ -220,7 +231,9 @@ class FedKSeedSGD(ZerothOrderOptimizer):
                     )
 
         gradient = ProjectedGradient(eps, max_abs_g, max_loss_gap)
-        super().__init__(params, {"lr": lr}, gradient, None, check_group)
+        super().__init__(
+            params, {"lr": lr}, gradient, None, check_group, storage, family, seed_pool.base_seed
+        )
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -245,7 +258,10 @@ class FedKSeedSGD(ZerothOrderOptimizer):
             TypeError: a loss that is neither a tensor nor a number.
         """
         lr = self._learning_rate()
-        index = self._next_index() if seed_index is None else self._check_index(seed_index)
+        index = (
+            self._scheduled_index(self._num_drawn) if seed_index is None else self._check_index(seed_index)
+        )
+        following = None if seed_index is not None else self._following_index()
 
         def record(gradients: list[float]) -> None:
             (g,) = gradients
@@ -255,7 +271,8 @@ class FedKSeedSGD(ZerothOrderOptimizer):
             self.history.append((index, g))
 
         updates = [GroupUpdate(lr)] * len(self.param_groups)
-        return self._walk([int(self.seed_pool.seeds[index])], updates, closure, record)
+        next_seed = None if following is None else int(self.seed_pool.seeds[following])
+        return self._walk([int(self.seed_pool.seeds[index])], updates, closure, record, next_seed)
 
     def _identity(self) -> dict[str, Any]:
         pool = {"base_seed": self.seed_pool.base_seed, "num_seeds": self.seed_pool.num_seeds}
@@ -294,8 +311,13 @@ class FedKSeedSGD(ZerothOrderOptimizer):
     def _check_index(self, index: Any) -> int:
         return check_count("seed index", index, 0, self.seed_pool.num_seeds - 1)
 
-    def _next_index(self) -> int:
-        step = self._num_drawn
+    def _following_index(self) -> int | None:
+        """Of the step after this one; None if the schedule ends with this one."""
+        step = self._num_drawn + 1
+        is_last = self._schedule is not None and step >= len(self._schedule)
+        return None if is_last else self._scheduled_index(step)
+
+    def _scheduled_index(self, step: int) -> int:
         if self._schedule is None:
             return _uniform_schedule(self.seed_pool, step // _BLOCK)[step % _BLOCK]
         if step >= len(self._schedule):

@@ -14,7 +14,7 @@ from torch import nn
 from fedkseed._checks import check_count
 from fedkseed.gradient import ProjectedGradient
 from fedkseed.parameters import Params, tuned_parameters
-from fedkseed.storage import Direction, GroupUpdate, InplaceStorage, Storage
+from fedkseed.storage import Direction, GroupUpdate, Storage, StorageOptions, TunedWeights
 
 logger = logging.getLogger("fedkseed")
 
@@ -29,6 +29,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     Attributes:
         eps: as rounded to fp32.
+        family: of the noise.
         manifest: of the model given; None if a tensor's stream is its place among those given. The tuned
             weights of the latter kind cannot be described by a ledger.
         num_skipped: how many directions were skipped: a loss or g was not finite, or |L+ - L-| was above
@@ -42,6 +43,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         gradient: ProjectedGradient,
         model: nn.Module | None,
         check_options: Callable[[dict[str, Any]], None],
+        storage: StorageOptions,
+        family: str,
+        seed: int,
     ) -> None:
         tuned = tuned_parameters(params, model, check_options)
         self._is_complete = False
@@ -54,11 +58,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._gradient = gradient
         self._streams = tuned.streams
         tensors: list[list[torch.Tensor]] = [list(group["params"]) for group in self.param_groups]
-        self._storage: Storage = InplaceStorage(tensors, self._streams, self.eps)
+        whole = params if isinstance(params, nn.Module) else model
+        self.family = family
+        self._options = storage
+        self._storage: Storage = storage.open(
+            TunedWeights(tensors, self._streams, self.eps, family, seed, whole)
+        )
         devices = {tensor.device for group in tensors for tensor in group}
         self._devices = sorted(devices - {torch.device("cpu")}, key=str)
         #: Looked at in the first step, when the caller has chosen between train and eval mode.
-        self._model_to_check = params if isinstance(params, nn.Module) else model
+        self._model_to_check = whole
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once the optimizer exists.
@@ -82,6 +91,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         name = type(self).__name__
         raise TypeError(f"expected no copy or pickle of {name}; make a new one and load the state_dict")
 
+    def flush(self) -> None:
+        """Takes back a perturbation that the storage mode left for the next step; harmless otherwise."""
+        self._storage.flush()
+
     def state_dict(self) -> dict[str, Any]:
         """The base class's state and, as "fedkseed", what the optimizer was made with and how far it got.
 
@@ -89,8 +102,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         it has loaded this. The state of torch's random number generators (dropout) and of a learning rate
         scheduler is the caller's to save beside it. Holds nothing that torch.load refuses with weights_only.
         """
+        self.flush()
         state = super().state_dict()
         state["fedkseed"] = {"optimizer": type(self).__name__, **self._identity(), **self._progress()}
+        state["fedkseed"]["storage_state"] = self._storage.state()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -118,6 +133,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"expected a whole state_dict of {name}, got a damaged one: {error!r}"
             ) from error
+        self._storage.load_state(own.get("storage_state", {}))
         super().load_state_dict(state_dict)
         for attribute, value in progress.items():
             setattr(self, attribute, value)
@@ -129,6 +145,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "max_abs_g": self._gradient.max_abs_g,
             "max_loss_gap": self._gradient.max_loss_gap,
             "streams": [list(streams) for streams in self._streams],
+            "family": self.family,
+            "storage": repr(self._options),
         }
 
     def _progress(self) -> dict[str, Any]:
@@ -147,6 +165,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         updates: Sequence[GroupUpdate],
         closure: Callable[[], Loss],
         record: Callable[[list[float]], None],
+        next_seed: int | None,
     ) -> float:
         """Mean loss of the evaluations of one step; ``record`` gets g of each seed, 0 where it was skipped.
 
@@ -154,18 +173,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         them where a single evaluation would have.
         """
         self._check_dropout()
-        states = self._rng_states()
-
-        def evaluate() -> float:
-            self._set_rng_states(states)
-            return _loss_value(closure())
+        evaluation = _Evaluation(closure, self._devices)
 
         def note(directions: list[Direction]) -> None:
             self.num_skipped += sum(direction.g is None for direction in directions)
             record([0.0 if direction.g is None else direction.g for direction in directions])
 
         num_skipped = self.num_skipped
-        directions = self._storage.walk(seeds, updates, evaluate, self._gradient, note)
+        directions = self._storage.walk(seeds, updates, evaluation, self._gradient, note, next_seed)
         for plus, minus, g in directions:
             if g is None:
                 # The first is said aloud; a run that diverges would repeat it at every step.
@@ -192,13 +207,32 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 stacklevel=6,  # the caller of step, past what torch wraps around it
             )
 
-    def _rng_states(self) -> list[torch.Tensor]:
-        states = [torch.get_device_module(device).get_rng_state(device) for device in self._devices]
-        return [torch.get_rng_state(), *states]
 
-    def _set_rng_states(self, states: list[torch.Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for device, state in zip(self._devices, states[1:], strict=True):
+class _Evaluation:
+    """The closure, called each time with the generators as they stood when the step began."""
+
+    def __init__(self, closure: Callable[[], Any], devices: Sequence[torch.device]) -> None:
+        self._closure = closure
+        self._devices = devices
+        states = [torch.get_device_module(device).get_rng_state(device) for device in devices]
+        self._states = [torch.get_rng_state(), *states]
+
+    def side(self) -> float:
+        self._rewind()
+        return _loss_value(self._closure())
+
+    def both(self) -> tuple[float, float]:
+        self._rewind()
+        losses = self._closure()
+        if not isinstance(losses, (torch.Tensor, list, tuple)) or len(losses) != 2:
+            raise ValueError(
+                f"expected the closure of a paired step to return two losses, (plus, minus), got {losses!r}"
+            )
+        return _loss_value(losses[0]), _loss_value(losses[1])
+
+    def _rewind(self) -> None:
+        torch.set_rng_state(self._states[0])
+        for device, state in zip(self._devices, self._states[1:], strict=True):
             torch.get_device_module(device).set_rng_state(state, device)
 
 

@@ -1,7 +1,4 @@
-"""How a zeroth-order step visits both sides of the weights: one interface, `Storage`.
-
-`InplaceStorage` perturbs the stored weights themselves.
-"""
+"""The storage mode that perturbs the stored weights themselves."""
 
 from __future__ import annotations
 
@@ -9,58 +6,23 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
-from typing import NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 
 import fedkseed_kernels
+from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
 
 
-class GroupUpdate(NamedTuple):
-    """w <- alpha w - lr (mean over the directions of g z), for the tensors of one group; alpha is an fp32."""
+@dataclass(frozen=True)
+class Inplace:
+    """Perturbs the stored weights and takes it back: no memory beyond them (`InplaceStorage`)."""
 
-    lr: float
-    alpha: float = 1.0
-
-
-class Direction(NamedTuple):
-    """What was measured along the noise of one seed; g is None if the direction is skipped."""
-
-    plus: float
-    minus: float
-    g: float | None
-
-
-class Storage(Protocol):
-    """What the optimizer asks of the weights."""
-
-    def walk(
-        self,
-        seeds: Sequence[int],
-        updates: Sequence[GroupUpdate],
-        evaluate: Callable[[], float],
-        project: Callable[[float, float], float | None],
-        record: Callable[[list[Direction]], None],
-    ) -> list[Direction]:
-        """One step: both sides of w along every seed's noise, then one update along all of them.
-
-        ``evaluate`` is called at w + eps z and then at w - eps z of each seed in turn; ``project`` makes g of
-        the two losses. A skipped direction counts as g = 0; if all are skipped nothing is updated, alpha
-        included.
-
-        ``record`` is called once the update is made: whatever interrupts, both have happened or neither. If
-        ``evaluate`` or ``project`` raises, the weights are as they were (up to the rounding of the passes
-        made), and the exception goes on.
-
-        Args:
-            seeds: at least one.
-            updates: one for each group of tensors.
-
-        Raises:
-            ValueError: the update is not finite in fp32.
-        """
+    def open(self, weights: TunedWeights) -> InplaceStorage:
+        """See `StorageOptions.open`."""
+        return InplaceStorage(weights)
 
 
 class InplaceStorage:
@@ -73,30 +35,24 @@ class InplaceStorage:
 
     No memory beyond the weights. Every pass rounds to the weights' dtype.
 
-    Args:
-        groups: the weights, moved in place.
-        streams: the noise stream of each.
-        eps: an fp32 value.
-
     Raises:
         TypeError, ValueError: what the kernels refuse: a dtype, tensors that overlap, devices that are mixed.
     """
 
-    def __init__(
-        self, groups: Sequence[Sequence[torch.Tensor]], streams: Sequence[Sequence[int]], eps: float
-    ) -> None:
-        self._tensors = [tensor for group in groups for tensor in group]
-        self._streams = [stream for group in streams for stream in group]
-        self._whole = fedkseed_kernels.prepare(self._tensors, streams=self._streams)
+    def __init__(self, weights: TunedWeights) -> None:
+        self._tensors = [tensor for group in weights.groups for tensor in group]
+        self._streams = [stream for group in weights.streams for stream in group]
+        self._family = weights.family
+        self._whole = fedkseed_kernels.prepare(self._tensors, streams=self._streams, family=weights.family)
         self._groups = (
             [self._whole]
-            if len(groups) == 1
+            if len(weights.groups) == 1
             else [
-                fedkseed_kernels.prepare(list(group), streams=list(group_streams))
-                for group, group_streams in zip(groups, streams, strict=True)
+                fedkseed_kernels.prepare(list(group), streams=list(streams), family=weights.family)
+                for group, streams in zip(weights.groups, weights.streams, strict=True)
             ]
         )
-        self._eps = eps
+        self._eps = weights.eps
         self._seed = 0
         self._offset = 0.0  # the weights stand at w + offset z(seed)
 
@@ -104,18 +60,19 @@ class InplaceStorage:
         self,
         seeds: Sequence[int],
         updates: Sequence[GroupUpdate],
-        evaluate: Callable[[], float],
+        evaluation: Evaluation,
         project: Callable[[float, float], float | None],
         record: Callable[[list[Direction]], None],
+        next_seed: int | None = None,
     ) -> list[Direction]:
         """See `Storage.walk`."""
         directions = []
         try:
             for seed in seeds:
                 self._move(seed, self._eps)
-                plus = evaluate()
+                plus = evaluation.side()
                 self._move(seed, -self._eps)
-                minus = evaluate()
+                minus = evaluation.side()
                 directions.append(Direction(plus, minus, project(plus, minus)))
             with _interrupts_held():
                 self._update(seeds, updates, directions)
@@ -124,6 +81,18 @@ class InplaceStorage:
             self._restore()
             raise
         return directions
+
+    def flush(self) -> None:
+        """Nothing waits: every step takes its perturbation back."""
+
+    def state(self) -> dict[str, Any]:
+        """Empty: the weights are all there is."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See `Storage.load_state`."""
+        if state:
+            raise ValueError(f"expected an empty state of weights perturbed in place, got {sorted(state)}")
 
     def _move(self, seed: int, offset: float) -> None:
         """To w + offset z(seed) from where the weights stand."""
@@ -166,7 +135,9 @@ class InplaceStorage:
         """Takes the perturbation back wherever the tensors are now, for they may be what was changed."""
         if self._offset:
             with _interrupts_held():
-                fedkseed_kernels.perturb_(self._tensors, self._seed, -self._offset, streams=self._streams)
+                fedkseed_kernels.perturb_(
+                    self._tensors, self._seed, -self._offset, streams=self._streams, family=self._family
+                )
                 self._offset = 0.0
 
 

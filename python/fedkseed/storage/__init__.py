@@ -1,0 +1,23 @@
+"""How a zeroth-order step visits both sides of the weights: options to choose from, one interface behind."""
+
+from __future__ import annotations
+
+from fedkseed.storage.inplace import Inplace
+from fedkseed.storage.interface import (
+    Direction,
+    Evaluation,
+    GroupUpdate,
+    Storage,
+    StorageOptions,
+    TunedWeights,
+)
+
+__all__ = [
+    "Direction",
+    "Evaluation",
+    "GroupUpdate",
+    "Inplace",
+    "Storage",
+    "StorageOptions",
+    "TunedWeights",
+]
