@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed_kernels import derived, golden, native, reference
+from fedkseed_kernels._sums import terms_left
 
 DIGEST_BLOCK_WORDS = 1 << 24
 NUM_DIGEST_BLOCKS = 2**32 // DIGEST_BLOCK_WORDS
@@ -154,7 +155,7 @@ def _pair(
 
 def _is_unchanged(terms: Any, alpha: float, dtype: str, family: str) -> bool:
     coeffs = golden.coeffs_from_hex(terms["coeffs"])
-    return alpha == 1 and not reference.terms_left(terms["seeds"], coeffs, dtype == "float64", family)
+    return alpha == 1 and not terms_left(terms["seeds"], coeffs, dtype == "float64", family)
 
 
 def _primitive_choices() -> Iterator[tuple[str, str, str, float]]:
