@@ -38,6 +38,8 @@ struct Run { // consecutive elements of the noise, evenly spaced in memory
   const char *in;
   int64_t in_stride;
   Side out, out_minus;
+  const int16_t *residual; // beside in
+  int16_t *residual_out;   // beside out
 };
 
 size_t element_size(int32_t dtype) { return dtype == FK_FP64 ? 8 : dtype == FK_FP32 ? 4 : 2; }
@@ -73,6 +75,7 @@ struct Buffers {
   };
   uint32_t noise[FK_BLOCK_WORDS + 4 * 16];
   double gathered[FK_BLOCK], written[FK_BLOCK];
+  int16_t residuals[FK_BLOCK];
 };
 
 // Sums of one block of groups, and how many elements of the first group lie before the run.
@@ -93,8 +96,13 @@ int64_t block_sums(const Job &job, const fk_tensor &t, const fk_schedule &schedu
 }
 
 // The minus side is -acc, except that a zero need not mirror: an exact cancellation gives +0 on both sides, no
-// term at all -0. So a zero sum of other than one term is computed anew from negated coefficients (section 6.2).
-template <typename T> bool mirror(const T *acc, T *minus, int64_t n, int64_t count) {
+// term at all -0 (section 6.2). A zero of an integer sum is one of these; so is a zero of an fp32 sum of no term.
+// Other zeros of an fp32 sum may be underflows: then false, and they are computed anew from negated coefficients.
+template <typename T> bool mirror(const T *acc, T *minus, int64_t n, int32_t family, int64_t count) {
+  if (family == FK_RADEMACHER) {
+    for (int64_t i = 0; i < n; ++i) minus[i] = acc[i] == (T)0 ? acc[i] : -acc[i];
+    return true;
+  }
   bool exact = true;
   for (int64_t i = 0; i < n; ++i) {
     minus[i] = -acc[i];
@@ -114,6 +122,8 @@ void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done
   apply.n = n;
   apply.alpha = job.terms->alpha;
   apply.noise = 0;
+  apply.residual = run.residual ? run.residual + done * run.in_stride : 0;
+  apply.residual_out = run.residual_out ? run.residual_out + done * side.stride : 0;
   if (job.terms->rounding == FK_STOCHASTIC && (t.dtype == FK_BF16 || t.dtype == FK_FP16)) {
     const uint64_t element = run.first_element + (uint64_t)done;
     const int64_t skip = (int64_t)(element & 7u);
@@ -121,14 +131,25 @@ void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done
                              FK_TAG_ROUNDING, job.terms->rounding_seed);
     apply.noise = (const uint16_t *)buffers.noise + skip; // little-endian: low half first
   }
-  char *target = (char *)apply.out;
+  char *target = (char *)apply.out, *target_residual = (char *)apply.residual_out,
+       *rest = (char *)buffers.residuals;
   if (apply.in && run.in_stride != 1) {
     copy_elements((const char *)apply.in, run.in_stride, (char *)buffers.gathered, 1, n, size);
     apply.in = buffers.gathered;
+    if (apply.residual) {
+      copy_elements((const char *)apply.residual, run.in_stride, rest, 1, n, sizeof(int16_t));
+      apply.residual = buffers.residuals;
+    }
   }
-  if (side.stride != 1) apply.out = buffers.written;
+  if (side.stride != 1) {
+    apply.out = buffers.written;
+    if (target_residual) apply.residual_out = buffers.residuals;
+  }
   job.kernels->apply[t.dtype](&apply);
-  if (side.stride != 1) copy_elements((const char *)buffers.written, 1, target, side.stride, n, size);
+  if (side.stride != 1) {
+    copy_elements((const char *)buffers.written, 1, target, side.stride, n, size);
+    if (target_residual) copy_elements(rest, 1, target_residual, side.stride, n, sizeof(int16_t));
+  }
 }
 
 // Whether whole groups can go straight into the stored weights.
@@ -157,7 +178,15 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
     if (fused && ahead == 0 && run.n - done >= FK_FUSED) {
       const int64_t n = (run.n - done) / FK_FUSED * FK_FUSED;
       const int64_t at = done * (int64_t)size;
-      const fk_apply apply = {run.in + at, run.out.base + at, 0, 0, 0, n, job.terms->alpha};
+      const fk_apply apply = {run.in + at,
+                              run.out.base + at,
+                              0,
+                              0,
+                              0,
+                              n,
+                              job.terms->alpha,
+                              run.residual ? run.residual + done : 0,
+                              run.residual_out ? run.residual_out + done : 0};
       job.kernels->gaussian_into[t.dtype](&apply, element >> shift, t.stream, &schedules.plus);
       done += n;
       continue;
@@ -166,9 +195,11 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
     const int64_t n = run.n - done < room ? run.n - done : room;
     const int64_t skip = block_sums(job, t, schedules.plus, element, n, buffers.acc, buffers.acc64);
     if (run.out_minus.base) {
-      const bool mirrored =
-          t.dtype == FK_FP64 ? mirror(buffers.acc64 + skip, buffers.minus64 + skip, n, schedules.plus.count)
-                             : mirror(buffers.acc + skip, buffers.minus + skip, n, schedules.plus.count);
+      const int32_t family = job.terms->family;
+      const int64_t count = schedules.plus.count;
+      const bool mirrored = t.dtype == FK_FP64
+                                ? mirror(buffers.acc64 + skip, buffers.minus64 + skip, n, family, count)
+                                : mirror(buffers.acc + skip, buffers.minus + skip, n, family, count);
       if (!mirrored) block_sums(job, t, schedules.minus, element, n, buffers.minus, buffers.minus64);
       // The side that overwrites the input goes last.
       if (run.out.base == run.in) {
@@ -196,7 +227,9 @@ void run_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t end, B
                      t.in ? (const char *)t.in + begin * size : 0,
                      1,
                      {(char *)t.out + begin * size, 1},
-                     {t.out_minus ? (char *)t.out_minus + begin * size : 0, 1}};
+                     {t.out_minus ? (char *)t.out_minus + begin * size : 0, 1},
+                     t.residual ? t.residual + begin : 0,
+                     t.residual_out ? t.residual_out + begin : 0};
     run_elements(job, t, run, buffers);
     return;
   }
@@ -225,7 +258,9 @@ void run_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t end, B
                      t.in ? (const char *)t.in + in_at * size : 0,
                      t.in_strides[last],
                      {(char *)t.out + out_at * size, t.out_strides[last]},
-                     {t.out_minus ? (char *)t.out_minus + minus_at * size : 0, t.out_minus_strides[last]}};
+                     {t.out_minus ? (char *)t.out_minus + minus_at * size : 0, t.out_minus_strides[last]},
+                     t.residual ? t.residual + in_at : 0,
+                     t.residual_out ? t.residual_out + out_at : 0};
     run_elements(job, t, run, buffers);
     position += n;
   }
@@ -254,15 +289,17 @@ void run_chunks(int64_t begin, int64_t end, void *context) {
 
 int32_t fk_run_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
                          const fk_terms *terms, const fk_kernels *kernels, fk_parallel_for parallel_for) {
-  fk_schedules fp32 = {{0, 0, 0, 0, 0, 0}, {0, 0, 0, 0, 0, 0}, 0}, fp64 = fp32;
+  fk_schedules fp32, fp64;
+  memset(&fp32, 0, sizeof fp32);
+  memset(&fp64, 0, sizeof fp64);
   int64_t *first_chunk = (int64_t *)malloc(sizeof(int64_t) * (size_t)(num_tensors + 1));
   bool has_fp32 = false, has_fp64 = false;
   for (int64_t i = 0; i < num_tensors; ++i) *(tensors[i].dtype == FK_FP64 ? &has_fp64 : &has_fp32) = true;
   // Coefficients are rounded here: in the contract's mode, not the caller's.
   const fk_float_mode mode = fk_enter_float_mode();
   int32_t error = first_chunk ? 0 : FK_ERROR_MEMORY;
-  if (!error && has_fp32) error = fk_make_schedules(terms, 0, &fp32);
-  if (!error && has_fp64) error = fk_make_schedules(terms, 1, &fp64);
+  if (!error && has_fp32) error = fk_make_schedules(terms, 0, kernels->lookup_terms, &fp32);
+  if (!error && has_fp64) error = fk_make_schedules(terms, 1, kernels->lookup_terms, &fp64);
   fk_leave_float_mode(mode);
   if (!error) {
     Job job = {tensors, first_chunk, num_tensors, 0, rows, terms, &fp32, &fp64, kernels};

@@ -23,7 +23,6 @@ struct Vec {
   FK_HD F as_f(I v) { return _mm256_castsi256_ps(v); }
   FK_HD I as_i(F v) { return _mm256_castps_si256(v); }
 
-  FK_HD F add(F a, F b) { return _mm256_add_ps(a, b); }
   FK_HD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   FK_HD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   FK_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
@@ -31,10 +30,24 @@ struct Vec {
   FK_HD F from_int(I v) { return _mm256_cvtepi32_ps(v); }
   FK_HD I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
   FK_HD I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
+  FK_HD I max_i(I a, I b) { return _mm256_max_epi32(a, b); } // signed
   FK_HD I and_or(I v, I mask, I base) { return _mm256_or_si256(_mm256_and_si256(v, mask), base); }
   FK_HD I and2(I a, I b) { return _mm256_and_si256(a, b); }
   template <int n> FK_HD I shift_right(I v) { return _mm256_srli_epi32(v, n); }
   template <int n> FK_HD I shift_left(I v) { return _mm256_slli_epi32(v, n); }
+  template <int n> FK_HD I shift_right_signed(I v) { return _mm256_srai_epi32(v, n); }
+  FK_HD I nearest_int(F v) { return _mm256_cvtps_epi32(v); } // 2^31 where there is none
+  FK_HD F quiet(F v) { // the same, and one pattern for every NaN, its low half 0
+    return _mm256_blendv_ps(v, as_f(set_i(0x7FC00000u)), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  }
+  // Low halves of 32-bit lanes from one, high halves from the other.
+  FK_HD I join_halves(I low, I high) { return _mm256_blend_epi16(low, high, 0xAA); }
+  FK_HD I load_int16(const int16_t *p) { return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+  FK_HD void store_low_halves(void *p, I v) {
+    const I low = _mm256_and_si256(v, set_i(0xFFFF));
+    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
+  }
 
   // Philox: products of the low halves of 64-bit lanes; what the high halves hold does not matter.
   FK_HD I multiply(I a, I b) { return _mm256_mul_epu32(a, b); }
@@ -76,17 +89,37 @@ struct Vec {
     v[3] = _mm256_unpackhi_epi64(c, d);
   }
 
-  // sums of 8 elements each: acc[v] += bit (8 v + lane) of bits set ? -c : c, for v < 4
-  static constexpr int kVectorsPerWord = 4;
-  FK_HD void add_signed(F *acc, uint32_t bits, float c) {
+  static constexpr int kVectorsPerWord = 4; // elements of a Rademacher word, by vectors
+  // to[i] = bit i of bits set ? -c : c, for i < 32
+  FK_HD void store_signed(float *to, uint32_t bits, float c) {
     const I word = set_i(bits), coeff = as_i(set_f(c)), sign = set_i(0x80000000u);
     for (int v = 0; v < 4; ++v) {
       const I shift = _mm256_setr_epi32(31 - 8 * v, 30 - 8 * v, 29 - 8 * v, 28 - 8 * v, 27 - 8 * v,
                                         26 - 8 * v, 25 - 8 * v, 24 - 8 * v);
       const I flip = _mm256_and_si256(_mm256_sllv_epi32(word, shift), sign);
-      acc[v] = add(acc[v], as_f(_mm256_xor_si256(coeff, flip)));
+      store_f(to + 8 * v, as_f(_mm256_xor_si256(coeff, flip)));
     }
   }
+
+  // Two Rademacher words a and b of neighbouring lanes -> the pairs (bit e of a, bit e of b): those of even e at
+  // bits e, e + 1 of the first lane, those of odd e at bits e - 1, e of the second.
+  static constexpr int kLookupTerms = 2;
+  FK_HD I shuffle_bits(I v) {
+    const I stay = _mm256_set1_epi64x((int64_t)0xAAAAAAAA55555555), down = _mm256_set1_epi64x(0xAAAAAAAA),
+            up = _mm256_set1_epi64x(0x5555555500000000);
+    const I moved = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi64(v, 31), down),
+                                    _mm256_and_si256(_mm256_slli_epi64(v, 31), up));
+    return _mm256_or_si256(_mm256_and_si256(v, stay), moved);
+  }
+  typedef __m256 Table; // four sums, twice
+  FK_HD Table load_table(const uint32_t *p) { return _mm256_broadcast_ps((const __m128 *)(const void *)p); }
+  // Of two shuffled lanes: the index of element l at the low bits of lane l, of element 8 + l 8 bits higher, ...
+  FK_HD I load_index(const uint32_t *p) {
+    long long both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return _mm256_srlv_epi32(_mm256_set1_epi64x(both), _mm256_setr_epi32(0, 0, 2, 2, 4, 4, 6, 6));
+  }
+  FK_HD I lookup(Table table, I index) { return as_i(_mm256_permutevar_ps(table, index)); }
 
   FK_HD F load_bf16(const uint16_t *p) {
     return as_f(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
@@ -99,7 +132,7 @@ struct Vec {
     return add_i(add_i(bits, set_i(0x7FFF)), odd);
   }
   FK_HD I bf16_pairs(F low, F high) {
-    return _mm256_blend_epi16(_mm256_srli_epi32(bf16_in_high_half(low), 16), bf16_in_high_half(high), 0xAA);
+    return join_halves(_mm256_srli_epi32(bf16_in_high_half(low), 16), bf16_in_high_half(high));
   }
   FK_HD void store_bf16(uint16_t *p, F y) {
     const I high = _mm256_srli_epi32(bf16_in_high_half(y), 16);

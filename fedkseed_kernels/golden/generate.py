@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed_kernels import derived, golden, native, reference
+from fedkseed_kernels._sums import terms_left
 
 DIGEST_BLOCK_WORDS = 1 << 24
 NUM_DIGEST_BLOCKS = 2**32 // DIGEST_BLOCK_WORDS
@@ -66,6 +67,13 @@ def _terms() -> dict[str, dict[str, list[Any]]]:
         "tiny": ([11, 12], [2e-8, 1e-40]),
         "past fp16": ([13], [4e4]),
         "past fp32": ([14], [3.2e38]),
+        "past fp32 together": ([15, 16], [2.5e38, 2.5e38]),
+        # Rademacher sums: what is skipped, and what rounds to small integers, ties among them.
+        "far apart": (
+            list(range(20, 28)),
+            [2.0**-26 * 1.5, -(2.0**-28), 0.75, 2.0**-96, -(2.0**-97), 2.0**-26 * 2.5, 1e-41, 2.0**-29],
+        ),
+        "smallest that count": ([28, 29, 30], [2.0**-96, -(2.0**-95), 2.0**-960]),
     }
     return {
         name: {"seeds": seeds, "coeffs": [float(c).hex() for c in coeffs]}
@@ -145,9 +153,9 @@ def _pair(
     return dict(zip(("plus", "minus"), map(golden.to_hex, kept), strict=True))
 
 
-def _is_unchanged(terms: Any, alpha: float, dtype: str) -> bool:
+def _is_unchanged(terms: Any, alpha: float, dtype: str, family: str) -> bool:
     coeffs = golden.coeffs_from_hex(terms["coeffs"])
-    return alpha == 1 and not reference.terms_left(terms["seeds"], coeffs, dtype == "float64")
+    return alpha == 1 and not terms_left(terms["seeds"], coeffs, dtype == "float64", family)
 
 
 def _primitive_choices() -> Iterator[tuple[str, str, str, float]]:
@@ -160,6 +168,11 @@ def _primitive_choices() -> Iterator[tuple[str, str, str, float]]:
             yield "gaussian", dtype, terms, 1.0
         for terms, alpha in (("one", 1.0), ("two", 0.9), ("cancelling", 1.0), ("seventeen", 1.0)):
             yield "rademacher", dtype, terms, alpha
+    for dtype in reference.DTYPES:
+        for terms in ("far apart", "smallest that count", "past fp32 together", "three, one skipped"):
+            yield "rademacher", dtype, terms, 1.0
+        yield "rademacher", dtype, "none", 0.9
+        yield "rademacher", dtype, "all skipped", 1.0
 
 
 def _primitive(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> Iterator[dict[str, Any]]:
@@ -178,8 +191,7 @@ def _primitive(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> I
                 "rounding_seed": 2**64 - 3 if rounding == "stochastic" else None,
                 "stream": next(streams),
                 "first_element": first,
-                "unchanged": _is_unchanged(all_terms[terms], alpha, dtype),
-                "provisional": family == "rademacher",
+                "unchanged": _is_unchanged(all_terms[terms], alpha, dtype, family),
             }
             elements = np.uint64(first) + np.arange(weights[dtype].size, dtype=np.uint64)
             yield case | _pair(case, weights[dtype], elements, all_terms[terms])
@@ -198,6 +210,17 @@ LAYOUTS: tuple[tuple[list[int], tuple[list[int], list[int]] | int, list[int] | N
     ([6, 5], 7, [], "transposed"),
     ([0, 3], 0, None, "contiguous"),
     ([], 2**40, None, "contiguous"),
+)
+
+
+COMPENSATED_CHOICES = (
+    ("none", 0.9),
+    ("all skipped", 1.0),
+    ("one", 1.0),
+    ("two", 1 - 2.0**-10),
+    ("seventeen", 1.0),
+    ("tiny", 1.0),
+    ("past fp16", 1.0),
 )
 
 
@@ -220,7 +243,6 @@ def _layouts(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> Ite
                 "rounding_seed": 99,
                 "stream": next(streams),
                 "unchanged": False,
-                "provisional": family == "rademacher",
             }
             w = np.resize(weights[dtype][::-1], shape)
             elements = case_elements(case)
@@ -229,6 +251,45 @@ def _layouts(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> Ite
                 w, elements = w[gather], elements[gather]
             yield case | _pair(case, w, elements, all_terms["two"])
         next(dtypes)
+
+
+def _compensated(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> Iterator[dict[str, Any]]:
+    streams, firsts, random = cycle(STREAMS), cycle(FIRST_ELEMENTS), np.random.default_rng(4)
+    for dtype, family in product(reference.COMPENSATED_DTYPES, reference.FAMILIES):
+        for terms, alpha in COMPENSATED_CHOICES:
+            first, stream = next(firsts), next(streams)
+            stored = weights[dtype]
+            residuals = random.integers(-(2**15), 2**15, stored.size).astype(np.int16)
+            residuals[::5] = 0
+            case: dict[str, Any] = {
+                "family": family,
+                "dtype": dtype,
+                "terms": terms,
+                "alpha": alpha,
+                "stream": stream,
+                "first_element": first,
+                "unchanged": _is_unchanged(all_terms[terms], alpha, dtype, family),
+                "residuals": golden.to_hex(residuals),
+            }
+            options: dict[str, Any] = {key: case[key] for key in ("dtype", "stream", "alpha", "family")}
+            seeds, coeffs = all_terms[terms]["seeds"], golden.coeffs_from_hex(all_terms[terms]["coeffs"])
+            elements = np.uint64(first) + np.arange(stored.size, dtype=np.uint64)
+            new, left = reference.seed_axpy_compensated_array(
+                stored, residuals, elements, seeds, coeffs, **options
+            )
+            sides = reference.seed_axpy_pair_array(
+                stored, elements, seeds, coeffs, residuals=residuals, **options
+            )
+            results = [new, *sides]
+            if not case["unchanged"]:
+                results = [golden.without_payloads(result, dtype) for result in results]
+            names = ("weights_after", "plus", "minus")
+            yield (
+                case
+                | dict(zip(names, map(golden.to_hex, results), strict=True))
+                | {"residuals_after": golden.to_hex(left)}
+            )
+        next(firsts)
 
 
 def case_elements(case: dict[str, Any]) -> NDArray[np.uint64]:
@@ -285,6 +346,7 @@ def build() -> dict[str, Any]:
         "weights": {dtype: golden.to_hex(w) for dtype, w in weights.items()},
         "primitive": list(_primitive(terms, weights)),
         "layouts": list(_layouts(terms, weights)),
+        "compensated": list(_compensated(terms, weights)),
         "derived": _derived(),
         "draws": _draws(),
     }
