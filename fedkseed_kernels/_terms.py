@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedkseed_kernels._exact import ieee_arithmetic
 from fedkseed_kernels._operands import FAMILY_CODES, ROUNDING_CODES, DeviceTerms, Terms
+from fedkseed_kernels._sums import SUM_MAX_TERMS
 
 # Numbers of at least this magnitude become infinite in fp32: its largest number and half an ulp.
 FP32_OVERFLOW = float.fromhex("0x1.ffffffp+127")
@@ -182,6 +183,10 @@ def check_term_metadata(
         raise ValueError(
             f"expected one coefficient for each seed, "
             f"got {seeds.shape[0]} seeds and {coeffs.shape[0]} coefficients"
+        )
+    if family == "rademacher" and coeffs.shape[0] > SUM_MAX_TERMS:
+        raise ValueError(
+            f"expected at most 2^24 terms of rademacher noise, got {coeffs.shape[0]}; make several calls"
         )
     if alpha.dim() != 0 or alpha.dtype != torch.float64:
         raise ValueError(f"expected alpha fp64 of shape (), got {alpha.dtype} of shape {tuple(alpha.shape)}")
