@@ -55,8 +55,8 @@ class Rule:
     """How to read one kernel: its name in the tables, what makes an element, and the memory that one moves.
 
     num_terms 0: a loop over any number of terms; the count is then per element and term.
-    elements_of_call: of a loop over Rademacher terms, how many elements one call of Philox serves; 0 if they
-    are summed as matrix products.
+    elements_of_turn: of a loop over Rademacher terms, the elements times terms of a turn; 0 if they are summed
+    as matrix products.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Rule:
     num_terms: int
     bytes_per_element: int
     num_sides: int = 1
-    elements_of_call: int = 8
+    elements_of_turn: int = 8
 
     @property
     def makes(self) -> re.Pattern[str]:
@@ -72,7 +72,7 @@ class Rule:
             return _INTEGER_TO_FLOAT
         if not self.is_loop:
             return _FINAL_FMA
-        return _PHILOX if self.elements_of_call else _MATRIX
+        return _PHILOX if self.elements_of_turn else _MATRIX
 
     @property
     def is_loop(self) -> bool:
@@ -82,18 +82,17 @@ class Rule:
         """Elements (times terms, in a loop) of a path that makes so many.
 
         Raises:
-            ToolError: they are no whole number of Philox calls.
+            ToolError: a turn of the loop makes no noise.
         """
         if self.family == "gaussian":
             return num_made / max(self.num_terms, 1)
         if not self.is_loop:
             return num_made / self.num_sides
-        if not self.elements_of_call:
+        if not self.elements_of_turn:
             return num_made * _ELEMENTS_OF_MATRIX
-        for num_calls in range(1, num_made):
-            if num_made in range(num_calls * machine_code.PHILOX_PRODUCTS, num_calls * 20 + 1):
-                return num_calls * self.elements_of_call
-        raise ToolError(f"expected whole calls of Philox in {self.name}, got {num_made} products")
+        if num_made < machine_code.PHILOX_PRODUCTS:
+            raise ToolError(f"expected Philox in a turn of the loop of {self.name}, got {num_made} products")
+        return self.elements_of_turn
 
 
 @dataclass(frozen=True)
@@ -175,8 +174,8 @@ def cuda_rule(name: str) -> Rule | None:
     form = f"K = {terms}" if terms else "K loop"
     suffix = ", rows" if kernel == "strided" else ""
     label = f"cuda {family} {dtype}, {form}{suffix}"
-    of_call = 0 if kernel == "many_rademacher" else 8
-    return Rule(label, family, terms, 2 * ITEMSIZES[dtype], elements_of_call=of_call)
+    of_turn = 0 if kernel == "many_rademacher" else 8
+    return Rule(label, family, terms, 2 * ITEMSIZES[dtype], elements_of_turn=of_turn)
 
 
 def cuda_rows(library: Path, arches: Sequence[str]) -> Iterator[Row]:
@@ -213,8 +212,9 @@ def triton_rows(arches: Sequence[str]) -> Iterator[Row]:
                 ((function, usage),) = machine_code.read_cubin(cubin)
                 num_sides = 2 if variant.form == "pair" else 1
                 moved = ITEMSIZES[variant.dtype] * sides_moved[variant.form]
-                of_call = triton_kernels.config_of(variant).num_lanes
-                rule = Rule(variant.name, variant.family, variant.num_terms, moved, num_sides, of_call)
+                config = triton_kernels.config_of(variant)
+                of_turn = config.num_lanes * config.unroll
+                rule = Rule(variant.name, variant.family, variant.num_terms, moved, num_sides, of_turn)
                 yield measure(function, usage, arch, rule)
 
 

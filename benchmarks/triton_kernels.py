@@ -47,7 +47,7 @@ class Variant:
     @property
     def num_sides(self) -> int:
         """Sums kept for each element."""
-        return 2 if self.form == "pair" and self.num_terms != 1 else 1
+        return launch.num_sides(self.family, self.num_terms, self.form == "pair")
 
 
 VARIANTS = (
