@@ -15,7 +15,7 @@ extern "C" {
 #define FK_CONTRACT_VERSION 1
 #define FK_MAX_DIMS 16
 
-#define FK_ERROR_ARGUMENT -1 // a code below is unknown, or there are too many terms
+#define FK_ERROR_ARGUMENT -1 // a code below is unknown, too many terms, or residuals that do not fit
 #define FK_ERROR_ISA -2      // the instruction set asked for is not there
 #define FK_ERROR_MEMORY -3   // a bookkeeping allocation (O(number of tensors + K)) failed
 
