@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import util
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -80,6 +82,12 @@ class Function:
             for first, last in loops
             if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
         ]
+
+
+    def loops_around(self, loop: tuple[int, int]) -> list[tuple[int, int]]:
+        """The loops that hold one, from the inside outwards."""
+        first, last = loop
+        return sorted((a, b) for a, b in self.loops() if a <= first and last <= b and (a, b) != loop)[::-1]
 
 
 _NOTHING = re.compile("$")
@@ -178,6 +186,8 @@ class HotPath:
 def hot_path(function: Function, makes: re.Pattern[str]) -> HotPath:
     """The innermost loop that makes the most; without one, the way from entry to exit that does.
 
+    Loops with calls are left out: the subroutines of 64-bit divisions, which belong to addresses.
+
     Args:
         makes: the opcode that is there once for each element.
     Raises:
@@ -186,7 +196,7 @@ def hot_path(function: Function, makes: re.Pattern[str]) -> HotPath:
     paths = [(path_that_makes_most(function, *loop, makes), True) for loop in function.innermost_loops()]
     paths.append((path_that_makes_most(function, 0, None, makes), False))
     found = [HotPath(path, sum(bool(makes.match(o)) for o in path), is_loop) for path, is_loop in paths]
-    loops = [path for path in found if path.is_loop and path.num_made]
+    loops = [p for p in found if p.is_loop and p.num_made and not any(o.startswith("CALL") for o in p.opcodes)]
     if loops:
         return max(loops, key=lambda path: path.num_made)
     if not found[-1].num_made:
@@ -194,15 +204,19 @@ def hot_path(function: Function, makes: re.Pattern[str]) -> HotPath:
     return found[-1]
 
 
-def philox_loop(function: Function, without: re.Pattern[str]) -> list[str]:
-    """Opcodes of the shortest innermost loop of Philox that has none matching without; [] if none is."""
-    bodies = [[i.opcode for i in function.instructions[a : b + 1]] for a, b in function.innermost_loops()]
-    found = [
-        body
-        for body in bodies
-        if sum(map(is_philox, body)) >= PHILOX_PRODUCTS and not any(without.match(o) for o in body)
-    ]
-    return min(found, key=len, default=[])
+def nested_loops(function: Function, makes: re.Pattern[str]) -> list[list[str]]:
+    """The way through the innermost loop that makes the most, and through each loop around it but for what is
+    in the one before: opcodes, from the inside outwards; [] if no loop makes any.
+
+    A way through an outer loop is the one with the most Philox products, which has every part of the work.
+    """
+    found = [(path_that_makes_most(function, *loop, makes), loop) for loop in function.innermost_loops()]
+    inner, loop = max(found, key=lambda item: sum(map(bool, map(makes.match, item[0]))), default=([], (0, 0)))
+    if not any(map(makes.match, inner)):
+        return []
+    works = re.compile(rf"{makes.pattern}|IMAD\.WIDE")
+    ways = [inner, *(path_that_makes_most(function, *outer, works) for outer in function.loops_around(loop))]
+    return [inner, *(list((Counter(way) - Counter(within)).elements()) for within, way in pairwise(ways))]
 
 
 #: Kinds of instructions, by the beginnings of their opcodes; the first that fits counts.
@@ -210,6 +224,7 @@ CLASSES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("move", ("HFMA2.MMA", "MOV", "CS2R", "S2R", "P2R", "R2P", "PLOP3", "SHFL", "VOTE")),
     ("conversion", ("I2F", "F2F", "F2I", "HADD2.F32")),
     ("FMA", ("FFMA", "DFMA", "HFMA2")),
+    ("matrix", ("IMMA",)),
     (
         "other float",
         ("FADD", "FMUL", "FSEL", "FSET", "FMNMX", "FCHK", "MUFU", "DADD", "DMUL", "DSET", "HADD2"),

@@ -3,7 +3,8 @@
     python -m benchmarks.sass [--arch sm_90] [--json FILE] [--check] [--write-budget]
 
 CUDA kernels come out of the built library, Triton's are compiled here as the package launches them. Counted
-is the hot path, machine_code.hot_path: the innermost loop that makes most, else the way through the kernel.
+is the hot path, machine_code.hot_path: the innermost loop that makes most, else the way through the kernel. Of
+a kernel of matrix products the loops around it are counted too, where its operands are made.
 No GPU is needed. A ceiling is what an H100 could do at most, by issue slots and by memory; nothing is
 measured. Exit status: 0, 1 past the committed budget (--check), 2 if something needed is missing.
 """
@@ -39,8 +40,14 @@ ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 RADEMACHER_GROUP = 128
 
 _INTEGER_TO_FLOAT = re.compile(r"I2FP?(\.F32\.S32|\.S32)?$")  # two a word, which gives two normals
-_SUM = re.compile(r"[FD]ADD")  # one a term
 _FINAL_FMA = re.compile(r"[FD]FMA")  # alpha w + acc: the only one of a short Rademacher kernel
+_PHILOX = re.compile(r"IMAD\.WIDE")  # 16 to 20 a call
+_MATRIX = re.compile(r"IMMA")  # of 16 elements and 32 terms, by 32 threads
+_ELEMENTS_OF_MATRIX = 16
+
+#: Elements of a thread times terms in one turn of the loops around the matrix products of many_rademacher, as
+#: csrc/cuda/many_rademacher.h has them: kPiece times kWordChunk and times kTermBlock.
+TURNS_AROUND_MATRICES = (8 * 64, 8 * 256)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Rule:
     """How to read one kernel: its name in the tables, what makes an element, and the memory that one moves.
 
     num_terms 0: a loop over any number of terms; the count is then per element and term.
+    elements_of_turn: of a loop over Rademacher terms, the elements times terms of a turn; 0 if they are summed
+    as matrix products.
     """
 
     name: str
@@ -55,20 +64,35 @@ class Rule:
     num_terms: int
     bytes_per_element: int
     num_sides: int = 1
+    elements_of_turn: int = 8
 
     @property
     def makes(self) -> re.Pattern[str]:
         if self.family == "gaussian":
             return _INTEGER_TO_FLOAT
-        return _SUM if self.is_loop else _FINAL_FMA
+        if not self.is_loop:
+            return _FINAL_FMA
+        return _PHILOX if self.elements_of_turn else _MATRIX
 
     @property
     def is_loop(self) -> bool:
         return self.num_terms == 0
 
     def num_elements(self, num_made: int) -> float:
-        per_element = max(self.num_terms, 1) if self.family == "gaussian" else self.num_sides
-        return num_made / per_element
+        """Elements (times terms, in a loop) of a path that makes so many.
+
+        Raises:
+            ToolError: a turn of the loop makes no noise.
+        """
+        if self.family == "gaussian":
+            return num_made / max(self.num_terms, 1)
+        if not self.is_loop:
+            return num_made / self.num_sides
+        if not self.elements_of_turn:
+            return num_made * _ELEMENTS_OF_MATRIX
+        if num_made < machine_code.PHILOX_PRODUCTS:
+            raise ToolError(f"expected Philox in a turn of the loop of {self.name}, got {num_made} products")
+        return self.elements_of_turn
 
 
 @dataclass(frozen=True)
@@ -103,14 +127,13 @@ def measure(function: Function, usage: Usage, arch: str, rule: Rule) -> Row:
     path = machine_code.hot_path(function, rule.makes)
     num_elements = rule.num_elements(path.num_made)
     counts = {name: n / num_elements for name, n in Counter(map(classify, path.opcodes)).items()}
-    if rule.family == "rademacher" and rule.is_loop:
-        makes_words = sum(map(machine_code.is_philox, path.opcodes))
-        if makes_words < machine_code.PHILOX_PRODUCTS:  # a loop of its own makes the words of whole groups
-            words = machine_code.philox_loop(function, without=rule.makes)
-            if not words:
-                raise ToolError(f"expected a loop of Philox in {rule.name}, got none")
-            for name, n in Counter(map(classify, words)).items():
-                counts[name] = counts.get(name, 0) + n / RADEMACHER_GROUP
+    if rule.makes is _MATRIX:
+        _, *around = machine_code.nested_loops(function, rule.makes)
+        if len(around) != len(TURNS_AROUND_MATRICES):
+            raise ToolError(f"expected two loops around the products of {rule.name}, got {len(around)}")
+        for opcodes, turn in zip(around, TURNS_AROUND_MATRICES, strict=True):
+            for name, n in Counter(map(classify, opcodes)).items():
+                counts[name] = counts.get(name, 0) + n / turn
     total = sum(counts.values())
     return Row(
         kernel=rule.name,
@@ -151,7 +174,8 @@ def cuda_rule(name: str) -> Rule | None:
     form = f"K = {terms}" if terms else "K loop"
     suffix = ", rows" if kernel == "strided" else ""
     label = f"cuda {family} {dtype}, {form}{suffix}"
-    return Rule(label, family, terms, 2 * ITEMSIZES[dtype])
+    of_turn = 0 if kernel == "many_rademacher" else 8
+    return Rule(label, family, terms, 2 * ITEMSIZES[dtype], elements_of_turn=of_turn)
 
 
 def cuda_rows(library: Path, arches: Sequence[str]) -> Iterator[Row]:
@@ -188,7 +212,9 @@ def triton_rows(arches: Sequence[str]) -> Iterator[Row]:
                 ((function, usage),) = machine_code.read_cubin(cubin)
                 num_sides = 2 if variant.form == "pair" else 1
                 moved = ITEMSIZES[variant.dtype] * sides_moved[variant.form]
-                rule = Rule(variant.name, variant.family, variant.num_terms, moved, num_sides)
+                config = triton_kernels.config_of(variant)
+                of_turn = config.num_lanes * config.unroll
+                rule = Rule(variant.name, variant.family, variant.num_terms, moved, num_sides, of_turn)
                 yield measure(function, usage, arch, rule)
 
 

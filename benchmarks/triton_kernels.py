@@ -47,7 +47,7 @@ class Variant:
     @property
     def num_sides(self) -> int:
         """Sums kept for each element."""
-        return 2 if self.form == "pair" and self.num_terms != 1 else 1
+        return launch.num_sides(self.family, self.num_terms, self.form == "pair")
 
 
 VARIANTS = (
@@ -64,14 +64,18 @@ VARIANTS = (
 )  # fmt: skip
 
 
+def config_of(variant: Variant) -> launch.Config:
+    """The configuration that `launch` picks for a variant."""
+    if variant.form == "rows":
+        return launch.runs_config()
+    dtype = DTYPES[variant.dtype]
+    return launch.choose_config(variant.family, dtype, variant.num_terms, variant.num_sides, MANY_TILES)
+
+
 def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     """Compile one variant for a target with the configuration that `launch` picks; needs no GPU."""
-    dtype = DTYPES[variant.dtype]
-    if variant.form == "rows":
-        kernel, config = runs_kernel, launch.runs_config()
-    else:
-        kernel = segments_kernel
-        config = launch.choose_config(variant.family, dtype, variant.num_terms, variant.num_sides, MANY_TILES)
+    dtype, config = DTYPES[variant.dtype], config_of(variant)
+    kernel = runs_kernel if variant.form == "rows" else segments_kernel
     constants = {
         "FAMILY": variant.family,
         "DTYPE": launch.ELEMENT_TYPES[dtype],

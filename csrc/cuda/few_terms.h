@@ -4,11 +4,31 @@
 
 #include "flat.h"
 
+FK_DEVICE constexpr bool is_rademacher(Gaussian) { return false; }
+FK_DEVICE constexpr bool is_rademacher(Rademacher) { return true; }
+
+// What two terms of Rademacher noise come to where their signs are equal (both +) and where they are not (the
+// first +).
+struct TwoTermSums {
+  float equal, unequal;
+};
+
 template <int kTerms> struct FewShared {
   FlatTile tile;
   FoldedKeys keys[kTerms];
   FoldedKeys rounding;
+  TwoTermSums sums; // for two terms of Rademacher noise
 };
+
+FK_DEVICE TwoTermSums sum_two_terms(float first, float second) {
+  TermSurvey<float> survey;
+  const uint32_t a = magnitude_bits(first), b = magnitude_bits(second);
+  survey.largest = a > b ? a : b;
+  survey.num_terms = (a != 0) + (b != 0);
+  const TermScale<float> scale = scale_of(survey);
+  const int32_t p = scaled_coefficient(first, scale), q = scaled_coefficient(second, scale);
+  return {unscaled_sum(p + q, scale), unscaled_sum(p - q, scale)};
+}
 
 // By the first thread of each warp: warp 0 finds the tile, warps 1.. prepare one term each, the next the
 // rounding.
@@ -24,7 +44,12 @@ FK_DEVICE void prepare_few(const FlatLaunch &launch, FewShared<kTerms> &shared) 
     FoldedKeys &keys = shared.keys[role - 1];
     const uint64_t seed = term_seed(launch.terms, role - 1);
     fold_keys(keys, seed, tile.stream, group_high(tile.first_element, Family::kGroupShift), Family::kTag);
-    keys.w[19] = fk_bits_from_float(counted_coefficient<float>(launch.terms, role - 1));
+    const float own = counted_coefficient<Family, float>(launch.terms, role - 1);
+    keys.w[19] = fk_bits_from_float(own);
+    if (is_rademacher(Family()) && kTerms == 2 && role == 1) {
+      bool skipped;
+      shared.sums = sum_two_terms(own, term_coefficient<Family, float>(launch.terms, 1, skipped));
+    }
   } else if (launch.terms.stochastic) {
     fold_keys(shared.rounding, term_rounding_seed(launch.terms), tile.stream,
               group_high(tile.first_element, FK_ROUNDING_GROUP_SHIFT), FK_TAG_ROUNDING);
@@ -34,20 +59,60 @@ FK_DEVICE void prepare_few(const FlatLaunch &launch, FewShared<kTerms> &shared) 
 // The keys of all terms, in registers.
 template <int kTerms> struct FewTerms {
   FoldedKeys keys[kTerms];
+  TwoTermSums sums;
   FK_DEVICE float coefficient(int k) const { return fk_float_from_bits(keys[k].w[19]); }
 };
 
-// Sums of one piece. kAllTerms: none is to be skipped.
-template <typename Family, bool kAllTerms, int kTerms> FK_DEVICE void
-sum_terms(float (&acc)[kPiece], uint32_t first_group, uint32_t piece, const FewTerms<kTerms> &terms) {
-  const uint64_t product = low_product(first_group + (piece >> (Family::kGroupShift - kPieceShift)));
+template <typename Family> FK_DEVICE uint64_t piece_product(uint32_t first_group, uint32_t piece) {
+  return low_product(first_group + (piece >> (Family::kGroupShift - kPieceShift)));
+}
+
+// value, negated where bit e of signs is set.
+FK_DEVICE float with_sign(float value, uint32_t signs, int e) {
+  return fk_float_from_bits(fk_bits_from_float(value) ^ (signs << (31 - e) & 0x80000000u));
+}
+
+// Sums of one piece. product: low_product of its group. kAllTerms: none is to be skipped.
+template <bool kAllTerms, int kTerms> FK_DEVICE void
+sum_terms(Gaussian, float (&acc)[kPiece], uint64_t product, uint32_t, const FewTerms<kTerms> &terms) {
 #pragma unroll
   for (int e = 0; e < kPiece; ++e) acc[e] = -0.0f;
 #pragma unroll
   for (int k = 0; k < kTerms; ++k) {
     if (kAllTerms || terms.coefficient(k) != 0.0f) {
-      add_term<Family>(acc, folded_philox(product, terms.keys[k]), piece, terms.coefficient(k));
+      add_gaussian(acc, folded_philox(product, terms.keys[k]), terms.coefficient(k));
     }
+  }
+}
+
+template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kPiece], uint64_t product,
+                                                   uint32_t piece, const FewTerms<1> &terms) {
+  if (!kAllTerms && terms.coefficient(0) == 0.0f) {
+#pragma unroll
+    for (int e = 0; e < kPiece; ++e) acc[e] = -0.0f;
+    return;
+  }
+  const uint32_t signs = piece_signs(folded_philox(product, terms.keys[0]), piece);
+#pragma unroll
+  for (int e = 0; e < kPiece; ++e) acc[e] = with_sign(terms.coefficient(0), signs, e);
+}
+
+template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kPiece], uint64_t product,
+                                                   uint32_t piece, const FewTerms<2> &terms) {
+  if (!kAllTerms && terms.coefficient(0) == 0.0f && terms.coefficient(1) == 0.0f) {
+#pragma unroll
+    for (int e = 0; e < kPiece; ++e) acc[e] = -0.0f;
+    return;
+  }
+  const uint32_t first = piece_signs(folded_philox(product, terms.keys[0]), piece);
+  const uint32_t unequal = first ^ piece_signs(folded_philox(product, terms.keys[1]), piece);
+  // A sum that is 0 is +0 whatever the signs.
+  uint32_t signs = first;
+  if (terms.sums.equal == 0.0f) signs &= unequal;
+  if (terms.sums.unequal == 0.0f) signs &= ~unequal;
+#pragma unroll
+  for (int e = 0; e < kPiece; ++e) {
+    acc[e] = with_sign(unequal & 1u << e ? terms.sums.unequal : terms.sums.equal, signs, e);
   }
 }
 
@@ -58,6 +123,7 @@ template <typename Storage, typename Family, int kTerms> __global__ void __launc
   __syncthreads();
   const FlatTile &tile = shared.tile;
   FewTerms<kTerms> terms;
+  terms.sums = shared.sums;
   bool any_term = false, all_terms = true;
 #pragma unroll
   for (int k = 0; k < kTerms; ++k) {
@@ -88,7 +154,7 @@ template <typename Storage, typename Family, int kTerms> __global__ void __launc
     for (int p = 0; p < kFewPieces; ++p) {
       const uint32_t piece = (uint32_t)(step * kFewPieces + p) * kThreads + threadIdx.x;
       float acc[kPiece];
-      sum_terms<Family, true>(acc, first_group, piece, terms);
+      sum_terms<true>(Family(), acc, piece_product<Family>(first_group, piece), piece, terms);
       add_weights<Storage>(acc, alpha, weights[p]);
       Storage::round_nearest(acc, weights[p]);
       write_whole<Storage>(out + p * (kStepBytes / kFewPieces), weights[p]);
@@ -110,7 +176,7 @@ template <typename Storage, typename Family, int kTerms> __global__ void __launc
       continue;
     }
     float acc[kPiece];
-    sum_terms<Family, false>(acc, first_group, piece, terms);
+    sum_terms<false>(Family(), acc, piece_product<Family>(first_group, piece), piece, terms);
     const uint64_t noise_piece = (tile.first_element >> kPieceShift) + piece;
     RoundingNoise noise;
     noise.stochastic = stochastic;

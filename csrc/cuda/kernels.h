@@ -11,7 +11,7 @@ struct Kernels {
   void (*flat[kNumLoops][2])(const FlatLaunch &launch, uint32_t num_tiles,
                              void *stream);                                          // by Loop, fk_family
   void (*strided[2])(const StridedLaunch &launch, uint32_t num_tiles, void *stream); // by fk_family
-  int64_t flat_tile[kNumLoops];                                                      // elements of a tile
+  int64_t flat_tile[kNumLoops][2];                                                   // elements of a tile
   int64_t strided_tile;                                                              // slots of a tile
   int32_t (*load)(void);                                                             // a cudaError_t
 };

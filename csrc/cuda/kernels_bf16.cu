@@ -3,7 +3,7 @@
 const Kernels kBf16Kernels = {
     {FK_FEW(Bf16, 1), FK_FEW(Bf16, 2), FK_MANY(Bf16)},
     FK_STRIDED(Bf16),
-    {kFewTile, kFewTile, ManyPieces<Bf16::Arithmetic>::kTile},
+    {FK_FEW_TILE, FK_FEW_TILE, FK_MANY_TILE(Bf16)},
     kStridedThreads,
     load_with_few<Bf16>,
 };

@@ -3,7 +3,7 @@
 const Kernels kFp16Kernels = {
     {FK_FEW(Fp16, 1), FK_FEW(Fp16, 2), FK_MANY(Fp16)},
     FK_STRIDED(Fp16),
-    {kFewTile, kFewTile, ManyPieces<Fp16::Arithmetic>::kTile},
+    {FK_FEW_TILE, FK_FEW_TILE, FK_MANY_TILE(Fp16)},
     kStridedThreads,
     load_with_few<Fp16>,
 };

@@ -4,7 +4,7 @@
 const Kernels kFp64Kernels = {
     {FK_MANY(Fp64), FK_MANY(Fp64), FK_MANY(Fp64)},
     FK_STRIDED(Fp64),
-    {ManyPieces<double>::kTile, ManyPieces<double>::kTile, ManyPieces<double>::kTile},
+    {FK_MANY_TILE(Fp64), FK_MANY_TILE(Fp64), FK_MANY_TILE(Fp64)},
     kStridedThreads,
     load_common<Fp64>,
 };

@@ -3,7 +3,8 @@
 
 #include "few_terms.h"
 #include "kernels.h"
-#include "many_terms.h"
+#include "many_gaussian.h"
+#include "many_rademacher.h"
 #include "strided.h"
 
 template <void (*kernel)(const FlatLaunch)>
@@ -44,3 +45,5 @@ template <typename Storage> int32_t load_with_few() {
   {launch_flat<few_terms<Storage, Gaussian, terms>>, launch_flat<few_terms<Storage, Rademacher, terms>>}
 #define FK_STRIDED(Storage)                                                                                  \
   {launch_strided<strided<Storage, Gaussian>>, launch_strided<strided<Storage, Rademacher>>}
+#define FK_FEW_TILE {kFewTile, kFewTile}
+#define FK_MANY_TILE(Storage) {ManyPieces<Storage::Arithmetic>::kTile, kRademacherTile}

@@ -4,6 +4,7 @@
 //   direct: nothing is shared (fk_group_words).
 #pragma once
 
+#include "integer_sums.h"
 #include "normal.h"
 #include "philox4x32.h"
 #include "rademacher.h"
@@ -15,11 +16,14 @@ constexpr int kPiece = 1 << kPieceShift;
 struct Gaussian {
   static constexpr uint32_t kTag = FK_TAG_GAUSSIAN;
   static constexpr int kGroupShift = FK_GAUSSIAN_GROUP_SHIFT;
+  template <typename Arithmetic> FK_DEVICE static bool counts(Arithmetic c) { return c != (Arithmetic)0; }
 };
 
 struct Rademacher {
   static constexpr uint32_t kTag = FK_TAG_RADEMACHER;
   static constexpr int kGroupShift = FK_RADEMACHER_GROUP_SHIFT;
+  FK_DEVICE static bool counts(float c) { return fk_sum_counts(c); }
+  FK_DEVICE static bool counts(double c) { return fk_sum_counts64(c); }
 };
 
 // Words 0..18: round keys of one seed with the constant parts of the counter folded in. Word 19: free for the
@@ -94,15 +98,6 @@ FK_DEVICE fk_words folded_philox(uint64_t product, const FoldedKeys &keys) {
 FK_DEVICE void add_product(float &acc, float factor, float z) { acc = fk_fma(factor, z, acc); }
 FK_DEVICE void add_product(double &acc, double factor, double z) { acc = fk_fma64(factor, z, acc); }
 
-// c z with z = +-1 is exact, so the contract's fma is an addition of c or -c.
-FK_DEVICE void add_signed(float &acc, float coefficient, uint32_t sign_bit) {
-  acc += sign_bit ? -coefficient : coefficient;
-}
-
-FK_DEVICE void add_signed(double &acc, double coefficient, uint32_t sign_bit) {
-  acc += sign_bit ? -coefficient : coefficient;
-}
-
 template <typename Arithmetic>
 FK_DEVICE void add_gaussian(Arithmetic (&acc)[kPiece], const fk_words &words, Arithmetic coefficient) {
 #pragma unroll
@@ -113,37 +108,11 @@ FK_DEVICE void add_gaussian(Arithmetic (&acc)[kPiece], const fk_words &words, Ar
   }
 }
 
-// Adds one term to the sums of a piece. piece: its index, of which the low bits choose within a Rademacher
-// group.
-template <typename Family, typename Arithmetic> FK_DEVICE void
-add_term(Arithmetic (&acc)[kPiece], const fk_words &words, uint32_t piece, Arithmetic coefficient);
-
-template <> FK_DEVICE void add_term<Gaussian, float>(float (&acc)[kPiece], const fk_words &words, uint32_t,
-                                                     float coefficient) {
-  add_gaussian(acc, words, coefficient);
-}
-
-template <> FK_DEVICE void add_term<Gaussian, double>(double (&acc)[kPiece], const fk_words &words, uint32_t,
-                                                      double coefficient) {
-  add_gaussian(acc, words, coefficient);
-}
-
-template <typename Arithmetic> FK_DEVICE void add_rademacher(Arithmetic (&acc)[kPiece], const fk_words &words,
-                                                             uint32_t piece, Arithmetic coefficient) {
+// The sign bits of a piece, the lowest its first element's. piece: its index, of which the low bits choose
+// within the group.
+FK_DEVICE uint32_t piece_signs(const fk_words &words, uint32_t piece) {
   const uint32_t j = piece >> 2 & 3u;
   const uint32_t low = j & 1u ? words.w[1] : words.w[0];
   const uint32_t high = j & 1u ? words.w[3] : words.w[2];
-  const uint32_t bits = (j & 2u ? high : low) >> (8u * (piece & 3u));
-#pragma unroll
-  for (int i = 0; i < kPiece; ++i) add_signed(acc[i], coefficient, bits & 1u << i);
-}
-
-template <> FK_DEVICE void add_term<Rademacher, float>(float (&acc)[kPiece], const fk_words &words,
-                                                       uint32_t piece, float coefficient) {
-  add_rademacher(acc, words, piece, coefficient);
-}
-
-template <> FK_DEVICE void add_term<Rademacher, double>(double (&acc)[kPiece], const fk_words &words,
-                                                        uint32_t piece, double coefficient) {
-  add_rademacher(acc, words, piece, coefficient);
+  return (j & 2u ? high : low) >> (8u * (piece & 3u));
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "storage.h"
-#include "terms.h"
+#include "term_scale.h"
 
 struct PieceMemory {
   const char *in; // where lane 0 would be: it may lie before the tensor. NULL: the noise itself is written
@@ -113,10 +113,50 @@ FK_DEVICE void copy_piece(const PieceMemory &memory, const typename Storage::Pie
   }
 }
 
-// Sums of the minus side (contract 6.2): -acc, except that zeros need not mirror. Those are summed anew, from
-// the negated coefficients and directly: with Gaussian noise they are rare. piece: its index in the noise.
-template <typename Family, typename Arithmetic>
-FK_DEVICE void negated_sums(Arithmetic (&minus)[kPiece], const Arithmetic (&acc)[kPiece],
+// The sums of one piece while terms are added, and what a term is to them: for Gaussian noise numbers and the
+// coefficient, for Rademacher noise integers and the scaled coefficient.
+template <typename Family, typename Arithmetic> struct PieceSums;
+
+template <typename Arithmetic> struct PieceSums<Gaussian, Arithmetic> {
+  using Factor = Arithmetic;
+  Arithmetic acc[kPiece];
+
+  FK_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) acc[i] = (Arithmetic)-0.0;
+  }
+  FK_DEVICE void add(const fk_words &words, uint32_t, Factor coefficient) {
+    add_gaussian(acc, words, coefficient);
+  }
+};
+
+template <typename Arithmetic> struct PieceSums<Rademacher, Arithmetic> {
+  using Factor = typename Integers<Arithmetic>::Type;
+  Factor acc[kPiece];
+
+  FK_DEVICE void clear() {
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) acc[i] = 0;
+  }
+  FK_DEVICE void add(const fk_words &words, uint32_t piece, Factor q) {
+    const uint32_t signs = piece_signs(words, piece);
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) acc[i] += signs & 1u << i ? -q : q;
+  }
+};
+
+// Sums of the minus side (contract 6.2). Rademacher noise: -acc, except that a zero is the same on both.
+template <typename Arithmetic>
+FK_DEVICE void negated_sums(Rademacher, Arithmetic (&minus)[kPiece], const Arithmetic (&acc)[kPiece],
+                            const TermArguments &, uint32_t, uint64_t) {
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) minus[i] = acc[i] == (Arithmetic)0 ? acc[i] : -acc[i];
+}
+
+// Gaussian noise: -acc, except that zeros need not mirror. Those are rare; they are summed anew, from the
+// negated coefficients and directly. piece: its index in the noise.
+template <typename Arithmetic>
+FK_DEVICE void negated_sums(Gaussian, Arithmetic (&minus)[kPiece], const Arithmetic (&acc)[kPiece],
                             const TermArguments &terms, uint32_t stream, uint64_t piece) {
   bool has_zero = false;
 #pragma unroll
@@ -130,11 +170,9 @@ FK_DEVICE void negated_sums(Arithmetic (&minus)[kPiece], const Arithmetic (&acc)
 #pragma unroll 1
   for (int64_t k = 0; k < terms.count; ++k) {
     bool skipped;
-    const Arithmetic c = term_coefficient<Arithmetic>(terms, k, skipped);
+    const Arithmetic c = term_coefficient<Gaussian, Arithmetic>(terms, k, skipped);
     if (c == (Arithmetic)0) continue;
-    const fk_words words = fk_group_words(term_seed(terms, k), stream,
-                                          piece >> (Family::kGroupShift - kPieceShift), Family::kTag);
-    add_term<Family>(minus, words, (uint32_t)piece, -c);
+    add_gaussian(minus, fk_group_words(term_seed(terms, k), stream, piece, FK_TAG_GAUSSIAN), -c);
   }
 }
 
@@ -147,7 +185,7 @@ FK_DEVICE void write_sums(const PieceMemory &memory, const typename Storage::Pie
   write_side<Storage>(memory, memory.out, memory.out_stride, weights, alpha, acc, noise);
   if (memory.out_minus) {
     typename Storage::Arithmetic minus[kPiece];
-    negated_sums<Family>(minus, acc, terms, stream, piece);
+    negated_sums(Family(), minus, acc, terms, stream, piece);
     write_side<Storage>(memory, memory.out_minus, memory.out_minus_stride, weights, alpha, minus, noise);
   }
 }

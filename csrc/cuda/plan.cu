@@ -1,11 +1,15 @@
 #include "plan.h"
 
+#include "integer_sums.h"
 #include "kernels.h"
 #include "noise.h"
 
 namespace {
 
 constexpr int64_t kMaxTiles = 0x7FFFFFFF; // of a grid
+// Beyond this number of terms the products of many_rademacher could leave their 32 bits; the loop for strided
+// tensors has no such limit.
+constexpr int64_t kMaxProductTerms = 1 << 16;
 
 const Kernels &kernels_of(int32_t dtype) {
   switch (dtype) {
@@ -20,7 +24,7 @@ const Kernels &kernels_of(int32_t dtype) {
   }
 }
 
-// Terms by value lose their zeros here, in the arithmetic of the dtype; those on the device are looked at
+// Terms by value lose those that do not count here, in the arithmetic of the dtype; those on the device are looked at
 // there.
 TermArguments make_terms(const fk_cuda_terms &terms, bool fp64) {
   TermArguments made = {};
@@ -36,7 +40,11 @@ TermArguments make_terms(const fk_cuda_terms &terms, bool fp64) {
     return made;
   }
   for (int64_t k = 0; k < terms.count; ++k) {
-    if (fp64 ? terms.coeffs[k] == 0.0 : (float)terms.coeffs[k] == 0.0f) continue;
+    const double c = terms.coeffs[k];
+    const bool counts = terms.family == FK_GAUSSIAN ? (fp64 ? c != 0.0 : (float)c != 0.0f)
+                        : fp64                      ? fk_sum_counts64(c)
+                                                    : fk_sum_counts((float)c);
+    if (!counts) continue;
     made.seeds_by_value[made.count] = terms.seeds[k];
     made.coeffs_by_value[made.count] = terms.coeffs[k];
     ++made.count;
@@ -56,6 +64,7 @@ struct Plan {
   Table<FlatLaunch> flat;
   Table<StridedLaunch> strided;
   int64_t flat_tile, strided_tile;
+  bool never_flat;
   int32_t *num_skipped; // until a launch has taken it
   void *stream;
 };
@@ -89,6 +98,15 @@ int32_t append_flat(Plan &plan, const fk_tensor &t) {
                                                          (int64_t)(last / tile - first / tile) + 1);
 }
 
+// A flat tensor as one of a single dimension.
+fk_tensor as_strided(const fk_tensor &flat) {
+  fk_tensor t = flat;
+  t.ndim = 1;
+  t.sizes[0] = t.numel;
+  t.in_strides[0] = t.out_strides[0] = t.out_minus_strides[0] = t.element_strides[0] = 1;
+  return t;
+}
+
 int32_t append_strided(Plan &plan, const fk_tensor &t) {
   const int32_t last = t.ndim - 1;
   const bool has_rows = t.element_strides[last] == 1 && !(plan.strided.launch.rows && last == 0);
@@ -108,9 +126,10 @@ void begin(Plan &plan, int32_t dtype, const fk_cuda_terms &terms, const int64_t 
   const Kernels &kernels = kernels_of(dtype);
   const TermArguments made = make_terms(terms, dtype == FK_FP64);
   const Loop loop = made.count == 1 ? kOneTerm : made.count == 2 ? kTwoTerms : kManyTerms;
+  plan.never_flat = terms.family == FK_RADEMACHER && made.count > kMaxProductTerms;
   plan.flat.launch.terms = plan.strided.launch.terms = made;
   plan.flat.run = kernels.flat[loop][terms.family];
-  plan.flat_tile = kernels.flat_tile[loop];
+  plan.flat_tile = kernels.flat_tile[loop][terms.family];
   plan.strided.launch.rows = rows;
   plan.strided.launch.num_source_rows = num_source_rows;
   plan.strided.run = kernels.strided[terms.family];
@@ -131,7 +150,9 @@ int32_t fk_cuda_run(const fk_tensor *tensors, int64_t num_tensors, const int64_t
       if (t.dtype != dtype || t.numel == 0) continue;
       if (!begun) begin(plan, dtype, *terms, rows, num_source_rows);
       begun = true;
-      const int32_t error = t.ndim == 0 ? append_flat(plan, t) : append_strided(plan, t);
+      const int32_t error = t.ndim           ? append_strided(plan, t)
+                            : plan.never_flat ? append_strided(plan, as_strided(t))
+                                              : append_flat(plan, t);
       if (error) return error;
     }
     flush(plan, plan.flat);

@@ -66,7 +66,7 @@ struct Fp64 {
   static constexpr bool kRounds = false;
   static constexpr Element kNegativeZero = (uint64_t)1 << 63;
   FK_DEVICE static double widen(const Piece &piece, int i) {
-    return fk_double_from_words(piece.w[2 * i], piece.w[2 * i + 1]);
+    return fk_double_from_bits(get(piece, i));
   }
   FK_DEVICE static void round_nearest(const double (&y)[kPiece], Piece &piece) {
 #pragma unroll

@@ -9,12 +9,54 @@
 constexpr int kStridedThreads = 256;
 constexpr int kStridedChunk = 64;
 
-template <typename Arithmetic> struct StridedShared {
+template <typename Family, typename Arithmetic> struct StridedShared {
   uint64_t seeds[kStridedChunk];
-  Arithmetic coeffs[kStridedChunk];
+  typename PieceSums<Family, Arithmetic>::Factor factors[kStridedChunk];
+  TermSurvey<Arithmetic> survey; // for Rademacher noise
   int32_t tensor;
   uint32_t any_term;
 };
+
+// What a term is to the sums. Gaussian noise: the coefficient.
+template <typename Arithmetic> FK_DEVICE Arithmetic
+term_factor(Gaussian, const TermArguments &terms, int64_t k, const TermSurvey<Arithmetic> &) {
+  return counted_coefficient<Gaussian, Arithmetic>(terms, k);
+}
+
+template <typename Arithmetic> FK_DEVICE typename Integers<Arithmetic>::Type
+term_factor(Rademacher, const TermArguments &terms, int64_t k, const TermSurvey<Arithmetic> &survey) {
+  bool skipped;
+  return scaled_coefficient(term_coefficient<Rademacher, Arithmetic>(terms, k, skipped), scale_of(survey));
+}
+
+// Before the sums. Gaussian noise needs nothing. Ends, if at all, with a barrier.
+template <typename Arithmetic>
+FK_DEVICE void look_at_terms(Gaussian, const TermArguments &, StridedShared<Gaussian, Arithmetic> &) {}
+
+template <typename Arithmetic> FK_DEVICE void
+look_at_terms(Rademacher, const TermArguments &terms, StridedShared<Rademacher, Arithmetic> &shared) {
+  survey_terms<kStridedThreads>(terms, shared.survey);
+  __syncthreads();
+  if (threadIdx.x == 0) shared.any_term = shared.survey.num_terms;
+}
+
+// After them: the sums as numbers.
+template <typename Arithmetic>
+FK_DEVICE void finish_sums(Arithmetic (&acc)[kPiece], const PieceSums<Gaussian, Arithmetic> &sums,
+                           const StridedShared<Gaussian, Arithmetic> &) {
+#pragma unroll
+  for (int e = 0; e < kPiece; ++e) acc[e] = sums.acc[e];
+}
+
+template <typename Arithmetic>
+FK_DEVICE void finish_sums(Arithmetic (&acc)[kPiece], const PieceSums<Rademacher, Arithmetic> &sums,
+                           const StridedShared<Rademacher, Arithmetic> &shared) {
+  const TermScale<Arithmetic> scale = scale_of(shared.survey);
+#pragma unroll
+  for (int e = 0; e < kPiece; ++e) {
+    acc[e] = shared.survey.num_terms ? unscaled_sum(sums.acc[e], scale) : (Arithmetic)-0.0;
+  }
+}
 
 struct Slot {
   PieceMemory memory;
@@ -71,10 +113,12 @@ template <typename Storage> FK_DEVICE Slot find_slot(const StridedTensor &stride
 template <typename Storage, typename Family> __global__ void __launch_bounds__(kStridedThreads)
     strided(const __grid_constant__ StridedLaunch launch) {
   using Arithmetic = typename Storage::Arithmetic;
-  __shared__ StridedShared<Arithmetic> shared;
+  using Factor = typename PieceSums<Family, Arithmetic>::Factor;
+  __shared__ StridedShared<Family, Arithmetic> shared;
   const TermArguments &terms = launch.terms;
   if (threadIdx.x == 0) {
     shared.any_term = 0;
+    shared.survey = {};
     const StridedTensor &tensor = tensor_of_tile(launch.tensors, launch.num_tensors, blockIdx.x);
     shared.tensor = (int32_t)(&tensor - launch.tensors);
   }
@@ -86,30 +130,32 @@ template <typename Storage, typename Family> __global__ void __launch_bounds__(k
       find_slot<Storage>(tensor, launch.rows, launch.num_source_rows, inside ? slot : tensor.num_slots - 1);
   const PieceMemory &memory = found.memory;
   const bool busy = inside && memory.begin < memory.end;
-  Arithmetic acc[kPiece];
-#pragma unroll
-  for (int e = 0; e < kPiece; ++e) acc[e] = (Arithmetic)-0.0;
+  PieceSums<Family, Arithmetic> sums;
+  sums.clear();
+  look_at_terms(Family(), terms, shared);
   for (int64_t first = 0; first < terms.count; first += kStridedChunk) {
     const int num_terms = terms.count - first < kStridedChunk ? (int)(terms.count - first) : kStridedChunk;
     __syncthreads();
     if ((int)threadIdx.x < num_terms) {
-      const Arithmetic c = counted_coefficient<Arithmetic>(terms, first + threadIdx.x);
+      const Factor factor = term_factor(Family(), terms, first + threadIdx.x, shared.survey);
       shared.seeds[threadIdx.x] = term_seed(terms, first + threadIdx.x);
-      shared.coeffs[threadIdx.x] = c;
-      if (c != (Arithmetic)0) atomicOr(&shared.any_term, 1u);
+      shared.factors[threadIdx.x] = factor;
+      if (factor != (Factor)0) atomicOr(&shared.any_term, 1u);
     }
     __syncthreads();
     if (!busy) continue;
 #pragma unroll 1
     for (int k = 0; k < num_terms; ++k) {
-      const Arithmetic c = shared.coeffs[k];
-      if (c == (Arithmetic)0) continue;
+      const Factor factor = shared.factors[k];
+      if (factor == (Factor)0) continue;
       const fk_words words = fk_group_words(shared.seeds[k], tensor.tensor.stream,
                                             found.piece >> (Family::kGroupShift - kPieceShift), Family::kTag);
-      add_term<Family>(acc, words, (uint32_t)found.piece, c);
+      sums.add(words, (uint32_t)found.piece, factor);
     }
   }
   if (!busy) return;
+  Arithmetic acc[kPiece];
+  finish_sums(acc, sums, shared);
   if (found.no_source) { // NaN sums make NaN results
 #pragma unroll
     for (int e = 0; e < kPiece; ++e) acc[e] = (Arithmetic)fk_float_from_bits(0x7FC00000u);

@@ -17,19 +17,20 @@ FK_DEVICE bool is_finite(double x) {
 }
 
 // The coefficient rounded to the arithmetic, +0 if it is to be skipped.
-template <typename Arithmetic>
+template <typename Family, typename Arithmetic>
 FK_DEVICE Arithmetic term_coefficient(const TermArguments &terms, int64_t k, bool &skipped) {
   Arithmetic c;
   round_coefficient(terms.coeffs ? terms.coeffs[k] : terms.coeffs_by_value[k], c);
   skipped = !is_finite(c);
-  return skipped || c == (Arithmetic)0 ? (Arithmetic)0 : c;
+  return skipped || !Family::counts(c) ? (Arithmetic)0 : c;
 }
 
-// The same, by the one thread of a launch's first block that prepares the term: counts it if it is skipped.
-template <typename Arithmetic>
+// The same, by the one thread of a launch's first block that prepares the term: counts it if it is NaN or
+// infinite.
+template <typename Family, typename Arithmetic>
 FK_DEVICE Arithmetic counted_coefficient(const TermArguments &terms, int64_t k) {
   bool skipped;
-  const Arithmetic c = term_coefficient<Arithmetic>(terms, k, skipped);
+  const Arithmetic c = term_coefficient<Family, Arithmetic>(terms, k, skipped);
   if (skipped && terms.num_skipped && blockIdx.x == 0) atomicAdd(terms.num_skipped, 1);
   return c;
 }

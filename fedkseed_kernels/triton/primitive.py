@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkseed_kernels.triton import noise
+from fedkseed_kernels.triton import noise, packing
 
 gaussian_octet = noise.gaussian_octet
 rademacher_octet = noise.rademacher_octet
@@ -18,58 +18,102 @@ key_of = noise.key_of
 bf16_stochastic = noise.bf16_stochastic
 fp16_stochastic = noise.fp16_stochastic
 TAG_RADEMACHER = noise.TAG_RADEMACHER
+RECORD_WORDS = tl.constexpr(packing.RECORD_WORDS)
+HEADER_RECORDS = tl.constexpr(packing.HEADER_RECORDS)
 
 
 @triton.jit
-def signed(coefficient, word, SHIFT: tl.constexpr):
-    """-coefficient where the bit that SHIFT moves to the top of the word is set, else coefficient."""
-    sign = (word << SHIFT) & 0x80000000
-    if coefficient.dtype == tl.float32:
+def with_sign(number, word, SHIFT: tl.constexpr):
+    """-number where the bit that SHIFT moves to the top of the word is set, else number; a scalar or a tensor."""
+    if number.dtype == tl.float32:
+        bits = number.to(tl.uint32, bitcast=True)
         if SHIFT == 31:  # nothing to mask: shift and add are one instruction
-            return ((word << SHIFT) + coefficient.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
-        return (sign ^ coefficient.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+            return ((word << SHIFT) + bits).to(tl.float32, bitcast=True)
+        return (((word << SHIFT) & 0x80000000) ^ bits).to(tl.float32, bitcast=True)
     else:
-        return tl.where(sign != 0, -coefficient, coefficient)
+        return tl.where(((word << SHIFT) & 0x80000000) != 0, -number, number)
 
 
 @triton.jit
-def add_term(
-    acc,
-    low,
-    high,
-    stream,
-    k0,
-    k1,
-    coefficient,
-    radius_base,
-    one_bits,
-    FAMILY: tl.constexpr,
-    NUM_LANES: tl.constexpr,
-    NUM_SIDES: tl.constexpr,
+def add_gaussian(
+    acc, low, high, stream, k0, k1, coefficient, radius_base, one_bits, NUM_SIDES: tl.constexpr
 ):
-    """acc with one term added to each of its sums: those of the plus side, then those of the minus side.
+    """acc with one term added to each of its sums: eight of the plus side, then those of the minus side.
 
-    low, high: octets, or for NUM_LANES == 128 groups of 128 elements.
+    low, high: octets.
     """
+    z = gaussian_octet(low, high, stream, k0, k1, radius_base, one_bits)
     sums = ()
-    if FAMILY == "gaussian":
-        z = gaussian_octet(low, high, stream, k0, k1, radius_base, one_bits)
-        for side in tl.static_range(NUM_SIDES):
-            c = -coefficient if side == 1 else coefficient
-            for i in tl.static_range(NUM_LANES):
-                sums = sums + (tl.fma(z[i].to(acc[0].dtype), c, acc[side * NUM_LANES + i]),)
-    else:
-        if NUM_LANES == 8:
-            octet_bits = rademacher_octet(low, high, stream, k0, k1)
-            words = (octet_bits,)
-        else:
-            words = group_words(low, high, stream, TAG_RADEMACHER, k0, k1)
-        for side in tl.static_range(NUM_SIDES):
-            c = -coefficient if side == 1 else coefficient
-            for i in tl.static_range(NUM_LANES):
-                # fma(c, +-1, acc) has the rounding of one addition.
-                product = signed(c, words[i // 32], 31 - i % 32)
-                sums = sums + (acc[side * NUM_LANES + i] + product,)
+    for side in tl.static_range(NUM_SIDES):
+        c = -coefficient if side == 1 else coefficient
+        for i in tl.static_range(8):
+            sums = sums + (tl.fma(z[i].to(acc[0].dtype), c, acc[side * 8 + i]),)
+    return sums
+
+
+@triton.jit
+def add_signs(acc, low, high, stream, k0, k1, q):
+    """acc with the integer q added to those of eight sums whose element's sign is -1; low, high: octets."""
+    signs = rademacher_octet(low, high, stream, k0, k1)
+    sums = ()
+    for i in tl.static_range(8):
+        sums = sums + (acc[i] + ((signs >> i) & 1).to(acc[0].dtype) * q,)
+    return sums
+
+
+@triton.jit
+def add_sign_pairs(acc, low, high, stream, k0, k1, q):
+    """The same for 128 elements, two in each of 64 sums of 64 bits; low, high: groups.
+
+    A factor has the sign of one element in bit 0 and that of another in bit 31, which counts -2^31: one
+    product with q serves both. Of two words of noise, a and b, 64 bits from bit s of a on begin with such a
+    pair: bit s of a, bit s - 1 of b.
+    """
+    words = group_words(low, high, stream, TAG_RADEMACHER, k0, k1)
+    sums = ()
+    for half in tl.static_range(2):
+        a, b = words[2 * half], words[2 * half + 1]
+        for s in tl.static_range(32):
+            if s == 0:
+                factor = (a & 1) | (b & 0x80000000)
+            else:
+                factor = ((a >> s) | (b << (32 - s))) & 0x80000001
+            product = factor.to(tl.int32, bitcast=True).to(tl.int64) * q
+            sums = sums + (acc[half * 32 + s] + product,)
+    return sums
+
+
+@triton.jit
+def separate_pairs(acc, total):
+    """The 128 sums A (contract 6.3) from 64 pairs, int32 in element order; total: of all q, int32 [1, 1]."""
+    whole = tl.reshape(total, (1,)).to(tl.int64)
+    sums = ()
+    for half in tl.static_range(2):
+        second = ()
+        for i in tl.static_range(32):
+            # total - 2 (S - 2^31 S') = A + 2^32 S', where A has 31 bits at most.
+            joined = whole - 2 * acc[half * 32 + i]
+            first = joined.to(tl.int32)
+            other = (joined - first.to(tl.int64)) >> 32
+            sums = sums + (first,)
+            second = second + ((whole - 2 * other).to(tl.int32),)
+        for i in tl.static_range(32):
+            sums = sums + (second[(i + 1) % 32],)
+    return sums
+
+
+@triton.jit
+def two_signs(low, high, stream, seed_0, seed_1, equal, unequal):
+    """The eight sums of two Rademacher terms: equal or -equal, unequal or -unequal, but +0 for a zero."""
+    k0, k1 = key_of(seed_0)
+    first = rademacher_octet(low, high, stream, k0, k1)
+    k0, k1 = key_of(seed_1)
+    differ = first ^ rademacher_octet(low, high, stream, k0, k1)
+    # Written as products of words: the bits of a scalar condition, all or none.
+    signs = first & (differ | (0 - (equal != 0).to(tl.uint32))) & ((0 - (unequal != 0).to(tl.uint32)) | ~differ)
+    sums = ()
+    for i in tl.static_range(8):
+        sums = sums + (with_sign(tl.where((differ & (1 << i)) != 0, unequal, equal), signs, 31 - i),)
     return sums
 
 
@@ -78,6 +122,16 @@ def read_header(terms):
     """The first record: number of terms, alpha, rounding seed."""
     alpha = tl.load((terms + 1).to(tl.pointer_type(tl.float32)))
     return tl.load(terms), alpha, tl.load((terms + 2).to(tl.pointer_type(tl.int64)))
+
+
+@triton.jit
+def read_record(terms, k, FACTOR: tl.constexpr):
+    """Term k: its key words, and its coefficient or integer."""
+    # Two 32-bit loads: from one of 64 bits LLVM makes 64-bit arithmetic of the whole of Philox.
+    record = terms + (k + HEADER_RECORDS) * RECORD_WORDS
+    k0 = tl.load(record).to(tl.uint32, bitcast=True)
+    k1 = tl.load(record + 1).to(tl.uint32, bitcast=True)
+    return k0, k1, tl.load((record + 2).to(tl.pointer_type(FACTOR)))
 
 
 @triton.jit
@@ -100,32 +154,71 @@ def accumulate(
     NUM_SIDES: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """The sums over all terms, a tuple of NUM_LANES * NUM_SIDES."""
-    start = tl.full(low.shape, -0.0, ARITHMETIC)
-    acc = ()
-    for _ in tl.static_range(NUM_LANES * NUM_SIDES):
-        acc = acc + (start,)
-    if NUM_TERMS == 0:
+    """The sums over all terms, a tuple of NUM_LANES * NUM_SIDES.
+
+    Of a loop over Rademacher terms they are the integers A of contract 6.3: `sums_as_numbers`.
+    """
+    INTEGER: tl.constexpr = tl.int64 if ARITHMETIC == tl.float64 else tl.int32
+    IS_INTEGER: tl.constexpr = FAMILY == "rademacher"
+    IS_WIDE: tl.constexpr = NUM_LANES == 128
+    number = bits_0.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
+    if NUM_TERMS == 0 and IS_INTEGER:
+        total = tl.full((1, 1), 0, INTEGER)
+        start = tl.full(low.shape, 0, tl.int64 if IS_WIDE else INTEGER)
+        acc = ()
+        for _ in tl.static_range(64 if IS_WIDE else 8):
+            acc = acc + (start,)
         for k in tl.range(0, num_terms, loop_unroll_factor=UNROLL):
-            # Two 32-bit loads: from one of 64 bits LLVM makes 64-bit arithmetic of the whole of Philox.
-            record = terms + (k + 1) * 4
-            k0 = tl.load(record).to(tl.uint32, bitcast=True)
-            k1 = tl.load(record + 1).to(tl.uint32, bitcast=True)
-            c = tl.load((record + 2).to(tl.pointer_type(ARITHMETIC)))
-            acc = add_term(
-                acc, low, high, stream, k0, k1, c, radius_base, one_bits, FAMILY, NUM_LANES, NUM_SIDES
-            )
-    else:
-        c = bits_0.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
-        k0, k1 = key_of(seed_0)
-        acc = add_term(acc, low, high, stream, k0, k1, c, radius_base, one_bits, FAMILY, NUM_LANES, NUM_SIDES)
+            k0, k1, q = read_record(terms, k, INTEGER)
+            total += q
+            if IS_WIDE:
+                acc = add_sign_pairs(acc, low, high, stream, k0, k1, q)
+            else:
+                acc = add_signs(acc, low, high, stream, k0, k1, q)
+        if IS_WIDE:
+            acc = separate_pairs(acc, total)
+        else:
+            negative = acc
+            acc = ()
+            for i in tl.static_range(8):
+                acc = acc + ((tl.reshape(total, (1,)) - negative[i]) - negative[i],)
+    elif NUM_TERMS == 0:
+        start = tl.full(low.shape, -0.0, ARITHMETIC)
+        acc = ()
+        for _ in tl.static_range(8 * NUM_SIDES):
+            acc = acc + (start,)
+        for k in tl.range(0, num_terms, loop_unroll_factor=UNROLL):
+            k0, k1, c = read_record(terms, k, ARITHMETIC)
+            acc = add_gaussian(acc, low, high, stream, k0, k1, c, radius_base, one_bits, NUM_SIDES)
+    elif IS_INTEGER:
         if NUM_TERMS == 2:
-            c = bits_1.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
+            unequal = bits_1.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
+            acc = two_signs(low, high, stream, seed_0, seed_1, number, unequal)
+        else:
+            k0, k1 = key_of(seed_0)
+            octet_bits = rademacher_octet(low, high, stream, k0, k1)
+            acc = ()
+            for i in tl.static_range(8):
+                acc = acc + (with_sign(number, octet_bits, 31 - i),)
+    else:
+        start = tl.full(low.shape, -0.0, ARITHMETIC)
+        acc = ()
+        for _ in tl.static_range(8 * NUM_SIDES):
+            acc = acc + (start,)
+        k0, k1 = key_of(seed_0)
+        acc = add_gaussian(acc, low, high, stream, k0, k1, number, radius_base, one_bits, NUM_SIDES)
+        if NUM_TERMS == 2:
+            number = bits_1.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
             k0, k1 = key_of(seed_1)
-            acc = add_term(
-                acc, low, high, stream, k0, k1, c, radius_base, one_bits, FAMILY, NUM_LANES, NUM_SIDES
-            )
+            acc = add_gaussian(acc, low, high, stream, k0, k1, number, radius_base, one_bits, NUM_SIDES)
     return acc
+
+
+@triton.jit
+def sums_as_numbers(sums, terms, num_terms, ARITHMETIC: tl.constexpr):
+    """Contract 6.3: acc = f(A) 2^-s of the integers A [block, 8]; -0 without a term."""
+    unit = tl.load((terms + RECORD_WORDS).to(tl.pointer_type(ARITHMETIC)))
+    return tl.where(num_terms == 0, tl.full((1, 1), -0.0, ARITHMETIC), sums.to(ARITHMETIC) * unit)
 
 
 @triton.jit
@@ -159,12 +252,14 @@ def finish(
     target_minus,
     mask,
     acc,
+    terms,
     num_terms,
     scale,
     random_bits,
     FIRST: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     DTYPE: tl.constexpr,
+    FAMILY: tl.constexpr,
     NUM_TERMS: tl.constexpr,
     NUM_LANES: tl.constexpr,
     NUM_SIDES: tl.constexpr,
@@ -174,6 +269,8 @@ def finish(
 ):
     """Sections 6.1 and 6.2 after the sums: scale, add, round, store. Pointers and mask are [block, 8]."""
     sums = octet_values(acc, FIRST)
+    if FAMILY == "rademacher" and NUM_TERMS == 0:
+        sums = sums_as_numbers(sums, terms, num_terms, ARITHMETIC)
     if not HAS_INPUT:
         tl.store(target, sums.to(DTYPE), mask=mask)
     else:
@@ -186,8 +283,14 @@ def finish(
         if NUM_TERMS == 0:
             result = tl.where(unchanged, stored, result)
         if PAIR:
-            # A single product mirrors exactly, its zero too; longer sums were kept for both sides.
-            minus = octet_values(acc, FIRST + NUM_LANES) if NUM_SIDES == 2 else -sums
+            # A single product mirrors exactly, its zero too; longer sums were kept for both sides, but for
+            # those of integers, whose zero is the same on both.
+            if NUM_SIDES == 2:
+                minus = octet_values(acc, FIRST + NUM_LANES)
+            elif FAMILY == "rademacher":
+                minus = tl.where(sums == 0, sums, -sums)
+            else:
+                minus = -sums
             result_minus = rounded(tl.fma(w, factor, minus), random_bits, DTYPE, STOCHASTIC)
             if NUM_TERMS == 0:
                 result_minus = tl.where(unchanged, stored, result_minus)

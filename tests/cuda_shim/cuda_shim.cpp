@@ -66,6 +66,56 @@ bool run_block(unsigned threads) {
 
 void __syncthreads() { swapcontext(&fibers[current].context, &scheduler); }
 
+namespace {
+
+// What the threads of a block hand each other, in two rooms by turns: a thread may fill the next one while
+// others still read.
+constexpr unsigned kMaxThreads = 1024, kWarp = 32;
+struct Handed {
+  uint32_t rows[4], columns[2];
+};
+Handed handed[2][kMaxThreads];
+unsigned num_handed[kMaxThreads];
+
+// Hands over and waits for all; the room where the block's things are.
+const Handed *hand_over(const Handed &own) {
+  Handed *room = handed[num_handed[current]++ % 2];
+  room[current] = own;
+  __syncthreads();
+  return room;
+}
+
+int32_t byte_of(uint32_t word, int i) { return (int32_t)(word >> 8 * i & 0xFF); }
+
+} // namespace
+
+void fk_shim_multiply_accumulate(int32_t (&sums)[4], const uint32_t (&rows)[4], const uint32_t (&columns)[2]) {
+  Handed own;
+  for (int i = 0; i < 4; ++i) own.rows[i] = rows[i];
+  for (int i = 0; i < 2; ++i) own.columns[i] = columns[i];
+  const unsigned thread = current;
+  const Handed *warp = hand_over(own) + thread / kWarp * kWarp;
+  const unsigned g = thread % kWarp / 4, t = thread % 4;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = g + i / 2 * 8, column = 2 * t + i % 2;
+    uint32_t sum = (uint32_t)sums[i];
+    for (unsigned term = 0; term < 32; ++term) {
+      const unsigned half = term / 16, place = term % 16 / 4, byte = term % 4;
+      const int32_t a = byte_of(warp[row % 8 * 4 + place].rows[half * 2 + row / 8], (int)byte);
+      const int32_t b = (int8_t)byte_of(warp[column * 4 + place].columns[half], (int)byte);
+      sum += (uint32_t)(a * b);
+    }
+    sums[i] = (int32_t)sum;
+  }
+}
+
+uint32_t fk_shim_exchange(uint32_t value, unsigned bit) {
+  Handed own = {};
+  own.rows[0] = value;
+  const unsigned thread = current;
+  return hand_over(own)[thread ^ bit].rows[0];
+}
+
 void fk_shim_run(unsigned blocks, unsigned threads, const std::function<void()> &body) {
   if (fibers.size() < threads) fibers.resize(threads);
   running = &body;

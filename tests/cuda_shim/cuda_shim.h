@@ -39,6 +39,19 @@ template <typename T> static inline T atomicOr(T *target, T value) {
   return before;
 }
 
+template <typename T> static inline T atomicMax(T *target, T value) {
+  const T before = *target;
+  if (value > before) *target = value;
+  return before;
+}
+
+// sums[16 rows x 8 columns] += rows[16 x 32 bytes, unsigned] columns[32 x 8, signed] by the 32 threads of a warp,
+// which all call this; each holds the part of the matrices that csrc/cuda/matrix.h says. Also a barrier.
+void fk_shim_multiply_accumulate(int32_t (&sums)[4], const uint32_t (&rows)[4], const uint32_t (&columns)[2]);
+
+// The value of the thread whose index differs by `bit`. Also a barrier.
+uint32_t fk_shim_exchange(uint32_t value, unsigned bit);
+
 typedef void *cudaStream_t;
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
 struct cudaFuncAttributes {};

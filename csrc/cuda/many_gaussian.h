@@ -1,0 +1,76 @@
+// Any number of terms with Gaussian noise: bound by arithmetic. Sums stay in registers while the terms pass by
+// in chunks, prepared in shared memory by the whole block between two barriers.
+#pragma once
+
+#include "tile.h"
+
+constexpr int kGaussianChunk = 64;
+
+template <typename Arithmetic> struct TermChunk {
+  FoldedKeys keys[kGaussianChunk]; // word 19: the coefficient, when the arithmetic is fp32
+  Arithmetic coeffs[kGaussianChunk];
+};
+
+// Terms first .. first + kGaussianChunk - 1 into shared memory, by one thread each; begins and ends with a barrier.
+// Returns how many there are.
+template <typename Arithmetic>
+FK_DEVICE int prepare_chunk(const TermArguments &terms, int64_t first, const FlatTile &tile,
+                            TermChunk<Arithmetic> &chunk, uint32_t &any_term) {
+  const int num_terms =
+      terms.count - first < kGaussianChunk ? (int)(terms.count - first) : kGaussianChunk;
+  __syncthreads();
+  if ((int)threadIdx.x < num_terms) {
+    const int64_t k = first + threadIdx.x;
+    const Arithmetic c = counted_coefficient<Gaussian, Arithmetic>(terms, k);
+    FoldedKeys &keys = chunk.keys[threadIdx.x];
+    fold_keys(keys, term_seed(terms, k), tile.stream, group_high(tile.first_element, FK_GAUSSIAN_GROUP_SHIFT),
+              FK_TAG_GAUSSIAN);
+    keys.w[19] = fk_bits_from_float((float)c);
+    chunk.coeffs[threadIdx.x] = c;
+    if (c != (Arithmetic)0) atomicOr(&any_term, 1u);
+  }
+  __syncthreads();
+  return num_terms;
+}
+
+FK_DEVICE float chunk_coefficient(const FoldedKeys &keys, const float *) {
+  return fk_float_from_bits(keys.w[19]);
+}
+FK_DEVICE double chunk_coefficient(const FoldedKeys &, const double *coefficient) { return *coefficient; }
+
+template <typename Arithmetic, int kPieces> FK_DEVICE void clear_sums(Arithmetic (&acc)[kPieces][kPiece]) {
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+#pragma unroll
+    for (int e = 0; e < kPiece; ++e) acc[p][e] = (Arithmetic)-0.0;
+  }
+}
+
+template <typename Storage>
+__global__ void __launch_bounds__(kThreads, ManyPieces<typename Storage::Arithmetic>::kBlocks)
+    many_gaussian(const __grid_constant__ FlatLaunch launch) {
+  using Arithmetic = typename Storage::Arithmetic;
+  constexpr int kPieces = ManyPieces<Arithmetic>::kCount;
+  __shared__ TileShared shared;
+  __shared__ TermChunk<Arithmetic> chunk;
+  begin_tile<Storage>(launch, ManyPieces<Arithmetic>::kTile, shared);
+  __syncthreads();
+  const FlatTile &tile = shared.tile;
+  const uint32_t group = group_low(tile.first_element, FK_GAUSSIAN_GROUP_SHIFT) + threadIdx.x;
+  Arithmetic acc[kPieces][kPiece];
+  clear_sums(acc);
+  for (int64_t first = 0; first < launch.terms.count; first += kGaussianChunk) {
+    const int num_terms = prepare_chunk(launch.terms, first, tile, chunk, shared.any_term);
+#pragma unroll 1
+    for (int k = 0; k < num_terms; ++k) {
+      const FoldedKeys keys = load_keys(chunk.keys[k]);
+      const Arithmetic c = chunk_coefficient(keys, &chunk.coeffs[k]);
+      if (c == (Arithmetic)0) continue;
+#pragma unroll
+      for (int p = 0; p < kPieces; ++p) {
+        add_gaussian(acc[p], folded_philox(low_product(group + p * kThreads), keys), c);
+      }
+    }
+  }
+  end_tile<Storage, Gaussian>(launch, shared, acc, [](int p) { return p * kThreads + (int32_t)threadIdx.x; });
+}

@@ -1,0 +1,52 @@
+// What the kernels for many terms do before and after their sums.
+#pragma once
+
+#include "flat.h"
+
+struct TileShared {
+  FlatTile tile;
+  FoldedKeys rounding;
+  uint32_t any_term;
+};
+
+// By the first thread; a barrier must follow.
+template <typename Storage>
+FK_DEVICE void begin_tile(const FlatLaunch &launch, int64_t tile_elements, TileShared &shared) {
+  if (threadIdx.x) return;
+  const FlatTile tile = find_tile<Storage>(launch, tile_elements);
+  shared.tile = tile;
+  shared.any_term = 0;
+  if (launch.terms.stochastic) {
+    fold_keys(shared.rounding, term_rounding_seed(launch.terms), tile.stream,
+              group_high(tile.first_element, FK_ROUNDING_GROUP_SHIFT), FK_TAG_ROUNDING);
+  }
+}
+
+// Rounds and writes the pieces of a thread; pieces[p] is piece_of(p) of the tile.
+template <typename Storage, typename Family, int kPieces, typename PieceOf>
+FK_DEVICE void end_tile(const FlatLaunch &launch, const TileShared &shared,
+                        const typename Storage::Arithmetic (&acc)[kPieces][kPiece], const PieceOf &piece_of) {
+  using Arithmetic = typename Storage::Arithmetic;
+  const FlatTile &tile = shared.tile;
+  const Arithmetic alpha = tile.memory.in ? term_alpha<Arithmetic>(launch.terms) : (Arithmetic)1;
+  const bool unchanged = tile.memory.in && !shared.any_term && alpha == (Arithmetic)1;
+  const bool stochastic = Storage::kRounds && launch.terms.stochastic;
+#pragma unroll
+  for (int p = 0; p < kPieces; ++p) {
+    const int32_t piece = piece_of(p);
+    const PieceMemory memory = piece_memory<Storage>(tile, piece);
+    if (memory.begin >= kPiece || memory.end <= 0) continue;
+    const typename Storage::Piece weights = read_piece<Storage>(memory);
+    if (unchanged) {
+      copy_piece<Storage>(memory, weights);
+      continue;
+    }
+    const uint64_t noise_piece = (tile.first_element >> kPieceShift) + (uint32_t)piece;
+    RoundingNoise noise;
+    noise.stochastic = stochastic;
+    if (stochastic)
+      noise.words = folded_philox(low_product((uint32_t)noise_piece), load_keys(shared.rounding));
+    write_sums<Storage, Family>(memory, weights, alpha, acc[p], noise, launch.terms, tile.stream,
+                                noise_piece);
+  }
+}

@@ -1,0 +1,177 @@
+"""How terms reach the Triton kernels: as arguments, or as records in device memory.
+
+What is worked out from terms in device memory is worked out there: nothing waits, and a captured graph does it
+again at each replay.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedkseed_kernels._exact import ieee_arithmetic
+from fedkseed_kernels._operands import Terms
+from fedkseed_kernels._sums import SUM_BITS, SUM_SMALLEST
+
+# Terms up to this number travel as kernel arguments, through kernels without a loop over terms.
+MAX_TERMS_BY_VALUE = 2
+# Words of 32 bits that a term takes in device memory: key, key, coefficient or integer (two for fp64). Before
+# the terms stand two records: number of terms, alpha, rounding seed (two); unit of the integers (two for fp64).
+RECORD_WORDS = 4
+HEADER_RECORDS = 2
+_NOTHING_BY_VALUE = (0, 0, 0, 0, 1.0, 0)
+
+
+class PackedTerms(NamedTuple):
+    """The terms of one arithmetic format as the kernels take them.
+
+    Up to MAX_TERMS_BY_VALUE on the host: seeds and the fp64 patterns of coefficients (of two Rademacher terms:
+    of their sums where the signs are equal and where they are not), alpha, rounding seed. More, or on the
+    device: records.
+    """
+
+    num_by_value: int
+    by_value: tuple[int | float, ...]
+    records: Tensor | None
+    is_empty: bool  # surely no term is left; False also when only the device knows
+
+
+class _Format(NamedTuple):
+    """An arithmetic format, and the integers that Rademacher noise sums in it (contract 6.3)."""
+
+    dtype: torch.dtype
+    integer: torch.dtype
+    sum_bits: int
+    mantissa_bits: int
+    bias: int
+    smallest: float  # coefficient that counts
+
+
+_FP32 = _Format(torch.float32, torch.int32, SUM_BITS[False], 23, 127, SUM_SMALLEST[False])
+_FP64 = _Format(torch.float64, torch.int64, SUM_BITS[True], 52, 1023, SUM_SMALLEST[True])
+
+
+def _is_left(coefficients: Tensor, family: str, form: _Format) -> Tensor:
+    """Which coefficients count: bool [K]."""
+    if family == "gaussian":
+        return torch.isfinite(coefficients) & (coefficients != 0)
+    return torch.isfinite(coefficients) & (coefficients.abs() >= form.smallest)
+
+
+def _integers(coefficients: Tensor, is_left: Tensor, form: _Format) -> tuple[Tensor, Tensor]:
+    """Contract 6.3: q [K] of the coefficients that are left (anything of the others), and 2^-s, 0-d."""
+    magnitudes = torch.where(is_left, coefficients.abs(), 0)
+    num_left = is_left.sum()
+    # The exponent of n - 1 as a number in [1/2, 1) times 2^L is the L wanted; of 0 it is 0.
+    log_terms = torch.frexp((num_left - 1).clamp(min=0).to(torch.float64)).exponent
+    exponent = (magnitudes.max().view(form.integer) >> form.mantissa_bits) - (form.bias - 1)
+    shift = (form.sum_bits - log_terms - exponent).to(form.integer)
+
+    def power_of_two(of: Tensor) -> Tensor:
+        return ((of + form.bias) << form.mantissa_bits).view(form.dtype)
+
+    # Exact but for numbers that round to 0: a product with a power of two.
+    q = torch.round(coefficients * power_of_two(shift)).to(form.integer)
+    return q, power_of_two(-shift)
+
+
+def signed_word(value: int) -> int:
+    """The int64 with the bits of value mod 2^64."""
+    value %= 1 << 64
+    return value - (1 << 64) if value >> 63 else value
+
+
+def pack_host_terms(terms: Terms, fp64: bool, device: torch.device) -> PackedTerms:
+    """Round the coefficients to fp32 (or not: fp64), drop those that do not count, and choose how they travel."""
+    form = _FP64 if fp64 else _FP32
+    with ieee_arithmetic():
+        rounded: NDArray[Any] = terms.coeffs.astype(np.float64 if fp64 else np.float32)
+    left = np.flatnonzero(_is_left(torch.from_numpy(rounded), terms.family, form).numpy())
+    seeds, coefficients = terms.seeds[left], torch.from_numpy(rounded[left])
+    if left.size == 2 and terms.family == "rademacher":
+        q, unit = _integers(coefficients, torch.ones(2, dtype=torch.bool), form)
+        both = torch.stack([q[0] + q[1], q[0] - q[1]])
+        return _by_value(terms, seeds, (both.to(form.dtype) * unit).numpy())
+    if 0 < left.size <= MAX_TERMS_BY_VALUE:
+        return _by_value(terms, seeds, coefficients.numpy())
+    host = Terms(seeds, coefficients.to(torch.float64).numpy(), *_scalars(terms))
+    packed = pack_device_terms(host.to(torch.device("cpu")), fp64)
+    assert packed.records is not None
+    return packed._replace(records=upload(packed.records, device, "terms"), is_empty=left.size == 0)
+
+
+def _scalars(terms: Terms) -> tuple[float, str, str, int]:
+    return terms.alpha, terms.family, terms.rounding, terms.rounding_seed
+
+
+def _by_value(terms: Terms, seeds: NDArray[np.uint64], numbers: NDArray[Any]) -> PackedTerms:
+    patterns = numbers.astype(np.float64).view(np.uint64)
+    values = [signed_word(int(x)) for pair in zip(seeds, patterns, strict=True) for x in pair]
+    values += [0] * (2 * MAX_TERMS_BY_VALUE - len(values))
+    return PackedTerms(seeds.size, (*values, terms.alpha, signed_word(terms.rounding_seed)), None, False)
+
+
+def pack_device_terms(terms: Any, fp64: bool) -> PackedTerms:
+    """The same for terms in device memory, there.
+
+    terms: seeds int64 [K], coeffs fp64 [K]; alpha and rounding_seed numbers, or tensors of one element.
+    A NaN or infinite coefficient is dropped like a zero.
+    """
+    form = _FP64 if fp64 else _FP32
+    coefficients = terms.coeffs.to(form.dtype)
+    num_terms, device = coefficients.numel(), coefficients.device
+    records = torch.zeros((num_terms + HEADER_RECORDS + 1, RECORD_WORDS), dtype=torch.int32, device=device)
+    is_left = _is_left(coefficients, terms.family, form)
+    if num_terms:
+        found = torch.zeros((num_terms, RECORD_WORDS), dtype=torch.int32, device=device)
+        found[:, :2] = terms.seeds.reshape(num_terms, 1).contiguous().view(torch.int32)
+        factors = coefficients
+        if terms.family == "rademacher":
+            factors, unit = _integers(coefficients, is_left, form)
+            _put(records[1, : form.dtype.itemsize // 4], unit, form.dtype)
+        words = factors.reshape(num_terms, 1).contiguous().view(torch.int32)
+        found[:, 2 : 2 + words.shape[1]] = words
+        # In order behind the header; dropped ones share a last record that is never read.
+        last = num_terms + HEADER_RECORDS
+        records[torch.where(is_left, torch.cumsum(is_left, 0) + HEADER_RECORDS - 1, last)] = found
+    records[0, 0] = is_left.sum()
+    _put(records[0, 1:2], terms.alpha, torch.float32)
+    _put(records[0, 2:], terms.rounding_seed, torch.int64)
+    return PackedTerms(0, _NOTHING_BY_VALUE, records, False)
+
+
+def _put(words: Tensor, value: float | Tensor, dtype: torch.dtype) -> None:
+    """Write a number in a dtype's pattern into int32 words; one from the host without a copy."""
+    target = words.view(dtype)
+    if isinstance(value, Tensor):
+        target.copy_(value.reshape(1))
+    else:
+        target.fill_(signed_word(value) if isinstance(value, int) else value)
+
+
+def count_skipped(terms: Any, all_fp64: bool) -> None:
+    """Raise terms.num_skipped, if there is one, by the number of coefficients that are NaN or infinite."""
+    if terms.num_skipped is not None:
+        coefficients = terms.coeffs if all_fp64 else terms.coeffs.to(torch.float32)
+        terms.num_skipped += (~torch.isfinite(coefficients)).sum().to(torch.int32)
+
+
+def upload(array: NDArray[Any] | Tensor, device: torch.device, what: str) -> Tensor:
+    """A copy on the device, which nothing waits for; the array itself on the CPU.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    host = array if isinstance(array, Tensor) else torch.from_numpy(array)
+    if device.type == "cpu":
+        return host
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"expected no copy from the host while a CUDA graph is captured, but the {what} are on the host; "
+            "use a prepared list that has run once, and at most two terms"
+        )
+    return host.pin_memory().to(device, non_blocking=True)
