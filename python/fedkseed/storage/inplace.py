@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
-
-import numpy as np
 
 import fedkseed_kernels
 from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
+from fedkseed.storage.updates import GroupedWeights, interrupts_held
 
 
 @dataclass(frozen=True)
@@ -43,15 +38,7 @@ class InplaceStorage:
         self._tensors = [tensor for group in weights.groups for tensor in group]
         self._streams = [stream for group in weights.streams for stream in group]
         self._family = weights.family
-        self._whole = fedkseed_kernels.prepare(self._tensors, streams=self._streams, family=weights.family)
-        self._groups = (
-            [self._whole]
-            if len(weights.groups) == 1
-            else [
-                fedkseed_kernels.prepare(list(group), streams=list(streams), family=weights.family)
-                for group, streams in zip(weights.groups, weights.streams, strict=True)
-            ]
-        )
+        self._weights = GroupedWeights(weights)
         self._eps = weights.eps
         self._seed = 0
         self._offset = 0.0  # the weights stand at w + offset z(seed)
@@ -74,8 +61,9 @@ class InplaceStorage:
                 self._move(seed, -self._eps)
                 minus = evaluation.side()
                 directions.append(Direction(plus, minus, project(plus, minus)))
-            with _interrupts_held():
-                self._update(seeds, updates, directions)
+            with interrupts_held():
+                self._weights.update(seeds, updates, directions, self._offset)
+                self._offset = 0.0
                 record(directions)
         except BaseException:
             self._restore()
@@ -100,59 +88,15 @@ class InplaceStorage:
             seeds, coeffs = [seed], [offset - self._offset]
         else:
             seeds, coeffs = [self._seed, seed], [-self._offset, offset]
-        with _interrupts_held():
-            self._whole.seed_axpy_(seeds, coeffs)
+        with interrupts_held():
+            self._weights.whole.seed_axpy_(seeds, coeffs)
             self._seed, self._offset = seed, offset
-
-    def _update(
-        self, seeds: Sequence[int], updates: Sequence[GroupUpdate], directions: list[Direction]
-    ) -> None:
-        if all(direction.g is None for direction in directions):
-            updates = [GroupUpdate(lr=0.0)] * len(updates)
-        gradients = [0.0 if direction.g is None else direction.g for direction in directions]
-        all_coeffs = [self._coefficients(update, gradients) for update in updates]
-        if len(set(updates)) == 1:
-            self._whole.seed_axpy_(seeds, all_coeffs[0], alpha=updates[0].alpha)
-        else:
-            self._whole.seed_axpy_([], [])  # moves nothing: all are in place, before the first is updated
-            for group, update, coeffs in zip(self._groups, updates, all_coeffs, strict=True):
-                group.seed_axpy_(seeds, coeffs, alpha=update.alpha)
-        self._offset = 0.0
-
-    def _coefficients(self, update: GroupUpdate, gradients: list[float]) -> list[float]:
-        coeffs = [-(update.lr * g) / len(gradients) for g in gradients]
-        coeffs[-1] += update.alpha * -self._offset
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(np.array(coeffs).astype(np.float32))
-        if not finite.all():
-            raise ValueError(
-                f"expected an update that is finite in fp32, got lr {update.lr} times g {gradients}; "
-                "lower lr or set max_abs_g"
-            )
-        return coeffs
 
     def _restore(self) -> None:
         """Takes the perturbation back wherever the tensors are now, for they may be what was changed."""
         if self._offset:
-            with _interrupts_held():
+            with interrupts_held():
                 fedkseed_kernels.perturb_(
                     self._tensors, self._seed, -self._offset, streams=self._streams, family=self._family
                 )
                 self._offset = 0.0
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Delays Ctrl-C until a pass over the weights and the note of what it did are done; may be nested."""
-    previous = signal.getsignal(signal.SIGINT)
-    if not callable(previous) or threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets a KeyboardInterrupt
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            previous(*held[-1])
