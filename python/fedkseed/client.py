@@ -107,10 +107,13 @@ class Client(Generic[BatchT]):
         )
         num_steps = len(broadcast.schedule)
         losses = []
-        for batch in self._batches(broadcast.round, num_steps):
-            losses.append(optimizer.step(lambda batch=batch: self._loss(self.working.model, batch)))  # type: ignore[misc]
-            if self._on_step is not None:
-                self._on_step()
+        try:
+            for batch in self._batches(broadcast.round, num_steps):
+                losses.append(optimizer.step(lambda batch=batch: self._loss(self.working.model, batch)))  # type: ignore[misc]
+                if self._on_step is not None:
+                    self._on_step()
+        finally:
+            optimizer.flush()
         if len(losses) != num_steps:
             raise ValueError(f"expected {num_steps} batches, one for each local step, got {len(losses)}")
         self.last_run = LocalRun(tuple(losses), optimizer.num_skipped, perf_counter() - start)

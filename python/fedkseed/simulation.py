@@ -24,6 +24,7 @@ from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed.server import Server
 from fedkseed.server_config import Sampling, ServerConfig, Weighting
 from fedkseed.shared_tensors import SharedTensors
+from fedkseed.storage.reads import flush_waiting
 from fedkseed.worker_pool import WorkerPool
 from fedkseed.working_copy import WorkingCopy
 
@@ -201,15 +202,16 @@ class Simulation(Generic[ExampleT, BatchT]):
         task, config = self.task, self.config
         pool = SeedPool(config.seed, config.num_seeds)
         self._frozen = frozen_indices(task.model)
-        weights = [weight.detach() for _, weight in manifest_parameters(task.model) if weight.requires_grad]
+        weights = [weight for _, weight in manifest_parameters(task.model) if weight.requires_grad]
         shared: tuple[SharedTensors, SharedTensors] | None = None
         if num_workers == 1:
             self.working = WorkingCopy(task.model, round_model="own")
         else:
             shared = SharedTensors.empty_like(weights), SharedTensors.empty_like(weights)
             w0, round_model = (part.tensors() for part in shared)
+            flush_waiting(weights)
             for to, weight in zip(w0, weights, strict=True):
-                to.copy_(weight)
+                to.copy_(weight.detach())
             self.working = WorkingCopy(task.model, w0=w0, round_model=round_model)
         self._open_server(pool, resume)
         host_options: dict[str, Any] = {"pool": pool, "seed": config.seed, "batch_size": config.batch_size}

@@ -16,6 +16,7 @@ import fedkseed_kernels
 from fedkseed.identity import ModelIdentity
 from fedkseed.manifest import Manifest, manifest_parameters
 from fedkseed.seeds import SeedPool
+from fedkseed.storage.reads import flush_waiting
 
 
 class WorkingCopy:
@@ -61,6 +62,7 @@ class WorkingCopy:
             raise ValueError("expected at least one parameter to tune, got all frozen (requires_grad=False)")
         self._streams = [stream for stream, _ in tuned]
         self._weights = [parameter for _, parameter in tuned]
+        flush_waiting(self._weights)
         self.w0 = [weight.detach().clone() for weight in self._weights] if w0 is None else list(w0)
         self._check_like_weights("w0", self.w0)
         self._round_model: list[torch.Tensor] | None = None
@@ -97,6 +99,7 @@ class WorkingCopy:
         """
         if coefficients.shape != (pool.num_seeds,):
             raise ValueError(f"expected {pool.num_seeds} coefficients, got shape {coefficients.shape}")
+        flush_waiting(self._weights)  # later it would be taken from the weights loaded now
         start = perf_counter()
         wanted = (pool, coefficients.astype(np.float64).tobytes())
         if self._round_model is not None and self._kept == wanted:
