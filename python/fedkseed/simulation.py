@@ -51,6 +51,7 @@ class SimulationConfig:
             2^64.
         weighting: of the clients' sums, "data_size" or "equal".
         sampling: of the seeds, "uniform" or "pro" (by significance, FedKSeed-Pro).
+        family: of the noise, "gaussian" or "rademacher".
         num_threads: CPU threads of each worker and of the evaluation; they change the bits of a loss.
 
     Raises:
@@ -67,6 +68,7 @@ class SimulationConfig:
     seed: int = 0
     weighting: Weighting = "data_size"
     sampling: Sampling = "uniform"
+    family: str = "gaussian"
     num_threads: int = 1
 
     def __post_init__(self) -> None:
@@ -92,6 +94,7 @@ class SimulationConfig:
             eps=self.eps,
             weighting=self.weighting,
             sampling=self.sampling,
+            family=self.family,
         )
 
 
@@ -230,7 +233,7 @@ class Simulation(Generic[ExampleT, BatchT]):
             )
         self._exit.callback(self._host.close)
         with self._threads():
-            self.working.load(pool, self.server.wire_coefficients)
+            self.working.load(pool, self.server.wire_coefficients, config.family)
 
     def _open_server(self, pool: SeedPool, resume: bool) -> None:
         server_config = self.config.server_config(len(self.task.datasets))
@@ -266,7 +269,12 @@ class Simulation(Generic[ExampleT, BatchT]):
         server = self.server
         notes = {"num_rounds": str(server.round)}
         return Ledger(
-            server.pool.base_seed, server.wire_coefficients, server.identity, frozen=self._frozen, notes=notes
+            server.pool.base_seed,
+            server.wire_coefficients,
+            server.identity,
+            frozen=self._frozen,
+            notes=notes,
+            family=server.config.family,
         )
 
     @property
@@ -304,7 +312,7 @@ class Simulation(Generic[ExampleT, BatchT]):
                 f"({reasons[0]}); the round was not merged, resuming tries it again"
             )
         server.merge(replies)
-        working.load(server.pool, server.wire_coefficients)
+        working.load(server.pool, server.wire_coefficients, server.config.family)
         begin = perf_counter()
         evaluation = self._evaluate(round)
         end = perf_counter()

@@ -71,7 +71,7 @@ class WorkingCopy:
         elif round_model is not None:
             self._round_model = list(round_model)
             self._check_like_weights("round_model", self._round_model)
-        self._kept: tuple[SeedPool, bytes] | None = None  # what the round model holds
+        self._kept: tuple[SeedPool, bytes, str] | None = None  # what the round model holds
         self.seconds_rebuild = 0.0
         self.seconds_reset = 0.0
 
@@ -91,17 +91,25 @@ class WorkingCopy:
         return ModelIdentity.of_weights(self.manifest, flags, weights)
 
     @torch.no_grad()
-    def load(self, pool: SeedPool, coefficients: NDArray[np.float32] | NDArray[np.float64]) -> None:
+    def load(
+        self,
+        pool: SeedPool,
+        coefficients: NDArray[np.float32] | NDArray[np.float64],
+        family: str = "gaussian",
+    ) -> None:
         """Sets the working weights to w0 + sum_k coefficients_k z(seed_k), in one pass over w0.
 
+        Args:
+            family: of the noise z.
+
         Raises:
-            ValueError: not one finite coefficient a seed; nothing changes.
+            ValueError: not one finite coefficient a seed, or an unknown family; nothing changes.
         """
         if coefficients.shape != (pool.num_seeds,):
             raise ValueError(f"expected {pool.num_seeds} coefficients, got shape {coefficients.shape}")
         flush_waiting(self._weights)  # later it would be taken from the weights loaded now
         start = perf_counter()
-        wanted = (pool, coefficients.astype(np.float64).tobytes())
+        wanted = (pool, coefficients.astype(np.float64).tobytes(), family)
         if self._round_model is not None and self._kept == wanted:
             for weight, kept in zip(self._weights, self._round_model, strict=True):
                 weight.copy_(kept)
@@ -113,6 +121,7 @@ class WorkingCopy:
             torch.from_numpy(coefficients.astype(np.float64)),
             streams=self._streams,
             out=self._weights,
+            family=family,
         )
         self.seconds_rebuild += perf_counter() - start
         if self._round_model is not None:
@@ -124,10 +133,13 @@ class WorkingCopy:
             self.seconds_reset += perf_counter() - start
 
     def adopt_round_model(
-        self, pool: SeedPool, coefficients: NDArray[np.float32] | NDArray[np.float64]
+        self,
+        pool: SeedPool,
+        coefficients: NDArray[np.float32] | NDArray[np.float64],
+        family: str = "gaussian",
     ) -> None:
         """Says that another process has rebuilt these coefficients into the shared round model."""
-        self._kept = (pool, coefficients.astype(np.float64).tobytes())
+        self._kept = (pool, coefficients.astype(np.float64).tobytes(), family)
 
     def _check_like_weights(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
         found = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
