@@ -123,13 +123,19 @@ class Pairing:
         if plus.shape == minus.shape and plus.dim() and len(plus) == half:
             if self._guard is not None and not self._guard.is_marked(plus):
                 self._check_rows(unit, plus, "returns")
-            return torch.cat([plus, minus])
+            return self._joined(plus, minus)
         if plus.shape == minus.shape and torch.equal(plus, minus):
             return plus
         if plus.shape == minus.shape and plus.dim() > 2 and len(plus) == 1:
             # One row for the whole batch, made of perturbed weights (a position bias): one for each half.
-            return torch.cat([side.expand(half, *side.shape[1:]) for side in (plus, minus)])
+            return self._joined(*[side.expand(half, *side.shape[1:]) for side in (plus, minus)])
         raise self._misfit(unit, f"tensors of shape {tuple(plus.shape)} that differ, without {half} rows")
+
+    def _joined(self, plus: Tensor, minus: Tensor) -> Tensor:
+        joined = torch.cat([plus, minus])
+        if self._guard is not None:
+            self._guard.mark([joined])
+        return joined
 
     def _misfit(self, unit: Unit, got: str) -> ValueError:
         return ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,7 +68,8 @@ class ReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     raise self._refuse(weight, str(func))
         result = func(*args, **kwargs)
         if any(isinstance(value, Tensor) and self.is_marked(value) for value in tree_iter((args, kwargs))):
-            self.mark(value for value in tree_iter(result) if isinstance(value, Tensor))
+            results = tree_iter((result, _written(func, args, kwargs)))
+            self.mark(value for value in results if isinstance(value, Tensor))
         return result
 
     def mark(self, tensors: Iterable[Tensor]) -> None:
@@ -79,6 +80,19 @@ class ReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def is_marked(self, tensor: Tensor) -> bool:
         """Whether the tensor was marked, or computed of one that was, within this guard."""
         return getattr(tensor, "_fedkseed_mark", None) is self._mark
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that the operator writes."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    values = [*args, *[None] * (len(schema.arguments) - len(args))]
+    return [
+        kwargs.get(argument.name, value)
+        for argument, value in zip(schema.arguments, values, strict=True)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 def _reads_no_values(func: Any) -> bool:
