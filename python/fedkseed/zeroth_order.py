@@ -98,9 +98,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base class's state and, as "fedkseed", what the optimizer was made with and how far it got.
 
-        An optimizer made alike, on a model with the weights of that moment, goes on with the same bits once
-        it has loaded this. The state of torch's random number generators (dropout) and of a learning rate
-        scheduler is the caller's to save beside it. Holds nothing that torch.load refuses with weights_only.
+        What waits for the next step is flushed first. An optimizer made alike, on a model with the weights of
+        that moment, goes on with the same bits once it has loaded this. The state of torch's random number
+        generators (dropout) and of a learning rate scheduler is the caller's to save beside it. Holds nothing
+        that torch.load refuses with weights_only.
         """
         self.flush()
         state = super().state_dict()
@@ -224,7 +225,10 @@ class _Evaluation:
     def both(self) -> tuple[float, float]:
         self._rewind()
         losses = self._closure()
-        if not isinstance(losses, (torch.Tensor, list, tuple)) or len(losses) != 2:
+        is_sequence = (
+            losses.dim() > 0 if isinstance(losses, torch.Tensor) else isinstance(losses, (list, tuple))
+        )
+        if not is_sequence or len(losses) != 2:
             raise ValueError(
                 f"expected the closure of a paired step to return two losses, (plus, minus), got {losses!r}"
             )

@@ -1,0 +1,268 @@
+"""The forward pass of a model with perturbed weights, unit by unit, beside the stored ones."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from fedkseed.storage.interrupts import interrupts_held
+from fedkseed.storage.pairing import Pairing
+from fedkseed.storage.perturbation import Perturbation, Weight
+from fedkseed.storage.scratch import Scratch, bytes_needed
+from fedkseed.storage.stand_ins import ReadGuard, StandIns
+from fedkseed.storage.structures import map_tensors
+from fedkseed.storage.units import Unit, partition
+
+
+class PerturbedModel:
+    """Runs a model's forward pass with each unit's parameters at w +- eps z while the unit runs.
+
+    In `swapped` every parameter holds a stand-in of NaN, and each unit's forward is wrapped: it puts
+    perturbed values into scratch, lets the parameters point there, runs, and points them back. Stored
+    weights are read, never written.
+
+    Args:
+        model: not wrapped by anything that keeps weights of its own.
+        weights: its parameters, those that are perturbed and those that are only converted.
+        is_paired: whether evaluations are of both sides at once, by `evaluate_both`.
+
+    Raises:
+        ValueError: a parameter of ``weights`` belongs to no unit, or an embedding renormalises its weight.
+    """
+
+    def __init__(self, model: nn.Module, weights: Sequence[Weight], is_paired: bool = False) -> None:
+        self._model = model
+        self._weights = list(weights)
+        self._of_parameter = {id(weight.parameter): weight for weight in weights}
+        self.units = partition(model, [weight.parameter for weight in weights])
+        self._check_units()
+        device = weights[0].stored.device
+        num_bytes = _largest_need(self.units, self._of_parameter)
+        self._scratches = [Scratch(num_bytes, device) for _ in range(1 + is_paired)]
+        self._stand_ins = StandIns(self._weights)
+        self._running: list[Unit] = []
+        #: By id the parameters that are perturbed now; others hold their stand-in.
+        self._loaded: set[int] = set()
+        self._perturbation = Perturbation(0, 0.0, "gaussian")
+        #: 1 or -1: the side that is evaluated; 0: both, each unit splits its batch.
+        self._sign = 1
+        self._is_checked = False
+        self._pairing = Pairing(model, self._guard)
+
+    def evaluate(self, closure: Callable[[], float], perturbation: Perturbation, sign: int) -> float:
+        """The closure at w + sign eps z, within `swapped`.
+
+        The first evaluation, and the one after a loss that was not a number, look at every operator.
+
+        Raises:
+            RuntimeError: a parameter is read while none of its units runs.
+        """
+        self._perturbation, self._sign = perturbation, sign
+        with nullcontext() if self._is_checked else self._guard():
+            loss = closure()
+        self._is_checked = not math.isnan(loss)
+        return loss
+
+    def evaluate_both(
+        self, closure: Callable[[], tuple[float, float]], perturbation: Perturbation
+    ) -> tuple[float, float]:
+        """The closure's losses of the halves of a doubled batch, at w + eps z and at w - eps z.
+
+        Raises:
+            RuntimeError: as `evaluate`; random numbers are drawn.
+            TypeError, ValueError: a batch that cannot be split, or a unit's results that cannot be joined.
+        """
+        self._perturbation, self._sign = perturbation, 0
+        with nullcontext() if self._is_checked else self._guard():
+            losses = closure()
+        self._is_checked = not any(math.isnan(loss) for loss in losses)
+        if not self._is_checked:
+            self._pairing.forget()
+        return losses
+
+    def _guard(self) -> ReadGuard:
+        return ReadGuard(self._stand_ins, self._refusal)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Stand-ins for parameters and wrappers for forwards; everything is put back, whatever happens."""
+        forwards: list[tuple[nn.Module, Any]] = []
+        try:
+            with interrupts_held():
+                for unit in self.units:
+                    module = unit.module
+                    forwards.append((module, vars(module).get("forward")))
+                    vars(module)["forward"] = self._wrapper(unit, module.forward)
+                if len(self._scratches) == 2:
+                    forwards.append((self._model, vars(self._model).get("forward")))
+                    vars(self._model)["forward"] = self._pairing.around_model(self._model.forward)
+                for weight in self._weights:
+                    weight.parameter.data = self._stand_ins[weight]
+            yield
+        finally:
+            with interrupts_held():
+                for weight in self._weights:
+                    weight.parameter.data = weight.stored
+                for module, forward in reversed(forwards):
+                    if forward is None:
+                        vars(module).pop("forward", None)
+                    else:
+                        vars(module)["forward"] = forward
+                self._loaded.clear()
+                self._running.clear()
+                for scratch in self._scratches:
+                    scratch.level = 0
+
+    def _wrapper(self, unit: Unit, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def perturbed(*args: Any, **kwargs: Any) -> Any:
+            return self._run(unit, forward, args, kwargs)
+
+        return perturbed
+
+    def _run(
+        self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self._sign:
+            with self._entered(unit) as ((_, load),):
+                load()
+                return self._result(unit, forward, args, kwargs)
+        calls = self._pairing.split(unit, args, kwargs)
+        results = []
+        with self._entered(unit) as sides:
+            for (sign, load), (half_args, half_kwargs) in zip(sides, calls, strict=True):
+                self._sign = sign
+                load()
+                results.append(self._result(unit, forward, half_args, half_kwargs))
+            return self._pairing.merge(unit, *results)
+
+    def _result(
+        self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with self._lookup(unit):
+            return map_tensors(forward(*args, **kwargs), self._copied_out)
+
+    @contextmanager
+    def _entered(self, unit: Unit) -> Iterator[list[tuple[int, Callable[[], None]]]]:
+        """Perturbed values in scratch; yields for each side its sign and what points the parameters there."""
+        # What a unit around this one has perturbed already stays as it is.
+        weights = [self._of_parameter[id(p)] for p in unit.parameters if id(p) not in self._loaded]
+        shapes, dtypes = [w.stored.shape for w in weights], [w.dtype for w in weights]
+        signs = [self._sign] if self._sign else [1, -1]
+        outer_sign, levels = self._sign, [scratch.level for scratch in self._scratches]
+        self._running.append(unit)
+        try:
+            views = [scratch.take(shapes, dtypes) for scratch, _ in zip(self._scratches, signs, strict=False)]
+            if weights and self._sign:
+                self._perturbation.write(weights, views[0], self._sign)
+            elif weights:
+                self._perturbation.write_both(weights, *views)
+            yield [
+                (sign, functools.partial(self._load, weights, side))
+                for sign, side in zip(signs, views, strict=True)
+            ]
+        finally:
+            self._sign = outer_sign
+            for weight in weights:
+                self._loaded.discard(id(weight.parameter))
+                weight.parameter.data = self._stand_ins[weight]
+            for scratch, level in zip(self._scratches, levels, strict=True):
+                scratch.level = level
+            self._running.pop()
+
+    def _load(self, weights: Sequence[Weight], values: Sequence[Tensor]) -> None:
+        for weight, tensor in zip(weights, values, strict=True):
+            weight.parameter.data = tensor
+            self._loaded.add(id(weight.parameter))
+
+    def _copied_out(self, tensor: Tensor) -> Tensor:
+        """A copy of a result that would change when the unit is left."""
+        is_scratch = any(scratch.holds(tensor) for scratch in self._scratches)
+        return tensor.clone() if is_scratch or id(tensor) in self._loaded else tensor
+
+    def _lookup(self, unit: Unit) -> AbstractContextManager[Any]:
+        if unit.gathered is None or id(unit.gathered) in self._loaded:
+            return nullcontext()
+        return _Lookup(unit.gathered, self._rows)
+
+    def _rows(self, parameter: nn.Parameter, ids: Tensor) -> Tensor:
+        weight = self._of_parameter[id(parameter)]
+        if ids.numel() < weight.stored.shape[0]:
+            return self._perturbation.rows(weight, ids, self._sign)
+        return functional.embedding(ids, self._perturbation.whole(weight, self._sign))
+
+    def _refusal(self, weight: Weight, operator: str) -> Exception:
+        owners = [str(unit) for unit in self.units if self._reads(unit, weight)]
+        where = f"while {self._running[-1]} runs" if self._running else "while no unit runs"
+        return RuntimeError(
+            f"expected {weight.name} to be read by the forward of {' or '.join(owners)} alone, got "
+            f"{operator} that reads it outside of its unit, {where}; use storage=Inplace() for this model"
+        )
+
+    @staticmethod
+    def _reads(unit: Unit, weight: Weight) -> bool:
+        return weight.parameter is unit.gathered or any(weight.parameter is p for p in unit.parameters)
+
+    def _check_units(self) -> None:
+        for weight in self._weights:
+            if not any(self._reads(unit, weight) for unit in self.units):
+                raise ValueError(
+                    f"expected every tuned tensor in the forward of a module, got {weight.name} in none; "
+                    "use storage=Inplace()"
+                )
+        for unit in self.units:
+            if unit.gathered is not None and getattr(unit.module, "max_norm", None) is not None:
+                raise ValueError(
+                    f"expected embeddings without max_norm, got {unit}: its forward pass writes its weight; "
+                    "use storage=Inplace()"
+                )
+
+
+def _largest_need(units: Sequence[Unit], weights: Mapping[int, Weight]) -> int:
+    """Bytes of scratch for the largest unit and the containers around it."""
+    needs = {}
+    for unit in units:
+        entered = [weights[id(parameter)] for parameter in unit.parameters]
+        needs[unit] = bytes_needed([w.stored.shape for w in entered], [w.dtype for w in entered])
+    around = {
+        unit: sum(
+            needs[outer]
+            for outer in units
+            if outer.is_container
+            and outer is not unit
+            and (outer.name == "" or unit.name.startswith(outer.name + "."))
+        )
+        for unit in units
+    }
+    return max(needs[unit] + around[unit] for unit in units)
+
+
+class _Lookup(TorchFunctionMode):
+    """Answers torch's embedding functions on one weight by gathering rows of it."""
+
+    def __init__(self, weight: nn.Parameter, rows: Callable[[nn.Parameter, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._weight = weight
+        self._rows = rows
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.embedding:
+            ids, weight = _pick(args, kwargs, ("input", "weight"))
+        elif func is torch.embedding:
+            weight, ids = _pick(args, kwargs, ("weight", "indices"))
+        else:
+            return func(*args, **kwargs)
+        return self._rows(weight, ids) if weight is self._weight else func(*args, **kwargs)
+
+
+def _pick(args: Sequence[Any], kwargs: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
