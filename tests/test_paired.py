@@ -131,7 +131,12 @@ def test_wrapped_model() -> None:
             return self.model(**inputs)
 
     model, batch = LLAMA.make_model(torch.float64), LLAMA.make_batch()
+    seen: list[Any] = []
+    model.register_forward_pre_hook(
+        lambda _, __, options: seen.append(options["use_cache"]), with_kwargs=True
+    )
     assert torch.equal(paired_losses(Wrapper(model), batch), paired_losses(model, batch))
+    assert seen == [False, False]
 
 
 def test_doubled() -> None:

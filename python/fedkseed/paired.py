@@ -28,8 +28,9 @@ def paired_losses(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
 
     Each entry is what ``model(**batch).loss`` is on the weights that its half meets: the model's own
     ``loss_function`` is called for each half, with what the model hands to it. Outside of a paired step both
-    halves meet the same weights. Encoder-decoder models of transformers have no ``loss_function`` of their
-    own; theirs is the mean cross-entropy of logits and labels, in the logits' dtype, -100 ignored.
+    halves meet the same weights. Some models of transformers do without that function (T5, BART, BERT):
+    theirs is the mean cross-entropy of logits and labels in the logits' dtype, -100 ignored, and it is
+    checked that it is.
 
     The model's cache is left off. Nothing of the batch changes.
 
@@ -51,9 +52,10 @@ def paired_losses(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     inputs = doubled(batch)
     if "labels" not in inputs:
         raise ValueError(f"expected a batch with labels, got {', '.join(inputs)}; the loss needs them")
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    owner = next((module for module in model.modules() if hasattr(type(module), "loss_function")), None)
+    if "use_cache" in inspect.signature((owner or model).forward).parameters:
         inputs["use_cache"] = False
-    with _loss_of_halves(model, 2 * _num_rows(batch)) as losses:
+    with _loss_of_halves(owner, 2 * _num_rows(batch)) as losses:
         output = model(**inputs)
     logits, loss = getattr(output, "logits", None), getattr(output, "loss", None)
     name = type(model).__name__
@@ -106,10 +108,9 @@ def _num_rows(batch: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def _loss_of_halves(model: nn.Module, num_rows: int) -> Iterator[list[torch.Tensor]]:
-    """Meanwhile the model's loss function returns [2], the losses of the halves; gives the list of them."""
+def _loss_of_halves(owner: Any, num_rows: int) -> Iterator[list[torch.Tensor]]:
+    """Meanwhile the owner's loss function, if any, returns [2], a loss for each half; gives what it did."""
     losses: list[torch.Tensor] = []
-    owner: Any = next((module for module in model.modules() if hasattr(type(module), "loss_function")), None)
     if owner is None:
         yield losses
         return
