@@ -20,6 +20,7 @@ from fedkseed.server import Server
 from fedkseed.server_config import ServerConfig
 from fedkseed.server_state import StateError
 from fedkseed.simulation import RoundResult, Simulation, SimulationConfig
+from fedkseed.storage import Inplace
 from fedkseed.tuned_model import load
 from fedkseed.working_copy import WorkingCopy
 
@@ -29,6 +30,7 @@ __all__ = [
     "Client",
     "FedKSeedSGD",
     "IdentityError",
+    "Inplace",
     "Ledger",
     "LedgerError",
     "LocalRun",
