@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedkseed_kernels import _exact, reference
+from fedkseed_kernels import _exact, derived, reference
 
 Evaluate = Callable[[nn.Module], float]
 Shapes = tuple[tuple[int, ...], ...]
@@ -29,24 +29,46 @@ def noise(shapes: Shapes, seed: int) -> NDArray[np.float32]:
     return np.concatenate([reference.gaussian(seed, i, np.arange(size)) for i, size in enumerate(sizes)])
 
 
-def pass_over(model: nn.Module, seeds: Sequence[int], coeffs: Sequence[float], alpha: float = 1.0) -> None:
-    """The primitive (contract, section 6.1) in place over all parameters, tied ones once; of one dtype."""
+@lru_cache(maxsize=256)
+def rounding_bits(shapes: Shapes, rounding_seed: int) -> NDArray[np.uint16]:
+    """The random bits of stochastic rounding, laid out as `noise` is."""
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    pieces = [reference.rounding_bits(rounding_seed, i, np.arange(size)) for i, size in enumerate(sizes)]
+    return np.concatenate(pieces)
+
+
+def pass_over(
+    model: nn.Module,
+    seeds: Sequence[int],
+    coeffs: Sequence[float],
+    alpha: float = 1.0,
+    rounding_seed: int | None = None,
+) -> None:
+    """The primitive (contract, section 6.1) in place over all parameters, tied ones once; of one dtype.
+
+    Rounds stochastically if there is a rounding seed, to nearest if not.
+    """
     parameters = [parameter.detach() for _, parameter in model.named_parameters()]
     shapes = tuple(tuple(parameter.shape) for parameter in parameters)
     flat = torch.cat([parameter.flatten() for parameter in parameters])
+    terms = [(c, noise(shapes, seed)) for seed, c in zip(seeds, coeffs, strict=True) if c]
+    if alpha == 1 and not terms:
+        return
     fma, number = (_exact.fma64, np.float64) if flat.dtype == torch.float64 else (_exact.fma32, np.float32)
-    acc = number(-0.0)
-    for seed, coefficient in zip(seeds, coeffs, strict=True):
-        if coefficient:
-            acc = fma(number(coefficient), noise(shapes, seed), acc)
-    stored: Any = flat.float() if flat.dtype == torch.bfloat16 else flat
-    y = fma(number(np.float32(alpha)), stored.numpy(), acc)
-    if flat.dtype == torch.bfloat16:
-        moved = torch.from_numpy(reference.round_to_nearest(y, "bfloat16").view(np.int16)).view(
-            torch.bfloat16
-        )
-    else:
+    acc: Any = number(-0.0)
+    for coefficient, z in terms:
+        acc = fma(number(coefficient), z, acc)
+    widened = flat.float() if flat.dtype == torch.bfloat16 else flat
+    y = fma(number(np.float32(alpha)), widened.numpy(), acc)
+    if flat.dtype != torch.bfloat16:
         moved = torch.from_numpy(y)
+    else:
+        patterns = (
+            reference.round_to_nearest(y, "bfloat16")
+            if rounding_seed is None
+            else _exact.round_to_bf16_stochastic(y, rounding_bits(shapes, rounding_seed))
+        )
+        moved = torch.from_numpy(patterns.view(np.int16)).view(torch.bfloat16)
     pieces = moved.split([parameter.numel() for parameter in parameters])
     for parameter, piece in zip(parameters, pieces, strict=True):
         parameter.copy_(piece.view(parameter.shape))
@@ -65,82 +87,104 @@ def _bytes(parameter: torch.Tensor) -> torch.Tensor:
     return parameter.detach().contiguous().view(torch.uint8)
 
 
-class InplaceReference:
-    """w + eps z; minus 2 eps z; restore and update in one pass, (alpha eps - lr g) z."""
+class Reference:
+    """What all have: a copy of the model, and the numbers of a step; alpha = 1 - lr weight decay."""
 
-    def __init__(self, model: nn.Module, eps: float, lr: float, alpha: float) -> None:
+    def __init__(self, model: nn.Module, eps: float, lr: float, alpha: float, seed: int) -> None:
         self.model = copy.deepcopy(model)
         self.eps, self.lr, self.alpha = eps, lr, alpha
+        self.seed = seed
+        self.num_passes = 0
+
+    #: Whether passes round stochastically, the n-th of them with the rounding seed n of the optimizer's seed.
+    is_stochastic = False
+
+    def rounding_seed(self) -> int | None:
+        if not self.is_stochastic:
+            return None
+        return int(derived.seeds(self.seed, derived.PURPOSE_ROUNDING_SEEDS, [self.num_passes])[0])
+
+
+class InplaceReference(Reference):
+    """w + eps z; minus 2 eps z; restore and update in one pass, (alpha eps - lr g) z."""
 
     def losses(self, seed: int, evaluate: Evaluate) -> tuple[float, float]:
-        pass_over(self.model, [seed], [self.eps])
+        self.move([seed], [self.eps])
+        return self.both(seed, evaluate)
+
+    def both(self, seed: int, evaluate: Evaluate) -> tuple[float, float]:
         plus = evaluate(self.model)
-        pass_over(self.model, [seed], [-2 * self.eps])
+        self.move([seed], [-2 * self.eps])
         return plus, evaluate(self.model)
 
     def update(self, seed: int, g: float, next_seed: int) -> None:
-        pass_over(self.model, [seed], [self.alpha * self.eps - self.lr * g], self.alpha)
+        self.move([seed], [self.alpha * self.eps - self.lr * g], self.alpha)
 
     def flush(self) -> None:
         """Nothing waits."""
 
     def restore(self, seed: int, num_evaluations: int) -> None:
         """After a closure that raised when it was called for the ``num_evaluations``-th time."""
-        pass_over(self.model, [seed], [self.eps])
+        self.move([seed], [self.eps])
+        self.back(seed, num_evaluations)
+
+    def back(self, seed: int, num_evaluations: int) -> None:
         if num_evaluations == 2:
-            pass_over(self.model, [seed], [-2 * self.eps])
-        pass_over(self.model, [seed], [-self.eps if num_evaluations == 1 else self.eps])
+            self.move([seed], [-2 * self.eps])
+        self.move([seed], [-self.eps if num_evaluations == 1 else self.eps])
+
+    def move(self, seeds: Sequence[int], coeffs: Sequence[float], alpha: float = 1.0) -> None:
+        pass_over(self.model, seeds, coeffs, alpha, self.rounding_seed())
+        self.num_passes += 1
 
 
 class ChainedReference(InplaceReference):
     """In place, but the update's pass goes on to w + eps z of the step to come."""
 
-    def __init__(self, model: nn.Module, eps: float, lr: float, alpha: float) -> None:
-        super().__init__(model, eps, lr, alpha)
-        self.waiting: int | None = None
+    waiting: int | None = None
 
     def losses(self, seed: int, evaluate: Evaluate) -> tuple[float, float]:
-        if self.waiting is None:
-            return super().losses(seed, evaluate)
-        assert self.waiting == seed
-        self.waiting = None
-        plus = evaluate(self.model)
-        pass_over(self.model, [seed], [-2 * self.eps])
-        return plus, evaluate(self.model)
+        return self.both(seed, evaluate) if self.taken(seed) else super().losses(seed, evaluate)
 
     def update(self, seed: int, g: float, next_seed: int) -> None:
         coeffs = [self.alpha * self.eps - self.lr * g, self.eps]
-        pass_over(self.model, [seed, next_seed], coeffs, self.alpha)
+        self.move([seed, next_seed], coeffs, self.alpha)
         self.waiting = next_seed
 
     def flush(self) -> None:
         if self.waiting is not None:
-            pass_over(self.model, [self.waiting], [-self.eps])
+            self.move([self.waiting], [-self.eps])
             self.waiting = None
 
     def restore(self, seed: int, num_evaluations: int) -> None:
-        if self.waiting is None:
+        if self.taken(seed):
+            self.back(seed, num_evaluations)
+        else:
             super().restore(seed, num_evaluations)
-            return
-        assert self.waiting == seed
-        self.waiting = None
-        if num_evaluations == 2:
-            pass_over(self.model, [seed], [-2 * self.eps])
-        pass_over(self.model, [seed], [-self.eps if num_evaluations == 1 else self.eps])
+
+    def taken(self, seed: int) -> bool:
+        """Whether the perturbation of this seed was made by the step before; only this one can wait."""
+        assert self.waiting in (None, seed)
+        was_waiting, self.waiting = self.waiting is not None, None
+        return was_waiting
 
 
-class StreamedReference:
+class StreamedReference(Reference):
     """Both sides are copies made from the weights, which only the update changes: -lr g z."""
 
-    def __init__(self, model: nn.Module, eps: float, lr: float, alpha: float) -> None:
-        self.model = copy.deepcopy(model)
-        self.eps, self.lr, self.alpha = eps, lr, alpha
-
     def losses(self, seed: int, evaluate: Evaluate) -> tuple[float, float]:
-        return self._side(seed, self.eps, evaluate), self._side(seed, -self.eps, evaluate)
+        return self.side(seed, self.eps, evaluate), self.side(seed, -self.eps, evaluate)
+
+    def side(self, seed: int, offset: float, evaluate: Evaluate) -> float:
+        """Of a copy at w + offset z. The two sides are one pass, and share its random bits."""
+        perturbed = copy.deepcopy(self.model)
+        pass_over(perturbed, [seed], [offset], rounding_seed=self.rounding_seed())
+        return evaluate(perturbed)
 
     def update(self, seed: int, g: float, next_seed: int) -> None:
-        pass_over(self.model, [seed], [-self.lr * g], self.alpha)
+        self.num_passes += 1
+        pass_over(self.model, [seed], [-self.lr * g], self.alpha, self.rounding_seed())
+        self.num_passes += 1
 
     def flush(self) -> None:
         """Nothing waits."""
@@ -148,16 +192,16 @@ class StreamedReference:
     def restore(self, seed: int, num_evaluations: int) -> None:
         """Nothing was changed."""
 
-    def _side(self, seed: int, offset: float, evaluate: Evaluate) -> float:
-        perturbed = copy.deepcopy(self.model)
-        pass_over(perturbed, [seed], [offset])
-        return evaluate(perturbed)
-
 
 class StreamedFloatReference(StreamedReference):
     """The copies are fp32: w widened, then perturbed."""
 
-    def _side(self, seed: int, offset: float, evaluate: Evaluate) -> float:
+    def side(self, seed: int, offset: float, evaluate: Evaluate) -> float:
         perturbed = copy.deepcopy(self.model).float()
         pass_over(perturbed, [seed], [offset])
         return evaluate(perturbed)
+
+
+def stochastic(kind: type[Reference]) -> type[Reference]:
+    """The same with stochastic rounding."""
+    return type(f"Stochastic{kind.__name__}", (kind,), {"is_stochastic": True})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from storage_reference import InplaceReference, pass_over, same_weights
+from storage_reference import ChainedReference, InplaceReference, pass_over, same_weights, stochastic
 from torch import nn
 
 from fedkseed import ZOSGD
@@ -34,7 +34,13 @@ class Mode:
     num_evaluations: int = 2
 
 
-MODES = (Mode(Inplace(), InplaceReference),)
+BF16 = (torch.bfloat16,)
+MODES = (
+    Mode(Inplace(), InplaceReference),
+    Mode(Inplace(chained=True), ChainedReference),
+    Mode(Inplace(rounding="stochastic"), stochastic(InplaceReference), BF16),
+    Mode(Inplace(chained=True, rounding="stochastic"), stochastic(ChainedReference), BF16),
+)
 
 ARCHITECTURE_ROWS = [pytest.param(row, id=name) for name, row in ARCHITECTURES.items()]
 MODE_ROWS = [
@@ -60,7 +66,7 @@ class Run:
         self.eps = fp32(EPS[dtype])
         self.losses: list[float] = []
         decay = WEIGHT_DECAY if lr else 0.0
-        self.reference = mode.reference(self.model, self.eps, lr, ALPHA if lr else 1.0)
+        self.reference = mode.reference(self.model, self.eps, lr, ALPHA if lr else 1.0, SEED)
         self.optimizer = ZOSGD(
             self.model, lr, EPS[dtype], seed=SEED, weight_decay=decay, storage=mode.options
         )
