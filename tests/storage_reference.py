@@ -202,6 +202,35 @@ class StreamedFloatReference(StreamedReference):
         return evaluate(perturbed)
 
 
+class CompensatedReference(StreamedReference):
+    """bf16 weights with residuals (contract, section 6.5) are fp32 numbers of which bf16 copies are read.
+
+    The stored weights are their upper halves, rounded to nearest, ties away from zero.
+    """
+
+    def __init__(self, model: nn.Module, eps: float, lr: float, alpha: float, seed: int) -> None:
+        super().__init__(model, eps, lr, alpha, seed)
+        self.values = copy.deepcopy(model).float()
+
+    def side(self, seed: int, offset: float, evaluate: Evaluate) -> float:
+        values = copy.deepcopy(self.values)
+        pass_over(values, [seed], [offset])
+        perturbed = copy.deepcopy(self.model)
+        self.store(perturbed, [value.bfloat16() for value in values.parameters()])
+        return evaluate(perturbed)
+
+    def update(self, seed: int, g: float, next_seed: int) -> None:
+        pass_over(self.values, [seed], [-self.lr * g], self.alpha)
+        patterns = [value.detach().view(torch.int32) for value in self.values.parameters()]
+        upper = [((pattern + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16) for pattern in patterns]
+        self.store(self.model, upper)
+
+    def store(self, model: nn.Module, weights: Sequence[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, weight in zip(model.parameters(), weights, strict=True):
+                parameter.copy_(weight)
+
+
 def stochastic(kind: type[Reference]) -> type[Reference]:
     """The same with stochastic rounding."""
     return type(f"Stochastic{kind.__name__}", (kind,), {"is_stochastic": True})

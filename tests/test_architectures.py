@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from storage_reference import ChainedReference, InplaceReference, pass_over, sam
 from torch import nn
 
 from fedkseed import ZOSGD
+from fedkseed.paired import paired_losses
 from fedkseed.storage import Inplace, StorageOptions
 from fedkseed_kernels import derived, reference
 
@@ -29,9 +29,16 @@ class Mode:
     """A storage mode: how users choose it, what it stands for, and the dtypes it is for."""
 
     options: StorageOptions
-    reference: Callable[..., Any]
+    reference: type[Any]
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.bfloat16)
-    num_evaluations: int = 2
+
+    @property
+    def is_paired(self) -> bool:
+        return getattr(self.options, "paired", False)
+
+    @property
+    def never_perturbs(self) -> bool:
+        return issubclass(self.reference, StreamedReference)
 
 
 BF16 = (torch.bfloat16,)
@@ -63,6 +70,7 @@ class Run:
 
     def __init__(self, row: Architecture, mode: Mode, dtype: torch.dtype, lr: float = LR) -> None:
         self.model, self.batch = row.make_model(dtype), row.make_batch()
+        self.is_paired = mode.is_paired
         self.eps = fp32(EPS[dtype])
         self.losses: list[float] = []
         decay = WEIGHT_DECAY if lr else 0.0
@@ -75,7 +83,11 @@ class Run:
         with torch.no_grad():
             return float(model(**self.batch).loss.double())
 
-    def closure(self) -> float:
+    def closure(self) -> Any:
+        if self.is_paired:
+            losses = paired_losses(self.model, self.batch)
+            self.losses += losses.tolist()
+            return losses
         self.losses.append(self.evaluate(self.model))
         return self.losses[-1]
 
@@ -139,7 +151,7 @@ def test_forward_that_raises_in_the_second_block(
     run = Run(row, mode, dtype)
     first, second, third = seeds()
     run.replay(first, run.step(), second)
-    for num_evaluations in range(1, mode.num_evaluations + 1):
+    for num_evaluations in (1, 2):
         with monkeypatch.context() as patch:
             raise_in_forward(row.block(run.model), num_evaluations, patch)
             with pytest.raises(RuntimeError, match="within the second block"):
@@ -154,8 +166,20 @@ def test_forward_that_raises_in_the_second_block(
     assert same_weights(run.model, run.reference.model)
 
 
+@pytest.mark.parametrize("mode", [pytest.param(mode, id=str(mode.options)) for mode in MODES if mode.never_perturbs])
+@pytest.mark.parametrize("row", ARCHITECTURE_ROWS)
+def test_stored_bytes_stay_without_an_update(row: Architecture, mode: Mode) -> None:
+    run = Run(row, mode, torch.bfloat16, lr=0.0)
+    places = [parameter.data_ptr() for parameter in run.model.parameters()]
+    assert run.step() != 0
+    assert run.step() != 0
+    assert same_weights(run.model, run.reference.model)
+    assert [parameter.data_ptr() for parameter in run.model.parameters()] == places
+    assert run.evaluate(run.model) == run.evaluate(run.reference.model)
+
+
 def raise_in_forward(block: nn.Module, num_evaluations: int, patch: pytest.MonkeyPatch) -> None:
-    """Of the ``num_evaluations``-th evaluation."""
+    """Of the ``num_evaluations``-th evaluation, or half of a paired one."""
     forward, num_calls = block.forward, 0
 
     def counted(*args: Any, **options: Any) -> Any:
