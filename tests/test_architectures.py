@@ -9,12 +9,20 @@ import numpy as np
 import pytest
 import torch
 from architectures import ARCHITECTURES, Architecture
-from storage_reference import ChainedReference, InplaceReference, pass_over, same_weights, stochastic
+from storage_reference import (
+    ChainedReference,
+    InplaceReference,
+    StreamedFloatReference,
+    StreamedReference,
+    pass_over,
+    same_weights,
+    stochastic,
+)
 from torch import nn
 
-from fedkseed import ZOSGD
+from fedkseed import ZOSGD, Inplace, Streamed
 from fedkseed.paired import paired_losses
-from fedkseed.storage import Inplace, StorageOptions
+from fedkseed.storage import StorageOptions
 from fedkseed_kernels import derived, reference
 
 SEED, LR, WEIGHT_DECAY = 17, 2e-2, 0.25
@@ -47,6 +55,12 @@ MODES = (
     Mode(Inplace(chained=True), ChainedReference),
     Mode(Inplace(rounding="stochastic"), stochastic(InplaceReference), BF16),
     Mode(Inplace(chained=True, rounding="stochastic"), stochastic(ChainedReference), BF16),
+    Mode(Streamed(), StreamedReference),
+    Mode(Streamed(rounding="stochastic"), stochastic(StreamedReference), BF16),
+    Mode(Streamed(compute_dtype=torch.float32), StreamedFloatReference, BF16),
+    Mode(
+        Streamed(compute_dtype=torch.float32, rounding="stochastic"), stochastic(StreamedFloatReference), BF16
+    ),
 )
 
 ARCHITECTURE_ROWS = [pytest.param(row, id=name) for name, row in ARCHITECTURES.items()]
@@ -166,7 +180,9 @@ def test_forward_that_raises_in_the_second_block(
     assert same_weights(run.model, run.reference.model)
 
 
-@pytest.mark.parametrize("mode", [pytest.param(mode, id=str(mode.options)) for mode in MODES if mode.never_perturbs])
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, id=str(mode.options)) for mode in MODES if mode.never_perturbs]
+)
 @pytest.mark.parametrize("row", ARCHITECTURE_ROWS)
 def test_stored_bytes_stay_without_an_update(row: Architecture, mode: Mode) -> None:
     run = Run(row, mode, torch.bfloat16, lr=0.0)
