@@ -60,8 +60,8 @@ def check_servable(model: nn.Module) -> None:
             )
         if _is_compiled(module.forward):
             raise TypeError(
-                f"expected modules that can be run unit by unit, got {place} with a compiled forward: compiled "
-                "code may keep the addresses of weights; make the optimizer of a model without it"
+                f"expected modules that can be run unit by unit, got {place} with a compiled forward: "
+                "compiled code may keep the addresses of weights; make the optimizer of a model without it"
             )
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise TypeError(
