@@ -158,7 +158,7 @@ def test_stochastic_rounding_shares_its_bits_between_the_sides_and_rounds_the_up
                 rounding="stochastic",
                 rounding_seed=passes[0],
             )
-        losses.append(float(loss_of(copied, ids)))
+        losses.append(float(loss_of(copied, ids).detach()))
     optimizer.step(lambda: loss_of(model, ids))
     (g,) = optimizer.projected_grads
     assert g == projected(losses, optimizer.eps)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from fedkseed._checks import check_count
+from fedkseed.seeds import derived_seed
+from fedkseed.storage.inplace import Rounding
 from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
+from fedkseed.storage.interrupts import interrupts_held
 from fedkseed.storage.perturbation import Perturbation, Weight
+from fedkseed.storage.perturbed import PerturbedWeights
 from fedkseed.storage.perturbed_model import PerturbedModel
-from fedkseed.storage.rounding import RoundingSeeds, check_rounding
 from fedkseed.storage.unsupported import check_servable
-from fedkseed.storage.updates import GroupedWeights, interrupts_held
+from fedkseed_kernels import derived
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,11 @@ class Streamed:
     """
 
     compute_dtype: torch.dtype | None = None
-    rounding: str = "nearest"
+    rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
-        check_rounding(self.rounding)
+        if self.rounding not in get_args(Rounding):
+            raise ValueError(f"expected a rounding out of {list(get_args(Rounding))}, got {self.rounding!r}")
         if self.compute_dtype not in (None, torch.float32):
             raise ValueError(
                 f"expected compute_dtype None or torch.float32, got {self.compute_dtype}; "
@@ -66,10 +71,11 @@ class StreamedStorage:
                 "model= beside them, or use storage=Inplace()"
             )
         check_servable(weights.model)
-        self._weights = GroupedWeights(weights)
+        self._weights = PerturbedWeights(weights, options.rounding)
+        self._seed = weights.seed
+        self._is_stochastic = options.rounding == "stochastic"
         self._eps = weights.eps
         self._family = weights.family
-        self._rounding = RoundingSeeds(weights.seed, options.rounding)
         self._model = PerturbedModel(weights.model, _seen_weights(weights, options.compute_dtype))
 
     def walk(
@@ -83,15 +89,15 @@ class StreamedStorage:
     ) -> list[Direction]:
         """See `Storage.walk`."""
         self._weights.check_in_place()
-        rounding_seeds = self._rounding.next(len(seeds) + 1)
         with self._model.swapped():
             directions = [
-                self._direction(Perturbation(seed, self._eps, self._family, rounding), evaluation, project)
-                for seed, rounding in zip(seeds, rounding_seeds, strict=False)
+                self._direction(number, seed, evaluation, project) for number, seed in enumerate(seeds)
             ]
+        if all(direction.g is None for direction in directions):
+            updates = [GroupUpdate(lr=0.0)] * len(updates)
+        gradients = [0.0 if direction.g is None else direction.g for direction in directions]
         with interrupts_held():
-            self._weights.update(seeds, updates, directions, rounding_seed=rounding_seeds[-1])
-            self._rounding.advance(len(seeds) + 1)
+            self._weights.update(seeds, updates, gradients, num_passes_before=len(seeds))
             record(directions)
         return directions
 
@@ -99,19 +105,32 @@ class StreamedStorage:
         """Nothing waits: the stored weights are never perturbed."""
 
     def state(self) -> dict[str, Any]:
-        """The number of passes rounded, if that is stochastic."""
-        return self._rounding.state()
+        """The number of passes made, which rounding seeds count; empty if rounding is to nearest."""
+        return {"num_passes": self._weights.num_passes} if self._is_stochastic else {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See `Storage.load_state`."""
-        self._rounding.load_state(state)
+        wanted = sorted(self.state())
+        if sorted(state) != wanted:
+            raise ValueError(f"expected a storage state with the entries {wanted}, got {sorted(state)}")
+        if wanted:
+            try:
+                self._weights.num_passes = check_count("num_passes", state["num_passes"], 0, 2**63)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
 
     def _direction(
         self,
-        perturbation: Perturbation,
+        number: int,
+        seed: int,
         evaluation: Evaluation,
         project: Callable[[float, float], float | None],
     ) -> Direction:
+        rounding_seed = None
+        if self._is_stochastic:
+            index = self._weights.num_passes + number
+            rounding_seed = derived_seed(self._seed, derived.PURPOSE_ROUNDING_SEEDS, index)
+        perturbation = Perturbation(seed, self._eps, self._family, rounding_seed)
         plus = self._model.evaluate(evaluation.side, perturbation, 1)
         minus = self._model.evaluate(evaluation.side, perturbation, -1)
         return Direction(plus, minus, project(plus, minus))
