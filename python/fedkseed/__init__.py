@@ -12,6 +12,7 @@ from fedkseed.ledger import Ledger
 from fedkseed.ledger_format import LedgerError
 from fedkseed.manifest import Manifest, manifest_parameters
 from fedkseed.optim import ZOSGD, FedKSeedSGD
+from fedkseed.paired import paired_losses
 from fedkseed.pro import SeedSignificance
 from fedkseed.protocol import Broadcast, MessageError, ProtocolError, Reply
 from fedkseed.seeds import SeedPool
@@ -51,4 +52,5 @@ __all__ = [
     "WorkingCopy",
     "load",
     "manifest_parameters",
+    "paired_losses",
 ]
