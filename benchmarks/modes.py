@@ -1,0 +1,36 @@
+"""The storage modes that the benchmarks of whole steps compare, by the names that their tables use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedkseed.storage import Inplace
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedkseed.storage import StorageOptions
+
+#: With weights of 16 bits. A forward pass at a time.
+ONE_SIDED: dict[str, StorageOptions] = {
+    "inplace": Inplace(),
+}
+
+#: Both sides in one forward pass of a doubled batch.
+PAIRED: dict[str, StorageOptions] = {}
+
+_ONLY_16_BIT = ("stochastic", "compensated", "fp32 forward")
+
+
+def modes(dtype: torch.dtype) -> dict[str, StorageOptions]:
+    """All modes that are something of their own with weights of this dtype."""
+    return {
+        name: options
+        for name, options in (ONE_SIDED | PAIRED).items()
+        if dtype.itemsize == 2 or not any(part in name for part in _ONLY_16_BIT)
+    }
+
+
+def computes_in_fp32(name: str) -> bool:
+    """Whether the mode's forward passes run in fp32 whatever the weights are."""
+    return "fp32 forward" in name
