@@ -16,6 +16,8 @@ from fedkseed_kernels._operands import FAMILY_CODES, ROUNDING_CODES, DeviceTerms
 
 # Numbers of at least this magnitude become infinite in fp32: its largest number and half an ulp.
 FP32_OVERFLOW = float.fromhex("0x1.ffffffp+127")
+# Rademacher noise sums integers of 31 bits in all (contract section 6.3).
+SUM_MAX_TERMS = 1 << 24
 _FP32_SMALLEST_NORMAL = float.fromhex("0x1p-126")
 
 IntLike = Any  # anything with __index__: int, NumPy integers
@@ -182,6 +184,10 @@ def check_term_metadata(
         raise ValueError(
             f"expected one coefficient for each seed, "
             f"got {seeds.shape[0]} seeds and {coeffs.shape[0]} coefficients"
+        )
+    if family == "rademacher" and coeffs.shape[0] > SUM_MAX_TERMS:
+        raise ValueError(
+            f"expected at most 2^24 terms of rademacher noise, got {coeffs.shape[0]}; make several calls"
         )
     if alpha.dim() != 0 or alpha.dtype != torch.float64:
         raise ValueError(f"expected alpha fp64 of shape (), got {alpha.dtype} of shape {tuple(alpha.shape)}")

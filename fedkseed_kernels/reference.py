@@ -7,6 +7,7 @@ uint16 bit patterns for bf16 and fp16.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,6 +69,11 @@ COSINE_COEFFICIENTS = (
     _fp32("0x1.ae89f8p+0"),
 )
 SQRT_TWO = _fp32("0x1.6a09e6p+0")
+
+# Section 6.3, for fp32 and for fp64 arithmetic.
+SUM_MAX_TERMS = 2**24
+SUM_BITS = {False: 30, True: 62}
+SUM_SMALLEST = {False: 2.0**-96, True: 2.0**-960}
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FAMILIES = ("gaussian", "rademacher")
@@ -223,15 +229,19 @@ def normal_array(seed: int, stream: int, elements: Any, dtype: str, family: str 
     return round_to_nearest(_noise(seed, stream, elements, family), dtype)
 
 
-def terms_left(seeds: Sequence[int], coeffs: Any, fp64: bool) -> list[tuple[int, Any]]:
-    """Section 6.1: the (seed, coefficient) pairs that count, coefficients rounded once to fp32 or fp64.
+def terms_left(
+    seeds: Sequence[int], coeffs: Any, fp64: bool, family: str = "gaussian"
+) -> list[tuple[int, Any]]:
+    """Sections 6.1, 6.3: the (seed, coefficient) pairs that count, coefficients rounded once to fp32 or fp64.
 
     Raises:
-        ValueError: lengths differ, or a coefficient is NaN or infinite after rounding.
+        ValueError: lengths differ, more than 2^24 terms of Rademacher noise, or a coefficient is NaN or
+            infinite after rounding.
     """
     with ieee_arithmetic():
         rounded = np.asarray(coeffs, dtype=np.float64).reshape(-1).astype(np.float64 if fp64 else np.float32)
-        nonzero = rounded != 0  # under flush-to-zero this comparison would drop subnormal coefficients
+        # Under flush-to-zero these comparisons would drop subnormal coefficients.
+        counts = np.abs(rounded) >= SUM_SMALLEST[fp64] if family == "rademacher" else rounded != 0
     if len(seeds) != rounded.size:
         got = f"{len(seeds)} seeds and {rounded.size} coefficients"
         raise ValueError(f"expected one coefficient for each seed, got {got}")
@@ -239,7 +249,18 @@ def terms_left(seeds: Sequence[int], coeffs: Any, fp64: bool) -> list[tuple[int,
         first = int(np.flatnonzero(~np.isfinite(rounded))[0])
         got = f"{rounded[first]} at index {first}"
         raise ValueError(f"expected finite coefficients, got {got}; leave such terms out")
-    return [(int(seeds[k]), rounded[k]) for k in range(rounded.size) if nonzero[k]]
+    if family == "rademacher" and rounded.size > SUM_MAX_TERMS:
+        raise ValueError(f"expected at most 2^24 terms of rademacher noise, got {rounded.size}")
+    return [(int(seeds[k]), rounded[k]) for k in range(rounded.size) if counts[k]]
+
+
+def integer_terms(coeffs: Sequence[Any], fp64: bool) -> tuple[list[int], int]:
+    """Section 6.3: the integers q_k of the coefficients that count, at least one, and their shift s."""
+    numbers = [float(c) for c in coeffs]
+    _, exponent = math.frexp(max(abs(c) for c in numbers))
+    shift = SUM_BITS[fp64] - (len(numbers) - 1).bit_length() - exponent
+    # ldexp is exact unless the result is subnormal, far below one half; round() goes to even.
+    return [round(math.ldexp(c, shift)) for c in numbers], shift
 
 
 def accumulate(
@@ -250,7 +271,8 @@ def accumulate(
     family: str = "gaussian",
     fp64: bool = False,
 ) -> NDArray[Any]:
-    """Section 6.1: acc = -0, then acc = fma(c_k, z_k, acc) in index order, terms with c_k = 0 skipped.
+    """acc of section 6.1: from -0, acc = fma(c_k, z_k, acc) in index order, terms with c_k = 0 skipped; of
+    section 6.3 for Rademacher noise.
 
     Returns: fp32, or fp64 if asked for, of the shape of elements.
     """
@@ -258,8 +280,20 @@ def accumulate(
     flat = _checked_elements(elements)
     _check_stream(stream)
     group_bits, of_groups = _FAMILY_TABLE[_checked_choice("family", family, FAMILIES)]
-    terms = terms_left(seeds, coeffs, fp64)
-    acc: NDArray[Any] = np.full(flat.size, -0.0, dtype=np.float64 if fp64 else np.float32)
+    terms = terms_left(seeds, coeffs, fp64, family)
+    number = np.float64 if fp64 else np.float32
+    acc: NDArray[Any] = np.full(flat.size, -0.0, dtype=number)
+    if family == "rademacher" and terms:
+        integers, shift = integer_terms([c for _, c in terms], fp64)
+        sums = np.zeros(flat.size, dtype=np.int64)
+        for start in range(0, flat.size, CHUNK_ELEMENTS):
+            chunk = slice(start, start + CHUNK_ELEMENTS)
+            groups, positions = _spread_over_groups(flat[chunk], group_bits)
+            for (seed, _), q in zip(terms, integers, strict=True):
+                sums[chunk] += of_groups(seed, stream, groups)[positions].astype(np.int64) * q
+        with ieee_arithmetic():
+            acc = sums.astype(number) * number(2.0**-shift)
+        return np.asarray(acc.reshape(shape))
     for start in range(0, flat.size, CHUNK_ELEMENTS):
         chunk = slice(start, start + CHUNK_ELEMENTS)
         groups, positions = _spread_over_groups(flat[chunk], group_bits)
@@ -348,7 +382,7 @@ def seed_axpy_array(
 
     flat_elements = _checked_elements(elements)
     flat_weights = weights.reshape(-1)
-    if alpha32 == 1 and not terms_left(seeds, coeffs, fp64):
+    if alpha32 == 1 and not terms_left(seeds, coeffs, fp64, family):
         unchanged: NDArray[Any] = weights.copy()
         return unchanged
     stored: NDArray[Any] = np.empty_like(flat_weights)

@@ -22,6 +22,7 @@ from fedkseed.ledger_format import LedgerSignatureError, LedgerUnsignedError
 from fedkseed.manifest import Manifest
 from fedkseed.signature import make_key_pair
 from fedkseed_kernels import dispatch, native
+from fedkseed_kernels.reference import seed_axpy_array
 
 #: Kept bits of the significand, and what a step of the last one is at least (subnormals are not met here).
 SIGNIFICANT_BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11, torch.float64: 53}
@@ -102,6 +103,40 @@ def test_against_exact_fractions(dtype: torch.dtype) -> None:
             assert Fraction(new) == expected
             changed += old != new
     assert changed >= 30
+
+
+@pytest.mark.parametrize("dtype", SIGNIFICANT_BITS, ids=str)
+def test_a_rademacher_ledger(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Written, read and applied: the bits of the NumPy reference, others than a Gaussian ledger's."""
+    model, w0 = Model(dtype), Model(dtype)
+    gaussian = make_ledger(model)
+    replace(gaussian, family="rademacher").save(tmp_path / "ledger")
+    ledger = Ledger.load(tmp_path / "ledger")
+    assert ledger.family == "rademacher"
+    ledger.apply_(model)
+    gaussian_model = Model(dtype)
+    gaussian.apply_(gaussian_model)
+    storage = {2: (torch.int16, np.uint16), 4: (torch.int32, np.float32), 8: (torch.int64, np.float64)}
+    for stream, name in ((0, "temperature"), (1, "embed.weight"), (3, "mix.weight")):
+        before, after, other = (
+            m.get_parameter(name).detach().contiguous() for m in (w0, model, gaussian_model)
+        )
+        as_bits, stored_as = storage[before.element_size()]
+        stored = before.view(as_bits).numpy().view(stored_as)
+        expected = seed_axpy_array(
+            stored,
+            np.arange(stored.size).reshape(stored.shape),
+            ledger.seed_pool.seeds.tolist(),
+            ledger.coefficients,
+            dtype=str(dtype).removeprefix("torch."),
+            stream=stream,
+            family="rademacher",
+        )
+        assert after.view(as_bits).numpy().tobytes() == expected.tobytes()
+        assert name != "embed.weight" or not torch.equal(after, other)
+    loaded = Model(dtype)
+    fedkseed.load(tmp_path / "ledger", loaded)
+    assert ModelIdentity.of(loaded, ledger.frozen) == ModelIdentity.of(model, ledger.frozen)
 
 
 @contextmanager

@@ -136,7 +136,11 @@ def test_what_makes_two_ledgers_unlike() -> None:
         ({"coefficients": np.zeros(3, np.int32)}, TypeError, "floating-point numbers, got int32"),
         ({"base_seed": 1.0}, TypeError, "expected an integer base_seed, got 1.0"),
         ({"base_seed": True}, TypeError, "expected an integer base_seed"),
-        ({"family": "rademacher"}, LedgerContractError, "provisional"),
+        (
+            {"family": "hadamard"},
+            LedgerContractError,
+            "one of the families gaussian, rademacher, got 'hadamard'",
+        ),
         ({"contract_version": CONTRACT_VERSION + 1}, LedgerContractError, "use a release"),
         ({"identity": "model"}, TypeError, "expected a ModelIdentity, got str"),
         ({"identity": replace(IDENTITY, content=b"")}, LedgerError, "got 32 and 0"),

@@ -1,6 +1,7 @@
 // Which kernel table runs: built in (FK_HAVE_*, set by the build), usable on this processor, asked for.
 #include "engine.h"
 #include "float_mode.h"
+#include "integer_sums.h"
 #include "normal.h"
 
 #if defined(__x86_64__)
@@ -81,6 +82,7 @@ FK_EXPORT int32_t fk_cpu_isas_usable(void) { return kDetectedIsas & fk_cpu_isas_
 FK_EXPORT int32_t fk_cpu_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
                                    const fk_terms *terms, int32_t isa, fk_parallel_for parallel_for) {
   if (terms->family != FK_GAUSSIAN && terms->family != FK_RADEMACHER) return FK_ERROR_ARGUMENT;
+  if (terms->family == FK_RADEMACHER && terms->count > FK_SUM_MAX_TERMS) return FK_ERROR_ARGUMENT;
   if (terms->rounding != FK_NEAREST && terms->rounding != FK_STOCHASTIC) return FK_ERROR_ARGUMENT;
   for (int64_t i = 0; i < num_tensors; ++i) {
     if (tensors[i].dtype < FK_FP32 || tensors[i].dtype > FK_FP64) return FK_ERROR_ARGUMENT;

@@ -93,8 +93,13 @@ int64_t block_sums(const Job &job, const fk_tensor &t, const fk_schedule &schedu
 }
 
 // The minus side is -acc, except that a zero need not mirror: an exact cancellation gives +0 on both sides, no
-// term at all -0. So a zero sum of other than one term is computed anew from negated coefficients (section 6.2).
-template <typename T> bool mirror(const T *acc, T *minus, int64_t n, int64_t count) {
+// term at all -0 (section 6.2). A zero of an integer sum is one of these; so is a zero of an fp32 sum of no term.
+// Other zeros of an fp32 sum may be underflows: then false, and they are computed anew from negated coefficients.
+template <typename T> bool mirror(const T *acc, T *minus, int64_t n, int32_t family, int64_t count) {
+  if (family == FK_RADEMACHER) {
+    for (int64_t i = 0; i < n; ++i) minus[i] = acc[i] == (T)0 ? acc[i] : -acc[i];
+    return true;
+  }
   bool exact = true;
   for (int64_t i = 0; i < n; ++i) {
     minus[i] = -acc[i];
@@ -166,9 +171,11 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
     const int64_t n = run.n - done < room ? run.n - done : room;
     const int64_t skip = block_sums(job, t, schedules.plus, element, n, buffers.acc, buffers.acc64);
     if (run.out_minus.base) {
-      const bool mirrored =
-          t.dtype == FK_FP64 ? mirror(buffers.acc64 + skip, buffers.minus64 + skip, n, schedules.plus.count)
-                             : mirror(buffers.acc + skip, buffers.minus + skip, n, schedules.plus.count);
+      const int32_t family = job.terms->family;
+      const int64_t count = schedules.plus.count;
+      const bool mirrored = t.dtype == FK_FP64
+                                ? mirror(buffers.acc64 + skip, buffers.minus64 + skip, n, family, count)
+                                : mirror(buffers.acc + skip, buffers.minus + skip, n, family, count);
       if (!mirrored) block_sums(job, t, schedules.minus, element, n, buffers.minus, buffers.minus64);
       // The side that overwrites the input goes last.
       if (run.out.base == run.in) {
@@ -254,15 +261,17 @@ void run_chunks(int64_t begin, int64_t end, void *context) {
 
 int32_t fk_run_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
                          const fk_terms *terms, const fk_kernels *kernels, fk_parallel_for parallel_for) {
-  fk_schedules fp32 = {{0, 0, 0, 0, 0, 0}, {0, 0, 0, 0, 0, 0}, 0}, fp64 = fp32;
+  fk_schedules fp32, fp64;
+  memset(&fp32, 0, sizeof fp32);
+  memset(&fp64, 0, sizeof fp64);
   int64_t *first_chunk = (int64_t *)malloc(sizeof(int64_t) * (size_t)(num_tensors + 1));
   bool has_fp32 = false, has_fp64 = false;
   for (int64_t i = 0; i < num_tensors; ++i) *(tensors[i].dtype == FK_FP64 ? &has_fp64 : &has_fp32) = true;
   // Coefficients are rounded here: in the contract's mode, not the caller's.
   const fk_float_mode mode = fk_enter_float_mode();
   int32_t error = first_chunk ? 0 : FK_ERROR_MEMORY;
-  if (!error && has_fp32) error = fk_make_schedules(terms, 0, &fp32);
-  if (!error && has_fp64) error = fk_make_schedules(terms, 1, &fp64);
+  if (!error && has_fp32) error = fk_make_schedules(terms, 0, kernels->lookup_terms, &fp32);
+  if (!error && has_fp64) error = fk_make_schedules(terms, 1, kernels->lookup_terms, &fp64);
   fk_leave_float_mode(mode);
   if (!error) {
     Job job = {tensors, first_chunk, num_tensors, 0, rows, terms, &fp32, &fp64, kernels};

@@ -14,7 +14,7 @@
 #define FK_FUSED FK_BLOCK_PAD
 #define FK_BLOCK_WORDS (FK_BLOCK / 2) // rounding: one word per two elements
 
-// Terms with zero coefficients removed, in the arithmetic of one dtype class.
+// Terms that do not count removed, in the arithmetic of one dtype class.
 typedef struct fk_schedule {
   int64_t count;
   const uint32_t *round_keys; // [count][2 * FK_PHILOX_ROUNDS]: k0, k1 of round 0, of round 1, ...
@@ -22,6 +22,12 @@ typedef struct fk_schedule {
   const uint32_t *key_high;   // likewise
   const float *coeffs;        // [count], padded likewise; NULL in the fp64 class
   const double *coeffs64;     // [count]; NULL in the fp32 class
+  // Rademacher noise only: the integers q of contract section 6.3, and 2^-s. In the fp32 class they stand as
+  // tables of lookup_terms terms each, padded with zeros to 16 terms: entry m of table t is the sum of z q over
+  // the table's terms t lookup_terms + i, with z = -1 where bit i of m is set.
+  const int32_t *lookups;
+  const int64_t *integers64; // [count]
+  double scale;
 } fk_schedule;
 
 // y = alpha * w + acc (or acc alone when in is NULL) for n contiguous elements, rounded into out.
@@ -36,8 +42,9 @@ typedef struct fk_apply {
 } fk_apply;
 
 typedef struct fk_kernels {
-  // Sums over the schedule for groups first .. first + groups - 1 of a stream, in element order, starting
-  // from -0. May write up to FK_BLOCK_PAD elements past the last group.
+  int64_t lookup_terms; // of the Rademacher schedules that rademacher_sums takes: 1, 2 or 4
+  // acc of the schedule for groups first .. first + groups - 1 of a stream, in element order; -0 where there is
+  // no term. May write up to FK_BLOCK_PAD elements past the last group.
   void (*gaussian_sums)(float *acc, uint64_t first, int64_t groups, uint32_t stream,
                         const fk_schedule *schedule);
   void (*rademacher_sums)(float *acc, uint64_t first, int64_t groups, uint32_t stream,

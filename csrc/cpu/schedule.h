@@ -1,15 +1,16 @@
 // Terms of a call, made ready for the kernels of one dtype class: coefficients rounded to the class's
-// arithmetic, zero terms dropped, round keys unfolded. One allocation of about 100 bytes a term.
+// arithmetic, terms that do not count dropped, round keys unfolded. One allocation of about 110 bytes a term.
 #pragma once
 
 #include "kernels.h"
 
 typedef struct fk_schedules {
   fk_schedule plus;
-  fk_schedule minus; // every coefficient negated
+  fk_schedule minus; // every coefficient negated; for Gaussian noise only
   void *memory;
 } fk_schedules;
 
-// fp64: keep fp64 coefficients; otherwise round each to fp32. Returns 0 or FK_ERROR_MEMORY.
-int32_t fk_make_schedules(const fk_terms *terms, int fp64, fk_schedules *out);
+// fp64: keep fp64 coefficients; otherwise round each to fp32. lookup_terms: as fk_kernels has it. Returns 0 or
+// FK_ERROR_MEMORY.
+int32_t fk_make_schedules(const fk_terms *terms, int fp64, int64_t lookup_terms, fk_schedules *out);
 void fk_free_schedules(fk_schedules *schedules);

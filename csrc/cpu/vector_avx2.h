@@ -23,7 +23,6 @@ struct Vec {
   FK_HD F as_f(I v) { return _mm256_castsi256_ps(v); }
   FK_HD I as_i(F v) { return _mm256_castps_si256(v); }
 
-  FK_HD F add(F a, F b) { return _mm256_add_ps(a, b); }
   FK_HD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   FK_HD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   FK_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
@@ -76,17 +75,37 @@ struct Vec {
     v[3] = _mm256_unpackhi_epi64(c, d);
   }
 
-  // sums of 8 elements each: acc[v] += bit (8 v + lane) of bits set ? -c : c, for v < 4
-  static constexpr int kVectorsPerWord = 4;
-  FK_HD void add_signed(F *acc, uint32_t bits, float c) {
+  static constexpr int kVectorsPerWord = 4; // elements of a Rademacher word, by vectors
+  // to[i] = bit i of bits set ? -c : c, for i < 32
+  FK_HD void store_signed(float *to, uint32_t bits, float c) {
     const I word = set_i(bits), coeff = as_i(set_f(c)), sign = set_i(0x80000000u);
     for (int v = 0; v < 4; ++v) {
       const I shift = _mm256_setr_epi32(31 - 8 * v, 30 - 8 * v, 29 - 8 * v, 28 - 8 * v, 27 - 8 * v,
                                         26 - 8 * v, 25 - 8 * v, 24 - 8 * v);
       const I flip = _mm256_and_si256(_mm256_sllv_epi32(word, shift), sign);
-      acc[v] = add(acc[v], as_f(_mm256_xor_si256(coeff, flip)));
+      store_f(to + 8 * v, as_f(_mm256_xor_si256(coeff, flip)));
     }
   }
+
+  // Two Rademacher words a and b of neighbouring lanes -> the pairs (bit e of a, bit e of b): those of even e at
+  // bits e, e + 1 of the first lane, those of odd e at bits e - 1, e of the second.
+  static constexpr int kLookupTerms = 2;
+  FK_HD I shuffle_bits(I v) {
+    const I stay = _mm256_set1_epi64x((int64_t)0xAAAAAAAA55555555), down = _mm256_set1_epi64x(0xAAAAAAAA),
+            up = _mm256_set1_epi64x(0x5555555500000000);
+    const I moved = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi64(v, 31), down),
+                                    _mm256_and_si256(_mm256_slli_epi64(v, 31), up));
+    return _mm256_or_si256(_mm256_and_si256(v, stay), moved);
+  }
+  typedef __m256 Table; // four sums, twice
+  FK_HD Table load_table(const uint32_t *p) { return _mm256_broadcast_ps((const __m128 *)(const void *)p); }
+  // Of two shuffled lanes: the index of element l at the low bits of lane l, of element 8 + l 8 bits higher, ...
+  FK_HD I load_index(const uint32_t *p) {
+    long long both;
+    __builtin_memcpy(&both, p, sizeof both);
+    return _mm256_srlv_epi32(_mm256_set1_epi64x(both), _mm256_setr_epi32(0, 0, 2, 2, 4, 4, 6, 6));
+  }
+  FK_HD I lookup(Table table, I index) { return as_i(_mm256_permutevar_ps(table, index)); }
 
   FK_HD F load_bf16(const uint16_t *p) {
     return as_f(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));

@@ -29,7 +29,6 @@ struct Vec {
   FK_HD F as_f(I v) { return _mm512_castsi512_ps(v); }
   FK_HD I as_i(F v) { return _mm512_castps_si512(v); }
 
-  FK_HD F add(F a, F b) { return _mm512_add_ps(a, b); }
   FK_HD F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   FK_HD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   FK_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
@@ -88,13 +87,37 @@ struct Vec {
     v[3] = _mm512_unpackhi_epi64(c, d);
   }
 
-  // sums of 16 elements each: acc[v] += bit (16 v + lane) of bits set ? -c : c, for v < 2
-  static constexpr int kVectorsPerWord = 2;
-  FK_HD void add_signed(F *acc, uint32_t bits, float c) {
+  static constexpr int kVectorsPerWord = 2; // elements of a Rademacher word, by vectors
+  // to[i] = bit i of bits set ? -c : c, for i < 32
+  FK_HD void store_signed(float *to, uint32_t bits, float c) {
     const F plus = set_f(c), minus = set_f(-c);
-    acc[0] = add(acc[0], _mm512_mask_blend_ps((__mmask16)bits, plus, minus));
-    acc[1] = add(acc[1], _mm512_mask_blend_ps((__mmask16)(bits >> 16), plus, minus));
+    store_f(to, _mm512_mask_blend_ps((__mmask16)bits, plus, minus));
+    store_f(to + 16, _mm512_mask_blend_ps((__mmask16)(bits >> 16), plus, minus));
   }
+
+  // Four Rademacher words of neighbouring lanes -> the four bits of each element e, the first lane's lowest, at
+  // bit 4 (e / 4) of lane e mod 4. First pairs (bits e of two lanes: even e in the first, odd e in the second),
+  // then pairs of pairs.
+  static constexpr int kLookupTerms = 4;
+  FK_HD I select(I mask, I set, I clear) { return _mm512_ternarylogic_epi32(mask, set, clear, 0xCA); }
+  FK_HD I shuffle_bits(I v) {
+    const I pairs = select(
+        _mm512_set1_epi64((int64_t)0xAAAAAAAA55555555), v,
+        select(_mm512_set1_epi64(0x5555555500000000), _mm512_slli_epi64(v, 31), _mm512_srli_epi64(v, 31)));
+    const I other = _mm512_shuffle_epi32(pairs, _MM_PERM_BADC);
+    const int64_t low = 0x3333333333333333, high = (int64_t)0xCCCCCCCCCCCCCCCC;
+    const I stay = _mm512_setr_epi64(low, high, low, high, low, high, low, high);
+    const I up = _mm512_setr_epi64(-1, 0, -1, 0, -1, 0, -1, 0);
+    return select(stay, pairs, select(up, _mm512_slli_epi64(other, 2), _mm512_srli_epi64(other, 2)));
+  }
+  typedef __m512i Table; // sixteen sums
+  FK_HD Table load_table(const uint32_t *p) { return load_i(p); }
+  // Of four shuffled lanes: the index of element l at the low bits of lane l, of element 16 + l 16 bits higher.
+  FK_HD I load_index(const uint32_t *p) {
+    const I all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p));
+    return _mm512_srlv_epi32(all, _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
+  }
+  FK_HD I lookup(Table table, I index) { return _mm512_permutexvar_epi32(index, table); }
 
   FK_HD F load_bf16(const uint16_t *p) {
     return as_f(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));

@@ -15,7 +15,7 @@ extern "C" {
 #define FK_CONTRACT_VERSION 1
 #define FK_MAX_DIMS 16
 
-#define FK_ERROR_ARGUMENT -1 // a code below is unknown
+#define FK_ERROR_ARGUMENT -1 // a code below is unknown, or there are too many terms
 #define FK_ERROR_ISA -2      // the instruction set asked for is not there
 #define FK_ERROR_MEMORY -3   // a bookkeeping allocation (O(number of tensors + K)) failed
 
@@ -49,7 +49,7 @@ typedef struct fk_tensor {
 typedef struct fk_terms {
   const uint64_t *seeds; // [count]
   const double *coeffs;  // [count], finite
-  int64_t count;         // K, 0 allowed
+  int64_t count;         // K, 0 allowed; at most 2^24 of Rademacher noise
   double alpha;          // already rounded to fp32
   int32_t family;
   int32_t rounding;

@@ -31,6 +31,26 @@ FK_HD uint32_t fk_bits_from_float(float value) {
 #endif
 }
 
+FK_HD double fk_double_from_bits(uint64_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double((long long)bits);
+#else
+  double value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+#endif
+}
+
+FK_HD uint64_t fk_bits_from_double(double value) {
+#if defined(__CUDA_ARCH__)
+  return (uint64_t)__double_as_longlong(value);
+#else
+  uint64_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+#endif
+}
+
 // (x & mask) | base. On a GPU one instruction, which the compiler does not find when both are constants.
 FK_HD uint32_t fk_and_or(uint32_t x, uint32_t mask, uint32_t base) {
 #if defined(__CUDA_ARCH__)

@@ -8,7 +8,7 @@ Both files are written by `python -m fedkseed_kernels.golden.generate` from the 
 * A NaN in a result stands for any NaN, except where nothing is to change (`unchanged`: true): there the bytes
   count.
 * `normals` and `digests` are section 4 of the contract, `noise` sections 4 and 5, `primitive` and `layouts`
-  sections 6 to 8, `derived` and `draws` section 9. Entries with `provisional`: true are section 6.3.
+  sections 6 to 8, `derived` and `draws` section 9.
 """
 
 from __future__ import annotations

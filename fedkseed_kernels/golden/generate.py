@@ -66,6 +66,13 @@ def _terms() -> dict[str, dict[str, list[Any]]]:
         "tiny": ([11, 12], [2e-8, 1e-40]),
         "past fp16": ([13], [4e4]),
         "past fp32": ([14], [3.2e38]),
+        "past fp32 together": ([15, 16], [2.5e38, 2.5e38]),
+        # Rademacher sums: what is skipped, and what rounds to small integers, ties among them.
+        "far apart": (
+            list(range(20, 28)),
+            [2.0**-26 * 1.5, -(2.0**-28), 0.75, 2.0**-96, -(2.0**-97), 2.0**-26 * 2.5, 1e-41, 2.0**-29],
+        ),
+        "smallest that count": ([28, 29, 30], [2.0**-96, -(2.0**-95), 2.0**-960]),
     }
     return {
         name: {"seeds": seeds, "coeffs": [float(c).hex() for c in coeffs]}
@@ -145,9 +152,9 @@ def _pair(
     return dict(zip(("plus", "minus"), map(golden.to_hex, kept), strict=True))
 
 
-def _is_unchanged(terms: Any, alpha: float, dtype: str) -> bool:
+def _is_unchanged(terms: Any, alpha: float, dtype: str, family: str) -> bool:
     coeffs = golden.coeffs_from_hex(terms["coeffs"])
-    return alpha == 1 and not reference.terms_left(terms["seeds"], coeffs, dtype == "float64")
+    return alpha == 1 and not reference.terms_left(terms["seeds"], coeffs, dtype == "float64", family)
 
 
 def _primitive_choices() -> Iterator[tuple[str, str, str, float]]:
@@ -160,6 +167,11 @@ def _primitive_choices() -> Iterator[tuple[str, str, str, float]]:
             yield "gaussian", dtype, terms, 1.0
         for terms, alpha in (("one", 1.0), ("two", 0.9), ("cancelling", 1.0), ("seventeen", 1.0)):
             yield "rademacher", dtype, terms, alpha
+    for dtype in reference.DTYPES:
+        for terms in ("far apart", "smallest that count", "past fp32 together", "three, one skipped"):
+            yield "rademacher", dtype, terms, 1.0
+        yield "rademacher", dtype, "none", 0.9
+        yield "rademacher", dtype, "all skipped", 1.0
 
 
 def _primitive(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> Iterator[dict[str, Any]]:
@@ -178,8 +190,7 @@ def _primitive(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> I
                 "rounding_seed": 2**64 - 3 if rounding == "stochastic" else None,
                 "stream": next(streams),
                 "first_element": first,
-                "unchanged": _is_unchanged(all_terms[terms], alpha, dtype),
-                "provisional": family == "rademacher",
+                "unchanged": _is_unchanged(all_terms[terms], alpha, dtype, family),
             }
             elements = np.uint64(first) + np.arange(weights[dtype].size, dtype=np.uint64)
             yield case | _pair(case, weights[dtype], elements, all_terms[terms])
@@ -220,7 +231,6 @@ def _layouts(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> Ite
                 "rounding_seed": 99,
                 "stream": next(streams),
                 "unchanged": False,
-                "provisional": family == "rademacher",
             }
             w = np.resize(weights[dtype][::-1], shape)
             elements = case_elements(case)

@@ -12,6 +12,7 @@ from fedkseed.ledger import Ledger
 from fedkseed.ledger_format import LedgerError
 from fedkseed.manifest import Manifest, manifest_parameters
 from fedkseed.optim import ZOSGD, FedKSeedSGD
+from fedkseed.paired import paired_losses
 from fedkseed.pro import SeedSignificance
 from fedkseed.protocol import Broadcast, MessageError, ProtocolError, Reply
 from fedkseed.seeds import SeedPool
@@ -19,6 +20,7 @@ from fedkseed.server import Server
 from fedkseed.server_config import ServerConfig
 from fedkseed.server_state import StateError
 from fedkseed.simulation import RoundResult, Simulation, SimulationConfig
+from fedkseed.storage import Inplace
 from fedkseed.tuned_model import load
 from fedkseed.working_copy import WorkingCopy
 
@@ -28,6 +30,7 @@ __all__ = [
     "Client",
     "FedKSeedSGD",
     "IdentityError",
+    "Inplace",
     "Ledger",
     "LedgerError",
     "LocalRun",
@@ -48,4 +51,5 @@ __all__ = [
     "WorkingCopy",
     "load",
     "manifest_parameters",
+    "paired_losses",
 ]

@@ -18,9 +18,6 @@ from fedkseed.working_copy import WorkingCopy
 
 BatchT = TypeVar("BatchT")
 
-#: The noise that `FedKSeedSGD` walks along.
-_FAMILY = "gaussian"
-
 
 @dataclass(frozen=True)
 class LocalRun:
@@ -88,14 +85,15 @@ class Client(Generic[BatchT]):
         the first three errors is raised.
 
         Raises:
-            MessageError: the message is damaged, of another format or contract version, or not a broadcast.
-            ProtocolError: it is for another client, pool or run, or of a noise family not walked here.
+            MessageError: the message is damaged, of another format, contract version or noise family, or not a
+                broadcast.
+            ProtocolError: it is for another client, pool or run.
             IdentityError: it is for another w0: other structure, dtype or weights.
             ValueError: fewer batches than local steps.
         """
         broadcast = Broadcast.from_bytes(message)
         pool = self._pool_for(broadcast)
-        self.working.load(pool, broadcast.coefficients)
+        self.working.load(pool, broadcast.coefficients, broadcast.family)
         start = perf_counter()
         optimizer = FedKSeedSGD(
             self.working.model,
@@ -104,13 +102,17 @@ class Client(Generic[BatchT]):
             seed_pool=pool,
             schedule=broadcast.schedule,
             max_abs_g=broadcast.max_abs_g,
+            family=broadcast.family,
         )
         num_steps = len(broadcast.schedule)
         losses = []
-        for batch in self._batches(broadcast.round, num_steps):
-            losses.append(optimizer.step(lambda batch=batch: self._loss(self.working.model, batch)))  # type: ignore[misc]
-            if self._on_step is not None:
-                self._on_step()
+        try:
+            for batch in self._batches(broadcast.round, num_steps):
+                losses.append(optimizer.step(lambda batch=batch: self._loss(self.working.model, batch)))  # type: ignore[misc]
+                if self._on_step is not None:
+                    self._on_step()
+        finally:
+            optimizer.flush()
         if len(losses) != num_steps:
             raise ValueError(f"expected {num_steps} batches, one for each local step, got {len(losses)}")
         self.last_run = LocalRun(tuple(losses), optimizer.num_skipped, perf_counter() - start)
@@ -129,8 +131,6 @@ class Client(Generic[BatchT]):
                 f"expected a broadcast of run {self.run_id!r}, got one of {broadcast.run_id!r}; "
                 "make a client for that run"
             )
-        if broadcast.family != _FAMILY:
-            raise ProtocolError(f"expected {_FAMILY} noise, got a broadcast with {broadcast.family}")
         found = (broadcast.base_seed, len(broadcast.coefficients))
         wanted = found if self._pool is None else (self._pool.base_seed, self._pool.num_seeds)
         if found != wanted:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedkseed.manifest import Manifest, manifest_parameters
+from fedkseed.storage.reads import flush_waiting
 
 #: Bytes hashed at a time, so that hashing needs no copy of a large parameter.
 _PIECE = 1 << 24
@@ -50,6 +51,7 @@ class ModelIdentity:
         if frozen is None:
             frozen = frozen_indices(model)
         parameters = [parameter for _, parameter in manifest_parameters(model)]
+        flush_waiting(parameters)
         tuned = [index not in frozen for index in range(len(parameters))]
         return cls.of_weights(Manifest.of(model), tuned, [parameter.detach() for parameter in parameters])
 

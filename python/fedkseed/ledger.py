@@ -42,7 +42,7 @@ class Ledger:
         frozen: manifest indices of the parameters that are not tuned, ascending.
         notes: free texts, such as {"num_rounds": "40"}: names of [a-z0-9_], printable ASCII without quotes
             and backslashes; at most 8 of them, together at most 128 characters.
-        family: of the noise: "gaussian".
+        family: of the noise: "gaussian" or "rademacher".
         contract_version: of the noise.
         signature: over the bytes of this ledger without a signature; `sign` makes it. Nobody has checked it
             until `verify` did.

@@ -25,6 +25,7 @@ from fedkseed.ledger_format import LedgerContractError, LedgerDamagedError, Ledg
 from fedkseed.seeds import MAX_SEEDS
 from fedkseed.signature import Signature
 from fedkseed_kernels import CONTRACT_VERSION
+from fedkseed_kernels.reference import FAMILIES
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "mixed")
 #: A frozen parameter is one bit in the header.
@@ -41,20 +42,20 @@ _OF_SIGNATURE = {"public_key", "signature"}
 
 
 def check_noise(contract_version: int, family: str) -> None:
-    """Refuses noise that this release cannot make, or may make differently one day.
+    """Refuses noise that this release cannot make.
 
     Raises:
-        LedgerContractError: another contract version or family.
+        LedgerContractError: another contract version, or an unknown family.
     """
     if contract_version != CONTRACT_VERSION:
         raise LedgerContractError(
             f"expected a ledger of contract version {CONTRACT_VERSION}, got {contract_version!r}; "
             "use a release of fedkseed-kernels that has that version"
         )
-    if family != "gaussian":
+    if family not in FAMILIES:
         raise LedgerContractError(
-            f"expected noise of the family gaussian, got {family!r}: the sums of other families are "
-            "provisional, and a ledger has to stay what it is"
+            f"expected noise of one of the families {', '.join(FAMILIES)}, got {family!r}; "
+            "use a release of fedkseed-kernels that has that family"
         )
 
 

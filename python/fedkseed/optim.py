@@ -37,7 +37,7 @@ from torch import nn
 from fedkseed._checks import check_count, check_learning_rate, check_seed, check_weight_decay
 from fedkseed.gradient import ProjectedGradient
 from fedkseed.parameters import Params
-from fedkseed.seeds import MAX_STEPS, SeedPool
+from fedkseed.seeds import MAX_STEPS, SeedPool, derived_seed
 from fedkseed.storage import GroupUpdate, Inplace, StorageOptions
 from fedkseed.zeroth_order import Loss, ZerothOrderOptimizer
 from fedkseed_kernels import derived
@@ -49,7 +49,7 @@ _REBUILD = (
     "rebuilt from seeds and scalars otherwise"
 )
 
-# Seeds and schedules are drawn this many at a time: one draw costs as much as a pass over a small model.
+# Schedules are drawn this many steps at a time: one draw costs as much as a pass over a small model.
 _BLOCK = 256
 _INPLACE = Inplace()
 
@@ -60,8 +60,8 @@ class ZOSGD(ZerothOrderOptimizer):
         w <- (1 - lr weight_decay) w - lr / n sum_i g_i z(s_i)
 
     Each g_i is measured around the same w. A step makes 2 n evaluations and 2 n + 1 passes over the weights,
-    decay and update within the last one (`InplaceStorage`). alpha = 1 - lr weight_decay is an fp32 number: a
-    product of at most 2^-25 decays nothing, which is warned of.
+    decay and update within the last one (`InplaceStorage`; chained, 2 n passes). alpha = 1 - lr weight_decay
+    is an fp32 number: a product of at most 2^-25 decays nothing, which is warned of.
 
     Seed number i is the candidate seed of index i (contract, section 9, purpose 0) of ``seed``; step t takes
     the numbers n t to n t + n - 1. So the seeds of a run are those of SeedPool(seed, n steps).
@@ -171,6 +171,8 @@ class FedKSeedSGD(ZerothOrderOptimizer):
     """Zeroth-order SGD over a pool of candidate seeds: what it did is one coefficient a seed.
 
     A step makes three passes over the weights: +eps z; -2 eps z; restore and update in one, (eps - lr g) z.
+    With storage Inplace(chained=True) it makes two where its seed was known before: drawn, not passed as
+    seed_index.
 
     Args:
         params: a model (a parameter's stream is then its index in the manifest), or ``named_parameters()``, a
@@ -328,15 +330,8 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         return self._schedule[step]
 
 
-@lru_cache(maxsize=16)
-def _seed_block(base_seed: int, block: int) -> list[int]:
-    indices = np.uint64(block * _BLOCK) + np.arange(_BLOCK, dtype=np.uint64)
-    seeds: list[int] = derived.seeds(base_seed, derived.PURPOSE_CANDIDATE_SEEDS, indices).tolist()
-    return seeds
-
-
 def _seed(base_seed: int, number: int) -> int:
-    return _seed_block(base_seed, number // _BLOCK)[number % _BLOCK]
+    return derived_seed(base_seed, derived.PURPOSE_CANDIDATE_SEEDS, number)
 
 
 @lru_cache(maxsize=16)

@@ -314,6 +314,7 @@ class Server:
                 max_abs_g=self.config.max_abs_g,
                 coefficients=self.wire_coefficients,
                 schedule=self._round_schedules()[0],
+                family=self.config.family,
             )
             self._writer = BroadcastWriter(template)
         return self._writer

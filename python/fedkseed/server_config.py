@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from fedkseed._checks import check_count, check_eps, check_learning_rate, check_max_abs_g
 from fedkseed.protocol import RUN_ID_BYTES, moves_within_fp32
 from fedkseed.seeds import MAX_CLIENTS, MAX_STEPS
+from fedkseed_kernels.reference import FAMILIES
 
 Weighting = Literal["data_size", "equal"]
 Sampling = Literal["uniform", "pro"]
@@ -27,6 +28,7 @@ class ServerConfig:
             round moves the coefficients by at most lr tau max_abs_g in all, whoever replies.
         weighting: of the replies, "data_size" (as the clients state it) or "equal".
         sampling: of the seeds of a schedule, "uniform" or "pro" (`SeedSignificance`).
+        family: of the noise, "gaussian" or "rademacher".
         run_id: 16 bytes that tell this run from others; if None, `Server` puts a hash of the configuration,
             the model and the pool there, so equal runs have equal ids.
 
@@ -42,6 +44,7 @@ class ServerConfig:
     max_abs_g: float = 1000.0
     weighting: Weighting = "data_size"
     sampling: Sampling = "uniform"
+    family: str = "gaussian"
     run_id: bytes | None = None
 
     def __post_init__(self) -> None:
@@ -59,6 +62,7 @@ class ServerConfig:
         for name, value, choices in (
             ("weighting", self.weighting, get_args(Weighting)),
             ("sampling", self.sampling, get_args(Sampling)),
+            ("family", self.family, FAMILIES),
         ):
             if value not in choices:
                 raise ValueError(f"expected a {name} out of {list(choices)}, got {value!r}")

@@ -25,7 +25,6 @@ from fedkseed_kernels.reference import FAMILIES
 FORMAT_VERSION = 1
 
 _MAGIC = b"FKSS"
-_FAMILY = "gaussian"
 _DTYPES = {code: name for name, code in DTYPE_CODES.items()}
 _WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 _SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
@@ -69,7 +68,7 @@ class ServerState:
             _MAGIC,
             FORMAT_VERSION,
             CONTRACT_VERSION,
-            FAMILIES.index(_FAMILY),
+            FAMILIES.index(config.family),
             DTYPE_CODES[self.identity.dtype],
             _WEIGHTINGS.index(config.weighting),
             _SAMPLINGS.index(config.sampling),
@@ -109,14 +108,14 @@ class ServerState:
         _require(contract == CONTRACT_VERSION, f"contract version {CONTRACT_VERSION}", contract)
         body = data[:-_DIGEST_BYTES]
         _require(hashlib.sha256(body).digest() == data[-_DIGEST_BYTES:], "the checksum stated", "another one")
-        _require(family == FAMILIES.index(_FAMILY), f"noise family {FAMILIES.index(_FAMILY)}", family)
+        _require(family < len(FAMILIES), f"a noise family below {len(FAMILIES)}", family)
         _require(dtype in _DTYPES, f"a dtype code out of {sorted(_DTYPES)}", dtype)
         _require(weighting < len(_WEIGHTINGS), f"a weighting below {len(_WEIGHTINGS)}", weighting)
         _require(sampling < len(_SAMPLINGS), f"a sampling below {len(_SAMPLINGS)}", sampling)
         num_seeds, round, clients, invited, steps, base_seed, lr, eps, max_abs_g, run_id = rest[:-2]
         _require(1 <= num_seeds <= MAX_SEEDS, f"a number of seeds in [1, {MAX_SEEDS}]", num_seeds)
         _require(round < MAX_ROUNDS, f"a round below {MAX_ROUNDS}", round)
-        options = (max_abs_g, _WEIGHTINGS[weighting], _SAMPLINGS[sampling], run_id)
+        options = (max_abs_g, _WEIGHTINGS[weighting], _SAMPLINGS[sampling], FAMILIES[family], run_id)
         try:
             config = ServerConfig(clients, invited, steps, lr, eps, *options)
         except ValueError as error:

@@ -24,6 +24,7 @@ from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed.server import Server
 from fedkseed.server_config import Sampling, ServerConfig, Weighting
 from fedkseed.shared_tensors import SharedTensors
+from fedkseed.storage.reads import flush_waiting
 from fedkseed.worker_pool import WorkerPool
 from fedkseed.working_copy import WorkingCopy
 
@@ -50,6 +51,7 @@ class SimulationConfig:
             2^64.
         weighting: of the clients' sums, "data_size" or "equal".
         sampling: of the seeds, "uniform" or "pro" (by significance, FedKSeed-Pro).
+        family: of the noise, "gaussian" or "rademacher".
         num_threads: CPU threads of each worker and of the evaluation; they change the bits of a loss.
 
     Raises:
@@ -66,6 +68,7 @@ class SimulationConfig:
     seed: int = 0
     weighting: Weighting = "data_size"
     sampling: Sampling = "uniform"
+    family: str = "gaussian"
     num_threads: int = 1
 
     def __post_init__(self) -> None:
@@ -91,6 +94,7 @@ class SimulationConfig:
             eps=self.eps,
             weighting=self.weighting,
             sampling=self.sampling,
+            family=self.family,
         )
 
 
@@ -201,15 +205,16 @@ class Simulation(Generic[ExampleT, BatchT]):
         task, config = self.task, self.config
         pool = SeedPool(config.seed, config.num_seeds)
         self._frozen = frozen_indices(task.model)
-        weights = [weight.detach() for _, weight in manifest_parameters(task.model) if weight.requires_grad]
+        weights = [weight for _, weight in manifest_parameters(task.model) if weight.requires_grad]
         shared: tuple[SharedTensors, SharedTensors] | None = None
         if num_workers == 1:
             self.working = WorkingCopy(task.model, round_model="own")
         else:
             shared = SharedTensors.empty_like(weights), SharedTensors.empty_like(weights)
             w0, round_model = (part.tensors() for part in shared)
+            flush_waiting(weights)
             for to, weight in zip(w0, weights, strict=True):
-                to.copy_(weight)
+                to.copy_(weight.detach())
             self.working = WorkingCopy(task.model, w0=w0, round_model=round_model)
         self._open_server(pool, resume)
         host_options: dict[str, Any] = {"pool": pool, "seed": config.seed, "batch_size": config.batch_size}
@@ -228,7 +233,7 @@ class Simulation(Generic[ExampleT, BatchT]):
             )
         self._exit.callback(self._host.close)
         with self._threads():
-            self.working.load(pool, self.server.wire_coefficients)
+            self.working.load(pool, self.server.wire_coefficients, config.family)
 
     def _open_server(self, pool: SeedPool, resume: bool) -> None:
         server_config = self.config.server_config(len(self.task.datasets))
@@ -264,7 +269,12 @@ class Simulation(Generic[ExampleT, BatchT]):
         server = self.server
         notes = {"num_rounds": str(server.round)}
         return Ledger(
-            server.pool.base_seed, server.wire_coefficients, server.identity, frozen=self._frozen, notes=notes
+            server.pool.base_seed,
+            server.wire_coefficients,
+            server.identity,
+            frozen=self._frozen,
+            notes=notes,
+            family=server.config.family,
         )
 
     @property
@@ -302,7 +312,7 @@ class Simulation(Generic[ExampleT, BatchT]):
                 f"({reasons[0]}); the round was not merged, resuming tries it again"
             )
         server.merge(replies)
-        working.load(server.pool, server.wire_coefficients)
+        working.load(server.pool, server.wire_coefficients, server.config.family)
         begin = perf_counter()
         evaluation = self._evaluate(round)
         end = perf_counter()

@@ -162,7 +162,7 @@ def _work(
         while True:
             client, message = connection.recv()
             broadcast = Broadcast.from_bytes(message)
-            working.adopt_round_model(host.pool, broadcast.coefficients)
+            working.adopt_round_model(host.pool, broadcast.coefficients, broadcast.family)
             run = host.run_client(client, message, lambda: connection.send(("step", None)))
             connection.send(("done", run))
     except (EOFError, BrokenPipeError, ConnectionResetError):

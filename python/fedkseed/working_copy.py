@@ -16,6 +16,7 @@ import fedkseed_kernels
 from fedkseed.identity import ModelIdentity
 from fedkseed.manifest import Manifest, manifest_parameters
 from fedkseed.seeds import SeedPool
+from fedkseed.storage.reads import flush_waiting
 
 
 class WorkingCopy:
@@ -61,6 +62,7 @@ class WorkingCopy:
             raise ValueError("expected at least one parameter to tune, got all frozen (requires_grad=False)")
         self._streams = [stream for stream, _ in tuned]
         self._weights = [parameter for _, parameter in tuned]
+        flush_waiting(self._weights)
         self.w0 = [weight.detach().clone() for weight in self._weights] if w0 is None else list(w0)
         self._check_like_weights("w0", self.w0)
         self._round_model: list[torch.Tensor] | None = None
@@ -69,7 +71,7 @@ class WorkingCopy:
         elif round_model is not None:
             self._round_model = list(round_model)
             self._check_like_weights("round_model", self._round_model)
-        self._kept: tuple[SeedPool, bytes] | None = None  # what the round model holds
+        self._kept: tuple[SeedPool, bytes, str] | None = None  # what the round model holds
         self.seconds_rebuild = 0.0
         self.seconds_reset = 0.0
 
@@ -89,16 +91,25 @@ class WorkingCopy:
         return ModelIdentity.of_weights(self.manifest, flags, weights)
 
     @torch.no_grad()
-    def load(self, pool: SeedPool, coefficients: NDArray[np.float32] | NDArray[np.float64]) -> None:
+    def load(
+        self,
+        pool: SeedPool,
+        coefficients: NDArray[np.float32] | NDArray[np.float64],
+        family: str = "gaussian",
+    ) -> None:
         """Sets the working weights to w0 + sum_k coefficients_k z(seed_k), in one pass over w0.
 
+        Args:
+            family: of the noise z.
+
         Raises:
-            ValueError: not one finite coefficient a seed; nothing changes.
+            ValueError: not one finite coefficient a seed, or an unknown family; nothing changes.
         """
         if coefficients.shape != (pool.num_seeds,):
             raise ValueError(f"expected {pool.num_seeds} coefficients, got shape {coefficients.shape}")
+        flush_waiting(self._weights)  # later it would be taken from the weights loaded now
         start = perf_counter()
-        wanted = (pool, coefficients.astype(np.float64).tobytes())
+        wanted = (pool, coefficients.astype(np.float64).tobytes(), family)
         if self._round_model is not None and self._kept == wanted:
             for weight, kept in zip(self._weights, self._round_model, strict=True):
                 weight.copy_(kept)
@@ -110,6 +121,7 @@ class WorkingCopy:
             torch.from_numpy(coefficients.astype(np.float64)),
             streams=self._streams,
             out=self._weights,
+            family=family,
         )
         self.seconds_rebuild += perf_counter() - start
         if self._round_model is not None:
@@ -121,10 +133,13 @@ class WorkingCopy:
             self.seconds_reset += perf_counter() - start
 
     def adopt_round_model(
-        self, pool: SeedPool, coefficients: NDArray[np.float32] | NDArray[np.float64]
+        self,
+        pool: SeedPool,
+        coefficients: NDArray[np.float32] | NDArray[np.float64],
+        family: str = "gaussian",
     ) -> None:
         """Says that another process has rebuilt these coefficients into the shared round model."""
-        self._kept = (pool, coefficients.astype(np.float64).tobytes())
+        self._kept = (pool, coefficients.astype(np.float64).tobytes(), family)
 
     def _check_like_weights(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
         found = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]

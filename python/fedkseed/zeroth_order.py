@@ -98,9 +98,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base class's state and, as "fedkseed", what the optimizer was made with and how far it got.
 
-        An optimizer made alike, on a model with the weights of that moment, goes on with the same bits once
-        it has loaded this. The state of torch's random number generators (dropout) and of a learning rate
-        scheduler is the caller's to save beside it. Holds nothing that torch.load refuses with weights_only.
+        What waits for the next step is flushed first. An optimizer made alike, on a model with the weights of
+        that moment, goes on with the same bits once it has loaded this. The state of torch's random number
+        generators (dropout) and of a learning rate scheduler is the caller's to save beside it. Holds nothing
+        that torch.load refuses with weights_only.
         """
         self.flush()
         state = super().state_dict()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fedkseed_kernels
-from fedkseed_kernels import derived, golden, reference
+from fedkseed_kernels import _terms, derived, golden, reference
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "noise-contract.md").read_text(encoding="utf-8")
@@ -26,7 +26,7 @@ def number(literal: str) -> float:
     """The value of a C literal: decimal or hexadecimal integer, or hexadecimal float."""
     if "p" in literal:
         return float.fromhex(literal.removesuffix("f"))
-    return int(literal.rstrip("u"), 0)
+    return int(literal.rstrip("ul"), 0)
 
 
 HEADER_CONSTANTS: dict[str, dict[str, float]] = {
@@ -59,6 +59,13 @@ HEADER_CONSTANTS: dict[str, dict[str, float]] = {
         "GAUSSIAN_GROUP_SHIFT": reference.GAUSSIAN_GROUP_BITS,
         "RADEMACHER_GROUP_SHIFT": reference.RADEMACHER_GROUP_BITS,
         "ROUNDING_GROUP_SHIFT": reference.GAUSSIAN_GROUP_BITS,
+    },
+    "integer_sums.h": {
+        "SUM_MAX_TERMS": reference.SUM_MAX_TERMS,
+        "SUM_BITS": reference.SUM_BITS[False],
+        "SUM_BITS64": reference.SUM_BITS[True],
+        "SUM_SMALLEST": int(np.float32(reference.SUM_SMALLEST[False]).view(np.uint32)),
+        "SUM_SMALLEST64": int(np.float64(reference.SUM_SMALLEST[True]).view(np.uint64)),
     },
 }
 
@@ -134,6 +141,21 @@ def test_page_and_reference_agree_on_tags() -> None:
         "stochastic": (reference.TAG_ROUNDING, reference.GAUSSIAN_GROUP_BITS),
         "derived": (reference.TAG_DERIVED, None),
     }
+
+
+def test_page_and_reference_agree_on_integer_sums() -> None:
+    text = section("The primitive").partition("### 6.3")[2].partition("### 6.4")[0]
+    limits = re.search(r"K at most 2\^(\d+).*?>= 2\^(-\d+) \(fp64 tensors: 2\^(-\d+)\)", text, re.DOTALL)
+    assert limits is not None
+    assert [2.0 ** int(exponent) for exponent in limits.groups()] == [
+        reference.SUM_MAX_TERMS,
+        reference.SUM_SMALLEST[False],
+        reference.SUM_SMALLEST[True],
+    ]
+    bits = re.search(r"s   = (\d+) - L - e +fp64 tensors: (\d+) - L - e", text)
+    assert bits is not None
+    assert [int(number) for number in bits.groups()] == [reference.SUM_BITS[False], reference.SUM_BITS[True]]
+    assert _terms.SUM_MAX_TERMS == reference.SUM_MAX_TERMS
 
 
 def test_page_and_module_agree_on_purposes() -> None:

@@ -175,8 +175,8 @@ def _print_start(settings: RunSettings, bench: Workbench) -> None:
         f"({kernels['cpu_isa']}), {settings.workers} worker(s) of {torch.get_num_threads()} threads\n"
         f"{settings.rounds} rounds of {settings.clients_per_round} out of {len(bench.tasks)} clients, "
         f"{settings.local_steps} steps each; batch {settings.batch_size}, lr {settings.lr:g}, "
-        f"eps {settings.eps:g}, K = {settings.num_seeds} seeds from base seed {settings.seed}, drawn "
-        f"{'uniformly' if settings.sampling == 'uniform' else 'by significance'}\n"
+        f"eps {settings.eps:g}, {settings.family} noise of K = {settings.num_seeds} seeds from base seed "
+        f"{settings.seed}, drawn {'uniformly' if settings.sampling == 'uniform' else 'by significance'}\n"
         f"Held-out loss below: nats a token, on {settings.round_rows} test rows of each client's task",
         flush=True,
     )

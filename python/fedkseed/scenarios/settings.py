@@ -15,6 +15,7 @@ import torch
 from fedkseed.data.prompts import PromptStyle
 from fedkseed.server_config import Sampling, Weighting
 from fedkseed.simulation import SimulationConfig
+from fedkseed_kernels.reference import FAMILIES
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 
@@ -48,6 +49,9 @@ class RunSettings:
     weighting: str = _setting("data_size", "weights of the clients", choices=get_args(Weighting))
     sampling: str = _setting(
         "uniform", "how seeds are drawn; pro: by significance (FedKSeed-Pro)", choices=get_args(Sampling)
+    )
+    family: str = _setting(
+        "gaussian", "noise; rademacher: signs, the cheaper to make", choices=FAMILIES
     )
     round_rows: int = _setting(1, "test rows of each task behind the held-out loss of a round", "N")
     final_rows: int = _setting(16, "test rows of each task behind the losses before and after, of 16", "N")
@@ -94,6 +98,7 @@ class RunSettings:
             seed=self.seed,
             weighting=self.weighting,  # type: ignore[arg-type]
             sampling=self.sampling,  # type: ignore[arg-type]
+            family=self.family,
             num_threads=self.threads or torch.get_num_threads(),
         )
 

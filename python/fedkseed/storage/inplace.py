@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
+from typing import Any, Literal, get_args
 
-import numpy as np
-
-import fedkseed_kernels
+from fedkseed._checks import check_count
 from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
+from fedkseed.storage.interrupts import interrupts_held
+from fedkseed.storage.perturbed import PerturbedWeights
+from fedkseed.storage.reads import flush_before_reads
+
+Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(frozen=True)
 class Inplace:
-    """Perturbs the stored weights and takes it back: no memory beyond them (`InplaceStorage`)."""
+    """Perturbs the stored weights and takes it back: no memory beyond them (`InplaceStorage`).
+
+    Attributes:
+        chained: leave the weights perturbed for the next step, which saves one pass over them a step.
+            Needs a model. Every read through the model, and ``optimizer.flush()``, cleans them first.
+        rounding: of every pass over weights of 16 bits, "nearest" or "stochastic" (contract, section 8);
+            wider ones are stored as they are.
+
+    Raises:
+        TypeError, ValueError: a field of another type or none of its choices.
+    """
+
+    chained: bool = False
+    rounding: Rounding = "nearest"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.chained, bool):
+            raise TypeError(f"expected chained as True or False, got {self.chained!r}")
+        if self.rounding not in get_args(Rounding):
+            raise ValueError(f"expected a rounding out of {list(get_args(Rounding))}, got {self.rounding!r}")
 
     def open(self, weights: TunedWeights) -> InplaceStorage:
         """See `StorageOptions.open`."""
-        return InplaceStorage(weights)
+        return InplaceStorage(weights, self)
 
 
 class InplaceStorage:
@@ -35,26 +53,37 @@ class InplaceStorage:
 
     No memory beyond the weights. Every pass rounds to the weights' dtype.
 
+    Chained, the last pass has one more term, + eps z of the next step's first seed, where that is known: the
+    next step finds its perturbation made, and costs 2 n passes. In between the weights wait at w + eps z, and
+    a read has to flush them first: back to w, which rounds once more, so that a run that is looked at has
+    other bits than one that is not. Flushing are
+
+    * the optimizer's ``flush`` and ``state_dict``, and its end;
+    * a forward, ``state_dict`` or ``load_state_dict`` of the model or of any of its modules;
+    * what this package reads and writes itself (`fedkseed.ModelIdentity`, `fedkseed.WorkingCopy`).
+
+    A copy of the model (``copy.deepcopy``, a pickle) is refused while they wait. Nobody sees a parameter read
+    or written directly (``model.head.weight.norm()``, an average of weights, a ``state_dict`` taken earlier,
+    whose tensors are the parameters), nor a forward compiled from the model before the optimizer was made (it
+    has to be given the compiled model): there call ``optimizer.flush()`` first.
+
     Raises:
         TypeError, ValueError: what the kernels refuse: a dtype, tensors that overlap, devices that are mixed.
+        ValueError: chained without a model.
     """
 
-    def __init__(self, weights: TunedWeights) -> None:
-        self._tensors = [tensor for group in weights.groups for tensor in group]
-        self._streams = [stream for group in weights.streams for stream in group]
-        self._family = weights.family
-        self._whole = fedkseed_kernels.prepare(self._tensors, streams=self._streams, family=weights.family)
-        self._groups = (
-            [self._whole]
-            if len(weights.groups) == 1
-            else [
-                fedkseed_kernels.prepare(list(group), streams=list(streams), family=weights.family)
-                for group, streams in zip(weights.groups, weights.streams, strict=True)
-            ]
-        )
+    def __init__(self, weights: TunedWeights, options: Inplace) -> None:
+        if options.chained and weights.model is None:
+            raise ValueError(
+                "expected a model for Inplace(chained=True), got tensors alone: their weights stay perturbed "
+                "between steps, and only the model tells when they are read; give the optimizer the model, "
+                "or take Inplace()"
+            )
+        self._weights = PerturbedWeights(weights, options.rounding)
         self._eps = weights.eps
-        self._seed = 0
-        self._offset = 0.0  # the weights stand at w + offset z(seed)
+        self._options = options
+        if options.chained and weights.model is not None:
+            flush_before_reads(weights.model, self._weights, self)
 
     def walk(
         self,
@@ -66,93 +95,46 @@ class InplaceStorage:
         next_seed: int | None = None,
     ) -> list[Direction]:
         """See `Storage.walk`."""
+        weights = self._weights
+        following = (next_seed, self._eps) if self._options.chained and next_seed is not None else None
         directions = []
         try:
+            weights.is_waiting = False
             for seed in seeds:
-                self._move(seed, self._eps)
+                weights.move(seed, self._eps)
                 plus = evaluation.side()
-                self._move(seed, -self._eps)
+                weights.move(seed, -self._eps)
                 minus = evaluation.side()
                 directions.append(Direction(plus, minus, project(plus, minus)))
-            with _interrupts_held():
-                self._update(seeds, updates, directions)
+            if all(direction.g is None for direction in directions):
+                updates = [GroupUpdate(lr=0.0)] * len(updates)
+            gradients = [0.0 if direction.g is None else direction.g for direction in directions]
+            with interrupts_held():
+                weights.update(seeds, updates, gradients, following)
                 record(directions)
         except BaseException:
-            self._restore()
+            weights.restore()
             raise
         return directions
 
     def flush(self) -> None:
-        """Nothing waits: every step takes its perturbation back."""
+        """See `Storage.flush`; only chained steps leave something to take back."""
+        self._weights.flush()
 
     def state(self) -> dict[str, Any]:
-        """Empty: the weights are all there is."""
-        return {}
+        """The number of passes made, which rounding seeds count; empty if rounding is to nearest."""
+        return {"num_passes": self._weights.num_passes} if self._options.rounding == "stochastic" else {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """See `Storage.load_state`."""
-        if state:
-            raise ValueError(f"expected an empty state of weights perturbed in place, got {sorted(state)}")
-
-    def _move(self, seed: int, offset: float) -> None:
-        """To w + offset z(seed) from where the weights stand."""
-        if seed == self._seed or not self._offset:
-            seeds, coeffs = [seed], [offset - self._offset]
-        else:
-            seeds, coeffs = [self._seed, seed], [-self._offset, offset]
-        with _interrupts_held():
-            self._whole.seed_axpy_(seeds, coeffs)
-            self._seed, self._offset = seed, offset
-
-    def _update(
-        self, seeds: Sequence[int], updates: Sequence[GroupUpdate], directions: list[Direction]
-    ) -> None:
-        if all(direction.g is None for direction in directions):
-            updates = [GroupUpdate(lr=0.0)] * len(updates)
-        gradients = [0.0 if direction.g is None else direction.g for direction in directions]
-        all_coeffs = [self._coefficients(update, gradients) for update in updates]
-        if len(set(updates)) == 1:
-            self._whole.seed_axpy_(seeds, all_coeffs[0], alpha=updates[0].alpha)
-        else:
-            self._whole.seed_axpy_([], [])  # moves nothing: all are in place, before the first is updated
-            for group, update, coeffs in zip(self._groups, updates, all_coeffs, strict=True):
-                group.seed_axpy_(seeds, coeffs, alpha=update.alpha)
-        self._offset = 0.0
-
-    def _coefficients(self, update: GroupUpdate, gradients: list[float]) -> list[float]:
-        coeffs = [-(update.lr * g) / len(gradients) for g in gradients]
-        coeffs[-1] += update.alpha * -self._offset
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(np.array(coeffs).astype(np.float32))
-        if not finite.all():
-            raise ValueError(
-                f"expected an update that is finite in fp32, got lr {update.lr} times g {gradients}; "
-                "lower lr or set max_abs_g"
-            )
-        return coeffs
-
-    def _restore(self) -> None:
-        """Takes the perturbation back wherever the tensors are now, for they may be what was changed."""
-        if self._offset:
-            with _interrupts_held():
-                fedkseed_kernels.perturb_(
-                    self._tensors, self._seed, -self._offset, streams=self._streams, family=self._family
-                )
-                self._offset = 0.0
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Delays Ctrl-C until a pass over the weights and the note of what it did are done; may be nested."""
-    previous = signal.getsignal(signal.SIGINT)
-    if not callable(previous) or threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets a KeyboardInterrupt
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-        if held:
-            previous(*held[-1])
+        """See `Storage.load_state`; weights that wait for a step are flushed first."""
+        wanted = sorted(self.state())
+        if sorted(state) != wanted:
+            raise ValueError(f"expected a state with the entries {wanted}, got {sorted(state)}")
+        num_passes = self._weights.num_passes
+        if wanted:
+            try:
+                num_passes = check_count("num_passes", state["num_passes"], 0, 2**63)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
+        self._weights.flush()
+        self._weights.num_passes = num_passes

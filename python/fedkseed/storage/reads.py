@@ -1,0 +1,77 @@
+"""Weights that wait, perturbed, for the next step: whoever reads them in between gets them clean."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from fedkseed.storage.perturbed import PerturbedWeights
+
+_watched: weakref.WeakSet[PerturbedWeights] = weakref.WeakSet()
+
+
+def flush_before_reads(model: nn.Module, weights: PerturbedWeights, owner: object) -> None:
+    """Has the weights flushed by whatever reads or replaces them through the model, as long as `owner` lives.
+
+    That is: a forward, ``state_dict`` or ``load_state_dict`` of the model or of any of its modules. A copy or
+    a pickle of the model is refused while the weights wait. When the owner dies the weights are flushed and
+    the hooks removed; the model is not kept alive by them.
+    """
+    hook = _FlushHook(weights)
+    handles: list[RemovableHandle] = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(hook, prepend=True))
+        handles.append(module.register_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
+        handles.append(module.register_load_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
+    _watched.add(weights)
+    # At the interpreter's end nobody will read the weights any more.
+    weakref.finalize(owner, _end, weights, handles).atexit = False
+
+
+def flush_waiting(tensors: Iterable[torch.Tensor]) -> None:
+    """Flushes what waits on any of these tensors: for those who read or write them past the model's hooks."""
+    used = {id(tensor) for tensor in tensors}
+    for weights in list(_watched):
+        if weights.is_waiting and not used.isdisjoint(map(id, weights.tensors)):
+            weights.flush()
+
+
+def _end(weights: PerturbedWeights, handles: list[RemovableHandle]) -> None:
+    try:
+        weights.flush()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _FlushHook:
+    """Flushes the weights before the read that it is a hook of."""
+
+    def __init__(self, weights: PerturbedWeights) -> None:
+        self._weights = weakref.ref(weights)
+
+    def __call__(self, *_: Any) -> None:
+        weights = self._weights()
+        if weights is not None and weights.is_waiting:
+            weights.flush()
+
+    def __reduce__(self) -> tuple[type[_NoHook], tuple[()]]:
+        weights = self._weights()
+        if weights is not None and weights.is_waiting:
+            raise RuntimeError(
+                "expected clean weights to copy, got a model whose weights wait, perturbed, for the next "
+                "step of an optimizer; call optimizer.flush() first"
+            )
+        return _NoHook, ()
+
+
+class _NoHook:
+    """What a copy of the model has in the hook's place: no optimizer perturbs it."""
+
+    def __call__(self, *_: Any) -> None:
+        pass

@@ -1,0 +1,162 @@
+"""Every storage mode on twelve architectures of transformers, beside explicitly perturbed copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES, Architecture
+from storage_reference import InplaceReference, pass_over, same_weights
+from torch import nn
+
+from fedkseed import ZOSGD
+from fedkseed.storage import Inplace, StorageOptions
+from fedkseed_kernels import derived, reference
+
+SEED, LR, WEIGHT_DECAY = 17, 2e-2, 0.25
+ALPHA = float(np.float32(1 - LR * WEIGHT_DECAY))
+NUM_STEPS = 2
+# In bf16 large enough for losses that are bf16 themselves to differ between the sides.
+EPS = {torch.float64: 1e-3, torch.bfloat16: 0.05}
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A storage mode: how users choose it, what it stands for, and the dtypes it is for."""
+
+    options: StorageOptions
+    reference: Callable[..., Any]
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.bfloat16)
+    num_evaluations: int = 2
+
+
+MODES = (Mode(Inplace(), InplaceReference),)
+
+ARCHITECTURE_ROWS = [pytest.param(row, id=name) for name, row in ARCHITECTURES.items()]
+MODE_ROWS = [
+    pytest.param(mode, dtype, id=f"{mode.options}-{str(dtype).removeprefix('torch.')}")
+    for mode in MODES
+    for dtype in mode.dtypes
+]
+
+
+def seeds() -> list[int]:
+    return [int(seed) for seed in derived.candidate_seeds(SEED, NUM_STEPS + 1)]
+
+
+def fp32(value: float) -> float:
+    return float(np.float32(value))
+
+
+class Run:
+    """A model, its batch, and an optimizer in the given mode; the losses that its closure has returned."""
+
+    def __init__(self, row: Architecture, mode: Mode, dtype: torch.dtype, lr: float = LR) -> None:
+        self.model, self.batch = row.make_model(dtype), row.make_batch()
+        self.eps = fp32(EPS[dtype])
+        self.losses: list[float] = []
+        decay = WEIGHT_DECAY if lr else 0.0
+        self.reference = mode.reference(self.model, self.eps, lr, ALPHA if lr else 1.0)
+        self.optimizer = ZOSGD(
+            self.model, lr, EPS[dtype], seed=SEED, weight_decay=decay, storage=mode.options
+        )
+
+    def evaluate(self, model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(model(**self.batch).loss.double())
+
+    def closure(self) -> float:
+        self.losses.append(self.evaluate(self.model))
+        return self.losses[-1]
+
+    def step(self) -> float:
+        """One step; gives its g."""
+        self.optimizer.step(self.closure)
+        (g,) = self.optimizer.projected_grads
+        return g
+
+    def replay(self, seed: int, g: float, next_seed: int) -> None:
+        """The step that gave this g, by the reference."""
+        self.reference.losses(seed, self.evaluate)
+        self.reference.update(seed, g, next_seed)
+
+
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+def test_reference_is_the_primitive(dtype: torch.dtype) -> None:
+    """The copies' pass, made for speed over all tensors at once, against the reference's tensor by tensor."""
+    model = ARCHITECTURES["T5"].make_model(dtype)
+    expected = []
+    for stream, (_, parameter) in enumerate(model.named_parameters()):
+        array = stored_array(parameter)
+        elements = np.arange(array.size, dtype=np.uint64).reshape(array.shape)
+        terms = {"seeds": seeds()[:2], "coeffs": [0.3, -1e-3], "alpha": ALPHA, "stream": stream}
+        expected.append(reference.seed_axpy_array(array, elements, dtype=str(dtype).split(".")[1], **terms))
+    pass_over(model, seeds()[:2], [0.3, -1e-3], ALPHA)
+    for array, parameter in zip(expected, model.parameters(), strict=True):
+        np.testing.assert_array_equal(array, stored_array(parameter))
+
+
+def stored_array(parameter: torch.Tensor) -> np.ndarray[Any, Any]:
+    tensor = parameter.detach().clone()
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+@pytest.mark.parametrize(("mode", "dtype"), MODE_ROWS)
+@pytest.mark.parametrize("row", ARCHITECTURE_ROWS)
+def test_steps_are_those_of_perturbed_copies(row: Architecture, mode: Mode, dtype: torch.dtype) -> None:
+    run = Run(row, mode, dtype)
+    gradients = [run.step() for _ in range(NUM_STEPS)]
+    run.optimizer.flush()
+
+    pairs = []
+    for step, g in enumerate(gradients):
+        seed, next_seed = seeds()[step : step + 2]
+        plus, minus = run.reference.losses(seed, run.evaluate)
+        pairs += [plus, minus]
+        assert g == pytest.approx((plus - minus) / (2 * run.eps), rel=1e-6, abs=0)
+        assert g != 0
+        run.reference.update(seed, g, next_seed)
+    run.reference.flush()
+    assert run.losses == pairs
+    assert same_weights(run.model, run.reference.model)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), MODE_ROWS)
+@pytest.mark.parametrize("row", ARCHITECTURE_ROWS)
+def test_forward_that_raises_in_the_second_block(
+    row: Architecture, mode: Mode, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(row, mode, dtype)
+    first, second, third = seeds()
+    run.replay(first, run.step(), second)
+    for num_evaluations in range(1, mode.num_evaluations + 1):
+        with monkeypatch.context() as patch:
+            raise_in_forward(row.block(run.model), num_evaluations, patch)
+            with pytest.raises(RuntimeError, match="within the second block"):
+                run.step()
+        run.reference.restore(second, num_evaluations)
+        assert same_weights(run.model, run.reference.model)
+        assert run.evaluate(run.model) == run.evaluate(run.reference.model)
+
+    run.replay(second, run.step(), third)  # the same seed again
+    run.optimizer.flush()
+    run.reference.flush()
+    assert same_weights(run.model, run.reference.model)
+
+
+def raise_in_forward(block: nn.Module, num_evaluations: int, patch: pytest.MonkeyPatch) -> None:
+    """Of the ``num_evaluations``-th evaluation."""
+    forward, num_calls = block.forward, 0
+
+    def counted(*args: Any, **options: Any) -> Any:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == num_evaluations:
+            raise RuntimeError("within the second block")
+        return forward(*args, **options)
+
+    patch.setattr(block, "forward", counted)

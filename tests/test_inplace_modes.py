@@ -1,0 +1,468 @@
+"""Weights perturbed in place: chained steps, stochastic rounding, clean weights for whoever reads them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import math
+import pickle
+import signal
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_model import largest_difference, make_closure, make_model, same_bytes, weights_of
+from torch import nn
+
+import fedkseed_kernels
+from fedkseed import ZOSGD, FedKSeedSGD, ModelIdentity, SeedPool, WorkingCopy
+from fedkseed.storage import Inplace
+from fedkseed_kernels import derived
+
+EPS = float(np.float32(1e-2))
+CHAINED = Inplace(chained=True)
+MODES = [Inplace(chained, rounding) for chained in (False, True) for rounding in ("nearest", "stochastic")]
+POOL = SeedPool(2**64 - 3, 32)
+
+
+class Passes:
+    """The primitive's calls on a list of weights, pass after pass with the rounding seeds of an optimizer."""
+
+    def __init__(self, weights: list[torch.Tensor], rounding: str, base_seed: int) -> None:
+        self.weights = weights
+        self._rounding = rounding
+        self._seeds = iter(derived.seeds(base_seed, 3, np.arange(100)).tolist())
+
+    def __call__(self, *terms: tuple[int, float], alpha: float = 1.0) -> list[torch.Tensor]:
+        seed = next(self._seeds)
+        options = {"rounding": self._rounding, "rounding_seed": seed} if self._rounding != "nearest" else {}
+        seeds, coeffs = zip(*terms, strict=True)
+        fedkseed_kernels.seed_axpy_(self.weights, seeds, coeffs, alpha=alpha, **options)
+        return [weight.clone() for weight in self.weights]
+
+
+def walked(optimizer: ZOSGD, model: nn.Module, num_steps: int) -> tuple[list[Any], list[tuple[float, ...]]]:
+    """The weights at every evaluation, and g of every step."""
+    seen, gradients = [], []
+    closure = make_closure(model)
+
+    def watched() -> torch.Tensor:
+        seen.append(weights_of(model))
+        return closure()
+
+    for _ in range(num_steps):
+        optimizer.step(watched)
+        gradients.append(optimizer.projected_grads)
+    return seen, gradients
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_chained_steps_are_two_passes_each(dtype: torch.dtype, rounding: Any) -> None:
+    lr, decay = 0.05, 0.5
+    alpha = float(np.float32(1 - lr * decay))
+    model = make_model(dtype)
+    hand = Passes(weights_of(model), rounding, 5)
+    storage = Inplace(chained=True, rounding=rounding)
+    optimizer = ZOSGD(model, lr, EPS, seed=5, weight_decay=decay, storage=storage)
+    seen, ((g0,), (g1,)) = walked(optimizer, model, 2)
+    optimizer.flush()
+    s0, s1, s2 = SeedPool(5, 3).seeds.tolist()
+    expected = [
+        hand((s0, EPS)),
+        hand((s0, -2 * EPS)),
+        hand((s0, alpha * EPS - lr * g0), (s1, EPS), alpha=alpha),
+        hand((s1, -2 * EPS)),
+    ]
+    assert all(same_bytes(*pair) for pair in zip(seen, expected, strict=True))
+    hand((s1, alpha * EPS - lr * g1), (s2, EPS), alpha=alpha)
+    assert same_bytes(weights_of(model), hand((s2, -EPS)))
+    assert 0 not in (g0, g1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_steps_that_are_not_chained_round_stochastically_too(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    hand = Passes(weights_of(model), "stochastic", 5)
+    optimizer = ZOSGD(model, 0.05, EPS, seed=5, storage=Inplace(rounding="stochastic"))
+    seen, ((g0,), (g1,)) = walked(optimizer, model, 2)
+    s0, s1 = SeedPool(5, 2).seeds.tolist()
+    expected = [hand((s0, EPS)), hand((s0, -2 * EPS))]
+    hand((s0, EPS - 0.05 * g0))
+    expected += [hand((s1, EPS)), hand((s1, -2 * EPS))]
+    assert all(same_bytes(*pair) for pair in zip(seen, expected, strict=True))
+    assert same_bytes(weights_of(model), hand((s1, EPS - 0.05 * g1)))
+    nearest = make_model(dtype)
+    ZOSGD(nearest, 0.05, EPS, seed=5).step(make_closure(nearest))
+    assert same_bytes(weights_of(nearest), weights_of(model)) == (g1 == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_chained_directions_and_groups(dtype: torch.dtype) -> None:
+    """The last pass of a step updates each group by its own terms; the next seed's perturbs them alike."""
+    model = make_model(dtype)
+    body, head = Passes(weights_of(model)[:2], "nearest", 0), Passes(weights_of(model)[2:], "nearest", 0)
+    groups = [
+        {"params": list(model[0].parameters()), "lr": 0.2, "weight_decay": 0.25},
+        {"params": list(model[2].parameters())},
+    ]
+    optimizer = ZOSGD(groups, 0.1, EPS, seed=5, num_directions=2, model=model, storage=CHAINED)
+    seen, ((g0, g1), _) = walked(optimizer, model, 2)
+    s0, s1, s2 = SeedPool(5, 3).seeds.tolist()
+    alpha = float(np.float32(1 - 0.2 * 0.25))
+
+    def both(*terms: tuple[int, float]) -> list[torch.Tensor]:
+        streams = [2, 3]
+        fedkseed_kernels.seed_axpy_(head.weights, *zip(*terms, strict=True), streams=streams)
+        return [*body(*terms), *(weight.clone() for weight in head.weights)]
+
+    expected = [both((s0, EPS)), both((s0, -2 * EPS)), both((s0, EPS), (s1, EPS)), both((s1, -2 * EPS))]
+    body((s0, -(0.2 * g0) / 2), (s1, alpha * EPS - (0.2 * g1) / 2), (s2, EPS), alpha=alpha)
+    terms = ([s0, s1, s2], [-(0.1 * g0) / 2, EPS - (0.1 * g1) / 2, EPS])
+    fedkseed_kernels.seed_axpy_(head.weights, *terms, streams=[2, 3])
+    expected.append([*body.weights, *head.weights])
+    assert all(same_bytes(*pair) for pair in zip(seen[:5], expected, strict=True))
+
+
+@pytest.mark.parametrize("num_directions", [1, 3])
+def test_chained_steps_walk_where_the_others_walk(num_directions: int) -> None:
+    """Also where directions, or all of a step, are skipped, and where lr changes from step to step."""
+    models = [make_model(), make_model()]
+    for model, storage in zip(models, (Inplace(), CHAINED), strict=True):
+        groups = [{"params": model[0].parameters(), "weight_decay": 0.5}, {"params": model[2].parameters()}]
+        options: dict[str, Any] = {"num_directions": num_directions, "model": model, "storage": storage}
+        optimizer = ZOSGD(groups, 0.02, EPS, seed=1, max_abs_g=5.0, **options)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.9)
+        closure = make_closure(model)
+        skipped = iter([False] * 5 + [True] + [False] * 10 + [True] * 7 + [False] * 100)
+        for _ in range(12):
+            optimizer.step(lambda closure=closure, skipped=skipped: math.nan if next(skipped) else closure())
+            scheduler.step()
+        assert 0 < optimizer.num_skipped < 12
+        optimizer.flush()
+    assert largest_difference(*(weights_of(model) for model in models)) < 1e-12
+
+
+def test_a_step_takes_two_passes_and_three_without_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = count_passes(monkeypatch)
+    model = make_model()
+    optimizer = FedKSeedSGD(model, 0.1, EPS, POOL, storage=CHAINED)
+    counts = []
+    for index in (None, None, None, 7, 7, None):
+        passes.clear()
+        optimizer.step(make_closure(model), seed_index=index)
+        counts.append(len(passes))
+    # The first has nothing to find; a seed that nobody expected is met in one pass from the one expected; and
+    # what comes after a seed that was asked for is not known.
+    assert counts == [3, 2, 2, 3, 3, 3]
+    passes.clear()
+    optimizer.flush()
+    optimizer.flush()
+    assert len(passes) == 1
+    ended = FedKSeedSGD(model, 0.1, EPS, POOL, schedule=[3, 9, 9], storage=CHAINED)
+    passes.clear()
+    for _ in range(3):
+        ended.step(make_closure(model))
+    assert len(passes) == 7
+    ended.flush()
+    assert len(passes) == 7
+
+
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of terms of every pass from now on."""
+    passes: list[int] = []
+    original = fedkseed_kernels.dispatch.execute
+
+    def execute(operands: Any, terms: Any) -> None:
+        passes.append(len(terms.seeds))
+        original(operands, terms)
+
+    monkeypatch.setattr(fedkseed_kernels.dispatch, "execute", execute)
+    return passes
+
+
+READS: dict[str, Callable[[nn.Sequential, Any], Any]] = {
+    "flush": lambda model, optimizer: optimizer.flush(),
+    "the optimizer's state_dict": lambda model, optimizer: optimizer.state_dict(),
+    "the optimizer's load_state_dict": lambda model, optimizer: optimizer.load_state_dict(
+        ZOSGD(make_model(), 0.1, EPS, seed=3, storage=CHAINED).state_dict()
+    ),
+    "a forward": lambda model, optimizer: model(torch.zeros(1, 5, dtype=torch.float64)),
+    "a forward in inference mode": lambda model, optimizer: torch.inference_mode()(model)(
+        torch.zeros(1, 5, dtype=torch.float64)
+    ),
+    "a forward of a part": lambda model, optimizer: model[2](torch.zeros(1, 9, dtype=torch.float64)),
+    "state_dict": lambda model, optimizer: model.state_dict(),
+    "state_dict of a part": lambda model, optimizer: model[0].state_dict(),
+    "identity": lambda model, optimizer: ModelIdentity.of(model),
+    "a working copy": lambda model, optimizer: WorkingCopy(model),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+@pytest.mark.parametrize("make", ["model", "compiled", "groups"])
+def test_whoever_reads_the_weights_gets_them_clean(make: str, read: Callable[..., Any]) -> None:
+    model, other = make_model(), make_model()
+    if make == "groups":
+        given: dict[str, Any] = {"params": [{"params": list(model.parameters())}], "model": model}
+    else:
+        given = {"params": torch.compile(model, backend="eager") if make == "compiled" else model}
+    optimizer = ZOSGD(**given, lr=0.1, eps=EPS, seed=3, storage=CHAINED)
+    plain = ZOSGD(other, 0.1, EPS, seed=3)
+    for _ in range(2):
+        optimizer.step(make_closure(model))
+        plain.step(make_closure(other))
+    assert largest_difference(weights_of(model), weights_of(other)) > 5e-3
+    read(model, optimizer)
+    assert largest_difference(weights_of(model), weights_of(other)) < 1e-14
+    clean = weights_of(model)
+    read(model, optimizer)
+    assert same_bytes(clean, weights_of(model))
+    # The steps go on from there.
+    if optimizer.state_dict()["fedkseed"]["num_drawn"] == 2:
+        optimizer.step(make_closure(model))
+        plain.step(make_closure(other))
+        optimizer.flush()
+        assert largest_difference(weights_of(model), weights_of(other)) < 1e-13
+
+
+def test_what_is_loaded_is_what_the_next_step_starts_from() -> None:
+    for part in (slice(None), slice(2, 3)):
+        model, other = make_model(), make_model(seed=8)
+        optimizer = ZOSGD(model, 0.1, EPS, seed=3, storage=CHAINED)
+        optimizer.step(make_closure(model))
+        model[part].load_state_dict(other[part].state_dict())
+        loaded = weights_of(model)
+        assert same_bytes(loaded[-2:], weights_of(other)[-2:])
+        seen, _ = walked(optimizer, model, 1)
+        hand = Passes(loaded, "nearest", 0)
+        assert same_bytes(seen[0], hand((SeedPool(3, 2).seeds.tolist()[1], EPS)))
+
+
+def test_a_compiled_forward_sees_clean_weights() -> None:
+    model = make_model()
+    compiled = torch.compile(model, backend="eager")
+    inputs = torch.ones(2, 5, dtype=torch.float64)
+    optimizer = ZOSGD(compiled, 0.1, EPS, storage=CHAINED)
+    for _ in range(3):
+        optimizer.step(lambda: compiled(inputs).square().sum())
+        perturbed = weights_of(model)
+        found = compiled(inputs)
+        assert not same_bytes(perturbed, weights_of(model))
+        assert torch.equal(found, model(inputs))
+
+
+def test_a_copy_of_perturbed_weights_is_refused_and_one_of_clean_weights_is_free_of_the_optimizer() -> None:
+    model = make_model()
+    optimizer = ZOSGD(model, 0.1, EPS, storage=CHAINED)
+    optimizer.step(make_closure(model))
+    for copied in (copy.deepcopy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())):
+        with pytest.raises(RuntimeError, match=r"clean weights to copy.*call optimizer.flush\(\) first"):
+            copied(model)
+    optimizer.flush()
+    twin = copy.deepcopy(model)
+    assert same_bytes(weights_of(twin), weights_of(pickle.loads(pickle.dumps(model))))
+    optimizer.step(make_closure(model))
+    perturbed = weights_of(model)
+    twin(torch.zeros(1, 5, dtype=torch.float64))
+    twin.load_state_dict(twin.state_dict())
+    assert same_bytes(perturbed, weights_of(model))
+
+
+def test_the_end_of_the_optimizer_leaves_clean_weights_without_hooks() -> None:
+    model, other = make_model(), make_model()
+    optimizer = ZOSGD(model, 0.1, EPS, storage=CHAINED)
+    optimizer.step(make_closure(model))
+    ZOSGD(other, 0.1, EPS).step(make_closure(other))
+    assert all(module._forward_pre_hooks for module in model.modules())
+    del optimizer
+    gc.collect()
+    assert largest_difference(weights_of(model), weights_of(other)) < 1e-14
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._state_dict_pre_hooks
+        assert not module._load_state_dict_pre_hooks
+
+
+def test_the_hooks_do_not_keep_the_model_alive() -> None:
+    model = make_model()
+    optimizer = ZOSGD(model, 0.1, EPS, storage=CHAINED)
+    optimizer.step(make_closure(model))
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None
+    optimizer.flush()
+
+
+def test_two_optimizers_of_one_model_take_turns() -> None:
+    model, other = make_model(), make_model()
+    pairs = [
+        (ZOSGD(model, 0.1, EPS, seed=seed, storage=CHAINED), ZOSGD(other, 0.1, EPS, seed=seed))
+        for seed in (1, 2)
+    ]
+    for _ in range(3):
+        for chained, plain in pairs:
+            chained.flush()
+            chained.step(make_closure(model))
+            plain.step(make_closure(other))
+            model.state_dict()
+    assert largest_difference(weights_of(model), weights_of(other)) < 1e-13
+
+
+@pytest.mark.parametrize("call", range(4))
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("storage", MODES, ids=repr)
+def test_an_exception_in_the_middle_of_a_forward_leaves_no_perturbation(
+    storage: Inplace, error: type[BaseException], call: int
+) -> None:
+    model, mirror = make_model(), make_model()
+    optimizer = ZOSGD(model, 0.1, EPS, seed=5, num_directions=2, storage=storage)
+    plain = ZOSGD(mirror, 0.1, EPS, seed=5, num_directions=2)
+    optimizer.step(make_closure(model))
+    plain.step(make_closure(mirror))
+    calls = []
+
+    def stop(module: nn.Module, inputs: Any) -> None:
+        calls.append(1)
+        if len(calls) == call + 1:
+            raise error("stop")
+
+    handle = model[1].register_forward_pre_hook(stop)
+    with pytest.raises(error, match="stop"):
+        optimizer.step(make_closure(model))
+    handle.remove()
+    assert len(calls) == call + 1
+    assert largest_difference(weights_of(model), weights_of(mirror)) < 1e-13
+    clean = weights_of(model)
+    optimizer.flush()
+    assert same_bytes(clean, weights_of(model))
+    # The same seeds are taken again.
+    optimizer.step(make_closure(model))
+    plain.step(make_closure(mirror))
+    optimizer.flush()
+    assert largest_difference(weights_of(model), weights_of(mirror)) < 1e-12
+
+
+@pytest.fixture
+def _ctrl_c_raises() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_raises")
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+def test_ctrl_c_inside_a_chained_pass_leaves_clean_weights(
+    stop_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, mirror = make_model(), make_model()
+    optimizer = ZOSGD(model, 0.1, EPS, storage=CHAINED)
+    plain = ZOSGD(mirror, 0.1, EPS)
+    optimizer.step(make_closure(model))
+    original = fedkseed_kernels.dispatch.execute
+    passes: list[int] = []
+
+    def execute(operands: Any, terms: Any) -> None:
+        original(operands, terms)
+        passes.append(1)
+        if len(passes) == stop_at:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(fedkseed_kernels.dispatch, "execute", execute)
+        optimizer.step(make_closure(model))
+        optimizer.flush()
+    for _ in range(1 if stop_at == 1 else 2):  # the second pass is the update
+        plain.step(make_closure(mirror))
+    assert optimizer.projected_grads == pytest.approx(plain.projected_grads, rel=1e-9)
+    assert largest_difference(weights_of(model), weights_of(mirror)) < 1e-13
+    clean = weights_of(model)
+    optimizer.flush()
+    assert same_bytes(clean, weights_of(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("storage", MODES, ids=repr)
+def test_six_steps_are_three_and_three_after_a_resume(storage: Inplace, dtype: torch.dtype) -> None:
+    def start(seed: int) -> tuple[nn.Sequential, FedKSeedSGD]:
+        model = make_model(dtype, seed)
+        return model, FedKSeedSGD(model, 0.05, EPS, POOL, storage=storage)
+
+    model, optimizer = start(0)
+    for _ in range(3):
+        optimizer.step(make_closure(model))
+    file = io.BytesIO()
+    torch.save([model.state_dict(), optimizer.state_dict()], file)
+    losses = [optimizer.step(make_closure(model)) for _ in range(3)]
+    other, resumed = start(1)
+    resumed.step(make_closure(other))  # what waits of it is gone with its weights
+    file.seek(0)
+    for part, state in zip((other, resumed), torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert [resumed.step(make_closure(other)) for _ in range(3)] == losses
+    assert same_bytes(weights_of(model), weights_of(other))
+    assert resumed.history == optimizer.history
+    optimizer.flush()
+    resumed.flush()
+    assert same_bytes(weights_of(model), weights_of(other))
+
+
+@pytest.mark.parametrize(
+    "state", [{}, {"num_passes": -1}, {"num_passes": 0.5}, {"num_passes": 3, "more": 1}, {"num_passes": None}]
+)
+def test_a_damaged_state_changes_nothing(state: dict[str, Any]) -> None:
+    model = make_model(torch.bfloat16)
+    optimizer = ZOSGD(model, 0.1, EPS, storage=Inplace(True, "stochastic"))
+    optimizer.step(make_closure(model))
+    found = optimizer.state_dict()
+    assert found["fedkseed"]["storage_state"] == {"num_passes": 4}  # three, and the flush
+    optimizer.step(make_closure(model))
+    before = weights_of(model)
+    with pytest.raises(ValueError, match=r"expected"):
+        optimizer.load_state_dict({**found, "fedkseed": {**found["fedkseed"], "storage_state": state}})
+    assert same_bytes(before, weights_of(model))
+
+
+def test_what_cannot_be_served_is_refused_with_a_remedy() -> None:
+    tensors: Sequence[torch.Tensor] = [torch.zeros(3)]
+    for make in (
+        lambda: ZOSGD(tensors, 0.1, storage=CHAINED),
+        lambda: FedKSeedSGD(tensors, 0.1, 1e-3, POOL, storage=CHAINED),
+    ):
+        with pytest.raises(ValueError, match=r"only the model tells when they are read; give the optimizer"):
+            make()
+    with pytest.raises(TypeError, match="chained as True or False, got 1"):
+        Inplace(chained=1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"rounding out of \['nearest', 'stochastic'\], got 'up'"):
+        Inplace(rounding="up")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"storage Inplace\(chained=True"):
+        model = make_model()
+        state = ZOSGD(model, 0.1, storage=Inplace()).state_dict()
+        ZOSGD(model, 0.1, storage=CHAINED).load_state_dict(state)
+
+
+def test_an_update_beyond_fp32_is_refused_and_the_next_step_starts_clean() -> None:
+    model = make_model(torch.float32)
+    optimizer = ZOSGD(model, 0.1, EPS, storage=CHAINED)
+    optimizer.step(lambda: 1.0)
+    before = weights_of(make_model(torch.float32))
+    optimizer.param_groups[0]["lr"] = 1e30
+    losses = iter([1e10, -1e10])
+    with pytest.raises(ValueError, match=r"finite in fp32, got lr 1e\+30"):
+        optimizer.step(lambda: next(losses))
+    assert largest_difference(before, weights_of(model)) < 1e-6
+
+
+def test_a_step_raises_no_warning_of_torch() -> None:
+    model = make_model()
+    optimizer = ZOSGD(model, 0.1, EPS, storage=CHAINED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(make_closure(model))
+        model.load_state_dict(model.state_dict())
