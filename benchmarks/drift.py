@@ -183,7 +183,7 @@ def run(
     """The document: settings, the recorded g, the environment of each run that it was made in, and the rows.
 
     Args:
-        previous: a document of the same settings: its g is repeated, its rows of other algorithms stay.
+        previous: of the same settings: its g is repeated, its rows of other algorithms stay.
 
     Raises:
         ValueError: an unknown algorithm, or a document of other settings.
@@ -215,9 +215,29 @@ def run(
     rows += (
         [] if previous is None else [row for row in previous["rows"] if row["algorithm"] not in algorithms]
     )
-    rows.sort(key=lambda row: (settings.dtypes.index(row["dtype"]), ALGORITHMS.index(row["algorithm"])))
     run_environment["load_average_after"] = environment.load_average()
     return {"settings": described, "recorded_g": gradients, "runs": [*runs, run_environment], "rows": rows}
+
+
+def merged(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One document of several that repeat the same walk; of rows that stand in several the last one's.
+
+    Raises:
+        ValueError: documents of other settings, or of another walk.
+    """
+    first = documents[0]
+    runs: list[dict[str, Any]] = []
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for document in documents:
+        if any(document[key] != first[key] for key in ("settings", "recorded_g")):
+            raise ValueError(
+                "expected results of one recorded walk, got several; extend the first one instead"
+            )
+        runs += [environment for environment in document["runs"] if environment not in runs]
+        for row in document["rows"]:
+            number = runs.index(document["runs"][row["run"]])
+            rows[row["dtype"], row["algorithm"]] = {**row, "run": number}
+    return {**first, "runs": runs, "rows": list(rows.values())}
 
 
 def _run_job(job: tuple[DriftSettings, str, list[str], list[float]]) -> list[dict[str, Any]]:
@@ -256,19 +276,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny random model, seconds: a smoke test")
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use (%(default)s)")
     parser.add_argument("--steps", type=int, help=f"local steps ({DriftSettings.num_steps})")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="algorithms to measure (all that lack)")
-    parser.add_argument("--extend", type=Path, help="an earlier result: repeat its walk, keep its other rows")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="algorithms to measure (all that lack)")
+    parser.add_argument(
+        "--extend", type=Path, nargs="+", help="earlier results of one walk: repeat it, keep their other rows"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="draw distance against steps (needs the extra plot)")
     options = parser.parse_args()
     settings = QUICK if options.quick else DriftSettings()
     if options.steps is not None:
         settings = dataclasses.replace(settings, num_steps=options.steps)
-    previous = None if options.extend is None else json.loads(options.extend.read_text())
+    previous = None
+    if options.extend is not None:
+        previous = merged([json.loads(path.read_text()) for path in options.extend])
     done = {row["algorithm"] for row in previous["rows"]} if previous else set()
-    document = run(
-        settings, options.threads, options.only or [name for name in ALGORITHMS if name not in done], previous
-    )
+    lacking = [name for name in ALGORITHMS if name not in done]
+    algorithms = lacking if options.only is None else options.only
+    if previous is not None and not algorithms:
+        document = previous
+    else:
+        document = run(settings, options.threads, algorithms, previous)
     print(drift_report.table(document))
     if options.json is not None:
         write_atomically(options.json, (json.dumps(document, indent=1) + "\n").encode())

@@ -19,7 +19,7 @@ def table(document: Document) -> str:
         "| weights | algorithm | distance | kept | error of g | walked - ledger |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for row in document["rows"]:
+    for row in sorted(document["rows"], key=lambda row: document["settings"]["dtypes"].index(row["dtype"])):
         losses = row["held_out_loss"]
         cells = [
             row["dtype"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedkseed.storage import Inplace
+from fedkseed import Inplace
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 #: With weights of 16 bits. A forward pass at a time.
 ONE_SIDED: dict[str, StorageOptions] = {
     "inplace": Inplace(),
+    "inplace, chained": Inplace(chained=True),
+    "inplace, stochastic": Inplace(rounding="stochastic"),
 }
 
 #: Both sides in one forward pass of a doubled batch.

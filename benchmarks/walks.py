@@ -13,7 +13,7 @@ import torch
 
 import fedkseed_kernels
 from benchmarks.workloads import mean_loss
-from fedkseed import FedKSeedSGD, SeedPool
+from fedkseed import FedKSeedSGD, Inplace, SeedPool
 from fedkseed.manifest import manifest_parameters
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class StorageWalk:
         self.pool = pool
         self.parameters = [parameter for _, parameter in manifest_parameters(model)]
         self.optimizer = FedKSeedSGD(model, lr, eps, pool, schedule=range(pool.num_seeds), storage=options)
+        self._leaves_a_perturbation = isinstance(options, Inplace) and options.chained
 
     def step(self, g: float) -> None:
         """One step whose losses are such that the optimizer finds this g (an fp32 value)."""
@@ -49,8 +50,17 @@ class StorageWalk:
         return self.optimizer.history[-1][1]
 
     def stored(self, index: int) -> Stored:
-        """Weights, and residuals if there are any, of a parameter as a reader would find them."""
-        return self.parameters[index].detach(), None
+        """Weights, and residuals if there are any, of a parameter as a reader would find them.
+
+        What a chained walk has left for its next step is taken back on a copy: the walk goes on undisturbed.
+        """
+        parameter = self.parameters[index].detach()
+        num_steps = len(self.optimizer.history)
+        if self._leaves_a_perturbation and 0 < num_steps < self.pool.num_seeds:
+            parameter = parameter.clone()
+            seed = int(self.pool.seeds[num_steps])
+            fedkseed_kernels.perturb_([parameter], seed, -self.optimizer.eps, streams=[index])
+        return parameter, None
 
 
 class OfficialWalk:
@@ -73,8 +83,7 @@ class OfficialWalk:
 
     @torch.no_grad()
     def step(self, seed: int, g: float) -> tuple[int, int]:
-        """One step along the noise of seed; of how many elements whose exact update is not zero, how many kept
-        their value: (kept, all)."""
+        """One step along the noise of seed; how many of the elements that g z moves kept their value, of all."""
         num_kept = num_due = 0
         torch.manual_seed(official_seed(seed))
         for parameter, rebuilt, exact in zip(self.parameters, self.rebuilt, self.exact, strict=True):
