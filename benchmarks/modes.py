@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedkseed import Inplace
+import torch
+
+from fedkseed import Inplace, Streamed
 
 if TYPE_CHECKING:
-    import torch
-
     from fedkseed.storage import StorageOptions
 
 #: With weights of 16 bits. A forward pass at a time.
@@ -16,6 +16,9 @@ ONE_SIDED: dict[str, StorageOptions] = {
     "inplace": Inplace(),
     "inplace, chained": Inplace(chained=True),
     "inplace, stochastic": Inplace(rounding="stochastic"),
+    "streamed": Streamed(),
+    "streamed, stochastic": Streamed(rounding="stochastic"),
+    "streamed, fp32 forward": Streamed(compute_dtype=torch.float32),
 }
 
 #: Both sides in one forward pass of a doubled batch.

@@ -83,7 +83,7 @@ class OfficialWalk:
 
     @torch.no_grad()
     def step(self, seed: int, g: float) -> tuple[int, int]:
-        """One step along the noise of seed; how many of the elements that g z moves kept their value, of all."""
+        """One step along the noise of seed; (elements with z != 0 that kept their value, all with z != 0)."""
         num_kept = num_due = 0
         torch.manual_seed(official_seed(seed))
         for parameter, rebuilt, exact in zip(self.parameters, self.rebuilt, self.exact, strict=True):

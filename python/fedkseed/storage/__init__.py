@@ -11,6 +11,7 @@ from fedkseed.storage.interface import (
     StorageOptions,
     TunedWeights,
 )
+from fedkseed.storage.streamed import Streamed
 
 __all__ = [
     "Direction",
@@ -19,5 +20,6 @@ __all__ = [
     "Inplace",
     "Storage",
     "StorageOptions",
+    "Streamed",
     "TunedWeights",
 ]
