@@ -144,7 +144,7 @@ def distance(
     """||w - w_exact|| / ||w_exact - w0||, Euclidean over all elements, in fp64."""
     off = moved = 0.0
     for index, (start, delta) in enumerate(zip(w0, exact, strict=True)):
-        difference = value64(walked(index)).sub_(start).sub_(delta)
+        difference = (value64(walked(index)) - start).sub_(delta)
         off += float(torch.linalg.vector_norm(difference) ** 2)
         moved += float(torch.linalg.vector_norm(delta) ** 2)
     return float((off / moved) ** 0.5)
