@@ -75,9 +75,12 @@ class StepSettings:
 #: Seconds on any machine: a smoke test whose figures mean nothing.
 QUICK = StepSettings(model="random-tiny", num_tokens=16, num_samples=2)
 
+#: The 1B model on a GPU, as `benchmarks.gpu` measures it: some minutes, about 50 GB of its memory.
+GPU_1B = StepSettings(model="random-1b", device="cuda", batch_sizes=(1, 8), num_tokens=512, num_samples=9)
+
 
 def measure(settings: StepSettings, num_threads: int) -> dict[str, Any]:
-    """{"settings", "rows"} of a run, for a result file; `benchmarks.gpu` calls it with device "cuda".
+    """{"settings", "rows"} of a run, for a result file; `benchmarks.gpu` calls it with `GPU_1B`.
 
     A row is one contestant with one batch size and family: its seconds (median, p20, p80 and the samples),
     the name of the forward passes that it makes, and how many bytes its peak memory lies above that of two
