@@ -14,7 +14,6 @@ import json
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ import torch
 
 import fedkseed_kernels
 from benchmarks import drift_errors, drift_report, environment, modes, workloads
-from benchmarks.settings import DTYPES, LEARNING_RATE, ZO_EPS
+from benchmarks.drift_settings import QUICK, DriftSettings
+from benchmarks.settings import DTYPES
 from benchmarks.walks import (
     ExactSum,
     OfficialWalk,
@@ -32,54 +32,12 @@ from benchmarks.walks import (
     num_kept,
     snapshot,
 )
-from fedkseed import FedKSeedSGD, Ledger, SeedPool
+from fedkseed import FedKSeedSGD, Ledger
 from fedkseed.files import write_atomically
 from fedkseed.manifest import manifest_parameters
 
 OFFICIAL = "official"
 ALGORITHMS = (OFFICIAL, *modes.ONE_SIDED)
-
-
-@dataclass(frozen=True)
-class DriftSettings:
-    """What a run measures; lr and eps are those of the FedKSeed paper."""
-
-    model: str = "smollm2"
-    dtypes: tuple[str, ...] = ("bf16", "fp16")
-    num_steps: int = 200
-    num_points: int = 10
-    num_tokens: int = 128
-    num_g_steps: int = 6
-    num_held_out: int = 16
-    lr: float = LEARNING_RATE
-    eps: float = ZO_EPS
-    base_seed: int = 11
-
-    @property
-    def points(self) -> list[int]:
-        """The steps after which the distance is taken, evenly spread, the last one among them."""
-        return sorted({-(-self.num_steps * k // self.num_points) for k in range(1, self.num_points + 1)})
-
-    @property
-    def pool(self) -> SeedPool:
-        """Each seed is taken once."""
-        return SeedPool(self.base_seed, self.num_steps)
-
-    def load(self, dtype: torch.dtype) -> workloads.Workload:
-        """The model in dtype, a row of text for each step, and the held-out rows."""
-        return workloads.load(
-            self.model,
-            dtype,
-            num_rows=self.num_steps,
-            num_tokens=self.num_tokens,
-            num_held_out=self.num_held_out,
-        )
-
-
-#: Seconds, on a random model: a smoke test whose figures mean nothing.
-QUICK = DriftSettings(
-    model="random-tiny", num_steps=8, num_points=4, num_tokens=32, num_g_steps=2, num_held_out=4, lr=1e-4
-)
 
 
 def record(settings: DriftSettings) -> list[float]:

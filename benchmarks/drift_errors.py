@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 import fedkseed_kernels
 from benchmarks import modes, official
+from benchmarks.drift_settings import DriftSettings
 from benchmarks.walks import StorageWalk, official_seed, value64
 from benchmarks.workloads import assign_, mean_loss
 from fedkseed.manifest import manifest_parameters
-
-if TYPE_CHECKING:
-    from benchmarks.drift import DriftSettings
 
 #: Held-out rows of one forward pass.
 _ROWS_AT_ONCE = 8
