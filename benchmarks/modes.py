@@ -18,11 +18,18 @@ ONE_SIDED: dict[str, StorageOptions] = {
     "inplace, stochastic": Inplace(rounding="stochastic"),
     "streamed": Streamed(),
     "streamed, stochastic": Streamed(rounding="stochastic"),
+    "streamed, compensated": Streamed(compensated=True),
     "streamed, fp32 forward": Streamed(compute_dtype=torch.float32),
 }
 
 #: Both sides in one forward pass of a doubled batch.
-PAIRED: dict[str, StorageOptions] = {}
+PAIRED: dict[str, StorageOptions] = {
+    "streamed, paired": Streamed(paired=True),
+    "streamed, paired, fp32 forward": Streamed(paired=True, compute_dtype=torch.float32),
+    "streamed, paired, compensated, fp32 forward": Streamed(
+        paired=True, compensated=True, compute_dtype=torch.float32
+    ),
+}
 
 _ONLY_16_BIT = ("stochastic", "compensated", "fp32 forward")
 

@@ -12,6 +12,7 @@ from benchmarks.settings import LEARNING_RATE, ZO_EPS
 from benchmarks.walks import official_seed
 from benchmarks.workloads import mean_loss
 from fedkseed import FedKSeedSGD, SeedPool
+from fedkseed.paired import paired_losses
 
 OFFICIAL, MEZO = "official step", "MeZO-style torch step"
 FORWARDS, FORWARDS_FP32 = "two forwards", "two forwards, fp32"
@@ -61,6 +62,9 @@ def open_step(name: str, model: Any, batch: torch.Tensor, family: str) -> Step:
             f"expected a contestant out of {', '.join(names(model.dtype, family))}, got {name!r}"
         )
     optimizer = FedKSeedSGD(model, LEARNING_RATE, ZO_EPS, _POOL, storage=options, family=family)
+    if name in modes.PAIRED:
+        paired = {"input_ids": batch, "labels": batch}
+        return lambda: _ignore(optimizer.step(lambda: paired_losses(model, paired)))
     return lambda: _ignore(optimizer.step(lambda: mean_loss(model, batch)))
 
 

@@ -13,7 +13,7 @@ import torch
 
 import fedkseed_kernels
 from benchmarks.workloads import mean_loss
-from fedkseed import FedKSeedSGD, Inplace, SeedPool
+from fedkseed import FedKSeedSGD, Inplace, SeedPool, Streamed
 from fedkseed.manifest import manifest_parameters
 
 if TYPE_CHECKING:
@@ -37,15 +37,19 @@ class StorageWalk:
         self.parameters = [parameter for _, parameter in manifest_parameters(model)]
         self.optimizer = FedKSeedSGD(model, lr, eps, pool, schedule=range(pool.num_seeds), storage=options)
         self._leaves_a_perturbation = isinstance(options, Inplace) and options.chained
+        self._is_compensated = isinstance(options, Streamed) and options.compensated
+        self._residuals: list[torch.Tensor] | None = None  # copies, of the moment when they were last read
 
     def step(self, g: float) -> None:
         """One step whose losses are such that the optimizer finds this g (an fp32 value)."""
+        self._residuals = None
         loss = self.optimizer.eps * g
         sides = iter((loss, -loss))
         self.optimizer.step(lambda: next(sides))
 
     def step_on(self, rows: torch.Tensor) -> float:
         """One step with the mode's own forward passes; returns g."""
+        self._residuals = None
         self.optimizer.step(lambda: mean_loss(self.model, rows))
         return self.optimizer.history[-1][1]
 
@@ -60,7 +64,11 @@ class StorageWalk:
             parameter = parameter.clone()
             seed = int(self.pool.seeds[num_steps])
             fedkseed_kernels.perturb_([parameter], seed, -self.optimizer.eps, streams=[index])
-        return parameter, None
+        if not self._is_compensated:
+            return parameter, None
+        if self._residuals is None:
+            self._residuals = self.optimizer.state_dict()["fedkseed"]["storage_state"]["residuals"]
+        return parameter, self._residuals[index]
 
 
 class OfficialWalk:

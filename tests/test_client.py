@@ -167,7 +167,6 @@ def other_weights() -> ModelIdentity:
             r"got one for \(21, 16\)",
         ),
         ({"run_id": bytes(16)}, ProtocolError, "of run b'one of many runs', got one of"),
-        ({"family": "rademacher"}, ProtocolError, "gaussian noise, got a broadcast with rademacher"),
         ({"identity": other_weights()}, IdentityError, "the same shapes, other numbers"),
         (
             {"identity": ModelIdentity.of(make_model(torch.float32))},

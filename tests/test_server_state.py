@@ -118,7 +118,7 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path, sampl
     [
         (4, struct.pack("<H", 2), "format version 1, got 2"),
         (6, struct.pack("<H", 2), "contract version 1, got 2"),
-        (8, b"\1", "noise family 0, got 1"),
+        (8, b"\2", "noise family below 2, got 2"),
         (9, b"\xff", "dtype code"),
         (10, b"\2", "weighting below 2"),
         (11, b"\2", "sampling below 2"),

@@ -85,8 +85,8 @@ class Client(Generic[BatchT]):
         the first three errors is raised.
 
         Raises:
-            MessageError: the message is damaged, of another format, contract version or noise family, or not a
-                broadcast.
+            MessageError: the message is damaged, of another format or contract version, of an unknown noise
+                family, or not a broadcast.
             ProtocolError: it is for another client, pool or run.
             IdentityError: it is for another w0: other structure, dtype or weights.
             ValueError: fewer batches than local steps.

@@ -80,10 +80,16 @@ class Ledger:
         seed_pool: SeedPool,
         coefficients: NDArray[np.float32] | NDArray[np.float64],
         notes: Mapping[str, str] | None = None,
+        *,
+        family: str = "gaussian",
     ) -> Ledger:
         """The ledger of coefficients on a model that holds w0 now; what is frozen in it counts as frozen.
 
+        Args:
+            family: of the noise that the coefficients belong to, `FedKSeedSGD.family` for example.
+
         Raises:
+            LedgerContractError: an unknown family.
             LedgerError: not one finite coefficient for each seed of the pool.
             TypeError, ValueError: as `ModelIdentity.of`.
         """
@@ -91,7 +97,7 @@ class Ledger:
         if len(rounded) != seed_pool.num_seeds:
             raise LedgerError(f"expected {seed_pool.num_seeds} coefficients, got {len(rounded)}")
         identity = ModelIdentity.of(w0)
-        return cls(seed_pool.base_seed, rounded, identity, frozen_indices(w0), dict(notes or {}))
+        return cls(seed_pool.base_seed, rounded, identity, frozen_indices(w0), dict(notes or {}), family)
 
     @property
     def num_seeds(self) -> int:

@@ -50,9 +50,7 @@ class RunSettings:
     sampling: str = _setting(
         "uniform", "how seeds are drawn; pro: by significance (FedKSeed-Pro)", choices=get_args(Sampling)
     )
-    family: str = _setting(
-        "gaussian", "noise; rademacher: signs, the cheaper to make", choices=FAMILIES
-    )
+    family: str = _setting("gaussian", "noise; rademacher: signs, the cheaper to make", choices=FAMILIES)
     round_rows: int = _setting(1, "test rows of each task behind the held-out loss of a round", "N")
     final_rows: int = _setting(16, "test rows of each task behind the losses before and after, of 16", "N")
     generate_rows: int = _setting(

@@ -24,6 +24,7 @@ class PerturbedWeights:
         weights: w as they stand now.
         rounding: of every pass, "nearest" or "stochastic": then pass n has the rounding seed
             derived.seeds(weights.seed, 3, n).
+        residuals: for each tensor of each group None or its residual (contract, section 6.5).
 
     Attributes:
         tensors: the weights.
@@ -35,17 +36,31 @@ class PerturbedWeights:
         TypeError, ValueError: what the kernels refuse: a dtype, tensors that overlap, devices that are mixed.
     """
 
-    def __init__(self, weights: TunedWeights, rounding: str) -> None:
+    def __init__(
+        self,
+        weights: TunedWeights,
+        rounding: str,
+        residuals: Sequence[Sequence[torch.Tensor | None]] | None = None,
+    ) -> None:
         self.tensors = [tensor for group in weights.groups for tensor in group]
         self._streams = [stream for group in weights.streams for stream in group]
         self._family = weights.family
-        self._whole = fedkseed_kernels.prepare(self.tensors, streams=self._streams, family=weights.family)
+        if residuals is None:
+            residuals = [[None] * len(group) for group in weights.groups]
+        self._whole = fedkseed_kernels.prepare(
+            self.tensors,
+            streams=self._streams,
+            family=weights.family,
+            residuals=[residual for group in residuals for residual in group],
+        )
         self._groups = (
             [self._whole]
             if len(weights.groups) == 1
             else [
-                fedkseed_kernels.prepare(list(group), streams=list(streams), family=weights.family)
-                for group, streams in zip(weights.groups, weights.streams, strict=True)
+                fedkseed_kernels.prepare(
+                    list(group), streams=list(streams), family=weights.family, residuals=list(left)
+                )
+                for group, streams, left in zip(weights.groups, weights.streams, residuals, strict=True)
             ]
         )
         self._rounding = rounding
@@ -74,6 +89,7 @@ class PerturbedWeights:
         updates: Sequence[GroupUpdate],
         gradients: Sequence[float],
         following: tuple[int, float] | None = None,
+        num_passes_before: int = 0,
     ) -> None:
         """w <- alpha w - lr / n sum_i g_i z(seeds_i) for each group, from where the weights stand.
 
@@ -82,6 +98,7 @@ class PerturbedWeights:
             updates: one for each group of tensors.
             gradients: g of each seed.
             following: the seed and the offset at which the weights wait afterwards; at w itself if None.
+            num_passes_before: passes of this step that were made elsewhere and count among the others.
 
         Raises:
             ValueError: a coefficient is not finite in fp32; nothing has moved.
@@ -91,15 +108,23 @@ class PerturbedWeights:
         if following is not None:
             seeds = [*seeds, seed]
             all_coeffs = [[*coeffs, offset] for coeffs in all_coeffs]
-        with self._pass() as rounding:
+        with self._pass(num_passes_before) as rounding:
             if len(set(updates)) == 1:
                 self._whole.seed_axpy_(seeds, all_coeffs[0], alpha=updates[0].alpha, **rounding)
             else:
-                self._whole.seed_axpy_([], [])  # moves nothing: all are in place, before the first is updated
+                self.check_in_place()  # before the first is updated
                 for group, update, coeffs in zip(self._groups, updates, all_coeffs, strict=True):
                     group.seed_axpy_(seeds, coeffs, alpha=update.alpha, **rounding)
             self.seed, self.offset = seed, offset
             self.is_waiting = following is not None
+
+    def check_in_place(self) -> None:
+        """Moves nothing.
+
+        Raises:
+            RuntimeError: a tensor is not where, or what, it was at construction.
+        """
+        self._whole.seed_axpy_([], [])
 
     def restore(self) -> None:
         """Back to w, wherever the tensors are now, for they may be what was changed."""
@@ -123,15 +148,19 @@ class PerturbedWeights:
                 self.restore()
 
     @contextmanager
-    def _pass(self) -> Iterator[dict[str, Any]]:
-        """A pass and the note of it, without Ctrl-C between them; yields how the kernels shall round."""
+    def _pass(self, num_before: int = 0) -> Iterator[dict[str, Any]]:
+        """A pass behind ``num_before`` others, and the note of all, without Ctrl-C between them.
+
+        Yields how the kernels shall round.
+        """
         with interrupts_held():
             if self._rounding == "nearest":
                 yield {}
             else:
-                seed = derived_seed(self._base_seed, derived.PURPOSE_ROUNDING_SEEDS, self.num_passes)
+                number = self.num_passes + num_before
+                seed = derived_seed(self._base_seed, derived.PURPOSE_ROUNDING_SEEDS, number)
                 yield {"rounding": self._rounding, "rounding_seed": seed}
-            self.num_passes += 1
+            self.num_passes += num_before + 1
 
     def _coefficients(self, update: GroupUpdate, gradients: Sequence[float]) -> list[float]:
         coeffs = [-(update.lr * g) / len(gradients) for g in gradients]
