@@ -72,6 +72,16 @@ def _call(operation: str, tensor: torch.Tensor, num_seeds: int) -> None:
         baselines.axpy_([torch.nn.Parameter(tensor, requires_grad=False)], 1, ZO_EPS)
 
 
+def reset_peak() -> None:
+    """Sets the peak of this process's resident memory back to what is resident now."""
+    _CLEAR_REFS.write_text(_RESET_PEAK)
+
+
+def peak() -> int:
+    """The highest number of bytes resident since `reset_peak`."""
+    return _resident("VmHWM")
+
+
 def _resident(field: str) -> int:
     for line in _STATUS.read_text().splitlines():
         name, _, value = line.partition(":")
@@ -84,10 +94,10 @@ def _growth(operation: str, num_elements: int, num_seeds: int, dtype: torch.dtyp
     tensor = torch.empty(num_elements, dtype=dtype).fill_(0.5)
     _call(operation, torch.ones(64, dtype=dtype), num_seeds)
     gc.collect()
-    _CLEAR_REFS.write_text(_RESET_PEAK)
-    before = _resident("VmHWM")
+    reset_peak()
+    before = peak()
     _call(operation, tensor, num_seeds)
-    return _resident("VmHWM") - before
+    return peak() - before
 
 
 def main() -> None:

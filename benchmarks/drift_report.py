@@ -1,0 +1,109 @@
+"""The Markdown table and the plot of a result of `benchmarks.drift`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedkseed._extras import require_extra
+
+Document = Mapping[str, Any]
+
+
+def table(document: Document) -> str:
+    """One row for each dtype and algorithm; the columns are defined in docs/numerics.md."""
+    lines = [
+        "| weights | algorithm | distance | kept | error of g | walked - ledger |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(document["rows"], key=lambda row: document["settings"]["dtypes"].index(row["dtype"])):
+        losses = row["held_out_loss"]
+        cells = [
+            row["dtype"],
+            row["algorithm"],
+            _number(row["distance"][-1]),
+            f"{row['kept']:.1%}",
+            f"{row['g']['relative_error']:.2g}",
+            f"{losses['walked'] - losses['ledger']:+.1e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def facts(document: Document) -> str:
+    """What was run, where, and the losses that the table's last column compares."""
+    settings = document["settings"]
+    lines = [
+        "| | |",
+        "| --- | --- |",
+        f"| model | {settings['model']}, weights of {' and '.join(settings['dtypes'])} |",
+        f"| local steps | {settings['num_steps']}, lr {settings['lr']:g}, eps {settings['eps']:g}, "
+        f"batches of 1 x {settings['num_tokens']} tokens |",
+        f"| error of g | over the first {settings['num_g_steps']} steps |",
+        f"| held-out loss | on {settings['num_held_out']} x {settings['num_tokens']} tokens |",
+    ]
+    lines += [
+        f"| run | {run['cpu']}, torch {run['torch']}, fedkseed-kernels {run['fedkseed_kernels']}, "
+        f"commit {run['commit']}, {run['date']} |"
+        for run in document["runs"]
+    ]
+    for dtype in settings["dtypes"]:
+        losses = {
+            (row["algorithm"] == "official"): row["held_out_loss"]
+            for row in document["rows"]
+            if row["dtype"] == dtype
+        }
+        lines.append(
+            f"| {dtype}: loss at w0; ledger; official ledger | {losses[False]['start']:.5f}; "
+            f"{losses[False]['ledger']:.5f}; {losses[True]['ledger']:.5f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(document: Document, path: Path) -> None:
+    """Distance against steps as a PNG, a panel for each dtype.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    require_extra("plot", "matplotlib")
+    from matplotlib.figure import Figure
+
+    settings = document["settings"]
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, len(settings["dtypes"]), sharey=True, squeeze=False)[0]
+    for axes, dtype in zip(panels, settings["dtypes"], strict=True):
+        for row in document["rows"]:
+            if row["dtype"] == dtype:
+                axes.plot(
+                    settings["points"], row["distance"], marker="o", markersize=3, label=row["algorithm"]
+                )
+        axes.axhline(1, color="grey", linewidth=0.8, linestyle=":")
+        axes.set(title=f"{dtype} weights", xlabel="local steps", yscale="log")
+    panels[0].set_ylabel("||w - w_exact|| / ||w_exact - w0||")
+    panels[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=100)
+
+
+def _number(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def main() -> None:
+    """Prints the page's tables of a result file and draws its plot."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("result", type=Path, help="JSON written by benchmarks.drift")
+    parser.add_argument("--plot", type=Path, help="the PNG")
+    options = parser.parse_args()
+    document = json.loads(options.result.read_text())
+    print(facts(document), table(document), sep="\n\n")
+    if options.plot is not None:
+        draw(document, options.plot)
+
+
+if __name__ == "__main__":
+    main()
