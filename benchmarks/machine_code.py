@@ -83,7 +83,6 @@ class Function:
             if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
         ]
 
-
     def loops_around(self, loop: tuple[int, int]) -> list[tuple[int, int]]:
         """The loops that hold one, from the inside outwards."""
         first, last = loop
@@ -196,7 +195,9 @@ def hot_path(function: Function, makes: re.Pattern[str]) -> HotPath:
     paths = [(path_that_makes_most(function, *loop, makes), True) for loop in function.innermost_loops()]
     paths.append((path_that_makes_most(function, 0, None, makes), False))
     found = [HotPath(path, sum(bool(makes.match(o)) for o in path), is_loop) for path, is_loop in paths]
-    loops = [p for p in found if p.is_loop and p.num_made and not any(o.startswith("CALL") for o in p.opcodes)]
+    loops = [
+        p for p in found if p.is_loop and p.num_made and not any(o.startswith("CALL") for o in p.opcodes)
+    ]
     if loops:
         return max(loops, key=lambda path: path.num_made)
     if not found[-1].num_made:

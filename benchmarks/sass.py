@@ -3,8 +3,8 @@
     python -m benchmarks.sass [--arch sm_90] [--json FILE] [--check] [--write-budget]
 
 CUDA kernels come out of the built library, Triton's are compiled here as the package launches them. Counted
-is the hot path, machine_code.hot_path: the innermost loop that makes most, else the way through the kernel. Of
-a kernel of matrix products the loops around it are counted too, where its operands are made.
+is the hot path, machine_code.hot_path: the innermost loop that makes most, else the way through the kernel.
+Of a kernel of matrix products the loops around it are counted too, where its operands are made.
 No GPU is needed. A ceiling is what an H100 could do at most, by issue slots and by memory; nothing is
 measured. Exit status: 0, 1 past the committed budget (--check), 2 if something needed is missing.
 """
@@ -55,7 +55,7 @@ class Rule:
     """How to read one kernel: its name in the tables, what makes an element, and the memory that one moves.
 
     num_terms 0: a loop over any number of terms; the count is then per element and term.
-    elements_of_turn: of a loop over Rademacher terms, the elements times terms of a turn; 0 if they are summed
+    elements_of_turn: of a loop over Rademacher terms, elements times terms of a turn; 0 if they are summed
     as matrix products.
     """
 
@@ -151,7 +151,7 @@ def measure(function: Function, usage: Usage, arch: str, rule: Rule) -> Row:
     )
 
 
-_CUDA_NAME = re.compile(r"(\w+)<(\w+)(?:, (\w+))?(?:, (\d+))?>$")
+_CUDA_NAME = re.compile(r"(\w+)<(\w+)(?:, (\w+))?(?:, (\d+))?(?:, ([01]))?>$")
 
 
 def cuda_rule(name: str) -> Rule | None:
@@ -163,7 +163,7 @@ def cuda_rule(name: str) -> Rule | None:
     found = _CUDA_NAME.match(name)
     if found is None:
         return None
-    kernel, storage, family, num_terms = found.groups()
+    kernel, storage, family, num_terms, compensated = found.groups()
     dtype = storage.lower()
     if kernel in ("many_gaussian", "many_rademacher") and family is None:
         family = kernel.removeprefix("many_")
@@ -172,10 +172,12 @@ def cuda_rule(name: str) -> Rule | None:
     family = family.lower()
     terms = int(num_terms or 0)
     form = f"K = {terms}" if terms else "K loop"
-    suffix = ", rows" if kernel == "strided" else ""
+    is_compensated = compensated == "1"
+    suffix = ", rows" if kernel == "strided" else ", compensated" if is_compensated else ""
     label = f"cuda {family} {dtype}, {form}{suffix}"
     of_turn = 0 if kernel == "many_rademacher" else 8
-    return Rule(label, family, terms, 2 * ITEMSIZES[dtype], elements_of_turn=of_turn)
+    moved = 2 * ITEMSIZES[dtype] * (2 if is_compensated else 1)
+    return Rule(label, family, terms, moved, elements_of_turn=of_turn)
 
 
 def cuda_rows(library: Path, arches: Sequence[str]) -> Iterator[Row]:

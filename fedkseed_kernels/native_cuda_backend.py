@@ -10,7 +10,7 @@ from fedkseed_kernels.native_cuda import unavailable
 
 __all__ = ["SERVES_RESIDUALS", "seed_axpy", "unavailable"]
 
-SERVES_RESIDUALS = False
+SERVES_RESIDUALS = True
 
 
 def seed_axpy(operands: Operands, terms: Terms | DeviceTerms, isa: str) -> None:

@@ -25,6 +25,8 @@ struct TermArguments {
 struct FlatTensor {
   const char *in;
   char *out, *out_minus;
+  const char *residual;
+  char *residual_out;
   uint64_t first_element;
   int64_t numel;
   uint32_t stream;

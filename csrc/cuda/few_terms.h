@@ -116,7 +116,9 @@ template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kPie
   }
 }
 
-template <typename Storage, typename Family, int kTerms> __global__ void __launch_bounds__(kThreads)
+// kCompensated: the short way is that of weights with residuals, in place. Other kernels take them the long way.
+template <typename Storage, typename Family, int kTerms, bool kCompensated>
+__global__ void __launch_bounds__(kThreads, kTerms == 1 ? 3 : 2)
     few_terms(const __grid_constant__ FlatLaunch launch) {
   __shared__ FewShared<kTerms> shared;
   prepare_few<Storage, Family, kTerms>(launch, shared);
@@ -137,26 +139,38 @@ template <typename Storage, typename Family, int kTerms> __global__ void __launc
 
   // The short way: steps of kFewPieces whole pieces a thread, when nothing is asked for that it leaves out.
   constexpr int32_t kStep = kPiece * kThreads * kFewPieces; // elements
-  const bool plain =
-      tile.memory.whole && tile.memory.in && !tile.memory.out_minus && all_terms && !stochastic;
+  const bool plain = tile.memory.whole && tile.memory.in && !tile.memory.out_minus && all_terms &&
+                     !stochastic &&
+                     (kCompensated ? tile.memory.residual_out != 0 : tile.memory.residual == 0);
   const int32_t whole_first = plain ? (tile.memory.begin + kStep - 1) / kStep : 0;
   const int32_t whole_last = plain ? tile.memory.end / kStep : 0;
   constexpr int32_t kStepBytes = kStep * (int32_t)sizeof(typename Storage::Element);
   const int64_t thread_bytes = (int64_t)(threadIdx.x * kPiece * sizeof(typename Storage::Element));
   const char *in = tile.memory.in + whole_first * (int64_t)kStepBytes + thread_bytes;
   char *out = tile.memory.out + whole_first * (int64_t)kStepBytes + thread_bytes;
+  char *residual = tile.memory.residual_out + whole_first * (int64_t)kStepBytes + thread_bytes;
 #pragma unroll 1
-  for (int32_t step = whole_first; step < whole_last; ++step, in += kStepBytes, out += kStepBytes) {
-    typename Storage::Piece weights[kFewPieces];
+  for (int32_t step = whole_first; step < whole_last;
+       ++step, in += kStepBytes, out += kStepBytes, residual += kStepBytes) {
+    typename Storage::Piece weights[kFewPieces], residuals[kFewPieces];
 #pragma unroll
-    for (int p = 0; p < kFewPieces; ++p) weights[p] = read_whole<Storage>(in + p * (kStepBytes / kFewPieces));
+    for (int p = 0; p < kFewPieces; ++p) {
+      weights[p] = read_whole<Storage>(in + p * (kStepBytes / kFewPieces));
+      if (kCompensated) residuals[p] = read_whole<Storage>(residual + p * (kStepBytes / kFewPieces));
+    }
 #pragma unroll
     for (int p = 0; p < kFewPieces; ++p) {
       const uint32_t piece = (uint32_t)(step * kFewPieces + p) * kThreads + threadIdx.x;
       float acc[kPiece];
       sum_terms<true>(Family(), acc, piece_product<Family>(first_group, piece), piece, terms);
-      add_weights<Storage>(acc, alpha, weights[p]);
-      Storage::round_nearest(acc, weights[p]);
+      if constexpr (kCompensated) {
+        add_values<Storage>(acc, alpha, weights[p], residuals[p]);
+        Storage::split(acc, weights[p], residuals[p]);
+        write_whole<Storage>(residual + p * (kStepBytes / kFewPieces), residuals[p]);
+      } else {
+        add_weights<Storage>(acc, alpha, weights[p]);
+        Storage::round_nearest(acc, weights[p]);
+      }
       write_whole<Storage>(out + p * (kStepBytes / kFewPieces), weights[p]);
     }
   }

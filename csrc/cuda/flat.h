@@ -37,10 +37,14 @@ template <typename Storage> FK_DEVICE FlatTile find_tile(const FlatLaunch &launc
   memory.in = tensor.in ? tensor.in + bytes : 0;
   memory.out = tensor.out + bytes;
   memory.out_minus = tensor.out_minus ? tensor.out_minus + bytes : 0;
+  memory.residual = tensor.residual ? tensor.residual + bytes : 0;
+  memory.residual_out = tensor.residual_out ? tensor.residual_out + bytes : 0;
   memory.in_stride = memory.out_stride = memory.out_minus_stride = 1;
   memory.begin = at < 0 ? (int32_t)-at : 0;
   memory.end = tensor.numel - at < tile_elements ? (int32_t)(tensor.numel - at) : (int32_t)tile_elements;
-  memory.whole = (((uint64_t)memory.in | (uint64_t)memory.out | (uint64_t)memory.out_minus) & 15u) == 0;
+  memory.whole =
+      (((uint64_t)memory.in | (uint64_t)memory.out | (uint64_t)memory.out_minus | (uint64_t)memory.residual) &
+       15u) == 0;
   return tile;
 }
 
@@ -51,6 +55,8 @@ template <typename Storage> FK_DEVICE PieceMemory piece_memory(const FlatTile &t
   memory.in = tile.memory.in ? tile.memory.in + bytes : 0;
   memory.out = tile.memory.out + bytes;
   memory.out_minus = tile.memory.out_minus ? tile.memory.out_minus + bytes : 0;
+  memory.residual = tile.memory.residual ? tile.memory.residual + bytes : 0;
+  memory.residual_out = tile.memory.residual_out ? tile.memory.residual_out + bytes : 0;
   memory.in_stride = memory.out_stride = memory.out_minus_stride = 1;
   memory.begin = tile.memory.begin - piece * kPiece;
   memory.end = tile.memory.end - piece * kPiece;

@@ -3,6 +3,7 @@
 
 const Kernels kFp64Kernels = {
     {FK_MANY(Fp64), FK_MANY(Fp64), FK_MANY(Fp64)},
+    {0, 0},
     FK_STRIDED(Fp64),
     {FK_MANY_TILE(Fp64), FK_MANY_TILE(Fp64), FK_MANY_TILE(Fp64)},
     kStridedThreads,

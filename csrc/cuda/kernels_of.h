@@ -33,16 +33,26 @@ template <typename Storage> int32_t load_common() {
 
 template <typename Storage> int32_t load_with_few() {
   cudaError_t error = (cudaError_t)load_common<Storage>();
-  load_kernel(few_terms<Storage, Gaussian, 1>, error);
-  load_kernel(few_terms<Storage, Gaussian, 2>, error);
-  load_kernel(few_terms<Storage, Rademacher, 1>, error);
-  load_kernel(few_terms<Storage, Rademacher, 2>, error);
+  load_kernel(few_terms<Storage, Gaussian, 1, false>, error);
+  load_kernel(few_terms<Storage, Gaussian, 2, false>, error);
+  load_kernel(few_terms<Storage, Rademacher, 1, false>, error);
+  load_kernel(few_terms<Storage, Rademacher, 2, false>, error);
+  return (int32_t)error;
+}
+
+template <typename Storage> int32_t load_with_compensated() {
+  cudaError_t error = (cudaError_t)load_with_few<Storage>();
+  load_kernel(few_terms<Storage, Gaussian, 1, true>, error);
+  load_kernel(few_terms<Storage, Rademacher, 1, true>, error);
   return (int32_t)error;
 }
 
 #define FK_MANY(Storage) {launch_flat<many_gaussian<Storage>>, launch_flat<many_rademacher<Storage>>}
 #define FK_FEW(Storage, terms)                                                                               \
-  {launch_flat<few_terms<Storage, Gaussian, terms>>, launch_flat<few_terms<Storage, Rademacher, terms>>}
+  {launch_flat<few_terms<Storage, Gaussian, terms, false>>,                                                  \
+   launch_flat<few_terms<Storage, Rademacher, terms, false>>}
+#define FK_COMPENSATED(Storage)                                                                              \
+  {launch_flat<few_terms<Storage, Gaussian, 1, true>>, launch_flat<few_terms<Storage, Rademacher, 1, true>>}
 #define FK_STRIDED(Storage)                                                                                  \
   {launch_strided<strided<Storage, Gaussian>>, launch_strided<strided<Storage, Rademacher>>}
 #define FK_FEW_TILE {kFewTile, kFewTile}

@@ -13,11 +13,10 @@ template <typename Arithmetic> struct TermChunk {
 
 // Terms first .. first + kGaussianChunk - 1 into shared memory, by one thread each; begins and ends with a barrier.
 // Returns how many there are.
-template <typename Arithmetic>
-FK_DEVICE int prepare_chunk(const TermArguments &terms, int64_t first, const FlatTile &tile,
-                            TermChunk<Arithmetic> &chunk, uint32_t &any_term) {
-  const int num_terms =
-      terms.count - first < kGaussianChunk ? (int)(terms.count - first) : kGaussianChunk;
+template <typename Arithmetic> FK_DEVICE int prepare_chunk(const TermArguments &terms, int64_t first,
+                                                           const FlatTile &tile, TermChunk<Arithmetic> &chunk,
+                                                           uint32_t &any_term) {
+  const int num_terms = terms.count - first < kGaussianChunk ? (int)(terms.count - first) : kGaussianChunk;
   __syncthreads();
   if ((int)threadIdx.x < num_terms) {
     const int64_t k = first + threadIdx.x;

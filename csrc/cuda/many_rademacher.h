@@ -38,8 +38,8 @@ FK_DEVICE void prepare_terms(const TermArguments &terms, int64_t first, const Fl
   Unsigned q = 0;
   if (first + k < terms.count) {
     bool skipped;
-    q = (Unsigned)scaled_coefficient(
-        term_coefficient<Rademacher, Arithmetic>(terms, first + k, skipped), scale);
+    q = (Unsigned)scaled_coefficient(term_coefficient<Rademacher, Arithmetic>(terms, first + k, skipped),
+                                     scale);
     fold_keys(shared.keys[k], term_seed(terms, first + k), tile.stream,
               group_high(tile.first_element, FK_RADEMACHER_GROUP_SHIFT), FK_TAG_RADEMACHER);
   }
@@ -68,9 +68,9 @@ FK_DEVICE void make_words(uint32_t group, int first, int num_terms, RademacherSh
 }
 
 // 32 terms, from `first` of the chunk on, added to the products of a warp. digits: theirs.
-template <typename Arithmetic>
-FK_DEVICE void add_products(MatrixSums (&sums)[kProductsOfThread], int first, const uint32_t (&digits)[2][32],
-                            const RademacherShared<Arithmetic> &shared) {
+template <typename Arithmetic> FK_DEVICE void add_products(MatrixSums (&sums)[kProductsOfThread], int first,
+                                                           const uint32_t (&digits)[2][32],
+                                                           const RademacherShared<Arithmetic> &shared) {
   const unsigned lane = threadIdx.x % 32;
   // Eight words a warp, one for each four threads; of it, eight terms for each of these.
   const unsigned own_word = threadIdx.x / 4, place = lane % 4;
@@ -103,7 +103,7 @@ FK_DEVICE void join_digits(Unsigned (&joined)[kPiece], const MatrixSums (&sums)[
   const unsigned shift = 16 * (threadIdx.x & (kAllColumns ? 3u : 1u));
   // Of one element, from the products of byte or, for the other pair of threads, byte + 2.
   const auto value = [&](int byte, int bit, bool later) {
-    const int32_t(&w)[4] = sums[byte * 4 + bit / 2].w, (&later_w)[4] = sums[byte * 4 + 8 + bit / 2].w;
+    const int32_t (&w)[4] = sums[byte * 4 + bit / 2].w, (&later_w)[4] = sums[byte * 4 + 8 + bit / 2].w;
     const int32_t low = later ? later_w[bit % 2 * 2] : w[bit % 2 * 2];
     const int32_t high = later ? later_w[bit % 2 * 2 + 1] : w[bit % 2 * 2 + 1];
     return ((Unsigned)(int64_t)(low >> bit) + ((Unsigned)(int64_t)(high >> bit) << 8)) << shift;
@@ -120,8 +120,8 @@ FK_DEVICE void join_digits(Unsigned (&joined)[kPiece], const MatrixSums (&sums)[
   }
 }
 
-template <typename Storage>
-__global__ void __launch_bounds__(kThreads, 2) many_rademacher(const __grid_constant__ FlatLaunch launch) {
+template <typename Storage> __global__ void __launch_bounds__(kThreads, 2)
+    many_rademacher(const __grid_constant__ FlatLaunch launch) {
   using Arithmetic = typename Storage::Arithmetic;
   using Integer = typename Integers<Arithmetic>::Type;
   using Unsigned = typename Integers<Arithmetic>::Unsigned;
@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kThreads, 2) many_rademacher(const __grid_cons
   Arithmetic acc[1][kPiece];
 #pragma unroll
   for (int i = 0; i < kPiece; ++i) {
-    acc[0][i] = tile.any_term ? unscaled_sum((Integer)(shared.total - 2 * joined[i]), scale)
-                              : (Arithmetic)-0.0;
+    acc[0][i] =
+        tile.any_term ? unscaled_sum((Integer)(shared.total - 2 * joined[i]), scale) : (Arithmetic)-0.0;
   }
   end_tile<Storage, Rademacher>(launch, tile, acc, [](int) { return (int32_t)threadIdx.x; });
 }

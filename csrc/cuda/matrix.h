@@ -15,12 +15,14 @@ struct MatrixSums {
 // sums += rows columns. Thread 4 g + t holds, with the terms as bytes: rows[0], terms 4 t .. 4 t + 3 of row g
 // (unsigned); rows[1], of row g + 8; rows[2] and rows[3], the same of terms 16 + 4 t ..; columns[0] and
 // columns[1], those terms of column g (signed). Sums wrap.
-FK_DEVICE void multiply_accumulate(MatrixSums &sums, const uint32_t (&rows)[4], const uint32_t (&columns)[2]) {
+FK_DEVICE void multiply_accumulate(MatrixSums &sums, const uint32_t (&rows)[4],
+                                   const uint32_t (&columns)[2]) {
 #if defined(__CUDACC__)
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-               "{%0, %1, %2, %3};"
-               : "+r"(sums.w[0]), "+r"(sums.w[1]), "+r"(sums.w[2]), "+r"(sums.w[3])
-               : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(columns[0]), "r"(columns[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+r"(sums.w[0]), "+r"(sums.w[1]), "+r"(sums.w[2]), "+r"(sums.w[3])
+      : "r"(rows[0]), "r"(rows[1]), "r"(rows[2]), "r"(rows[3]), "r"(columns[0]), "r"(columns[1]));
 #else
   fk_shim_multiply_accumulate(sums.w, rows, columns);
 #endif

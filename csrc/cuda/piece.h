@@ -8,6 +8,8 @@ struct PieceMemory {
   const char *in; // where lane 0 would be: it may lie before the tensor. NULL: the noise itself is written
   char *out;
   char *out_minus;
+  const char *residual; // of the weights, with their stride; NULL: none
+  char *residual_out;   // equal to residual where results are split; NULL: not written
   int64_t in_stride, out_stride, out_minus_stride; // elements
   int32_t begin, end;                              // lanes that belong to the tensor
   bool whole;                                      // all eight do, contiguous and on 16-byte boundaries
@@ -42,21 +44,27 @@ template <typename Element> FK_DEVICE void write_element(Element *to, Element bi
   *to = bits;
 }
 
-// The weights; where there are none, -0: with alpha = 1 it leaves every sum as it is, zeros of both signs
-// too.
-template <typename Storage> FK_DEVICE typename Storage::Piece read_piece(const PieceMemory &memory) {
+// Eight elements of `from`; `otherwise` where there is no such memory or element.
+template <typename Storage> FK_DEVICE typename Storage::Piece
+read_elements(const PieceMemory &memory, const char *from, typename Storage::Element otherwise) {
   using Element = typename Storage::Element;
-  if (memory.whole && memory.in) return read_whole<Storage>(memory.in);
+  if (memory.whole && from) return read_whole<Storage>(from);
   typename Storage::Piece piece = {};
 #pragma unroll
   for (int i = 0; i < kPiece; ++i) {
-    Element bits = Storage::kNegativeZero;
-    if (memory.in && i >= memory.begin && i < memory.end) {
-      bits = read_element((const Element *)memory.in + i * memory.in_stride);
+    Element bits = otherwise;
+    if (from && i >= memory.begin && i < memory.end) {
+      bits = read_element((const Element *)from + i * memory.in_stride);
     }
     Storage::set(piece, i, bits);
   }
   return piece;
+}
+
+// The weights; where there are none, -0: with alpha = 1 it leaves every sum as it is, zeros of both signs
+// too.
+template <typename Storage> FK_DEVICE typename Storage::Piece read_piece(const PieceMemory &memory) {
+  return read_elements<Storage>(memory, memory.in, Storage::kNegativeZero);
 }
 
 template <typename Storage> FK_DEVICE void write_piece(const PieceMemory &memory, char *to, int64_t stride,
@@ -81,6 +89,14 @@ template <typename Storage> FK_DEVICE void add_weights(typename Storage::Arithme
   for (int i = 0; i < kPiece; ++i) add_product(acc[i], alpha, Storage::widen(weights, i));
 }
 
+// The same of compensated weights (contract 6.5).
+template <typename Storage> FK_DEVICE void add_values(float (&acc)[kPiece], float alpha,
+                                                      const typename Storage::Piece &weights,
+                                                      const typename Storage::Piece &residuals) {
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) add_product(acc[i], alpha, Storage::value(weights, residuals, i));
+}
+
 // Words of the rounding seed for a piece; rounding is to nearest where there are none.
 struct RoundingNoise {
   fk_words words;
@@ -94,8 +110,23 @@ FK_DEVICE void write_side(const PieceMemory &memory, char *to, int64_t stride,
   typename Storage::Arithmetic y[kPiece];
 #pragma unroll
   for (int i = 0; i < kPiece; ++i) y[i] = acc[i];
-  add_weights<Storage>(y, alpha, weights);
   typename Storage::Piece rounded = {};
+  if constexpr (Storage::kRounds) {
+    if (memory.residual) {
+      typename Storage::Piece residuals = read_elements<Storage>(memory, memory.residual, 0);
+      add_values<Storage>(y, alpha, weights, residuals);
+      if (memory.residual_out) {
+        Storage::split(y, rounded, residuals);
+        write_piece<Storage>(memory, memory.residual_out, memory.in_stride, residuals);
+        write_piece<Storage>(memory, to, stride, rounded);
+        return;
+      }
+    } else {
+      add_weights<Storage>(y, alpha, weights);
+    }
+  } else {
+    add_weights<Storage>(y, alpha, weights);
+  }
   if (noise.stochastic) {
     Storage::round_stochastic(y, noise.words, rounded);
   } else {
@@ -146,9 +177,9 @@ template <typename Arithmetic> struct PieceSums<Rademacher, Arithmetic> {
 };
 
 // Sums of the minus side (contract 6.2). Rademacher noise: -acc, except that a zero is the same on both.
-template <typename Arithmetic>
-FK_DEVICE void negated_sums(Rademacher, Arithmetic (&minus)[kPiece], const Arithmetic (&acc)[kPiece],
-                            const TermArguments &, uint32_t, uint64_t) {
+template <typename Arithmetic> FK_DEVICE void negated_sums(Rademacher, Arithmetic (&minus)[kPiece],
+                                                           const Arithmetic (&acc)[kPiece],
+                                                           const TermArguments &, uint32_t, uint64_t) {
 #pragma unroll
   for (int i = 0; i < kPiece; ++i) minus[i] = acc[i] == (Arithmetic)0 ? acc[i] : -acc[i];
 }

@@ -93,7 +93,15 @@ int32_t append(Plan &plan, Table<Launch> &table, Tensor &tensor, int64_t num_til
 int32_t append_flat(Plan &plan, const fk_tensor &t) {
   const uint64_t first = (uint64_t)t.first_element, last = first + (uint64_t)t.numel - 1;
   const uint64_t tile = (uint64_t)plan.flat_tile;
-  FlatTensor flat = {(const char *)t.in, (char *)t.out, (char *)t.out_minus, first, t.numel, t.stream, 0};
+  FlatTensor flat = {};
+  flat.in = (const char *)t.in;
+  flat.out = (char *)t.out;
+  flat.out_minus = (char *)t.out_minus;
+  flat.residual = (const char *)t.residual;
+  flat.residual_out = (char *)t.residual_out;
+  flat.first_element = first;
+  flat.numel = t.numel;
+  flat.stream = t.stream;
   return append<FlatLaunch, FlatTensor, kMaxFlatTensors>(plan, plan.flat, flat,
                                                          (int64_t)(last / tile - first / tile) + 1);
 }
@@ -121,14 +129,16 @@ int32_t append_strided(Plan &plan, const fk_tensor &t) {
       plan, plan.strided, strided, (strided.num_slots + plan.strided_tile - 1) / plan.strided_tile);
 }
 
-void begin(Plan &plan, int32_t dtype, const fk_cuda_terms &terms, const int64_t *rows,
+void begin(Plan &plan, int32_t dtype, bool compensated, const fk_cuda_terms &terms, const int64_t *rows,
            int64_t num_source_rows) {
   const Kernels &kernels = kernels_of(dtype);
   const TermArguments made = make_terms(terms, dtype == FK_FP64);
   const Loop loop = made.count == 1 ? kOneTerm : made.count == 2 ? kTwoTerms : kManyTerms;
   plan.never_flat = terms.family == FK_RADEMACHER && made.count > kMaxProductTerms;
   plan.flat.launch.terms = plan.strided.launch.terms = made;
-  plan.flat.run = kernels.flat[loop][terms.family];
+  plan.flat.run = compensated && loop == kOneTerm && kernels.compensated[terms.family]
+                      ? kernels.compensated[terms.family]
+                      : kernels.flat[loop][terms.family];
   plan.flat_tile = kernels.flat_tile[loop][terms.family];
   plan.strided.launch.rows = rows;
   plan.strided.launch.num_source_rows = num_source_rows;
@@ -143,14 +153,17 @@ int32_t fk_cuda_run(const fk_tensor *tensors, int64_t num_tensors, const int64_t
   Plan plan = {};
   plan.stream = stream;
   plan.num_skipped = terms->num_skipped;
-  for (int32_t dtype = FK_FP32; dtype <= FK_FP64; ++dtype) {
+  // Tensors whose residuals are written have launches of their own.
+  for (int32_t kind = 0; kind < 2 * (FK_FP64 + 1); ++kind) {
+    const int32_t dtype = kind / 2;
+    const bool compensated = kind % 2;
     bool begun = false;
     for (int64_t i = 0; i < num_tensors; ++i) {
       const fk_tensor &t = tensors[i];
-      if (t.dtype != dtype || t.numel == 0) continue;
-      if (!begun) begin(plan, dtype, *terms, rows, num_source_rows);
+      if (t.dtype != dtype || (t.residual_out != 0) != compensated || t.numel == 0) continue;
+      if (!begun) begin(plan, dtype, compensated, *terms, rows, num_source_rows);
       begun = true;
-      const int32_t error = t.ndim           ? append_strided(plan, t)
+      const int32_t error = t.ndim            ? append_strided(plan, t)
                             : plan.never_flat ? append_strided(plan, as_strided(t))
                                               : append_flat(plan, t);
       if (error) return error;

@@ -2,6 +2,7 @@
 // registers.
 #pragma once
 
+#include "compensated.h"
 #include "noise.h"
 #include "rounding.h"
 #include "target.h"
@@ -45,7 +46,7 @@ struct Fp32 {
   using Arithmetic = float;
   using Element = uint32_t;
   using Piece = Registers<8>;
-  static constexpr bool kRounds = false;
+  static constexpr bool kRounds = false; // nor has it residuals
   static constexpr Element kNegativeZero = 0x80000000u;
   FK_DEVICE static float widen(const Piece &piece, int i) { return fk_float_from_bits(piece.w[i]); }
   FK_DEVICE static void round_nearest(const float (&y)[kPiece], Piece &piece) {
@@ -65,9 +66,7 @@ struct Fp64 {
   using Piece = Registers<16>;
   static constexpr bool kRounds = false;
   static constexpr Element kNegativeZero = (uint64_t)1 << 63;
-  FK_DEVICE static double widen(const Piece &piece, int i) {
-    return fk_double_from_bits(get(piece, i));
-  }
+  FK_DEVICE static double widen(const Piece &piece, int i) { return fk_double_from_bits(get(piece, i)); }
   FK_DEVICE static void round_nearest(const double (&y)[kPiece], Piece &piece) {
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) set(piece, i, fk_bits_from_double(y[i]));
@@ -100,6 +99,17 @@ struct Half { // two 16-bit numbers a register, the first in the low half
 };
 
 struct Bf16 : Half {
+  FK_DEVICE static float value(const Piece &piece, const Piece &residuals, int i) {
+    return fk_bf16_value(get(piece, i), (int16_t)get(residuals, i));
+  }
+  FK_DEVICE static void split(const float (&y)[kPiece], Piece &piece, Piece &residuals) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const fk_compensated low = fk_bf16_split(y[2 * j]), high = fk_bf16_split(y[2 * j + 1]);
+      piece.w[j] = low.weight | (uint32_t)high.weight << 16;
+      residuals.w[j] = (uint16_t)low.residual | (uint32_t)high.residual << 16;
+    }
+  }
   FK_DEVICE static float widen(const Piece &piece, int i) {
     return fk_float_from_bits(i & 1 ? piece.w[i >> 1] & 0xFFFF0000u : piece.w[i >> 1] << 16);
   }
@@ -117,6 +127,17 @@ struct Bf16 : Half {
 };
 
 struct Fp16 : Half {
+  FK_DEVICE static float value(const Piece &piece, const Piece &residuals, int i) {
+    return fk_fp16_value(get(piece, i), (int16_t)get(residuals, i));
+  }
+  FK_DEVICE static void split(const float (&y)[kPiece], Piece &piece, Piece &residuals) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const fk_compensated low = fk_fp16_split(y[2 * j]), high = fk_fp16_split(y[2 * j + 1]);
+      piece.w[j] = low.weight | (uint32_t)high.weight << 16;
+      residuals.w[j] = (uint16_t)low.residual | (uint32_t)high.residual << 16;
+    }
+  }
   FK_DEVICE static float widen(const Piece &piece, int i) {
     return widen_fp16(i & 1 ? piece.w[i >> 1] >> 16 : piece.w[i >> 1]);
   }

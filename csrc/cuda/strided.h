@@ -18,8 +18,8 @@ template <typename Family, typename Arithmetic> struct StridedShared {
 };
 
 // What a term is to the sums. Gaussian noise: the coefficient.
-template <typename Arithmetic> FK_DEVICE Arithmetic
-term_factor(Gaussian, const TermArguments &terms, int64_t k, const TermSurvey<Arithmetic> &) {
+template <typename Arithmetic> FK_DEVICE Arithmetic term_factor(Gaussian, const TermArguments &terms,
+                                                                int64_t k, const TermSurvey<Arithmetic> &) {
   return counted_coefficient<Gaussian, Arithmetic>(terms, k);
 }
 
@@ -33,17 +33,17 @@ term_factor(Rademacher, const TermArguments &terms, int64_t k, const TermSurvey<
 template <typename Arithmetic>
 FK_DEVICE void look_at_terms(Gaussian, const TermArguments &, StridedShared<Gaussian, Arithmetic> &) {}
 
-template <typename Arithmetic> FK_DEVICE void
-look_at_terms(Rademacher, const TermArguments &terms, StridedShared<Rademacher, Arithmetic> &shared) {
+template <typename Arithmetic> FK_DEVICE void look_at_terms(Rademacher, const TermArguments &terms,
+                                                            StridedShared<Rademacher, Arithmetic> &shared) {
   survey_terms<kStridedThreads>(terms, shared.survey);
   __syncthreads();
   if (threadIdx.x == 0) shared.any_term = shared.survey.num_terms;
 }
 
 // After them: the sums as numbers.
-template <typename Arithmetic>
-FK_DEVICE void finish_sums(Arithmetic (&acc)[kPiece], const PieceSums<Gaussian, Arithmetic> &sums,
-                           const StridedShared<Gaussian, Arithmetic> &) {
+template <typename Arithmetic> FK_DEVICE void finish_sums(Arithmetic (&acc)[kPiece],
+                                                          const PieceSums<Gaussian, Arithmetic> &sums,
+                                                          const StridedShared<Gaussian, Arithmetic> &) {
 #pragma unroll
   for (int e = 0; e < kPiece; ++e) acc[e] = sums.acc[e];
 }
@@ -97,6 +97,9 @@ template <typename Storage> FK_DEVICE Slot find_slot(const StridedTensor &stride
   memory.out_minus_stride = has_row ? tensor.out_minus_strides[strided.first_dim] : 1;
   memory.in =
       tensor.in && !found.no_source ? (const char *)tensor.in + (in_at + at * memory.in_stride) * kSize : 0;
+  const int64_t residual_at = (in_at + at * memory.in_stride) * (int64_t)sizeof(int16_t);
+  memory.residual = tensor.residual && !found.no_source ? (const char *)tensor.residual + residual_at : 0;
+  memory.residual_out = tensor.residual_out ? (char *)tensor.residual_out + residual_at : 0;
   memory.out = (char *)tensor.out + (out_at + at * memory.out_stride) * kSize;
   memory.out_minus =
       tensor.out_minus ? (char *)tensor.out_minus + (minus_at + at * memory.out_minus_stride) * kSize : 0;
@@ -105,7 +108,8 @@ template <typename Storage> FK_DEVICE Slot find_slot(const StridedTensor &stride
   memory.end = left < kPiece ? (left < 0 ? 0 : (int32_t)left) : kPiece;
   const bool contiguous =
       memory.in_stride == 1 && memory.out_stride == 1 && (!memory.out_minus || memory.out_minus_stride == 1);
-  const uint64_t addresses = (uint64_t)memory.in | (uint64_t)memory.out | (uint64_t)memory.out_minus;
+  const uint64_t addresses =
+      (uint64_t)memory.in | (uint64_t)memory.out | (uint64_t)memory.out_minus | (uint64_t)memory.residual;
   memory.whole = contiguous && (addresses & 15u) == 0 && memory.begin == 0 && memory.end == kPiece;
   return found;
 }

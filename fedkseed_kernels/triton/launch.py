@@ -17,7 +17,6 @@ from triton.runtime.jit import JITFunction
 from fedkseed_kernels._operands import Operands, Terms
 from fedkseed_kernels.triton import noise
 from fedkseed_kernels.triton.interpreter import exact_arithmetic
-from fedkseed_kernels.triton.seed_axpy import runs_kernel, segments_kernel
 from fedkseed_kernels.triton.packing import (
     PackedTerms,
     count_skipped,
@@ -25,6 +24,7 @@ from fedkseed_kernels.triton.packing import (
     pack_host_terms,
     upload,
 )
+from fedkseed_kernels.triton.seed_axpy import runs_kernel, segments_kernel
 from fedkseed_kernels.triton.tables import OCTET, DtypeTables, Table, make_tables
 
 #: True when TRITON_INTERPRET=1 was set before Triton was imported: the kernels then run on the CPU.
@@ -79,7 +79,7 @@ def choose_config(
 
 
 def num_sides(family: str, num_by_value: int, pair: bool) -> int:
-    """Sums kept for each element. One term mirrors exactly, and so do integers; else a pair sums both sides."""
+    """Sums kept for each element. One term mirrors exactly, so do integers; else a pair sums both sides."""
     return 2 if pair and family == "gaussian" and num_by_value != 1 else 1
 
 
@@ -182,9 +182,7 @@ class _Call:
 
     def run_segments(self, table: Table, copy: Tensor) -> None:
         sides = self._options["NUM_SIDES"]
-        config = choose_config(
-            self._family, self._dtype, self._packed.num_by_value, sides, table.num_tiles
-        )
+        config = choose_config(self._family, self._dtype, self._packed.num_by_value, sides, table.num_tiles)
         octets = config.block * config.num_blocks * (config.num_lanes // OCTET)
         segments_kernel[(table.num_tiles * (config.tile // octets),)](
             *self._table_arguments(table, copy),

@@ -1,6 +1,6 @@
 """How terms reach the Triton kernels: as arguments, or as records in device memory.
 
-What is worked out from terms in device memory is worked out there: nothing waits, and a captured graph does it
+What follows from terms in device memory is worked out there: nothing waits, and a captured graph does it
 again at each replay.
 """
 
@@ -20,7 +20,7 @@ from fedkseed_kernels._sums import SUM_BITS, SUM_SMALLEST
 # Terms up to this number travel as kernel arguments, through kernels without a loop over terms.
 MAX_TERMS_BY_VALUE = 2
 # Words of 32 bits that a term takes in device memory: key, key, coefficient or integer (two for fp64). Before
-# the terms stand two records: number of terms, alpha, rounding seed (two); unit of the integers (two for fp64).
+# the terms stand two records: number of terms, alpha, rounding seed (two); unit of the integers (fp64: two).
 RECORD_WORDS = 4
 HEADER_RECORDS = 2
 _NOTHING_BY_VALUE = (0, 0, 0, 0, 1.0, 0)
@@ -29,8 +29,8 @@ _NOTHING_BY_VALUE = (0, 0, 0, 0, 1.0, 0)
 class PackedTerms(NamedTuple):
     """The terms of one arithmetic format as the kernels take them.
 
-    Up to MAX_TERMS_BY_VALUE on the host: seeds and the fp64 patterns of coefficients (of two Rademacher terms:
-    of their sums where the signs are equal and where they are not), alpha, rounding seed. More, or on the
+    Up to MAX_TERMS_BY_VALUE on the host: seeds, fp64 patterns of coefficients (of two Rademacher terms: of
+    their sums where the signs are equal and where they are not), alpha, rounding seed. More, or on the
     device: records.
     """
 
@@ -86,7 +86,7 @@ def signed_word(value: int) -> int:
 
 
 def pack_host_terms(terms: Terms, fp64: bool, device: torch.device) -> PackedTerms:
-    """Round the coefficients to fp32 (or not: fp64), drop those that do not count, and choose how they travel."""
+    """Round coefficients to fp32 (or not: fp64), drop those that do not count, choose how they travel."""
     form = _FP64 if fp64 else _FP32
     with ieee_arithmetic():
         rounded: NDArray[Any] = terms.coeffs.astype(np.float64 if fp64 else np.float32)

@@ -24,7 +24,7 @@ HEADER_RECORDS = tl.constexpr(packing.HEADER_RECORDS)
 
 @triton.jit
 def with_sign(number, word, SHIFT: tl.constexpr):
-    """-number where the bit that SHIFT moves to the top of the word is set, else number; a scalar or a tensor."""
+    """-number where the bit that SHIFT moves to the top of the word is set; number: a scalar or a tensor."""
     if number.dtype == tl.float32:
         bits = number.to(tl.uint32, bitcast=True)
         if SHIFT == 31:  # nothing to mask: shift and add are one instruction
@@ -35,9 +35,7 @@ def with_sign(number, word, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def add_gaussian(
-    acc, low, high, stream, k0, k1, coefficient, radius_base, one_bits, NUM_SIDES: tl.constexpr
-):
+def add_gaussian(acc, low, high, stream, k0, k1, coefficient, radius_base, one_bits, NUM_SIDES: tl.constexpr):
     """acc with one term added to each of its sums: eight of the plus side, then those of the minus side.
 
     low, high: octets.
@@ -65,7 +63,7 @@ def add_signs(acc, low, high, stream, k0, k1, q):
 def add_sign_pairs(acc, low, high, stream, k0, k1, q):
     """The same for 128 elements, two in each of 64 sums of 64 bits; low, high: groups.
 
-    A factor has the sign of one element in bit 0 and that of another in bit 31, which counts -2^31: one
+    A window has the sign of one element in bit 0 and that of another in bit 31, which counts -2^31: one
     product with q serves both. Of two words of noise, a and b, 64 bits from bit s of a on begin with such a
     pair: bit s of a, bit s - 1 of b.
     """
@@ -74,11 +72,8 @@ def add_sign_pairs(acc, low, high, stream, k0, k1, q):
     for half in tl.static_range(2):
         a, b = words[2 * half], words[2 * half + 1]
         for s in tl.static_range(32):
-            if s == 0:
-                factor = (a & 1) | (b & 0x80000000)
-            else:
-                factor = ((a >> s) | (b << (32 - s))) & 0x80000001
-            product = factor.to(tl.int32, bitcast=True).to(tl.int64) * q
+            window = ((a >> s) | (b << (32 - s))) & 0x80000001 if s else (a & 1) | (b & 0x80000000)
+            product = window.to(tl.int32, bitcast=True).to(tl.int64) * q
             sums = sums + (acc[half * 32 + s] + product,)
     return sums
 
@@ -110,7 +105,9 @@ def two_signs(low, high, stream, seed_0, seed_1, equal, unequal):
     k0, k1 = key_of(seed_1)
     differ = first ^ rademacher_octet(low, high, stream, k0, k1)
     # Written as products of words: the bits of a scalar condition, all or none.
-    signs = first & (differ | (0 - (equal != 0).to(tl.uint32))) & ((0 - (unequal != 0).to(tl.uint32)) | ~differ)
+    signs = (
+        first & (differ | (0 - (equal != 0).to(tl.uint32))) & ((0 - (unequal != 0).to(tl.uint32)) | ~differ)
+    )
     sums = ()
     for i in tl.static_range(8):
         sums = sums + (with_sign(tl.where((differ & (1 << i)) != 0, unequal, equal), signs, 31 - i),)

@@ -89,7 +89,8 @@ int32_t byte_of(uint32_t word, int i) { return (int32_t)(word >> 8 * i & 0xFF); 
 
 } // namespace
 
-void fk_shim_multiply_accumulate(int32_t (&sums)[4], const uint32_t (&rows)[4], const uint32_t (&columns)[2]) {
+void fk_shim_multiply_accumulate(int32_t (&sums)[4], const uint32_t (&rows)[4],
+                                 const uint32_t (&columns)[2]) {
   Handed own;
   for (int i = 0; i < 4; ++i) own.rows[i] = rows[i];
   for (int i = 0; i < 2; ++i) own.columns[i] = columns[i];
