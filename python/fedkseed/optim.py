@@ -38,7 +38,7 @@ from fedkseed._checks import check_count, check_learning_rate, check_seed, check
 from fedkseed.gradient import ProjectedGradient
 from fedkseed.parameters import Params
 from fedkseed.seeds import MAX_STEPS, SeedPool, derived_seed
-from fedkseed.storage import GroupUpdate, Inplace, StorageOptions
+from fedkseed.storage import DEFAULT_STORAGE, GroupUpdate, StorageOptions
 from fedkseed.zeroth_order import Loss, ZerothOrderOptimizer
 from fedkseed_kernels import derived
 
@@ -51,7 +51,6 @@ _REBUILD = (
 
 # Schedules are drawn this many steps at a time: one draw costs as much as a pass over a small model.
 _BLOCK = 256
-_INPLACE = Inplace()
 
 
 class ZOSGD(ZerothOrderOptimizer):
@@ -107,7 +106,7 @@ class ZOSGD(ZerothOrderOptimizer):
         max_abs_g: float | None = None,
         max_loss_gap: float | None = None,
         model: nn.Module | None = None,
-        storage: StorageOptions = _INPLACE,
+        storage: StorageOptions = DEFAULT_STORAGE,
         family: str = "gaussian",
     ) -> None:
         self.seed = check_seed(seed)
@@ -211,7 +210,7 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         max_abs_g: float | None = None,
         max_loss_gap: float | None = None,
-        storage: StorageOptions = _INPLACE,
+        storage: StorageOptions = DEFAULT_STORAGE,
         family: str = "gaussian",
     ) -> None:
         if not isinstance(seed_pool, SeedPool):

@@ -11,8 +11,11 @@ from fedkseed.storage.interface import (
     StorageOptions,
     TunedWeights,
 )
+from fedkseed.storage.modes import DEFAULT_STORAGE, STORAGE_MODES, storage_mode
 
 __all__ = [
+    "DEFAULT_STORAGE",
+    "STORAGE_MODES",
     "Direction",
     "Evaluation",
     "GroupUpdate",
@@ -20,4 +23,5 @@ __all__ = [
     "Storage",
     "StorageOptions",
     "TunedWeights",
+    "storage_mode",
 ]
