@@ -102,15 +102,15 @@ def _check_row_values(rows: Tensor, tensors: Sequence[Tensor]) -> None:
         raise IndexError(f"expected rows in [0, {tensors[0].shape[0]}), got rows from {low} to {high}")
 
 
-def _check_memory(items: TensorList, name: str) -> None:
-    """Every element has memory, and memory of its own."""
+def _check_memory(items: TensorList, name: str, is_written: bool = True) -> None:
+    """Every element has memory, and where it is written memory of its own."""
     if 0 in items.addresses:
         for position, (address, numel) in enumerate(zip(items.addresses, items.numels, strict=True)):
             if numel and not address:
                 raise ValueError(
                     f"expected tensors with memory, got {name}[{position}] without; is it sharded away?"
                 )
-    if all(items.contiguous):
+    if all(items.contiguous) or not is_written:
         return
     for position, (tensor, numel) in enumerate(zip(items.tensors, items.numels, strict=True)):
         overlaps = numel > 0 and overlaps_itself(tensor.shape, tensor.stride())
@@ -253,7 +253,7 @@ def check_operands(
     for position, view in enumerate(operands.views):
         if view is not None:
             _check_view(view, tensors[position].shape, position)
-    _check_memory(inputs, "tensors")
+    _check_memory(inputs, "tensors", is_written=outs is None)
     if outs is not None:
         _check_memory(operands.outs, plus_name)
     if operands.outs_minus is not None:

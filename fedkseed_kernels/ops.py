@@ -14,7 +14,8 @@ each value, could not exceed 2^63, and would be frozen into a captured graph.
 
 Arguments of the public functions, where they have them:
     tensors: one tensor or a list or tuple, fp32, bf16, fp16 or fp64, on one device, of any shapes and any
-        strides under which no two elements share memory. No two tensors may overlap.
+        strides under which no two elements share memory (inputs that are only read may repeat them, as
+        expand does). No two tensors may overlap.
     seeds: K integers, each taken mod 2^64, or an int64 tensor [K] of their bit patterns.
     coeffs: K finite numbers, or a floating-point tensor [K]. Rounded once to the arithmetic format.
     alpha: a number or a 0-d tensor, rounded to fp32. With alpha 1 and no coefficient but zeros no byte

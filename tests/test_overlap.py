@@ -142,12 +142,33 @@ def test_strides_too_irregular_are_refused() -> None:
         call("seed_axpy_", weights)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_self_overlapping_tensor(name: str) -> None:
+@pytest.mark.parametrize("name", ["seed_axpy_", "prepare"])
+def test_self_overlapping_tensor_in_place(name: str) -> None:
     base = torch.ones(3, 1)
     for tensor in (base.expand(3, 4), torch.ones(8).as_strided((4, 4), (1, 1))):
         with Watch(ValueError, r"tensors\[0\] with elements that share memory", base, tensor):
             call(name, tensor)
+        with Watch(ValueError, r"out\[0\] with elements that share memory", base, tensor):
+            fk.seed_axpy(tensor, [1], [0.5], out=tensor)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("rows", [None, torch.tensor([2, 0, 2])])
+def test_inputs_that_are_only_read_may_repeat_memory(
+    rows: torch.Tensor | None, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDKSEED_BACKEND", backend)
+    for tensor in (
+        torch.tensor([[1.0], [2.0], [3.0]]).expand(3, 4),
+        torch.arange(8.0).as_strided((4, 4), (1, 1)),
+        torch.tensor(-0.0, dtype=torch.bfloat16).expand(5, 3),
+    ):
+        (got,) = fk.seed_axpy(tensor, [1], [0.5], rows=rows)
+        (expected,) = fk.seed_axpy(tensor.clone(memory_format=torch.contiguous_format), [1], [0.5], rows=rows)
+        assert torch.equal(got, expected)
+        plus, minus = fk.seed_axpy_pair(tensor, [1], [-0.5], rows=rows)
+        assert torch.equal(minus[0], expected)
+        assert not torch.equal(plus[0], expected)
 
 
 def test_outputs_that_overlap_inputs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 from federation import CONFIG, Batch, loss, make_model, make_task
 from messages import make_broadcast
+from torch import nn
 
 import fedkseed_kernels
-from fedkseed import Client, ModelIdentity, Reply, SeedPool, Simulation, SimulationConfig, WorkingCopy
+from fedkseed import Client, ModelIdentity, Reply, SeedPool, Simulation, SimulationConfig, WorkingCopy, load
 from fedkseed.run_folder import LEDGER, METRICS
 from fedkseed.scenarios.settings import RunSettings, SettingsError, make_settings
 from fedkseed.storage import STORAGE_MODES, storage_mode
@@ -93,10 +95,29 @@ def test_a_simulation_in_every_mode_and_its_resume(name: str, tmp_path: Path) ->
         assert (straight / file).read_bytes() == (cut / file).read_bytes(), file
 
 
+def loss_in_own_dtype(model: nn.Module, batch: Batch) -> torch.Tensor:
+    dtype = next(model.parameters()).dtype
+    return ((model(batch[0].to(dtype)).double() - batch[1]) ** 2).mean()
+
+
+@pytest.mark.parametrize("name", STORAGE_MODES)
+def test_a_simulation_of_16_bit_weights_in_every_mode(name: str) -> None:
+    task = dataclasses.replace(
+        make_task(), model=make_model().bfloat16(), loss=loss_in_own_dtype, evaluate=None
+    )
+    config = SimulationConfig(**{**CONFIG, "eps": 1e-2}, storage=storage_mode(name))
+    with Simulation(task, config) as simulation:
+        losses = [result.train_loss for result in simulation.rounds() if not result.failed]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    tuned = load(simulation.ledger(), make_model().bfloat16())
+    assert ModelIdentity.of(tuned).content == ModelIdentity.of(simulation.working.model).content
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(STORAGE_MODES) - {"inplace"}))
-def test_workers_change_no_bit_of_any_mode(name: str, tmp_path: Path) -> None:
-    config = SimulationConfig(**{**CONFIG, "num_rounds": 2}, storage=storage_mode(name))
+def test_workers_change_no_bit_of_signs_on_streamed_weights(tmp_path: Path) -> None:
+    changes = {"num_rounds": 2, "family": "rademacher", "storage": storage_mode("streamed-fp32")}
+    config = SimulationConfig(**{**CONFIG, **changes})
     folders = [tmp_path / str(num_workers) for num_workers in (1, 2)]
     for num_workers, folder in zip((1, 2), folders, strict=True):
         options: dict[str, Any] = {"make_task": make_task, "num_workers": num_workers, "folder": folder}

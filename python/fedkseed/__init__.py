@@ -19,7 +19,7 @@ from fedkseed.server import Server
 from fedkseed.server_config import ServerConfig
 from fedkseed.server_state import StateError
 from fedkseed.simulation import RoundResult, Simulation, SimulationConfig
-from fedkseed.storage import Inplace
+from fedkseed.storage import Inplace, Streamed
 from fedkseed.tuned_model import load
 from fedkseed.working_copy import WorkingCopy
 
@@ -46,6 +46,7 @@ __all__ = [
     "Simulation",
     "SimulationConfig",
     "StateError",
+    "Streamed",
     "Task",
     "WorkingCopy",
     "load",

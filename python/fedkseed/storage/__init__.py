@@ -12,6 +12,7 @@ from fedkseed.storage.interface import (
     TunedWeights,
 )
 from fedkseed.storage.modes import DEFAULT_STORAGE, STORAGE_MODES, storage_mode
+from fedkseed.storage.streamed import Streamed
 
 __all__ = [
     "DEFAULT_STORAGE",
@@ -22,6 +23,7 @@ __all__ = [
     "Inplace",
     "Storage",
     "StorageOptions",
+    "Streamed",
     "TunedWeights",
     "storage_mode",
 ]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from fedkseed.storage.inplace import Inplace
 from fedkseed.storage.interface import StorageOptions
+from fedkseed.storage.streamed import Streamed
 
 DEFAULT_STORAGE: StorageOptions = Inplace()
 
@@ -13,6 +16,8 @@ DEFAULT_STORAGE: StorageOptions = Inplace()
 STORAGE_MODES: Mapping[str, StorageOptions] = {
     "inplace": DEFAULT_STORAGE,
     "chained": Inplace(chained=True),
+    "streamed": Streamed(),
+    "streamed-fp32": Streamed(compute_dtype=torch.float32),
 }
 
 
