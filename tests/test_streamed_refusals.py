@@ -194,7 +194,7 @@ def test_weights_that_were_moved() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounding": "up"}, r"rounding out of \['nearest', 'stochastic'\], got 'up'"),
+        ({"rounding": "up"}, "rounding 'nearest' or 'stochastic', got 'up'"),
         ({"compute_dtype": torch.float64}, "compute_dtype None or torch.float32, got torch.float64"),
     ],
 )
