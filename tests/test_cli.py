@@ -10,8 +10,9 @@ import torch
 from data_samples import make_tokenizer
 from tiny_language_model import make_model, make_task
 
-from fedkseed import cli
+from fedkseed import Ledger, ModelIdentity, cli
 from fedkseed.data import FetchError, ModelError
+from fedkseed.data.models import load_causal_lm_weights
 from fedkseed.run_folder import LEDGER, METRICS, TIMINGS
 from fedkseed.scenarios import demo, instruction_run
 from fedkseed.scenarios.settings import QUICK, RunSettings, SettingsError, make_settings, read_toml
@@ -206,6 +207,20 @@ def test_bench_prints_its_ratios(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "perturb" in printed
     assert "rebuild, K = 2" in printed
+
+
+@pytest.mark.usefixtures("_tasks")
+def test_a_run_of_signs_on_streamed_weights(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    chosen = {"family": "rademacher", "storage": "streamed-fp32", "dtype": "bfloat16"}
+    flags = [text for name, value in chosen.items() for text in (f"--{name}", value)]
+    assert simulate(base, run, *flags) == 0
+    assert chosen.items() <= json.loads((run / "settings.json").read_text("utf-8")).items()
+    assert Ledger.load(run / LEDGER).family == "rademacher"
+    summary = json.loads((run / instruction_run.SUMMARY).read_text("utf-8"))
+    assert cli.main(["apply", str(run / LEDGER), "--base", str(base), "--out", str(tmp_path / "tuned")]) == 0
+    tuned = load_causal_lm_weights(tmp_path / "tuned", torch.bfloat16)
+    assert ModelIdentity.of(tuned).content.hex() == summary["content"]
 
 
 def test_toml_then_flags(tmp_path: Path) -> None:

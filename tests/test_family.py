@@ -95,17 +95,6 @@ def test_a_resumed_run_is_the_run_and_one_of_another_family_is_refused(tmp_path:
         assert (straight / name).read_bytes() == (cut / name).read_bytes(), name
 
 
-@pytest.mark.slow
-def test_workers_walk_along_signs_too(tmp_path: Path) -> None:
-    folders = [tmp_path / str(num_workers) for num_workers in (1, 2)]
-    for num_workers, folder in zip((1, 2), folders, strict=True):
-        options: dict[str, Any] = {"make_task": make_task, "num_workers": num_workers, "folder": folder}
-        with Simulation(make_task(), config(num_rounds=2), **options) as simulation:
-            list(simulation.rounds())
-    for name in (LEDGER, METRICS, "server.state"):
-        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
-
-
 def client_of(working: WorkingCopy) -> Client[Batch]:
     def batches(round: int, num_steps: int) -> list[Batch]:
         generator = torch.Generator().manual_seed(round)

@@ -21,7 +21,7 @@ from torch import nn
 
 import fedkseed_kernels
 from fedkseed import ZOSGD, FedKSeedSGD, ModelIdentity, SeedPool, WorkingCopy
-from fedkseed.storage import Inplace
+from fedkseed.storage import Inplace, Streamed
 from fedkseed_kernels import derived
 
 EPS = float(np.float32(1e-2))
@@ -300,18 +300,19 @@ def test_the_hooks_do_not_keep_the_model_alive() -> None:
     optimizer.flush()
 
 
-def test_two_optimizers_of_one_model_take_turns() -> None:
+@pytest.mark.parametrize("second", [CHAINED, Inplace(), Streamed()], ids=repr)
+def test_two_optimizers_of_one_model_take_turns(second: Any) -> None:
+    """The first forward of one's step finds what waits for the other's."""
     model, other = make_model(), make_model()
     pairs = [
-        (ZOSGD(model, 0.1, EPS, seed=seed, storage=CHAINED), ZOSGD(other, 0.1, EPS, seed=seed))
-        for seed in (1, 2)
+        (ZOSGD(model, 0.1, EPS, seed=seed, storage=storage), ZOSGD(other, 0.1, EPS, seed=seed))
+        for seed, storage in ((1, CHAINED), (2, second))
     ]
     for _ in range(3):
-        for chained, plain in pairs:
-            chained.flush()
-            chained.step(make_closure(model))
+        for optimizer, plain in pairs:
+            optimizer.step(make_closure(model))
             plain.step(make_closure(other))
-            model.state_dict()
+    model.state_dict()
     assert largest_difference(weights_of(model), weights_of(other)) < 1e-13
 
 
@@ -437,9 +438,15 @@ def test_what_cannot_be_served_is_refused_with_a_remedy() -> None:
     ):
         with pytest.raises(ValueError, match=r"only the model tells when they are read; give the optimizer"):
             make()
+    compiled = make_model()
+    compiled[2].compile(backend="eager")
+    with pytest.raises(
+        ValueError, match=r"got 2 compiled in place.*give the optimizer torch.compile\(model\)"
+    ):
+        ZOSGD(compiled, 0.1, storage=CHAINED)
     with pytest.raises(TypeError, match="chained as True or False, got 1"):
         Inplace(chained=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"rounding out of \['nearest', 'stochastic'\], got 'up'"):
+    with pytest.raises(ValueError, match=r"expected rounding 'nearest' or 'stochastic', got 'up'"):
         Inplace(rounding="up")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"storage Inplace\(chained=True"):
         model = make_model()

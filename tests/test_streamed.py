@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import fedkseed_kernels
 from fedkseed import ZOSGD, FedKSeedSGD, Inplace, SeedPool, Streamed
+from fedkseed.data import load_smollm2
 
 SEED, EPS = 7, 1e-2
 SEEDS = [int(seed) for seed in SeedPool(SEED, 8).seeds]
@@ -258,4 +259,26 @@ def test_rows_of_an_embedding_that_do_not_exist_are_an_error() -> None:
     optimizer = ZOSGD(model, 0.1, EPS, storage=Streamed())
     with pytest.raises(IndexError, match="expected rows in"):
         optimizer.step(lambda: model(torch.tensor([[1, VOCABULARY]])).mean())
+    assert same_bytes(before, weights_of(model))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("storage", [Streamed(), Streamed(compute_dtype=torch.float32)], ids=["bf16", "fp32"])
+def test_g_of_a_pretrained_model_is_that_of_perturbed_copies(storage: Streamed) -> None:
+    model, tokenizer = load_smollm2(torch.bfloat16)
+    ids = torch.tensor(
+        [tokenizer("Noise is a function of its seed, its stream and its element.")["input_ids"]]
+    )
+
+    def evaluate(walked: Any) -> Tensor:
+        with torch.no_grad():
+            loss: Tensor = walked(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss.double()
+
+    before = weights_of(model)
+    optimizer = ZOSGD(model, 0.0, 1e-3, seed=SEED, storage=storage)
+    optimizer.step(lambda: evaluate(model))
+    losses = side_losses(model, SEEDS[0], optimizer.eps, evaluate, dtype=storage.compute_dtype)
+    assert losses[0] != losses[1]
+    assert optimizer.projected_grads == (projected(losses, optimizer.eps),)
     assert same_bytes(before, weights_of(model))

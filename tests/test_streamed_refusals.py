@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from small_model import make_closure, make_model, same_bytes, weights_of
 from streamed_models import SERVED, WIDTH, Block, LanguageModel, TiedModel, build, loss_of, make_ids
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from fedkseed import ZOSGD, Streamed
 from fedkseed.storage.units import partition
@@ -129,6 +132,38 @@ def test_wrappers_that_keep_weights_of_their_own(name: str, message: str) -> Non
         ZOSGD(model, 0.1, storage=Streamed())
 
 
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("DDP", r"got the model itself \(DistributedDataParallel\): .* give its .module"),
+        ("FSDP", r"got 2 \(FullyShardedDataParallel\): it gathers weights on its own; use storage=Inplace"),
+        ("FSDP2", r"got 2 \(FSDPLinear\): it gathers weights on its own"),
+        ("FSDP2, tuned", "expected ordinary tensors, got 2.weight of type DTensor"),
+    ],
+)
+def test_distributed_models(name: str, message: str) -> None:
+    model: nn.Module = make_model()
+    if name == "DDP":
+        model = DistributedDataParallel(model)
+    elif name == "FSDP":
+        cpu = torch.device("cpu")
+        model[2] = FullyShardedDataParallel(model[2], device_id=cpu, use_orig_params=True)
+    else:
+        model[2].requires_grad_(name != "FSDP2")
+        fully_shard(model[2], mesh=distributed.device_mesh.init_device_mesh("cpu", (1,)))
+    with pytest.raises(TypeError, match=message):
+        ZOSGD(model, 0.1, storage=Streamed())
+
+
 def test_lazy_parameters() -> None:
     model = nn.Sequential(nn.Linear(5, 3), nn.LazyLinear(2))
     with pytest.raises((TypeError, ValueError), match="uninitialized"):
@@ -159,7 +194,7 @@ def test_weights_that_were_moved() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rounding": "up"}, r"rounding out of \['nearest', 'stochastic'\], got 'up'"),
+        ({"rounding": "up"}, "rounding 'nearest' or 'stochastic', got 'up'"),
         ({"compute_dtype": torch.float64}, "compute_dtype None or torch.float32, got torch.float64"),
     ],
 )
@@ -183,8 +218,6 @@ def test_a_state_of_another_kind(rounding: str) -> None:
 
 
 def test_activation_checkpointing_is_served() -> None:
-    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-
     model, plain, ids = build(TiedModel), build(TiedModel), make_ids()
     model.layers[1] = checkpoint_wrapper(model.layers[1])
     gradients = []

@@ -14,6 +14,7 @@ from fedkseed._checks import check_count
 from fedkseed.optim import FedKSeedSGD, Loss
 from fedkseed.protocol import Broadcast, ProtocolError, Reply, broadcast_digest
 from fedkseed.seeds import MAX_CLIENTS, SeedPool
+from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
 from fedkseed.working_copy import WorkingCopy
 
 BatchT = TypeVar("BatchT")
@@ -48,6 +49,8 @@ class Client(Generic[BatchT]):
         data_size: of the training data, in rows or whatever all clients count: the weight of the reply.
         run_id: 16 bytes; if given, broadcasts of another run are refused.
         on_step: called after each local step.
+        storage: how both sides of the weights are visited, by one loss a call (not paired); what the server
+            sees of it are the roundings in g.
 
     Attributes:
         last_run: of the last round, None before the first.
@@ -67,6 +70,7 @@ class Client(Generic[BatchT]):
         data_size: int,
         run_id: bytes | None = None,
         on_step: Callable[[], None] | None = None,
+        storage: StorageOptions = DEFAULT_STORAGE,
     ) -> None:
         self.client = check_count("client", client, 0, MAX_CLIENTS - 1)
         self.data_size = check_count("data_size", data_size, 1, 2**32 - 1)
@@ -77,6 +81,7 @@ class Client(Generic[BatchT]):
         self._loss = loss
         self._batches = batches
         self._on_step = on_step
+        self._storage = storage
 
     def step(self, message: bytes) -> bytes:
         """One round: the reply to a broadcast.
@@ -103,6 +108,7 @@ class Client(Generic[BatchT]):
             schedule=broadcast.schedule,
             max_abs_g=broadcast.max_abs_g,
             family=broadcast.family,
+            storage=self._storage,
         )
         num_steps = len(broadcast.schedule)
         losses = []

@@ -15,6 +15,7 @@ from torch import nn
 from fedkseed.client import BatchT, Client, LocalRun
 from fedkseed.optim import Loss
 from fedkseed.seeds import SeedPool
+from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
 from fedkseed.working_copy import WorkingCopy
 
 ExampleT = TypeVar("ExampleT")
@@ -100,6 +101,7 @@ class InProcessHost(Generic[ExampleT, BatchT]):
         pool: the candidate seeds.
         working: the model they walk on.
         seed, batch_size: of the order of each client's rows and its batches.
+        storage: how clients visit both sides of the weights.
     """
 
     task: Task[ExampleT, BatchT]
@@ -107,6 +109,7 @@ class InProcessHost(Generic[ExampleT, BatchT]):
     working: WorkingCopy
     seed: int
     batch_size: int
+    storage: StorageOptions = DEFAULT_STORAGE
 
     def run(self, messages: Mapping[int, bytes], on_step: Callable[[], None]) -> dict[int, ClientRun]:
         """See `Host.run`."""
@@ -126,6 +129,7 @@ class InProcessHost(Generic[ExampleT, BatchT]):
                 batches=LocalBatches(rows, client, self.seed, self.batch_size, self.task.collate),
                 data_size=self.task.data_size(client),
                 on_step=on_step,
+                storage=self.storage,
             )
             reply = party.step(message)
             local = party.last_run

@@ -37,8 +37,8 @@ from torch import nn
 from fedkseed._checks import check_count, check_learning_rate, check_seed, check_weight_decay
 from fedkseed.gradient import ProjectedGradient
 from fedkseed.parameters import Params
-from fedkseed.seeds import MAX_STEPS, SeedPool, derived_seed
-from fedkseed.storage import GroupUpdate, Inplace, StorageOptions
+from fedkseed.seeds import MAX_STEPS, SeedPool
+from fedkseed.storage import DEFAULT_STORAGE, GroupUpdate, StorageOptions
 from fedkseed.zeroth_order import Loss, ZerothOrderOptimizer
 from fedkseed_kernels import derived
 
@@ -49,9 +49,8 @@ _REBUILD = (
     "rebuilt from seeds and scalars otherwise"
 )
 
-# Schedules are drawn this many steps at a time: one draw costs as much as a pass over a small model.
+# Seeds and schedules are drawn this many at a time: one draw costs as much as a pass over a small model.
 _BLOCK = 256
-_INPLACE = Inplace()
 
 
 class ZOSGD(ZerothOrderOptimizer):
@@ -107,7 +106,7 @@ class ZOSGD(ZerothOrderOptimizer):
         max_abs_g: float | None = None,
         max_loss_gap: float | None = None,
         model: nn.Module | None = None,
-        storage: StorageOptions = _INPLACE,
+        storage: StorageOptions = DEFAULT_STORAGE,
         family: str = "gaussian",
     ) -> None:
         self.seed = check_seed(seed)
@@ -211,7 +210,7 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         max_abs_g: float | None = None,
         max_loss_gap: float | None = None,
-        storage: StorageOptions = _INPLACE,
+        storage: StorageOptions = DEFAULT_STORAGE,
         family: str = "gaussian",
     ) -> None:
         if not isinstance(seed_pool, SeedPool):
@@ -330,8 +329,15 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         return self._schedule[step]
 
 
+@lru_cache(maxsize=16)
+def _seed_block(base_seed: int, block: int) -> list[int]:
+    indices = np.uint64(block * _BLOCK) + np.arange(_BLOCK, dtype=np.uint64)
+    seeds: list[int] = derived.seeds(base_seed, derived.PURPOSE_CANDIDATE_SEEDS, indices).tolist()
+    return seeds
+
+
 def _seed(base_seed: int, number: int) -> int:
-    return derived_seed(base_seed, derived.PURPOSE_CANDIDATE_SEEDS, number)
+    return _seed_block(base_seed, number // _BLOCK)[number % _BLOCK]
 
 
 @lru_cache(maxsize=16)

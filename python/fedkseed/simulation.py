@@ -24,6 +24,7 @@ from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed.server import Server
 from fedkseed.server_config import Sampling, ServerConfig, Weighting
 from fedkseed.shared_tensors import SharedTensors
+from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
 from fedkseed.storage.reads import flush_waiting
 from fedkseed.worker_pool import WorkerPool
 from fedkseed.working_copy import WorkingCopy
@@ -53,6 +54,8 @@ class SimulationConfig:
         sampling: of the seeds, "uniform" or "pro" (by significance, FedKSeed-Pro).
         family: of the noise, "gaussian" or "rademacher".
         num_threads: CPU threads of each worker and of the evaluation; they change the bits of a loss.
+        storage: how clients visit both sides of the weights (`fedkseed.storage`); it changes the bits of a
+            loss too.
 
     Raises:
         TypeError, ValueError: a field of another type or out of range.
@@ -70,6 +73,7 @@ class SimulationConfig:
     sampling: Sampling = "uniform"
     family: str = "gaussian"
     num_threads: int = 1
+    storage: StorageOptions = DEFAULT_STORAGE
 
     def __post_init__(self) -> None:
         check_count("num_rounds", self.num_rounds, 0, MAX_ROUNDS - 1)
@@ -217,7 +221,12 @@ class Simulation(Generic[ExampleT, BatchT]):
                 to.copy_(weight.detach())
             self.working = WorkingCopy(task.model, w0=w0, round_model=round_model)
         self._open_server(pool, resume)
-        host_options: dict[str, Any] = {"pool": pool, "seed": config.seed, "batch_size": config.batch_size}
+        host_options: dict[str, Any] = {
+            "pool": pool,
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "storage": config.storage,
+        }
         self._host: Host
         if shared is None:
             self._host = InProcessHost(task, working=self.working, **host_options)

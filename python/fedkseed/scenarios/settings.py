@@ -15,6 +15,7 @@ import torch
 from fedkseed.data.prompts import PromptStyle
 from fedkseed.server_config import Sampling, Weighting
 from fedkseed.simulation import SimulationConfig
+from fedkseed.storage import STORAGE_MODES, storage_mode
 from fedkseed_kernels.reference import FAMILIES
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
@@ -51,6 +52,9 @@ class RunSettings:
         "uniform", "how seeds are drawn; pro: by significance (FedKSeed-Pro)", choices=get_args(Sampling)
     )
     family: str = _setting("gaussian", "noise; rademacher: signs, the cheaper to make", choices=FAMILIES)
+    storage: str = _setting(
+        "inplace", "how a step visits both sides of the weights", choices=tuple(STORAGE_MODES)
+    )
     round_rows: int = _setting(1, "test rows of each task behind the held-out loss of a round", "N")
     final_rows: int = _setting(16, "test rows of each task behind the losses before and after, of 16", "N")
     generate_rows: int = _setting(
@@ -97,6 +101,7 @@ class RunSettings:
             weighting=self.weighting,  # type: ignore[arg-type]
             sampling=self.sampling,  # type: ignore[arg-type]
             family=self.family,
+            storage=storage_mode(self.storage),
             num_threads=self.threads or torch.get_num_threads(),
         )
 

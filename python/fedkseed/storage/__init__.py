@@ -11,9 +11,12 @@ from fedkseed.storage.interface import (
     StorageOptions,
     TunedWeights,
 )
+from fedkseed.storage.modes import DEFAULT_STORAGE, STORAGE_MODES, storage_mode
 from fedkseed.storage.streamed import Streamed
 
 __all__ = [
+    "DEFAULT_STORAGE",
+    "STORAGE_MODES",
     "Direction",
     "Evaluation",
     "GroupUpdate",
@@ -22,4 +25,5 @@ __all__ = [
     "StorageOptions",
     "Streamed",
     "TunedWeights",
+    "storage_mode",
 ]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
-from fedkseed._checks import check_count
 from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
-from fedkseed.storage.interrupts import interrupts_held
 from fedkseed.storage.perturbed import PerturbedWeights
 from fedkseed.storage.reads import flush_before_reads
-
-Rounding = Literal["nearest", "stochastic"]
+from fedkseed.storage.rounding import RoundingSeeds, check_rounding
+from fedkseed.storage.updates import interrupts_held
 
 
 @dataclass(frozen=True)
@@ -30,13 +28,12 @@ class Inplace:
     """
 
     chained: bool = False
-    rounding: Rounding = "nearest"
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         if not isinstance(self.chained, bool):
             raise TypeError(f"expected chained as True or False, got {self.chained!r}")
-        if self.rounding not in get_args(Rounding):
-            raise ValueError(f"expected a rounding out of {list(get_args(Rounding))}, got {self.rounding!r}")
+        check_rounding(self.rounding)
 
     def open(self, weights: TunedWeights) -> InplaceStorage:
         """See `StorageOptions.open`."""
@@ -79,7 +76,8 @@ class InplaceStorage:
                 "between steps, and only the model tells when they are read; give the optimizer the model, "
                 "or take Inplace()"
             )
-        self._weights = PerturbedWeights(weights, options.rounding)
+        self._weights = PerturbedWeights(weights, RoundingSeeds(weights.seed, options.rounding))
+        self._seed = weights.seed
         self._eps = weights.eps
         self._options = options
         if options.chained and weights.model is not None:
@@ -106,11 +104,8 @@ class InplaceStorage:
                 weights.move(seed, -self._eps)
                 minus = evaluation.side()
                 directions.append(Direction(plus, minus, project(plus, minus)))
-            if all(direction.g is None for direction in directions):
-                updates = [GroupUpdate(lr=0.0)] * len(updates)
-            gradients = [0.0 if direction.g is None else direction.g for direction in directions]
             with interrupts_held():
-                weights.update(seeds, updates, gradients, following)
+                weights.update(seeds, updates, directions, following)
                 record(directions)
         except BaseException:
             weights.restore()
@@ -122,19 +117,12 @@ class InplaceStorage:
         self._weights.flush()
 
     def state(self) -> dict[str, Any]:
-        """The number of passes made, which rounding seeds count; empty if rounding is to nearest."""
-        return {"num_passes": self._weights.num_passes} if self._options.rounding == "stochastic" else {}
+        """How many passes were made, which rounding seeds count; empty if rounding is to nearest."""
+        return self._weights.rounding_seeds.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See `Storage.load_state`; weights that wait for a step are flushed first."""
-        wanted = sorted(self.state())
-        if sorted(state) != wanted:
-            raise ValueError(f"expected a state with the entries {wanted}, got {sorted(state)}")
-        num_passes = self._weights.num_passes
-        if wanted:
-            try:
-                num_passes = check_count("num_passes", state["num_passes"], 0, 2**63)
-            except TypeError as error:
-                raise ValueError(str(error)) from error
+        loaded = RoundingSeeds(self._seed, self._options.rounding)
+        loaded.load_state(state)
         self._weights.flush()
-        self._weights.num_passes = num_passes
+        self._weights.rounding_seeds = loaded

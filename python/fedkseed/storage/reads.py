@@ -21,7 +21,16 @@ def flush_before_reads(model: nn.Module, weights: PerturbedWeights, owner: objec
     That is: a forward, ``state_dict`` or ``load_state_dict`` of the model or of any of its modules. A copy or
     a pickle of the model is refused while the weights wait. When the owner dies the weights are flushed and
     the hooks removed; the model is not kept alive by them.
+
+    Raises:
+        ValueError: a module compiled in place, whose compiled code may know no hooks.
     """
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None:
+            raise ValueError(
+                f"expected a model that tells when it is read, got {name or 'one'} compiled in place "
+                "(.compile()); give the optimizer torch.compile(model), or take Inplace()"
+            )
     hook = _FlushHook(weights)
     handles: list[RemovableHandle] = []
     for module in model.modules():

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
-from fedkseed._checks import check_count
-from fedkseed.seeds import derived_seed
-from fedkseed.storage.inplace import Rounding
 from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
-from fedkseed.storage.interrupts import interrupts_held
 from fedkseed.storage.perturbation import Perturbation, Weight
-from fedkseed.storage.perturbed import PerturbedWeights
 from fedkseed.storage.perturbed_model import PerturbedModel
+from fedkseed.storage.reads import flush_waiting
+from fedkseed.storage.rounding import RoundingSeeds, check_rounding
 from fedkseed.storage.unsupported import check_servable
-from fedkseed_kernels import derived
+from fedkseed.storage.updates import GroupedWeights, interrupts_held
 
 _SHORT = (torch.bfloat16, torch.float16)
 
@@ -53,14 +50,13 @@ class Streamed:
     paired: bool = False
     compensated: bool = False
     compute_dtype: torch.dtype | None = None
-    rounding: Rounding = "nearest"
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         for name in ("paired", "compensated"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"expected {name} as True or False, got {getattr(self, name)!r}")
-        if self.rounding not in get_args(Rounding):
-            raise ValueError(f"expected a rounding out of {list(get_args(Rounding))}, got {self.rounding!r}")
+        check_rounding(self.rounding)
         if self.compute_dtype not in (None, torch.float32):
             raise ValueError(
                 f"expected compute_dtype None or torch.float32, got {self.compute_dtype}; "
@@ -94,14 +90,15 @@ class StreamedStorage:
             )
         check_servable(weights.model)
         self._options = options
-        self._seed = weights.seed
         self._eps = weights.eps
         self._family = weights.family
         self._residuals = [
             [_residual(tensor) if options.compensated else None for tensor in group]
             for group in weights.groups
         ]
-        self._weights = PerturbedWeights(weights, options.rounding, self._residuals)
+        self._weights = GroupedWeights(weights, self._residuals)
+        self._tensors = [tensor for group in weights.groups for tensor in group]
+        self._rounding = RoundingSeeds(weights.seed, options.rounding)
         seen = _seen_weights(weights, options.compute_dtype, self._residuals)
         self._model = PerturbedModel(weights.model, seen, options.paired)
 
@@ -115,16 +112,17 @@ class StreamedStorage:
         next_seed: int | None = None,
     ) -> list[Direction]:
         """See `Storage.walk`."""
+        flush_waiting(self._tensors)  # another optimizer's; its hooks would meet the stand-ins
         self._weights.check_in_place()
+        rounding_seeds = self._rounding.next(len(seeds) + 1)
         with self._model.swapped():
             directions = [
-                self._direction(number, seed, evaluation, project) for number, seed in enumerate(seeds)
+                self._direction(Perturbation(seed, self._eps, self._family, rounding), evaluation, project)
+                for seed, rounding in zip(seeds, rounding_seeds, strict=False)
             ]
-        if all(direction.g is None for direction in directions):
-            updates = [GroupUpdate(lr=0.0)] * len(updates)
-        gradients = [0.0 if direction.g is None else direction.g for direction in directions]
         with interrupts_held():
-            self._weights.update(seeds, updates, gradients, num_passes_before=len(seeds))
+            self._weights.update(seeds, updates, directions, rounding_seed=rounding_seeds[-1])
+            self._rounding.advance(len(seeds) + 1)
             record(directions)
         return directions
 
@@ -133,48 +131,35 @@ class StreamedStorage:
 
     def state(self) -> dict[str, Any]:
         """Copies of the residuals, if compensated; the number of passes made, if rounding seeds count it."""
-        state: dict[str, Any] = {}
+        state = self._rounding.state()
         if self._options.compensated:
             state["residuals"] = [residual.clone() for residual in self._existing_residuals()]
-        if self._options.rounding == "stochastic":
-            state["num_passes"] = self._weights.num_passes
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See `Storage.load_state`."""
-        wanted = sorted(self.state())
-        if sorted(state) != wanted:
-            raise ValueError(f"expected a storage state with the entries {wanted}, got {sorted(state)}")
-        if "num_passes" in state:
-            try:
-                self._weights.num_passes = check_count("num_passes", state["num_passes"], 0, 2**63)
-            except TypeError as error:
-                raise ValueError(str(error)) from error
-        if "residuals" in state:
-            own, loaded = self._existing_residuals(), state["residuals"]
-            if not isinstance(loaded, list) or not all(isinstance(r, torch.Tensor) for r in loaded):
-                raise ValueError(f"expected residuals as a list of tensors, got {type(loaded).__name__}")
-            shapes, got = ([(r.dtype, r.shape) for r in listed] for listed in (own, loaded))
-            if shapes != got:
-                raise ValueError(f"expected residuals of {shapes}, got {got}; take the state of this model")
-            for mine, theirs in zip(own, loaded, strict=True):
-                mine.copy_(theirs)
+        if not self._options.compensated:
+            self._rounding.load_state(state)
+            return
+        own, loaded = self._existing_residuals(), state.get("residuals")
+        if set(state) != {"residuals"} or not isinstance(loaded, list):
+            raise ValueError(f"expected a storage state of residuals, a list, got {sorted(state)}")
+        shapes = [(residual.dtype, residual.shape) for residual in own]
+        got = [(r.dtype, r.shape) if isinstance(r, torch.Tensor) else type(r) for r in loaded]
+        if shapes != got:
+            raise ValueError(f"expected residuals of {shapes}, got {got}; take the state of this model")
+        for mine, theirs in zip(own, loaded, strict=True):
+            mine.copy_(theirs)
 
     def _existing_residuals(self) -> list[torch.Tensor]:
         return [residual for group in self._residuals for residual in group if residual is not None]
 
     def _direction(
         self,
-        number: int,
-        seed: int,
+        perturbation: Perturbation,
         evaluation: Evaluation,
         project: Callable[[float, float], float | None],
     ) -> Direction:
-        rounding_seed = None
-        if self._options.rounding == "stochastic":
-            index = self._weights.num_passes + number
-            rounding_seed = derived_seed(self._seed, derived.PURPOSE_ROUNDING_SEEDS, index)
-        perturbation = Perturbation(seed, self._eps, self._family, rounding_seed)
         if self._options.paired:
             plus, minus = self._model.evaluate_both(evaluation.both, perturbation)
         else:

@@ -1,0 +1,32 @@
+"""Storage modes by the names that command lines and configuration files have for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fedkseed.storage.inplace import Inplace
+from fedkseed.storage.interface import StorageOptions
+from fedkseed.storage.streamed import Streamed
+
+DEFAULT_STORAGE: StorageOptions = Inplace()
+
+#: Those that a closure with one loss serves; the paired ones need a closure of their own.
+STORAGE_MODES: Mapping[str, StorageOptions] = {
+    "inplace": DEFAULT_STORAGE,
+    "chained": Inplace(chained=True),
+    "streamed": Streamed(),
+    "streamed-fp32": Streamed(compute_dtype=torch.float32),
+}
+
+
+def storage_mode(name: str) -> StorageOptions:
+    """The mode called ``name``.
+
+    Raises:
+        ValueError: there is none; says which there are.
+    """
+    if name not in STORAGE_MODES:
+        raise ValueError(f"expected a storage mode out of {list(STORAGE_MODES)}, got {name!r}")
+    return STORAGE_MODES[name]

@@ -1,0 +1,130 @@
+"""What every storage mode does alike: the update of the groups, and Ctrl-C held back meanwhile."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+import numpy as np
+from torch import Tensor
+
+import fedkseed_kernels
+from fedkseed.storage.interface import Direction, GroupUpdate, TunedWeights
+
+
+class GroupedWeights:
+    """The tuned weights, checked once for the passes in place: all of them, and group by group.
+
+    Args:
+        weights: as they stand now.
+        residuals: for each tensor of each group None or its residual (contract, section 6.5).
+
+    Attributes:
+        whole: all tensors; one pass.
+
+    Raises:
+        TypeError, ValueError: what the kernels refuse: a dtype, tensors that overlap, devices that are mixed.
+    """
+
+    def __init__(
+        self, weights: TunedWeights, residuals: Sequence[Sequence[Tensor | None]] | None = None
+    ) -> None:
+        if residuals is None:
+            residuals = [[None] * len(group) for group in weights.groups]
+        self.whole = fedkseed_kernels.prepare(
+            [tensor for group in weights.groups for tensor in group],
+            streams=[stream for group in weights.streams for stream in group],
+            family=weights.family,
+            residuals=[residual for group in residuals for residual in group],
+        )
+        self._groups = (
+            [self.whole]
+            if len(weights.groups) == 1
+            else [
+                fedkseed_kernels.prepare(
+                    list(group), streams=list(streams), family=weights.family, residuals=list(left)
+                )
+                for group, streams, left in zip(weights.groups, weights.streams, residuals, strict=True)
+            ]
+        )
+
+    def check_in_place(self) -> None:
+        """Moves nothing.
+
+        Raises:
+            RuntimeError: a tensor is not where, or what, it was at construction.
+        """
+        self.whole.seed_axpy_([], [])
+
+    def update(
+        self,
+        seeds: Sequence[int],
+        updates: Sequence[GroupUpdate],
+        directions: Sequence[Direction],
+        offset: float = 0.0,
+        rounding_seed: int | None = None,
+        following: tuple[int, float] | None = None,
+    ) -> None:
+        """One step of all groups, from weights that stand at w + offset z(seeds[-1]), in one pass each.
+
+            w <- alpha w + sum_i c_i z_i,  c_i = -(lr g_i) / n, and c_n = -alpha offset - (lr g_n) / n
+
+        A skipped direction counts as g = 0; if all are skipped, nothing but the offset is taken back.
+
+        Args:
+            rounding_seed: of stochastic rounding; None rounds to nearest.
+            following: (seed, offset): one term more, which moves on to w + offset z(seed).
+
+        Raises:
+            ValueError: a coefficient is not finite in fp32; no tensor has changed.
+        """
+        if all(direction.g is None for direction in directions):
+            updates = [GroupUpdate(lr=0.0)] * len(updates)
+        gradients = [0.0 if direction.g is None else direction.g for direction in directions]
+        all_coeffs = [_coefficients(update, gradients, offset) for update in updates]
+        if following is not None:
+            seeds = [*seeds, following[0]]
+            all_coeffs = [[*coeffs, following[1]] for coeffs in all_coeffs]
+        rounding = "nearest" if rounding_seed is None else "stochastic"
+        if len(set(updates)) == 1:
+            handles = [self.whole]
+        else:
+            handles = self._groups
+            self.check_in_place()  # before the first group is updated
+        for handle, update, coeffs in zip(handles, updates, all_coeffs, strict=False):
+            handle.seed_axpy_(
+                seeds, coeffs, alpha=update.alpha, rounding=rounding, rounding_seed=rounding_seed
+            )
+
+
+def _coefficients(update: GroupUpdate, gradients: Sequence[float], offset: float) -> list[float]:
+    coeffs = [-(update.lr * g) / len(gradients) for g in gradients]
+    coeffs[-1] += update.alpha * -offset
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(np.array(coeffs).astype(np.float32))
+    if not finite.all():
+        raise ValueError(
+            f"expected an update that is finite in fp32, got lr {update.lr} times g {gradients}; "
+            "lower lr or set max_abs_g"
+        )
+    return coeffs
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Delays Ctrl-C until a pass over the weights and the note of what it did are done; may be nested."""
+    previous = signal.getsignal(signal.SIGINT)
+    if not callable(previous) or threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread gets a KeyboardInterrupt
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+        if held:
+            previous(*held[-1])
