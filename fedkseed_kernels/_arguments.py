@@ -5,11 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fedkseed_kernels._operands import View
 
 Tensors = Tensor | Sequence[Tensor]
+Residuals = Tensor | Sequence[Tensor | None]
 
 
 def tensor_list(tensors: Tensors, name: str) -> list[Tensor]:
@@ -29,6 +31,37 @@ def tensor_list(tensors: Tensors, name: str) -> list[Tensor]:
         position, item = next((i, t) for i, t in enumerate(tensors) if not isinstance(t, Tensor))
         raise TypeError(f"expected {name}[{position}] to be a tensor, got {type(item).__name__}")
     return list(tensors)
+
+
+def encode_residuals(residuals: Residuals | None, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Residuals for the schema: an empty int16 tensor where an entry is None; an empty list if all are.
+
+    Raises:
+        TypeError: neither a tensor nor a list or tuple of tensors and None.
+        ValueError: not one for each tensor, or an empty one of a tensor that is not.
+    """
+    if residuals is None:
+        return []
+    items = [residuals] if isinstance(residuals, Tensor) else residuals
+    if not isinstance(items, (list, tuple)) or not all([r is None or isinstance(r, Tensor) for r in items]):
+        kinds = sorted({type(r).__name__ for r in items}) if isinstance(items, (list, tuple)) else type(items)
+        raise TypeError(f"expected residuals as a list or tuple of int16 tensors or None, got {kinds}")
+    if len(items) != len(tensors):
+        raise ValueError(
+            f"expected {len(tensors)} residuals, one (or None) for each tensor, got {len(items)}"
+        )
+    if all([r is None for r in items]):
+        return []
+    encoded = []
+    for position, (residual, tensor) in enumerate(zip(items, tensors, strict=True)):
+        if residual is None:
+            residual = torch.empty(0, dtype=torch.int16, device=tensor.device)
+        elif residual.numel() == 0 and tensor.numel() != 0:
+            raise ValueError(
+                f"expected residuals[{position}] of shape {tuple(tensor.shape)}, got {tuple(residual.shape)}"
+            )
+        encoded.append(residual)
+    return encoded
 
 
 def encode_indices(

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from fedkseed_kernels._arguments import decode_views
 from fedkseed_kernels._layout import collapsed_layout, strided_positions
-from fedkseed_kernels._operands import DTYPE_CODES, MAX_DIMS, Operands, TensorList, View
+from fedkseed_kernels._operands import (
+    COMPENSATED_DTYPES,
+    DTYPE_CODES,
+    MAX_DIMS,
+    Operands,
+    TensorList,
+    View,
+)
 from fedkseed_kernels._overlap import find_shared, overlaps_itself
 
 NUM_STREAMS = 1 << 32
@@ -72,6 +79,50 @@ def check_outs(outs: Sequence[Tensor], name: str, tensors: Sequence[Tensor], num
             raise ValueError(f"expected {name}[{position}] of shape {tuple(shape)}, got {tuple(out.shape)}")
 
 
+def has_residuals(residuals: Sequence[Tensor]) -> bool:
+    """Whether there is any among the residuals of a schema."""
+    return any([r.numel() != 0 for r in residuals])
+
+
+def check_residuals(residuals: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Residuals in the schema's form beside their tensors: number, dtypes, devices, shapes, strides."""
+    if not residuals:
+        return
+    if len(residuals) != len(tensors):
+        raise ValueError(f"expected {len(tensors)} residuals, one for each tensor, got {len(residuals)}")
+    for position, (residual, tensor) in enumerate(zip(residuals, tensors, strict=True)):
+        place = f"residuals[{position}]"
+        if residual.dtype != torch.int16:
+            raise TypeError(f"expected {place} in torch.int16, got {residual.dtype}")
+        if residual.numel() == 0:
+            continue
+        if tensor.dtype not in COMPENSATED_DTYPES:
+            raise TypeError(
+                f"expected residuals of tensors in bfloat16 or float16 alone, got one of tensors[{position}] "
+                f"in {tensor.dtype}; pass None for it"
+            )
+        if residual.device != tensor.device:
+            raise ValueError(f"expected {place} on {tensor.device} like its tensor, got {residual.device}")
+        if residual.layout is not torch.strided or residual.shape != tensor.shape:
+            got = f"{tuple(residual.shape)}, {residual.layout}"
+            raise ValueError(f"expected {place} strided, of shape {tuple(tensor.shape)}, got {got}")
+        strides = zip(tensor.shape, tensor.stride(), residual.stride(), strict=True)
+        if any([size > 1 and a != b for size, a, b in strides]):
+            raise ValueError(
+                f"expected {place} with the strides of its tensor, {tensor.stride()}, got "
+                f"{residual.stride()}; make it by torch.empty_strided(t.shape, t.stride(), dtype=torch.int16)"
+            )
+
+
+def check_split_rounding(rounding: str, residuals: Sequence[Tensor]) -> None:
+    """In place, what rounding leaves goes to the residual: nothing is left to chance."""
+    if rounding == "stochastic" and has_residuals(residuals):
+        raise ValueError(
+            "expected rounding='nearest' for tensors with residuals that are changed in place, "
+            "got 'stochastic'; leave one of the two out"
+        )
+
+
 def check_rows(rows: Tensor, tensors: Sequence[Tensor]) -> None:
     """The index tensor of a gather, except for its values."""
     if rows.dtype != torch.int64:
@@ -130,10 +181,26 @@ def _equal_memory(a: TensorList, b: TensorList, i: int) -> bool:
     return a.addresses[i] == b.addresses[i] and a.tensors[i].stride() == b.tensors[i].stride()
 
 
-def _check_overlaps(operands: Operands) -> None:
-    """No byte belongs to two tensors, except that out[i] may be tensors[i] itself (without rows)."""
+def _check_residuals_stay_true(operands: Operands, residuals: TensorList) -> None:
+    """Out of place residuals are not written: a weight that is overwritten would no longer fit its own."""
+    if operands.writes_residuals or operands.inputs is None or operands.rows is not None:
+        return
+    for outs in (operands.outs, operands.outs_minus):
+        for i, numel in enumerate(residuals.numels):
+            if outs is not None and numel and _equal_memory(outs, operands.inputs, i):
+                raise ValueError(
+                    f"expected another output than tensors[{i}] itself, which has residuals; "
+                    "use seed_axpy_ to change it in place"
+                )
+
+
+def _check_overlaps(operands: Operands, residuals: TensorList) -> None:
+    """No byte belongs to two tensors; but without rows and residual, out[i] may be tensors[i] itself.
+
+    residuals: in the form of the schema; empty ones take part in nothing.
+    """
     plus, minus = operands.outs, operands.outs_minus
-    if len(plus.tensors) == 1 and minus is None and operands.inputs is plus:
+    if len(plus.tensors) == 1 and minus is None and operands.inputs is plus and not residuals.tensors:
         return
     lists: list[TensorList] = []
     places: list[tuple[str, int]] = []
@@ -154,6 +221,9 @@ def _check_overlaps(operands: Operands) -> None:
             add(outs, name, [i for i in everything if not _equal_memory(outs, operands.inputs, i)])
         else:
             add(outs, name, everything)
+    if residuals.tensors:
+        add(residuals, "residuals", everything)
+        _check_residuals_stay_true(operands, residuals)
     if minus is not None:
         for i in everything:
             if plus.numels[i] and _equal_memory(plus, minus, i):
@@ -223,6 +293,7 @@ def check_operands(
     streams: Sequence[int],
     offsets: Sequence[int],
     views: Sequence[int],
+    residuals: Sequence[Tensor] = (),
 ) -> Operands:
     """Check the tensors of a call. Arguments are those of the schemas in `ops`; outs None means in place.
 
@@ -239,6 +310,8 @@ def check_operands(
     for name, written in ((plus_name, outs), ("out_minus", outs_minus)):
         if written is not None:
             check_outs(written, name, tensors, num_rows)
+    check_residuals(residuals, tensors)
+    left = TensorList(residuals if has_residuals(residuals) else ())
     inputs = TensorList(tensors)
     operands = Operands(
         inputs=inputs,
@@ -248,6 +321,8 @@ def check_operands(
         streams=streams or range(num_tensors),
         offsets=offsets or [0] * num_tensors,
         views=decode_views(views, num_tensors),
+        residuals=[r if numel else None for r, numel in zip(left.tensors, left.numels, strict=True)] or None,
+        writes_residuals=outs is None and bool(left.tensors),
     )
     check_noise_indices(inputs.numels, operands.streams, operands.offsets, operands.views)
     for position, view in enumerate(operands.views):
@@ -258,7 +333,8 @@ def check_operands(
         _check_memory(operands.outs, plus_name)
     if operands.outs_minus is not None:
         _check_memory(operands.outs_minus, "out_minus")
-    _check_overlaps(operands)
+    _check_memory(left, "residuals")
+    _check_overlaps(operands, left)
     for position in strided_positions(operands):
         if tensors[position].dim() > MAX_DIMS:
             collapsed_layout(operands, position)

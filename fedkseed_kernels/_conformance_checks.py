@@ -236,6 +236,53 @@ def layouts(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
         yield from _calls(target, vectors, case, np.resize(weights[::-1], case["shape"]), case["memory"])
 
 
+def compensated(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
+    """Section 6.5: in place, out of place, both sides."""
+    for case in vectors["compensated"]:
+        dtype = case["dtype"]
+        weights = golden.stored_from_hex(vectors["weights"][dtype], dtype)
+        residuals, residuals_after = (
+            golden.stored_from_hex(case[name], "bfloat16").view(np.int16)
+            for name in ("residuals", "residuals_after")
+        )
+        terms = vectors["terms"][case["terms"]]
+        seeds, coeffs = terms["seeds"], golden.coeffs_from_hex(terms["coeffs"]).tolist()
+        options: dict[str, Any] = {
+            "streams": [case["stream"]],
+            "offsets": [case["first_element"]],
+            "alpha": case["alpha"],
+            "family": case["family"],
+        }
+        in_place, read = (tensor_of(weights, dtype) for _ in range(2))
+        left, left_read = (torch.from_numpy(residuals.copy()) for _ in range(2))
+        outs = [poisoned(weights.shape, dtype) for _ in range(3)]
+        with target.forced():
+            fk.seed_axpy_([in_place], seeds, coeffs, residuals=[left], **options)
+            fk.seed_axpy([read], seeds, coeffs, out=[outs[0]], residuals=[left_read], **options)
+            fk.seed_axpy_pair(
+                [read],
+                seeds,
+                coeffs,
+                out_plus=[outs[1]],
+                out_minus=[outs[2]],
+                residuals=[left_read],
+                **options,
+            )
+        label = "{family} {dtype}, terms: {terms}, alpha {alpha}".format(**case)
+        compared_as = None if case["unchanged"] else dtype
+        after, plus, minus = (
+            golden.stored_from_hex(case[name], dtype) for name in ("weights_after", "plus", "minus")
+        )
+        yield Comparison(f"weights in place, {label}", stored_of(in_place), after, compared_as)
+        yield Comparison(f"residuals in place, {label}", left.numpy(), residuals_after)
+        for form, out, expected in zip(
+            ("out of place", "pair, plus", "pair, minus"), outs, (plus, plus, minus), strict=True
+        ):
+            yield Comparison(f"{form}, {label}", stored_of(out), expected, compared_as)
+        yield Comparison(f"input of {label}", stored_of(read), weights)
+        yield Comparison(f"residuals of the input of {label}", left_read.numpy(), residuals)
+
+
 def derived_values(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
     """Section 9, which NumPy computes on every machine."""
     for case in vectors["derived"]:
@@ -260,4 +307,5 @@ CHECKS: dict[str, Check] = {
     "primitive, to nearest": nearest,
     "primitive, stochastic": stochastic,
     "primitive, views, rows, strides": layouts,
+    "primitive, compensated": compensated,
 }

@@ -202,6 +202,70 @@ def round_to_fp16_stochastic(y: NDArray[np.float32], random_bits: NDArray[np.uin
     return np.asarray(magnitude | sign, dtype=np.uint16)
 
 
+def value_of_bf16(stored: NDArray[np.uint16], residuals: NDArray[np.int16]) -> NDArray[np.float32]:
+    """Section 6.5: the fp32 values of compensated bf16 weights, exact."""
+    upper = stored.astype(np.int64) << 16
+    return ((upper + residuals) % 2**32).astype(np.uint32).view(np.float32)
+
+
+def split_to_bf16(y: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.int16]]:
+    """Section 6.5: fp32 values as bf16 patterns, to nearest with ties away from zero, and what is left."""
+    pattern = y.view(np.uint32).astype(np.int64)
+    upper = (pattern + 0x8000) >> 16
+    residuals = pattern - (upper << 16)
+    is_nan = np.isnan(y)
+    weights = np.where(is_nan, (pattern >> 16) | 0x7FC0, upper)
+    return weights.astype(np.uint16), np.where(is_nan, 0, residuals).astype(np.int16)
+
+
+def _exponent_of_fp16(weights: NDArray[np.float32]) -> NDArray[np.int32]:
+    """E of section 6.5: 2^E <= |w| < 2^(E + 1), and -14 where |w| < 2^-14, infinite or NaN."""
+    ordinary = np.isfinite(weights) & (np.abs(weights) >= 2.0**-14)
+    _, exponent = np.frexp(np.where(ordinary, weights, np.float32(2.0**-14)))
+    return np.asarray(exponent - 1, dtype=np.int32)
+
+
+@ieee_arithmetic()
+def value_of_fp16(stored: NDArray[np.uint16], residuals: NDArray[np.int16]) -> NDArray[np.float32]:
+    """Section 6.5: the fp32 values of compensated fp16 weights."""
+    weights = widen_fp16(stored)
+    unit = np.ldexp(np.float32(1), _exponent_of_fp16(weights) - 25)
+    return fma32(residuals.astype(np.float32), unit, weights)
+
+
+@ieee_arithmetic()
+def split_to_fp16(y: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.int16]]:
+    """Section 6.5: fp32 values as fp16 patterns, to nearest even, and what is left."""
+    stored = round_to_fp16(y)
+    weights = widen_fp16(stored)
+    finite = np.isfinite(weights)
+    rest = np.where(finite, y, 0).astype(np.float64) - np.where(finite, weights, 0)
+    residuals = np.rint(np.ldexp(rest, 25 - _exponent_of_fp16(weights)))  # to nearest even
+    return stored, residuals.astype(np.int16)
+
+
+def value(stored: NDArray[Any], residuals: NDArray[np.int16] | None, dtype: str) -> NDArray[Any]:
+    """What stored weights stand for: as they are, widened to fp32, or with residuals as section 6.5 says."""
+    if dtype == "bfloat16":
+        return widen_bf16(stored) if residuals is None else value_of_bf16(stored, residuals)
+    if dtype == "float16":
+        return widen_fp16(stored) if residuals is None else value_of_fp16(stored, residuals)
+    return stored
+
+
+def round_stochastically(
+    y: NDArray[np.float32], random_bits: NDArray[np.uint16], dtype: str
+) -> NDArray[np.uint16]:
+    """Section 8 for "bfloat16" or "float16"."""
+    rounded = round_to_bf16_stochastic if dtype == "bfloat16" else round_to_fp16_stochastic
+    return rounded(y, random_bits)
+
+
+def split(y: NDArray[np.float32], dtype: str) -> tuple[NDArray[np.uint16], NDArray[np.int16]]:
+    """Section 6.5: fp32 values as compensated "bfloat16" or "float16" weights."""
+    return (split_to_bf16 if dtype == "bfloat16" else split_to_fp16)(y)
+
+
 def _quiet_nan_bf16(pattern: NDArray[np.uint32]) -> NDArray[np.uint32]:
     quiet: NDArray[np.uint32] = (pattern >> np.uint32(16)) | np.uint32(0x0040)
     return quiet

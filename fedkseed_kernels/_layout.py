@@ -106,6 +106,10 @@ def pointer_table(operands: Operands) -> NDArray[np.void]:
     table["out"] = outs.addresses
     if operands.outs_minus is not None:
         table["out_minus"] = operands.outs_minus.addresses
+    if operands.residuals is not None:
+        table["residual"] = [0 if r is None else r.data_ptr() for r in operands.residuals]
+        if operands.writes_residuals:
+            table["residual_out"] = table["residual"]
     table["numel"] = outs.numels
     table["first_element"] = operands.offsets
     table["stream"] = operands.streams

@@ -21,6 +21,8 @@ DTYPE_CODES: dict[torch.dtype, int] = {
     torch.float16: 2,
     torch.float64: 3,
 }
+# Those that may carry residuals (contract section 6.5).
+COMPENSATED_DTYPES = (torch.bfloat16, torch.float16)
 FAMILY_CODES: dict[str, int] = {"gaussian": 0, "rademacher": 1}
 ROUNDING_CODES: dict[str, int] = {"nearest": 0, "stochastic": 1}
 ISA_CODES: dict[str, int] = {"auto": -1, "baseline": 0, "avx2": 1, "avx512": 2}
@@ -51,6 +53,8 @@ class Operands:
     Output i is `outs.tensors[i]` (and `outs_minus.tensors[i]`); it may be input i itself. `inputs` is None
     when the noise itself is written. `rows`, if given, gathers along dimension 0 of every input. The element
     indices of tensor i are row-major from `offsets[i]` on, or those of `views[i]` where that is not None.
+    `residuals`, if there are any: int16 of input i, with its shape and strides, or None where it has none
+    (contract section 6.5); `writes_residuals`: in place, results are split into weights and residuals.
     """
 
     inputs: TensorList | None
@@ -60,6 +64,8 @@ class Operands:
     streams: Sequence[int]
     offsets: Sequence[int]
     views: Sequence[View | None]
+    residuals: Sequence[Tensor | None] | None = None
+    writes_residuals: bool = False
     # The native pointer table, built at the first call that needs it (`_layout.pointer_table`).
     table: NDArray[np.void] | None = field(default=None, repr=False)
     # What the Triton backend keeps of the list in the device's memory, built likewise.

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from fedkseed_kernels._exact import ieee_arithmetic
 from fedkseed_kernels._operands import FAMILY_CODES, ROUNDING_CODES, DeviceTerms, Terms
+from fedkseed_kernels._sums import SUM_MAX_TERMS
 
 # Numbers of at least this magnitude become infinite in fp32: its largest number and half an ulp.
 FP32_OVERFLOW = float.fromhex("0x1.ffffffp+127")
-# Rademacher noise sums integers of 31 bits in all (contract section 6.3).
-SUM_MAX_TERMS = 1 << 24
 _FP32_SMALLEST_NORMAL = float.fromhex("0x1p-126")
 
 IntLike = Any  # anything with __index__: int, NumPy integers

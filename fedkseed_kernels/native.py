@@ -27,7 +27,7 @@ from fedkseed_kernels._operands import (
     Terms,
 )
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 ERROR_ARGUMENT, ERROR_ISA, ERROR_MEMORY = -1, -2, -3
 
 LIBRARY_PATH = Path(__file__).parent / "_lib" / "libfedkseed_cpu.so"
@@ -52,6 +52,8 @@ class FkTensor(ctypes.Structure):
         ("in", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         ("out_minus", ctypes.c_void_p),
+        ("residual", ctypes.c_void_p),
+        ("residual_out", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
         ("first_element", ctypes.c_int64),
         ("stream", ctypes.c_uint32),

@@ -31,6 +31,11 @@ Arguments of the public functions, where they have them:
     rows: int64 [num_rows]; gathers rows of dimension 0, repeats allowed, the same ones of every tensor. On a
         GPU nobody waits for their values: a row out of range is not read, its result is NaN.
     num_skipped: int32 tensor of one element on the tensors' device, or None; see below.
+    residuals: None, or for each tensor None or an int16 tensor of its device, shape and strides that
+        overlaps nothing; for bf16 and fp16 tensors only. Weight and residual together stand for an fp32
+        number (contract section 6.5), so that updates below half a unit in the weight's last place are not
+        lost; residuals start at 0. In place both are written, without stochastic rounding. The out-of-place
+        forms read the residuals and round the results; out[i] may not be tensors[i] itself then.
 
 For tensors on a GPU, seeds, coeffs, alpha and rounding_seed may be tensors of that GPU: the host does not
 wait for their values, and a captured CUDA graph reads them anew at each replay. A NaN or infinite coefficient
@@ -53,7 +58,14 @@ import torch
 from torch import Tensor
 
 from fedkseed_kernels import _checks, _terms, dispatch
-from fedkseed_kernels._arguments import Tensors, encode_indices, encode_views, tensor_list
+from fedkseed_kernels._arguments import (
+    Residuals,
+    Tensors,
+    encode_indices,
+    encode_residuals,
+    encode_views,
+    tensor_list,
+)
 from fedkseed_kernels._operands import Operands, TensorList, View
 from fedkseed_kernels._terms import Coeffs, IntLike, Seeds
 
@@ -62,19 +74,21 @@ _TERMS = (
     "str rounding, Tensor? rounding_seed, Tensor(c!)? num_skipped=None"
 )
 # streams, offsets and views are empty for their defaults; the form of views is that of
-# `_arguments.encode_views`.
+# `_arguments.encode_views`; that of residuals is `_arguments.encode_residuals`'s.
 SCHEMAS = {
     "normal": "(SymInt[] shape, Tensor seed, int stream, int offset, ScalarType dtype, Device device, "
     "str family) -> Tensor",
-    "seed_axpy_": f"(Tensor(a!)[] tensors, {_TERMS}) -> ()",
-    "seed_axpy_out": f"(Tensor[] tensors, Tensor(a!)[] out, Tensor? rows, {_TERMS}) -> ()",
-    "seed_axpy_pair_out": "(Tensor[] tensors, Tensor(a!)[] out_plus, Tensor(b!)[] out_minus, Tensor? rows, "
+    "seed_axpy_": f"(Tensor(a!)[] tensors, Tensor(b!)[] residuals, {_TERMS}) -> ()",
+    "seed_axpy_out": "(Tensor[] tensors, Tensor[] residuals, Tensor(a!)[] out, Tensor? rows, "
     f"{_TERMS}) -> ()",
+    "seed_axpy_pair_out": "(Tensor[] tensors, Tensor[] residuals, Tensor(a!)[] out_plus, "
+    f"Tensor(b!)[] out_minus, Tensor? rows, {_TERMS}) -> ()",
 }
 
 
 def _execute(
     tensors: Sequence[Tensor],
+    residuals: Sequence[Tensor],
     outs: Sequence[Tensor] | None,
     outs_minus: Sequence[Tensor] | None,
     rows: Tensor | None,
@@ -90,7 +104,9 @@ def _execute(
     num_skipped: Tensor | None = None,
 ) -> None:
     """Check everything, then hand the list to the backend of its device. outs None: in place."""
-    operands = _checks.check_operands(tensors, outs, outs_minus, rows, streams, offsets, views)
+    operands = _checks.check_operands(tensors, outs, outs_minus, rows, streams, offsets, views, residuals)
+    if outs is None:
+        _checks.check_split_rounding(rounding, residuals)
     all_fp64 = operands.outs.dtypes.count(torch.float64) == len(tensors)
     device = tensors[0].device if tensors else torch.device("cpu")
     terms = _terms.check_terms(
@@ -101,6 +117,7 @@ def _execute(
 
 def _check_without_values(
     tensors: Sequence[Tensor],
+    residuals: Sequence[Tensor],
     outs: Sequence[Tensor] | None,
     outs_minus: Sequence[Tensor] | None,
     rows: Tensor | None,
@@ -123,24 +140,39 @@ def _check_without_values(
     for name, written in (("out", outs), ("out_minus", outs_minus)):
         if written is not None:
             _checks.check_outs(written, name, tensors, num_rows)
+    _checks.check_residuals(residuals, tensors)
+    if outs is None:
+        _checks.check_split_rounding(rounding, residuals)
     device = tensors[0].device if tensors else torch.device("cpu")
     _terms.check_term_metadata(seeds, coeffs, alpha, family, rounding, rounding_seed, device, num_skipped)
 
 
-def _execute_in_place(tensors: Sequence[Tensor], *rest: Any) -> None:
-    _execute(tensors, None, None, None, *rest)
+def _execute_in_place(tensors: Sequence[Tensor], residuals: Sequence[Tensor], *rest: Any) -> None:
+    _execute(tensors, residuals, None, None, None, *rest)
 
 
-def _execute_out(tensors: Sequence[Tensor], out: Sequence[Tensor], rows: Tensor | None, *rest: Any) -> None:
-    _execute(tensors, out, None, rows, *rest)
+def _execute_out(
+    tensors: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    out: Sequence[Tensor],
+    rows: Tensor | None,
+    *rest: Any,
+) -> None:
+    _execute(tensors, residuals, out, None, rows, *rest)
 
 
-def _fake_in_place(tensors: Sequence[Tensor], *rest: Any) -> None:
-    _check_without_values(tensors, None, None, None, *rest)
+def _fake_in_place(tensors: Sequence[Tensor], residuals: Sequence[Tensor], *rest: Any) -> None:
+    _check_without_values(tensors, residuals, None, None, None, *rest)
 
 
-def _fake_out(tensors: Sequence[Tensor], out: Sequence[Tensor], rows: Tensor | None, *rest: Any) -> None:
-    _check_without_values(tensors, out, None, rows, *rest)
+def _fake_out(
+    tensors: Sequence[Tensor],
+    residuals: Sequence[Tensor],
+    out: Sequence[Tensor],
+    rows: Tensor | None,
+    *rest: Any,
+) -> None:
+    _check_without_values(tensors, residuals, out, None, rows, *rest)
 
 
 def _fake_normal(
@@ -237,18 +269,20 @@ def seed_axpy_(
     rounding: str = "nearest",
     rounding_seed: IntLike | Tensor | None = None,
     num_skipped: Tensor | None = None,
+    residuals: Residuals | None = None,
 ) -> None:
     """In place, w <- round(alpha w + sum_k coeffs[k] z(seeds[k])): one pass over the weights, whatever K is.
 
     Contract section 6.1: acc = -0; acc = fma(c_k, z_k, acc) in index order, zero coefficients skipped;
     y = fma(alpha, w, acc); then one rounding to the tensor's dtype (sections 7 and 8).
 
-    Mutates: tensors; their autograd version counters are raised.
+    Mutates: tensors and residuals; their autograd version counters are raised.
     Raises: see the module; then no tensor has changed.
     """
     items = tensor_list(tensors, "tensors")
     torch.ops.fedkseed.seed_axpy_.default(
         items,
+        encode_residuals(residuals, items),
         *_encode(len(items), seeds, coeffs, alpha, streams, offsets, views, family, rounding, rounding_seed),
         num_skipped,
     )
@@ -267,6 +301,7 @@ def seed_axpy(
     rounding: str = "nearest",
     rounding_seed: IntLike | Tensor | None = None,
     num_skipped: Tensor | None = None,
+    residuals: Residuals | None = None,
     out: Tensors | None = None,
     rows: Tensor | None = None,
 ) -> list[Tensor]:
@@ -282,10 +317,11 @@ def seed_axpy(
     """
     items = tensor_list(tensors, "tensors")
     outs = _allocate(items, rows) if out is None else tensor_list(out, "out")
+    left = encode_residuals(residuals, items)
     encoded = _encode(
         len(items), seeds, coeffs, alpha, streams, offsets, views, family, rounding, rounding_seed
     )
-    torch.ops.fedkseed.seed_axpy_out.default(items, outs, rows, *encoded, num_skipped)
+    torch.ops.fedkseed.seed_axpy_out.default(items, left, outs, rows, *encoded, num_skipped)
     return outs
 
 
@@ -302,6 +338,7 @@ def seed_axpy_pair(
     rounding: str = "nearest",
     rounding_seed: IntLike | Tensor | None = None,
     num_skipped: Tensor | None = None,
+    residuals: Residuals | None = None,
     out_plus: Tensors | None = None,
     out_minus: Tensors | None = None,
     rows: Tensor | None = None,
@@ -317,10 +354,11 @@ def seed_axpy_pair(
     items = tensor_list(tensors, "tensors")
     plus = _allocate(items, rows) if out_plus is None else tensor_list(out_plus, "out_plus")
     minus = _allocate(items, rows) if out_minus is None else tensor_list(out_minus, "out_minus")
+    left = encode_residuals(residuals, items)
     encoded = _encode(
         len(items), seeds, coeffs, alpha, streams, offsets, views, family, rounding, rounding_seed
     )
-    torch.ops.fedkseed.seed_axpy_pair_out.default(items, plus, minus, rows, *encoded, num_skipped)
+    torch.ops.fedkseed.seed_axpy_pair_out.default(items, left, plus, minus, rows, *encoded, num_skipped)
     return plus, minus
 
 
@@ -337,16 +375,18 @@ def perturb_(
     rounding: str = "nearest",
     rounding_seed: IntLike | Tensor | None = None,
     num_skipped: Tensor | None = None,
+    residuals: Residuals | None = None,
 ) -> None:
     """In place, w <- round(alpha w + scale z(seed)): `seed_axpy_` with one term.
 
-    Mutates: tensors; their autograd version counters are raised.
+    Mutates: tensors and residuals; their autograd version counters are raised.
     Raises: see the module; then no tensor has changed.
     """
     items = tensor_list(tensors, "tensors")
     seeds, coeffs = _terms.seed_scalar(seed).reshape(1), _terms.number_tensor(scale, "scale").reshape(1)
     torch.ops.fedkseed.seed_axpy_.default(
         items,
+        encode_residuals(residuals, items),
         *_encode(len(items), seeds, coeffs, alpha, streams, offsets, views, family, rounding, rounding_seed),
         num_skipped,
     )

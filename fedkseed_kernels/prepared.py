@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from fedkseed_kernels import _checks, _terms, dispatch
-from fedkseed_kernels._arguments import Tensors, encode_indices, encode_views, tensor_list
+from fedkseed_kernels._arguments import (
+    Residuals,
+    Tensors,
+    encode_indices,
+    encode_residuals,
+    encode_views,
+    tensor_list,
+)
 from fedkseed_kernels._operands import View
 from fedkseed_kernels._terms import Coeffs, IntLike, Seeds
 
@@ -22,21 +29,31 @@ class Prepared:
     """
 
     def __init__(
-        self, tensors: list[Tensor], streams: list[int], offsets: list[int], views: list[int], family: str
+        self,
+        tensors: list[Tensor],
+        streams: list[int],
+        offsets: list[int],
+        views: list[int],
+        family: str,
+        residuals: list[Tensor],
     ):
         _terms.check_choices(family, "nearest")
         for position, tensor in enumerate(tensors):
             if tensor.is_neg():  # the dispatcher refuses these for the ops
                 raise ValueError(f"expected plain memory, got tensors[{position}] with the negative bit set")
         with torch.no_grad():
-            self._operands = _checks.check_operands(tensors, None, None, None, streams, offsets, views)
+            self._operands = _checks.check_operands(
+                tensors, None, None, None, streams, offsets, views, residuals
+            )
         self._tensors = tensors
+        self._residuals = residuals
+        self._watched = [*tensors, *residuals]
         self._family = family
         self._all_fp64 = all(t.dtype == torch.float64 for t in tensors)
         self._identity = self._current_identity()
 
     def _current_identity(self) -> tuple[list[Any], ...]:
-        tensors = self._tensors
+        tensors = self._watched
         return (
             [t.data_ptr() for t in tensors],
             [t.shape for t in tensors],
@@ -51,9 +68,11 @@ class Prepared:
             for name, old, new in zip(names, self._identity, current, strict=True):
                 for position, (was, now) in enumerate(zip(old, new, strict=True)):
                     if was != now:
+                        num_tensors = len(self._tensors)
+                        what = "tensors" if position < num_tensors else "residuals"
                         raise RuntimeError(
-                            f"expected tensors[{position}] as it was prepared, but its {name} changed "
-                            f"from {was} to {now}; call prepare again"
+                            f"expected {what}[{position % num_tensors}] as it was prepared, but its {name} "
+                            f"changed from {was} to {now}; call prepare again"
                         )
         _checks.check_grad(self._tensors, "tensors")
 
@@ -83,6 +102,7 @@ class Prepared:
             self._all_fp64,
             self._tensors[0].device if self._tensors else torch.device("cpu"),
         )
+        _checks.check_split_rounding(rounding, self._residuals)
         self._check_unchanged()
         dispatch.execute(self._operands, terms)
 
@@ -116,11 +136,12 @@ def prepare(
     offsets: Sequence[int | None] | None = None,
     views: Sequence[View | None] | None = None,
     family: str = "gaussian",
+    residuals: Residuals | None = None,
 ) -> Prepared:
     """Check a list of tensors once, for many in-place calls on it.
 
-    Args: those of `ops.seed_axpy_`. Tensors that require grad may be prepared; calls are refused outside
-    no_grad.
+    Args: those of `ops.seed_axpy_`; residuals, too, are checked once and used by each call. Tensors that
+        require grad may be prepared; calls are refused outside no_grad.
     Returns: a handle with `seed_axpy_` and `perturb_`, for eager code (under torch.compile use the
     functions).
     Raises: see `ops`.
@@ -133,4 +154,5 @@ def prepare(
         encode_indices(offsets, "offsets", len(items), views),
         flat_views,
         family,
+        encode_residuals(residuals, items),
     )

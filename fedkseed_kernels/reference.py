@@ -7,8 +7,7 @@ uint16 bit patterns for bf16 and fp16.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from fedkseed_kernels import _exact
 from fedkseed_kernels._exact import fma32, fma64, ieee_arithmetic
+from fedkseed_kernels._sums import integer_terms, terms_left
 
 CONTRACT_VERSION = 1
 
@@ -70,12 +70,8 @@ COSINE_COEFFICIENTS = (
 )
 SQRT_TWO = _fp32("0x1.6a09e6p+0")
 
-# Section 6.3, for fp32 and for fp64 arithmetic.
-SUM_MAX_TERMS = 2**24
-SUM_BITS = {False: 30, True: 62}
-SUM_SMALLEST = {False: 2.0**-96, True: 2.0**-960}
-
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+COMPENSATED_DTYPES = ("bfloat16", "float16")
 FAMILIES = ("gaussian", "rademacher")
 ROUNDINGS = ("nearest", "stochastic")
 _STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16, "float64": np.float64}
@@ -229,40 +225,6 @@ def normal_array(seed: int, stream: int, elements: Any, dtype: str, family: str 
     return round_to_nearest(_noise(seed, stream, elements, family), dtype)
 
 
-def terms_left(
-    seeds: Sequence[int], coeffs: Any, fp64: bool, family: str = "gaussian"
-) -> list[tuple[int, Any]]:
-    """Sections 6.1, 6.3: the (seed, coefficient) pairs that count, coefficients rounded once to fp32 or fp64.
-
-    Raises:
-        ValueError: lengths differ, more than 2^24 terms of Rademacher noise, or a coefficient is NaN or
-            infinite after rounding.
-    """
-    with ieee_arithmetic():
-        rounded = np.asarray(coeffs, dtype=np.float64).reshape(-1).astype(np.float64 if fp64 else np.float32)
-        # Under flush-to-zero these comparisons would drop subnormal coefficients.
-        counts = np.abs(rounded) >= SUM_SMALLEST[fp64] if family == "rademacher" else rounded != 0
-    if len(seeds) != rounded.size:
-        got = f"{len(seeds)} seeds and {rounded.size} coefficients"
-        raise ValueError(f"expected one coefficient for each seed, got {got}")
-    if not np.isfinite(rounded).all():
-        first = int(np.flatnonzero(~np.isfinite(rounded))[0])
-        got = f"{rounded[first]} at index {first}"
-        raise ValueError(f"expected finite coefficients, got {got}; leave such terms out")
-    if family == "rademacher" and rounded.size > SUM_MAX_TERMS:
-        raise ValueError(f"expected at most 2^24 terms of rademacher noise, got {rounded.size}")
-    return [(int(seeds[k]), rounded[k]) for k in range(rounded.size) if counts[k]]
-
-
-def integer_terms(coeffs: Sequence[Any], fp64: bool) -> tuple[list[int], int]:
-    """Section 6.3: the integers q_k of the coefficients that count, at least one, and their shift s."""
-    numbers = [float(c) for c in coeffs]
-    _, exponent = math.frexp(max(abs(c) for c in numbers))
-    shift = SUM_BITS[fp64] - (len(numbers) - 1).bit_length() - exponent
-    # ldexp is exact unless the result is subnormal, far below one half; round() goes to even.
-    return [round(math.ldexp(c, shift)) for c in numbers], shift
-
-
 def accumulate(
     seeds: Sequence[int],
     coeffs: Any,
@@ -353,6 +315,7 @@ def seed_axpy_array(
     family: str = "gaussian",
     rounding: str = "nearest",
     rounding_seed: int | None = None,
+    residuals: NDArray[np.int16] | None = None,
 ) -> NDArray[Any]:
     """Section 6: the new stored values of weights whose element indices are `elements`.
 
@@ -361,19 +324,69 @@ def seed_axpy_array(
         elements: integer array of the same shape, each in [0, 2^63).
         seeds, coeffs: the K terms. coeffs are fp64 numbers, rounded once to the arithmetic format.
         dtype: one of DTYPES. alpha is rounded to fp32. rounding_seed is needed for stochastic rounding.
+        residuals: of compensated bf16 or fp16 weights (section 6.5), int16 of the same shape; only read.
     Returns: a new array of the storage type and shape of weights.
     Raises:
         ValueError: anything that does not fit the above, or a coefficient that is not finite.
     """
-    _checked_choice("dtype", dtype, DTYPES)
     _checked_choice("rounding", rounding, ROUNDINGS)
+    if rounding == "stochastic" and rounding_seed is None:
+        raise ValueError("expected a rounding_seed for stochastic rounding, got None; pass an integer")
+    stored: NDArray[Any] = weights.copy().reshape(-1)
+    for chunk, y in _results(weights, residuals, elements, seeds, coeffs, dtype, stream, alpha, family):
+        if rounding == "stochastic" and rounding_seed is not None and dtype in ("bfloat16", "float16"):
+            random_bits = rounding_bits(rounding_seed, stream, np.reshape(elements, -1)[chunk])
+            stored[chunk] = _exact.round_stochastically(y, random_bits, dtype)
+        else:
+            stored[chunk] = round_to_nearest(y, dtype)
+    result: NDArray[Any] = stored.reshape(weights.shape)
+    return result
+
+
+def seed_axpy_compensated_array(
+    weights: NDArray[np.uint16],
+    residuals: NDArray[np.int16],
+    elements: Any,
+    seeds: Sequence[int],
+    coeffs: Any,
+    *,
+    dtype: str,
+    stream: int = 0,
+    alpha: float = 1.0,
+    family: str = "gaussian",
+) -> tuple[NDArray[np.uint16], NDArray[np.int16]]:
+    """Section 6.5, in place: new weights and residuals of compensated bf16 or fp16 weights.
+
+    Args and errors: those of `seed_axpy_array`.
+    """
+    stored, left = weights.copy().reshape(-1), residuals.copy().reshape(-1)
+    for chunk, y in _results(weights, residuals, elements, seeds, coeffs, dtype, stream, alpha, family):
+        stored[chunk], left[chunk] = _exact.split(y, dtype)
+    return stored.reshape(weights.shape), left.reshape(weights.shape)
+
+
+def _results(
+    weights: NDArray[Any],
+    residuals: NDArray[np.int16] | None,
+    elements: Any,
+    seeds: Sequence[int],
+    coeffs: Any,
+    dtype: str,
+    stream: int,
+    alpha: float,
+    family: str,
+) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """y of section 6.1 by slices of the flattened weights; nothing where the stored bytes are to stay."""
+    _checked_choice("dtype", dtype, DTYPES)
     if weights.dtype != _STORAGE[dtype]:
         raise ValueError(f"expected {np.dtype(_STORAGE[dtype])} storage for {dtype}, got {weights.dtype}")
     if weights.shape != np.shape(elements):
         got = f"shapes {np.shape(elements)} and {weights.shape}"
         raise ValueError(f"expected one element index for each weight, got {got}")
-    if rounding == "stochastic" and rounding_seed is None:
-        raise ValueError("expected a rounding_seed for stochastic rounding, got None; pass an integer")
+    if residuals is not None and (dtype not in COMPENSATED_DTYPES or residuals.dtype != np.int16):
+        raise ValueError(f"expected int16 residuals of bfloat16 or float16, got {residuals.dtype} of {dtype}")
+    if residuals is not None and residuals.shape != weights.shape:
+        raise ValueError(f"expected one residual for each weight, got {residuals.shape} and {weights.shape}")
     fp64 = dtype == "float64"
     with ieee_arithmetic():
         alpha32 = np.float32(alpha)
@@ -382,22 +395,14 @@ def seed_axpy_array(
 
     flat_elements = _checked_elements(elements)
     flat_weights = weights.reshape(-1)
+    flat = None if residuals is None else residuals.reshape(-1)
     if alpha32 == 1 and not terms_left(seeds, coeffs, fp64, family):
-        unchanged: NDArray[Any] = weights.copy()
-        return unchanged
-    stored: NDArray[Any] = np.empty_like(flat_weights)
+        return
     for start in range(0, flat_weights.size, CHUNK_ELEMENTS):
         chunk = slice(start, start + CHUNK_ELEMENTS)
         acc = accumulate(seeds, coeffs, stream, flat_elements[chunk], family, fp64)
-        w = _widen(flat_weights[chunk], dtype)
-        y: NDArray[Any] = fma64(np.float64(alpha32), w, acc) if fp64 else fma32(alpha32, w, acc)
-        if rounding == "stochastic" and rounding_seed is not None and dtype in ("bfloat16", "float16"):
-            random_bits = rounding_bits(rounding_seed, stream, flat_elements[chunk])
-            stored[chunk] = _round_stochastically(y, random_bits, dtype)
-        else:
-            stored[chunk] = round_to_nearest(y, dtype)
-    result: NDArray[Any] = stored.reshape(weights.shape)
-    return result
+        w = _exact.value(flat_weights[chunk], None if flat is None else flat[chunk], dtype)
+        yield chunk, fma64(np.float64(alpha32), w, acc) if fp64 else fma32(alpha32, w, acc)
 
 
 def seed_axpy_pair_array(
@@ -411,26 +416,12 @@ def seed_axpy_pair_array(
     )
 
 
-def _widen(stored: NDArray[Any], dtype: str) -> NDArray[Any]:
-    if dtype == "bfloat16":
-        return _exact.widen_bf16(stored)
-    return _exact.widen_fp16(stored) if dtype == "float16" else stored
-
-
 @ieee_arithmetic()
 def round_to_nearest(y: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Section 7: the stored form of arithmetic results, to nearest even."""
     if dtype == "bfloat16":
         return _exact.round_to_bf16(y)
     return _exact.round_to_fp16(y) if dtype == "float16" else y.astype(_STORAGE[dtype])
-
-
-def _round_stochastically(
-    y: NDArray[np.float32], random_bits: NDArray[np.uint16], dtype: str
-) -> NDArray[np.uint16]:
-    if dtype == "bfloat16":
-        return _exact.round_to_bf16_stochastic(y, random_bits)
-    return _exact.round_to_fp16_stochastic(y, random_bits)
 
 
 def _checked_elements(elements: Any) -> NDArray[np.uint64]:

@@ -416,9 +416,9 @@ def test_direct_calls_are_checked() -> None:
     ]
     for change, error, message in bad:
         with Watch(error, message, tensor):
-            torch.ops.fedkseed.seed_axpy_(tensors=[tensor], **(good | change))
+            torch.ops.fedkseed.seed_axpy_(tensors=[tensor], residuals=[], **(good | change))
     with Watch(ValueError, "do not overlap", tensor):
-        torch.ops.fedkseed.seed_axpy_(tensors=[tensor, tensor[:2]], **good)
+        torch.ops.fedkseed.seed_axpy_(tensors=[tensor, tensor[:2]], residuals=[], **good)
 
 
 @pytest.mark.parametrize(

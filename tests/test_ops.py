@@ -422,9 +422,9 @@ def opcheck_cases(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     full = (seeds, coeffs, alpha, [5, 6], [2**40, 0], views, "rademacher", "stochastic", torch.tensor(9))
     return {
         "normal": ([3, 5], torch.tensor(7), 1, 2**33, dtype, torch.device("cpu"), "gaussian"),
-        "seed_axpy_": (inputs, *full),
-        "seed_axpy_out": (inputs[:1], gathered, rows, *plain),
-        "seed_axpy_pair_out": (inputs, out, out_minus, None, *full),
+        "seed_axpy_": (inputs, [], *full),
+        "seed_axpy_out": (inputs[:1], [], gathered, rows, *plain),
+        "seed_axpy_pair_out": (inputs, [], out, out_minus, None, *full),
     }
 
 
@@ -448,7 +448,7 @@ def test_ops_called_directly_are_the_functions() -> None:
         getattr(torch.ops.fedkseed, name)(*arguments)
         if name == "seed_axpy_out":
             expected = expected_axpy(arguments[0][0], [1, -2], [0.5, 0.25], alpha=0.75)
-            assert_same_bits(arguments[1][0], expected[torch.tensor([3, 3, 0])])
+            assert_same_bits(arguments[2][0], expected[torch.tensor([3, 3, 0])])
 
 
 # --- prepare

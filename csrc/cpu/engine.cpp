@@ -38,6 +38,8 @@ struct Run { // consecutive elements of the noise, evenly spaced in memory
   const char *in;
   int64_t in_stride;
   Side out, out_minus;
+  const int16_t *residual; // beside in
+  int16_t *residual_out;   // beside out
 };
 
 size_t element_size(int32_t dtype) { return dtype == FK_FP64 ? 8 : dtype == FK_FP32 ? 4 : 2; }
@@ -73,6 +75,7 @@ struct Buffers {
   };
   uint32_t noise[FK_BLOCK_WORDS + 4 * 16];
   double gathered[FK_BLOCK], written[FK_BLOCK];
+  int16_t residuals[FK_BLOCK];
 };
 
 // Sums of one block of groups, and how many elements of the first group lie before the run.
@@ -119,6 +122,8 @@ void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done
   apply.n = n;
   apply.alpha = job.terms->alpha;
   apply.noise = 0;
+  apply.residual = run.residual ? run.residual + done * run.in_stride : 0;
+  apply.residual_out = run.residual_out ? run.residual_out + done * side.stride : 0;
   if (job.terms->rounding == FK_STOCHASTIC && (t.dtype == FK_BF16 || t.dtype == FK_FP16)) {
     const uint64_t element = run.first_element + (uint64_t)done;
     const int64_t skip = (int64_t)(element & 7u);
@@ -126,14 +131,25 @@ void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done
                              FK_TAG_ROUNDING, job.terms->rounding_seed);
     apply.noise = (const uint16_t *)buffers.noise + skip; // little-endian: low half first
   }
-  char *target = (char *)apply.out;
+  char *target = (char *)apply.out, *target_residual = (char *)apply.residual_out,
+       *rest = (char *)buffers.residuals;
   if (apply.in && run.in_stride != 1) {
     copy_elements((const char *)apply.in, run.in_stride, (char *)buffers.gathered, 1, n, size);
     apply.in = buffers.gathered;
+    if (apply.residual) {
+      copy_elements((const char *)apply.residual, run.in_stride, rest, 1, n, sizeof(int16_t));
+      apply.residual = buffers.residuals;
+    }
   }
-  if (side.stride != 1) apply.out = buffers.written;
+  if (side.stride != 1) {
+    apply.out = buffers.written;
+    if (target_residual) apply.residual_out = buffers.residuals;
+  }
   job.kernels->apply[t.dtype](&apply);
-  if (side.stride != 1) copy_elements((const char *)buffers.written, 1, target, side.stride, n, size);
+  if (side.stride != 1) {
+    copy_elements((const char *)buffers.written, 1, target, side.stride, n, size);
+    if (target_residual) copy_elements(rest, 1, target_residual, side.stride, n, sizeof(int16_t));
+  }
 }
 
 // Whether whole groups can go straight into the stored weights.
@@ -162,7 +178,15 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
     if (fused && ahead == 0 && run.n - done >= FK_FUSED) {
       const int64_t n = (run.n - done) / FK_FUSED * FK_FUSED;
       const int64_t at = done * (int64_t)size;
-      const fk_apply apply = {run.in + at, run.out.base + at, 0, 0, 0, n, job.terms->alpha};
+      const fk_apply apply = {run.in + at,
+                              run.out.base + at,
+                              0,
+                              0,
+                              0,
+                              n,
+                              job.terms->alpha,
+                              run.residual ? run.residual + done : 0,
+                              run.residual_out ? run.residual_out + done : 0};
       job.kernels->gaussian_into[t.dtype](&apply, element >> shift, t.stream, &schedules.plus);
       done += n;
       continue;
@@ -203,7 +227,9 @@ void run_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t end, B
                      t.in ? (const char *)t.in + begin * size : 0,
                      1,
                      {(char *)t.out + begin * size, 1},
-                     {t.out_minus ? (char *)t.out_minus + begin * size : 0, 1}};
+                     {t.out_minus ? (char *)t.out_minus + begin * size : 0, 1},
+                     t.residual ? t.residual + begin : 0,
+                     t.residual_out ? t.residual_out + begin : 0};
     run_elements(job, t, run, buffers);
     return;
   }
@@ -232,7 +258,9 @@ void run_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t end, B
                      t.in ? (const char *)t.in + in_at * size : 0,
                      t.in_strides[last],
                      {(char *)t.out + out_at * size, t.out_strides[last]},
-                     {t.out_minus ? (char *)t.out_minus + minus_at * size : 0, t.out_minus_strides[last]}};
+                     {t.out_minus ? (char *)t.out_minus + minus_at * size : 0, t.out_minus_strides[last]},
+                     t.residual ? t.residual + in_at : 0,
+                     t.residual_out ? t.residual_out + out_at : 0};
     run_elements(job, t, run, buffers);
     position += n;
   }

@@ -30,7 +30,8 @@ typedef struct fk_schedule {
   double scale;
 } fk_schedule;
 
-// y = alpha * w + acc (or acc alone when in is NULL) for n contiguous elements, rounded into out.
+// y = alpha * w + acc (or acc alone when in is NULL) for n contiguous elements, rounded into out; or split into
+// out and residual_out.
 typedef struct fk_apply {
   const void *in;
   void *out;
@@ -39,6 +40,8 @@ typedef struct fk_apply {
   const uint16_t *noise; // 16 random bits an element, or NULL for rounding to nearest
   int64_t n;
   double alpha;
+  const int16_t *residual; // bf16, fp16: w is a compensated weight; or NULL
+  int16_t *residual_out;   // may equal residual; or NULL
 } fk_apply;
 
 typedef struct fk_kernels {

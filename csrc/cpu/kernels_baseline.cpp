@@ -1,10 +1,10 @@
 // The contract's headers run as they stand: any CPU, no vector code of our own. Without hardware fma the
 // compiler calls libm's exact one (7 to 10 ns an element).
+#include "compensated.h"
 #include "integer_sums.h"
 #include "kernels.h"
 #include "normal.h"
 #include "rademacher.h"
-#include "rounding.h"
 
 #include "scalar_paths.inc"
 

@@ -30,10 +30,24 @@ struct Vec {
   FK_HD F from_int(I v) { return _mm256_cvtepi32_ps(v); }
   FK_HD I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
   FK_HD I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
+  FK_HD I max_i(I a, I b) { return _mm256_max_epi32(a, b); } // signed
   FK_HD I and_or(I v, I mask, I base) { return _mm256_or_si256(_mm256_and_si256(v, mask), base); }
   FK_HD I and2(I a, I b) { return _mm256_and_si256(a, b); }
   template <int n> FK_HD I shift_right(I v) { return _mm256_srli_epi32(v, n); }
   template <int n> FK_HD I shift_left(I v) { return _mm256_slli_epi32(v, n); }
+  template <int n> FK_HD I shift_right_signed(I v) { return _mm256_srai_epi32(v, n); }
+  FK_HD I nearest_int(F v) { return _mm256_cvtps_epi32(v); } // 2^31 where there is none
+  FK_HD F quiet(F v) { // the same, and one pattern for every NaN, its low half 0
+    return _mm256_blendv_ps(v, as_f(set_i(0x7FC00000u)), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  }
+  // Low halves of 32-bit lanes from one, high halves from the other.
+  FK_HD I join_halves(I low, I high) { return _mm256_blend_epi16(low, high, 0xAA); }
+  FK_HD I load_int16(const int16_t *p) { return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+  FK_HD void store_low_halves(void *p, I v) {
+    const I low = _mm256_and_si256(v, set_i(0xFFFF));
+    const I packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
+  }
 
   // Philox: products of the low halves of 64-bit lanes; what the high halves hold does not matter.
   FK_HD I multiply(I a, I b) { return _mm256_mul_epu32(a, b); }
@@ -118,7 +132,7 @@ struct Vec {
     return add_i(add_i(bits, set_i(0x7FFF)), odd);
   }
   FK_HD I bf16_pairs(F low, F high) {
-    return _mm256_blend_epi16(_mm256_srli_epi32(bf16_in_high_half(low), 16), bf16_in_high_half(high), 0xAA);
+    return join_halves(_mm256_srli_epi32(bf16_in_high_half(low), 16), bf16_in_high_half(high));
   }
   FK_HD void store_bf16(uint16_t *p, F y) {
     const I high = _mm256_srli_epi32(bf16_in_high_half(y), 16);

@@ -36,12 +36,24 @@ struct Vec {
   FK_HD F from_int(I v) { return _mm512_cvtepi32_ps(v); }
   FK_HD I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
   FK_HD I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
+  FK_HD I max_i(I a, I b) { return _mm512_max_epi32(a, b); } // signed
   FK_HD I and_or(I v, I mask, I base) {
     return _mm512_ternarylogic_epi32(v, mask, base, 0xEA);
   } // (v & mask) | base
   FK_HD I and2(I a, I b) { return _mm512_and_si512(a, b); }
   template <int n> FK_HD I shift_right(I v) { return _mm512_srli_epi32(v, n); }
   template <int n> FK_HD I shift_left(I v) { return _mm512_slli_epi32(v, n); }
+  template <int n> FK_HD I shift_right_signed(I v) { return _mm512_srai_epi32(v, n); }
+  FK_HD I nearest_int(F v) { return _mm512_cvtps_epi32(v); } // 2^31 where there is none
+  FK_HD F quiet(F v) { // the same, and one pattern for every NaN, its low half 0
+    return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), as_f(set_i(0x7FC00000u)));
+  }
+  // Low halves of 32-bit lanes from one, high halves from the other.
+  FK_HD I join_halves(I low, I high) { return _mm512_mask_blend_epi16(0xAAAAAAAAu, low, high); }
+  FK_HD I load_int16(const int16_t *p) {
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)p));
+  }
+  FK_HD void store_low_halves(void *p, I v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(v)); }
 
   // Philox: products of the low halves of 64-bit lanes; what the high halves hold does not matter.
   FK_HD I multiply(I a, I b) { return _mm512_mul_epu32(a, b); }
@@ -130,8 +142,7 @@ struct Vec {
     return add_i(add_i(bits, set_i(0x7FFF)), odd);
   }
   FK_HD I bf16_pairs(F low, F high) {
-    return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(bf16_in_high_half(low), 16),
-                                   bf16_in_high_half(high));
+    return join_halves(_mm512_srli_epi32(bf16_in_high_half(low), 16), bf16_in_high_half(high));
   }
   FK_HD void store_bf16(uint16_t *p, F y) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_in_high_half(y), 16)));

@@ -11,11 +11,11 @@
 extern "C" {
 #endif
 
-#define FK_ABI_VERSION 1
+#define FK_ABI_VERSION 2
 #define FK_CONTRACT_VERSION 1
 #define FK_MAX_DIMS 16
 
-#define FK_ERROR_ARGUMENT -1 // a code below is unknown, or there are too many terms
+#define FK_ERROR_ARGUMENT -1 // a code below is unknown, too many terms, or residuals that do not fit
 #define FK_ERROR_ISA -2      // the instruction set asked for is not there
 #define FK_ERROR_MEMORY -3   // a bookkeeping allocation (O(number of tensors + K)) failed
 
@@ -33,6 +33,12 @@ typedef struct fk_tensor {
   const void *in;  // NULL: y = acc (used to write the noise itself)
   void *out;       // may equal in
   void *out_minus; // NULL unless both sides are wanted
+  // Compensated weights (bf16, fp16; contract section 6.5): NULL, or the residuals of `in`, which they lie beside
+  // with the same strides.
+  const int16_t *residual;
+  // NULL: y is rounded into out (and out_minus), the residuals are only read. Else equal to residual, with out equal
+  // to in and out_minus NULL: y is split into weight and residual, which are both written.
+  int16_t *residual_out;
   int64_t numel;
   int64_t first_element;
   uint32_t stream;

@@ -8,7 +8,8 @@ Both files are written by `python -m fedkseed_kernels.golden.generate` from the 
 * A NaN in a result stands for any NaN, except where nothing is to change (`unchanged`: true): there the bytes
   count.
 * `normals` and `digests` are section 4 of the contract, `noise` sections 4 and 5, `primitive` and `layouts`
-  sections 6 to 8, `derived` and `draws` section 9.
+  sections 6 to 8, `compensated` section 6.5 (residuals as 16-bit patterns; `plus` and `minus` are rounded to
+  nearest, out of place), `derived` and `draws` section 9.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed_kernels import derived, golden, native, reference
+from fedkseed_kernels._sums import terms_left
 
 DIGEST_BLOCK_WORDS = 1 << 24
 NUM_DIGEST_BLOCKS = 2**32 // DIGEST_BLOCK_WORDS
@@ -154,7 +155,7 @@ def _pair(
 
 def _is_unchanged(terms: Any, alpha: float, dtype: str, family: str) -> bool:
     coeffs = golden.coeffs_from_hex(terms["coeffs"])
-    return alpha == 1 and not reference.terms_left(terms["seeds"], coeffs, dtype == "float64", family)
+    return alpha == 1 and not terms_left(terms["seeds"], coeffs, dtype == "float64", family)
 
 
 def _primitive_choices() -> Iterator[tuple[str, str, str, float]]:
@@ -212,6 +213,17 @@ LAYOUTS: tuple[tuple[list[int], tuple[list[int], list[int]] | int, list[int] | N
 )
 
 
+COMPENSATED_CHOICES = (
+    ("none", 0.9),
+    ("all skipped", 1.0),
+    ("one", 1.0),
+    ("two", 1 - 2.0**-10),
+    ("seventeen", 1.0),
+    ("tiny", 1.0),
+    ("past fp16", 1.0),
+)
+
+
 def _layouts(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> Iterator[dict[str, Any]]:
     streams, dtypes = cycle(STREAMS), cycle(reference.DTYPES)
     for shape, placing, rows, memory in LAYOUTS:
@@ -239,6 +251,45 @@ def _layouts(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> Ite
                 w, elements = w[gather], elements[gather]
             yield case | _pair(case, w, elements, all_terms["two"])
         next(dtypes)
+
+
+def _compensated(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> Iterator[dict[str, Any]]:
+    streams, firsts, random = cycle(STREAMS), cycle(FIRST_ELEMENTS), np.random.default_rng(4)
+    for dtype, family in product(reference.COMPENSATED_DTYPES, reference.FAMILIES):
+        for terms, alpha in COMPENSATED_CHOICES:
+            first, stream = next(firsts), next(streams)
+            stored = weights[dtype]
+            residuals = random.integers(-(2**15), 2**15, stored.size).astype(np.int16)
+            residuals[::5] = 0
+            case: dict[str, Any] = {
+                "family": family,
+                "dtype": dtype,
+                "terms": terms,
+                "alpha": alpha,
+                "stream": stream,
+                "first_element": first,
+                "unchanged": _is_unchanged(all_terms[terms], alpha, dtype, family),
+                "residuals": golden.to_hex(residuals),
+            }
+            options: dict[str, Any] = {key: case[key] for key in ("dtype", "stream", "alpha", "family")}
+            seeds, coeffs = all_terms[terms]["seeds"], golden.coeffs_from_hex(all_terms[terms]["coeffs"])
+            elements = np.uint64(first) + np.arange(stored.size, dtype=np.uint64)
+            new, left = reference.seed_axpy_compensated_array(
+                stored, residuals, elements, seeds, coeffs, **options
+            )
+            sides = reference.seed_axpy_pair_array(
+                stored, elements, seeds, coeffs, residuals=residuals, **options
+            )
+            results = [new, *sides]
+            if not case["unchanged"]:
+                results = [golden.without_payloads(result, dtype) for result in results]
+            names = ("weights_after", "plus", "minus")
+            yield (
+                case
+                | dict(zip(names, map(golden.to_hex, results), strict=True))
+                | {"residuals_after": golden.to_hex(left)}
+            )
+        next(firsts)
 
 
 def case_elements(case: dict[str, Any]) -> NDArray[np.uint64]:
@@ -295,6 +346,7 @@ def build() -> dict[str, Any]:
         "weights": {dtype: golden.to_hex(w) for dtype, w in weights.items()},
         "primitive": list(_primitive(terms, weights)),
         "layouts": list(_layouts(terms, weights)),
+        "compensated": list(_compensated(terms, weights)),
         "derived": _derived(),
         "draws": _draws(),
     }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
+from fedkseed._checks import check_count
 from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
+from fedkseed.storage.interrupts import interrupts_held
 from fedkseed.storage.perturbed import PerturbedWeights
 from fedkseed.storage.reads import flush_before_reads
-from fedkseed.storage.rounding import RoundingSeeds, check_rounding
-from fedkseed.storage.updates import interrupts_held
+
+Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,13 @@ class Inplace:
     """
 
     chained: bool = False
-    rounding: str = "nearest"
+    rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
         if not isinstance(self.chained, bool):
             raise TypeError(f"expected chained as True or False, got {self.chained!r}")
-        check_rounding(self.rounding)
+        if self.rounding not in get_args(Rounding):
+            raise ValueError(f"expected a rounding out of {list(get_args(Rounding))}, got {self.rounding!r}")
 
     def open(self, weights: TunedWeights) -> InplaceStorage:
         """See `StorageOptions.open`."""
@@ -76,8 +79,7 @@ class InplaceStorage:
                 "between steps, and only the model tells when they are read; give the optimizer the model, "
                 "or take Inplace()"
             )
-        self._weights = PerturbedWeights(weights, RoundingSeeds(weights.seed, options.rounding))
-        self._seed = weights.seed
+        self._weights = PerturbedWeights(weights, options.rounding)
         self._eps = weights.eps
         self._options = options
         if options.chained and weights.model is not None:
@@ -104,8 +106,11 @@ class InplaceStorage:
                 weights.move(seed, -self._eps)
                 minus = evaluation.side()
                 directions.append(Direction(plus, minus, project(plus, minus)))
+            if all(direction.g is None for direction in directions):
+                updates = [GroupUpdate(lr=0.0)] * len(updates)
+            gradients = [0.0 if direction.g is None else direction.g for direction in directions]
             with interrupts_held():
-                weights.update(seeds, updates, directions, following)
+                weights.update(seeds, updates, gradients, following)
                 record(directions)
         except BaseException:
             weights.restore()
@@ -117,12 +122,19 @@ class InplaceStorage:
         self._weights.flush()
 
     def state(self) -> dict[str, Any]:
-        """How many passes were made, which rounding seeds count; empty if rounding is to nearest."""
-        return self._weights.rounding_seeds.state()
+        """The number of passes made, which rounding seeds count; empty if rounding is to nearest."""
+        return {"num_passes": self._weights.num_passes} if self._options.rounding == "stochastic" else {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See `Storage.load_state`; weights that wait for a step are flushed first."""
-        loaded = RoundingSeeds(self._seed, self._options.rounding)
-        loaded.load_state(state)
+        wanted = sorted(self.state())
+        if sorted(state) != wanted:
+            raise ValueError(f"expected a state with the entries {wanted}, got {sorted(state)}")
+        num_passes = self._weights.num_passes
+        if wanted:
+            try:
+                num_passes = check_count("num_passes", state["num_passes"], 0, 2**63)
+            except TypeError as error:
+                raise ValueError(str(error)) from error
         self._weights.flush()
-        self._weights.rounding_seeds = loaded
+        self._weights.num_passes = num_passes

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 import fedkseed_kernels
-from fedkseed.storage.interface import Direction, GroupUpdate, TunedWeights
-from fedkseed.storage.rounding import RoundingSeeds
-from fedkseed.storage.updates import GroupedWeights, interrupts_held
+from fedkseed.seeds import derived_seed
+from fedkseed.storage.interface import GroupUpdate, TunedWeights
+from fedkseed.storage.interrupts import interrupts_held
+from fedkseed_kernels import derived
 
 
 class PerturbedWeights:
@@ -20,27 +22,53 @@ class PerturbedWeights:
 
     Args:
         weights: w as they stand now.
-        rounding_seeds: one for each pass.
+        rounding: of every pass, "nearest" or "stochastic": then pass n has the rounding seed
+            derived.seeds(weights.seed, 3, n).
+        residuals: for each tensor of each group None or its residual (contract, section 6.5).
 
     Attributes:
         tensors: the weights.
-        rounding_seeds: as given; count the passes.
         seed, offset: where they stand; at offset 0 that is w, whatever the seed.
+        num_passes: made so far.
         is_waiting: whether they stand there for a step to come.
 
     Raises:
-        TypeError, ValueError: as `GroupedWeights`.
+        TypeError, ValueError: what the kernels refuse: a dtype, tensors that overlap, devices that are mixed.
     """
 
-    def __init__(self, weights: TunedWeights, rounding_seeds: RoundingSeeds) -> None:
+    def __init__(
+        self,
+        weights: TunedWeights,
+        rounding: str,
+        residuals: Sequence[Sequence[torch.Tensor | None]] | None = None,
+    ) -> None:
         self.tensors = [tensor for group in weights.groups for tensor in group]
-        self.rounding_seeds = rounding_seeds
         self._streams = [stream for group in weights.streams for stream in group]
         self._family = weights.family
-        self._groups = GroupedWeights(weights)
+        if residuals is None:
+            residuals = [[None] * len(group) for group in weights.groups]
+        self._whole = fedkseed_kernels.prepare(
+            self.tensors,
+            streams=self._streams,
+            family=weights.family,
+            residuals=[residual for group in residuals for residual in group],
+        )
+        self._groups = (
+            [self._whole]
+            if len(weights.groups) == 1
+            else [
+                fedkseed_kernels.prepare(
+                    list(group), streams=list(streams), family=weights.family, residuals=list(left)
+                )
+                for group, streams, left in zip(weights.groups, weights.streams, residuals, strict=True)
+            ]
+        )
+        self._rounding = rounding
+        self._base_seed = weights.seed
         self._lock = threading.Lock()
         self.seed = 0
         self.offset = 0.0
+        self.num_passes = 0
         self.is_waiting = False
 
     def move(self, seed: int, offset: float) -> None:
@@ -51,38 +79,64 @@ class PerturbedWeights:
             seeds, coeffs = [seed], [offset - self.offset]
         else:
             seeds, coeffs = [self.seed, seed], [-self.offset, offset]
-        with self._pass() as rounding_seed:
-            self._groups.whole.seed_axpy_(seeds, coeffs, **_rounding(rounding_seed))
+        with self._pass() as rounding:
+            self._whole.seed_axpy_(seeds, coeffs, **rounding)
             self.seed, self.offset = seed, offset
 
     def update(
         self,
         seeds: Sequence[int],
         updates: Sequence[GroupUpdate],
-        directions: Sequence[Direction],
-        following: tuple[int, float] | None,
+        gradients: Sequence[float],
+        following: tuple[int, float] | None = None,
+        num_passes_before: int = 0,
     ) -> None:
-        """`GroupedWeights.update` from where the weights stand, at an offset along the last of ``seeds``.
+        """w <- alpha w - lr / n sum_i g_i z(seeds_i) for each group, from where the weights stand.
 
         Args:
+            seeds: n of them, the last one that of the perturbation.
+            updates: one for each group of tensors.
+            gradients: g of each seed.
             following: the seed and the offset at which the weights wait afterwards; at w itself if None.
+            num_passes_before: passes of this step that were made elsewhere and count among the others.
+
+        Raises:
+            ValueError: a coefficient is not finite in fp32; nothing has moved.
         """
-        with self._pass() as rounding_seed:
-            self._groups.update(seeds, updates, directions, self.offset, rounding_seed, following)
-            self.seed, self.offset = following or (self.seed, 0.0)
+        all_coeffs = [self._coefficients(update, gradients) for update in updates]
+        seed, offset = (seeds[-1], 0.0) if following is None else following
+        if following is not None:
+            seeds = [*seeds, seed]
+            all_coeffs = [[*coeffs, offset] for coeffs in all_coeffs]
+        with self._pass(num_passes_before) as rounding:
+            if len(set(updates)) == 1:
+                self._whole.seed_axpy_(seeds, all_coeffs[0], alpha=updates[0].alpha, **rounding)
+            else:
+                self.check_in_place()  # before the first is updated
+                for group, update, coeffs in zip(self._groups, updates, all_coeffs, strict=True):
+                    group.seed_axpy_(seeds, coeffs, alpha=update.alpha, **rounding)
+            self.seed, self.offset = seed, offset
             self.is_waiting = following is not None
+
+    def check_in_place(self) -> None:
+        """Moves nothing.
+
+        Raises:
+            RuntimeError: a tensor is not where, or what, it was at construction.
+        """
+        self._whole.seed_axpy_([], [])
 
     def restore(self) -> None:
         """Back to w, wherever the tensors are now, for they may be what was changed."""
         if self.offset:
-            with torch.no_grad(), self._pass() as rounding_seed:
+            with torch.no_grad(), self._pass() as rounding:
                 fedkseed_kernels.perturb_(
                     self.tensors,
                     self.seed,
                     -self.offset,
                     streams=self._streams,
                     family=self._family,
-                    **_rounding(rounding_seed),
+                    **rounding,
                 )
                 self.offset = 0.0
                 self.is_waiting = False
@@ -94,16 +148,28 @@ class PerturbedWeights:
                 self.restore()
 
     @contextmanager
-    def _pass(self) -> Iterator[int | None]:
-        """A pass and the note of it, without Ctrl-C between them; yields its rounding seed."""
-        (rounding_seed,) = self.rounding_seeds.next(1)
+    def _pass(self, num_before: int = 0) -> Iterator[dict[str, Any]]:
+        """A pass behind ``num_before`` others, and the note of all, without Ctrl-C between them.
+
+        Yields how the kernels shall round.
+        """
         with interrupts_held():
-            yield rounding_seed
-            self.rounding_seeds.advance(1)
+            if self._rounding == "nearest":
+                yield {}
+            else:
+                number = self.num_passes + num_before
+                seed = derived_seed(self._base_seed, derived.PURPOSE_ROUNDING_SEEDS, number)
+                yield {"rounding": self._rounding, "rounding_seed": seed}
+            self.num_passes += num_before + 1
 
-
-def _rounding(rounding_seed: int | None) -> dict[str, Any]:
-    return {
-        "rounding": "nearest" if rounding_seed is None else "stochastic",
-        "rounding_seed": rounding_seed,
-    }
+    def _coefficients(self, update: GroupUpdate, gradients: Sequence[float]) -> list[float]:
+        coeffs = [-(update.lr * g) / len(gradients) for g in gradients]
+        coeffs[-1] += update.alpha * -self.offset
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(np.array(coeffs).astype(np.float32))
+        if not finite.all():
+            raise ValueError(
+                f"expected an update that is finite in fp32, got lr {update.lr} times g {list(gradients)}; "
+                "lower lr or set max_abs_g"
+            )
+        return coeffs
