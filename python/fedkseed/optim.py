@@ -37,7 +37,7 @@ from torch import nn
 from fedkseed._checks import check_count, check_learning_rate, check_seed, check_weight_decay
 from fedkseed.gradient import ProjectedGradient
 from fedkseed.parameters import Params
-from fedkseed.seeds import MAX_STEPS, SeedPool
+from fedkseed.seeds import MAX_STEPS, SeedPool, derived_seed
 from fedkseed.storage import DEFAULT_STORAGE, GroupUpdate, StorageOptions
 from fedkseed.zeroth_order import Loss, ZerothOrderOptimizer
 from fedkseed_kernels import derived
@@ -49,7 +49,7 @@ _REBUILD = (
     "rebuilt from seeds and scalars otherwise"
 )
 
-# Seeds and schedules are drawn this many at a time: one draw costs as much as a pass over a small model.
+# Schedules are drawn this many steps at a time: one draw costs as much as a pass over a small model.
 _BLOCK = 256
 
 
@@ -329,15 +329,8 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         return self._schedule[step]
 
 
-@lru_cache(maxsize=16)
-def _seed_block(base_seed: int, block: int) -> list[int]:
-    indices = np.uint64(block * _BLOCK) + np.arange(_BLOCK, dtype=np.uint64)
-    seeds: list[int] = derived.seeds(base_seed, derived.PURPOSE_CANDIDATE_SEEDS, indices).tolist()
-    return seeds
-
-
 def _seed(base_seed: int, number: int) -> int:
-    return _seed_block(base_seed, number // _BLOCK)[number % _BLOCK]
+    return derived_seed(base_seed, derived.PURPOSE_CANDIDATE_SEEDS, number)
 
 
 @lru_cache(maxsize=16)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,21 @@ MAX_SEEDS = 1 << 16
 
 #: Draws made in one vectorised pass: bounds the memory of drawing many schedules.
 _DRAWS_AT_ONCE = 1 << 16
+
+#: Single seeds are derived this many at a time: one costs as much as a pass over a small model.
+_BLOCK = 256
+
+
+def derived_seed(base_seed: int, purpose: int, index: int) -> int:
+    """Seed number ``index``, in [0, 2^64), of a base seed and a purpose (contract, section 9)."""
+    return _derived_block(base_seed, purpose, index // _BLOCK)[index % _BLOCK]
+
+
+@lru_cache(maxsize=16)
+def _derived_block(base_seed: int, purpose: int, block: int) -> list[int]:
+    indices = np.uint64(block * _BLOCK) + np.arange(_BLOCK, dtype=np.uint64)
+    seeds: list[int] = derived.seeds(base_seed, purpose, indices).tolist()
+    return seeds
 
 
 @dataclass(frozen=True)

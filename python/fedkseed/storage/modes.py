@@ -18,6 +18,7 @@ STORAGE_MODES: Mapping[str, StorageOptions] = {
     "chained": Inplace(chained=True),
     "streamed": Streamed(),
     "streamed-fp32": Streamed(compute_dtype=torch.float32),
+    "compensated": Streamed(compensated=True),
 }
 
 

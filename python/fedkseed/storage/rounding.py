@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
 from fedkseed._checks import check_count
+from fedkseed.seeds import derived_seed
 from fedkseed_kernels import derived
-
-# Seeds are drawn this many at a time: one draw costs as much as a pass over a small model.
-_BLOCK = 256
 
 
 def check_rounding(rounding: str) -> None:
@@ -42,7 +37,7 @@ class RoundingSeeds:
         if not self._is_stochastic:
             return [None] * num_passes
         numbers = range(self._num_passes, self._num_passes + num_passes)
-        return [_seed_block(self._seed, number // _BLOCK)[number % _BLOCK] for number in numbers]
+        return [derived_seed(self._seed, derived.PURPOSE_ROUNDING_SEEDS, number) for number in numbers]
 
     def advance(self, num_passes: int) -> None:
         """Counts passes as made."""
@@ -67,10 +62,3 @@ class RoundingSeeds:
                 self._num_passes = check_count("num_passes", state["num_passes"], 0, 2**63)
             except TypeError as error:
                 raise ValueError(f"expected a whole storage state, got a damaged one: {error}") from error
-
-
-@lru_cache(maxsize=16)
-def _seed_block(base_seed: int, block: int) -> list[int]:
-    indices = np.uint64(block * _BLOCK) + np.arange(_BLOCK, dtype=np.uint64)
-    seeds: list[int] = derived.seeds(base_seed, derived.PURPOSE_ROUNDING_SEEDS, indices).tolist()
-    return seeds
