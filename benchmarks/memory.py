@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -80,14 +81,19 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"expected {field} in {_STATUS}, got none")
 
 
-def _growth(operation: str, num_elements: int, num_seeds: int, dtype: torch.dtype) -> int:
-    tensor = torch.empty(num_elements, dtype=dtype).fill_(0.5)
-    _call(operation, torch.ones(64, dtype=dtype), num_seeds)
+def peak_growth(call: Callable[[], object]) -> int:
+    """Bytes by which the peak of resident memory, within the call, exceeds what was resident before it."""
     gc.collect()
     _CLEAR_REFS.write_text(_RESET_PEAK)
     before = _resident("VmHWM")
-    _call(operation, tensor, num_seeds)
+    call()
     return _resident("VmHWM") - before
+
+
+def _growth(operation: str, num_elements: int, num_seeds: int, dtype: torch.dtype) -> int:
+    tensor = torch.empty(num_elements, dtype=dtype).fill_(0.5)
+    _call(operation, torch.ones(64, dtype=dtype), num_seeds)
+    return peak_growth(lambda: _call(operation, tensor, num_seeds))
 
 
 def main() -> None:

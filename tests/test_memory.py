@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import memory
+from benchmarks import memory, memory_step
 from fedkseed_kernels import native
 
 NUM_ELEMENTS = 1 << 26
@@ -31,6 +31,26 @@ def test_the_measurement_sees_a_temporary() -> None:
     """The control: randn_like makes one, of the tensor's 2 bytes an element."""
     growth = memory.measure("randn_like", NUM_ELEMENTS, dtype="bf16")
     assert growth > 2 * NUM_ELEMENTS - memory.LIMIT_BYTES
+
+
+UNIT, RESIDUALS = memory_step.UNIT_BYTES, 2 * memory_step.NUM_PARAMETERS
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("storage", "num_bytes"),
+    [
+        ("inplace", 0),
+        ("streamed", UNIT),
+        ("streamed in fp32", 2 * UNIT),
+        ("paired", 2 * UNIT),
+        ("compensated", UNIT + RESIDUALS),
+        ("compensated in fp32", 2 * UNIT + RESIDUALS),
+    ],
+)
+def test_a_step_takes_the_largest_unit_and_no_more(storage: str, num_bytes: int) -> None:
+    growth = memory_step.measure(storage)
+    assert num_bytes <= growth < num_bytes + memory.LIMIT_BYTES
 
 
 def test_a_failing_call_says_why() -> None:

@@ -79,9 +79,8 @@ def test_embeddings_computed_in_fp32_draw_rows_alone() -> None:
     assert optimizer.projected_grads == (projected(losses, optimizer.eps),)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_thousand_evaluations_change_no_byte(dtype: torch.dtype) -> None:
-    model, ids = build(TiedModel, dtype), make_ids()
+def test_a_thousand_evaluations_change_no_byte() -> None:
+    model, ids = build(TiedModel, torch.bfloat16), make_ids()
     before = weights_of(model)
     optimizer = ZOSGD(model, 0.0, 0.5, seed=SEED, storage=Streamed())
     for _ in range(500):

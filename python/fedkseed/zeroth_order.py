@@ -225,7 +225,10 @@ class _Evaluation:
     def both(self) -> tuple[float, float]:
         self._rewind()
         losses = self._closure()
-        if not isinstance(losses, (torch.Tensor, list, tuple)) or len(losses) != 2:
+        is_sequence = (
+            losses.dim() > 0 if isinstance(losses, torch.Tensor) else isinstance(losses, (list, tuple))
+        )
+        if not is_sequence or len(losses) != 2:
             raise ValueError(
                 f"expected the closure of a paired step to return two losses, (plus, minus), got {losses!r}"
             )

@@ -24,6 +24,7 @@ class PerturbedWeights:
         weights: w as they stand now.
         rounding: of every pass, "nearest" or "stochastic": then pass n has the rounding seed
             derived.seeds(weights.seed, 3, n).
+        residuals: for each tensor of each group None or its residual (contract, section 6.5).
 
     Attributes:
         tensors: the weights.
@@ -35,17 +36,31 @@ class PerturbedWeights:
         TypeError, ValueError: what the kernels refuse: a dtype, tensors that overlap, devices that are mixed.
     """
 
-    def __init__(self, weights: TunedWeights, rounding: str) -> None:
+    def __init__(
+        self,
+        weights: TunedWeights,
+        rounding: str,
+        residuals: Sequence[Sequence[torch.Tensor | None]] | None = None,
+    ) -> None:
         self.tensors = [tensor for group in weights.groups for tensor in group]
         self._streams = [stream for group in weights.streams for stream in group]
         self._family = weights.family
-        self._whole = fedkseed_kernels.prepare(self.tensors, streams=self._streams, family=weights.family)
+        if residuals is None:
+            residuals = [[None] * len(group) for group in weights.groups]
+        self._whole = fedkseed_kernels.prepare(
+            self.tensors,
+            streams=self._streams,
+            family=weights.family,
+            residuals=[residual for group in residuals for residual in group],
+        )
         self._groups = (
             [self._whole]
             if len(weights.groups) == 1
             else [
-                fedkseed_kernels.prepare(list(group), streams=list(streams), family=weights.family)
-                for group, streams in zip(weights.groups, weights.streams, strict=True)
+                fedkseed_kernels.prepare(
+                    list(group), streams=list(streams), family=weights.family, residuals=list(left)
+                )
+                for group, streams, left in zip(weights.groups, weights.streams, residuals, strict=True)
             ]
         )
         self._rounding = rounding

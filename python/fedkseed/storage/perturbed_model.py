@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fedkseed.storage.interrupts import interrupts_held
+from fedkseed.storage.pairing import Pairing
 from fedkseed.storage.perturbation import Perturbation, Weight
 from fedkseed.storage.scratch import Scratch, bytes_needed
 from fedkseed.storage.stand_ins import ReadGuard, StandIns
@@ -30,26 +32,30 @@ class PerturbedModel:
     Args:
         model: not wrapped by anything that keeps weights of its own.
         weights: its parameters, those that are perturbed and those that are only converted.
+        is_paired: whether evaluations are of both sides at once, by `evaluate_both`.
 
     Raises:
         ValueError: a parameter of ``weights`` belongs to no unit, or an embedding renormalises its weight.
     """
 
-    def __init__(self, model: nn.Module, weights: Sequence[Weight]) -> None:
+    def __init__(self, model: nn.Module, weights: Sequence[Weight], is_paired: bool = False) -> None:
         self._model = model
         self._weights = list(weights)
         self._of_parameter = {id(weight.parameter): weight for weight in weights}
         self.units = partition(model, [weight.parameter for weight in weights])
         self._check_units()
         device = weights[0].stored.device
-        self._scratch = Scratch(_largest_need(self.units, self._of_parameter), device)
+        num_bytes = _largest_need(self.units, self._of_parameter)
+        self._scratches = [Scratch(num_bytes, device) for _ in range(1 + is_paired)]
         self._stand_ins = StandIns(self._weights)
         self._running: list[Unit] = []
         #: By id the parameters that are perturbed now; others hold their stand-in.
         self._loaded: set[int] = set()
         self._perturbation = Perturbation(0, 0.0, "gaussian")
+        #: 1 or -1: the side that is evaluated; 0: both, each unit splits its batch.
         self._sign = 1
         self._is_checked = False
+        self._pairing = Pairing(model, self._guard)
 
     def evaluate(self, closure: Callable[[], float], perturbation: Perturbation, sign: int) -> float:
         """The closure at w + sign eps z, within `swapped`.
@@ -60,11 +66,30 @@ class PerturbedModel:
             RuntimeError: a parameter is read while none of its units runs.
         """
         self._perturbation, self._sign = perturbation, sign
-        guard = nullcontext() if self._is_checked else ReadGuard(self._stand_ins, self._refusal)
-        with guard:
+        with nullcontext() if self._is_checked else self._guard():
             loss = closure()
-        self._is_checked = loss == loss
+        self._is_checked = not math.isnan(loss)
         return loss
+
+    def evaluate_both(
+        self, closure: Callable[[], tuple[float, float]], perturbation: Perturbation
+    ) -> tuple[float, float]:
+        """The closure's losses of the halves of a doubled batch, at w + eps z and at w - eps z.
+
+        Raises:
+            RuntimeError: as `evaluate`; random numbers are drawn.
+            TypeError, ValueError: a batch that cannot be split, or a unit's results that cannot be joined.
+        """
+        self._perturbation, self._sign = perturbation, 0
+        with nullcontext() if self._is_checked else self._guard():
+            losses = closure()
+        self._is_checked = not any(math.isnan(loss) for loss in losses)
+        if not self._is_checked:
+            self._pairing.forget()
+        return losses
+
+    def _guard(self) -> ReadGuard:
+        return ReadGuard(self._stand_ins, self._refusal)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
@@ -76,6 +101,9 @@ class PerturbedModel:
                     module = unit.module
                     forwards.append((module, vars(module).get("forward")))
                     vars(module)["forward"] = self._wrapper(unit, module.forward)
+                if len(self._scratches) == 2:
+                    forwards.append((self._model, vars(self._model).get("forward")))
+                    vars(self._model)["forward"] = self._pairing.around_model(self._model.forward)
                 for weight in self._weights:
                     weight.parameter.data = self._stand_ins[weight]
             yield
@@ -90,7 +118,8 @@ class PerturbedModel:
                         vars(module)["forward"] = forward
                 self._loaded.clear()
                 self._running.clear()
-                self._scratch.level = 0
+                for scratch in self._scratches:
+                    scratch.level = 0
 
     def _wrapper(self, unit: Unit, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
@@ -102,33 +131,62 @@ class PerturbedModel:
     def _run(
         self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        level = self._scratch.level
+        if self._sign:
+            with self._entered(unit) as ((_, load),):
+                load()
+                return self._result(unit, forward, args, kwargs)
+        calls = self._pairing.split(unit, args, kwargs)
+        results = []
+        with self._entered(unit) as sides:
+            for (sign, load), (half_args, half_kwargs) in zip(sides, calls, strict=True):
+                self._sign = sign
+                load()
+                results.append(self._result(unit, forward, half_args, half_kwargs))
+            return self._pairing.merge(unit, *results)
+
+    def _result(
+        self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        with self._lookup(unit):
+            return map_tensors(forward(*args, **kwargs), self._copied_out)
+
+    @contextmanager
+    def _entered(self, unit: Unit) -> Iterator[list[tuple[int, Callable[[], None]]]]:
+        """Perturbed values in scratch; yields for each side its sign and what points the parameters there."""
         # What a unit around this one has perturbed already stays as it is.
-        entered = [self._of_parameter[id(p)] for p in unit.parameters if id(p) not in self._loaded]
+        weights = [self._of_parameter[id(p)] for p in unit.parameters if id(p) not in self._loaded]
+        shapes, dtypes = [w.stored.shape for w in weights], [w.dtype for w in weights]
+        signs = [self._sign] if self._sign else [1, -1]
+        outer_sign, levels = self._sign, [scratch.level for scratch in self._scratches]
         self._running.append(unit)
         try:
-            if entered:
-                self._enter(entered)
-            with self._lookup(unit):
-                result = forward(*args, **kwargs)
-            return map_tensors(result, self._copied_out)
+            views = [scratch.take(shapes, dtypes) for scratch, _ in zip(self._scratches, signs, strict=False)]
+            if weights and self._sign:
+                self._perturbation.write(weights, views[0], self._sign)
+            elif weights:
+                self._perturbation.write_both(weights, *views)
+            yield [
+                (sign, functools.partial(self._load, weights, side))
+                for sign, side in zip(signs, views, strict=True)
+            ]
         finally:
-            for weight in entered:
+            self._sign = outer_sign
+            for weight in weights:
                 self._loaded.discard(id(weight.parameter))
                 weight.parameter.data = self._stand_ins[weight]
-            self._scratch.level = level
+            for scratch, level in zip(self._scratches, levels, strict=True):
+                scratch.level = level
             self._running.pop()
 
-    def _enter(self, weights: Sequence[Weight]) -> None:
-        views = self._scratch.take([w.stored.shape for w in weights], [w.dtype for w in weights])
-        self._perturbation.write(weights, views, self._sign)
-        for weight, view in zip(weights, views, strict=True):
-            weight.parameter.data = view
+    def _load(self, weights: Sequence[Weight], values: Sequence[Tensor]) -> None:
+        for weight, tensor in zip(weights, values, strict=True):
+            weight.parameter.data = tensor
             self._loaded.add(id(weight.parameter))
 
     def _copied_out(self, tensor: Tensor) -> Tensor:
         """A copy of a result that would change when the unit is left."""
-        return tensor.clone() if id(tensor) in self._loaded or self._scratch.holds(tensor) else tensor
+        is_scratch = any(scratch.holds(tensor) for scratch in self._scratches)
+        return tensor.clone() if is_scratch or id(tensor) in self._loaded else tensor
 
     def _lookup(self, unit: Unit) -> AbstractContextManager[Any]:
         if unit.gathered is None or id(unit.gathered) in self._loaded:

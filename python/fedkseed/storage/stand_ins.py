@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,10 @@ class StandIns:
 
 
 class ReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raises what ``refuse`` makes of the weight whose stand-in an operator reads; views do not read."""
+    """Raises what ``refuse`` makes of the weight whose stand-in an operator reads; views do not read.
+
+    It also follows marked tensors: what is computed of them is marked.
+    """
 
     supports_higher_order_operators = True
 
@@ -55,6 +58,7 @@ class ReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._stand_ins = stand_ins
         self._refuse = refuse
+        self._mark = object()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -62,7 +66,33 @@ class ReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for value in tree_iter((args, kwargs)):
                 if isinstance(value, Tensor) and (weight := self._stand_ins.owner(value)) is not None:
                     raise self._refuse(weight, str(func))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if any(isinstance(value, Tensor) and self.is_marked(value) for value in tree_iter((args, kwargs))):
+            results = tree_iter((result, _written(func, args, kwargs)))
+            self.mark(value for value in results if isinstance(value, Tensor))
+        return result
+
+    def mark(self, tensors: Iterable[Tensor]) -> None:
+        """Marks tensors, for as long as they live."""
+        for tensor in tensors:
+            tensor._fedkseed_mark = self._mark  # type: ignore[attr-defined]
+
+    def is_marked(self, tensor: Tensor) -> bool:
+        """Whether the tensor was marked, or computed of one that was, within this guard."""
+        return getattr(tensor, "_fedkseed_mark", None) is self._mark
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """The arguments that the operator writes."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    values = [*args, *[None] * (len(schema.arguments) - len(args))]
+    return [
+        kwargs.get(argument.name, value)
+        for argument, value in zip(schema.arguments, values, strict=True)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
 
 def _reads_no_values(func: Any) -> bool:

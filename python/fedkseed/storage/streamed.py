@@ -19,6 +19,8 @@ from fedkseed.storage.perturbed_model import PerturbedModel
 from fedkseed.storage.unsupported import check_servable
 from fedkseed_kernels import derived
 
+_SHORT = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Streamed:
@@ -32,6 +34,15 @@ class Streamed:
     the largest unit.
 
     Args:
+        paired: one call of the closure for both sides: it runs a batch doubled along dimension 0 and returns
+            two losses, of the first half and of the second (`fedkseed.paired`). Each unit runs on the first
+            half with w + eps z, then on the second with w - eps z. One generation of the noise instead of two
+            for the evaluations; memory of twice the largest unit, and of the doubled batch. The model has to
+            keep the batch in dimension 0, and to draw no random numbers.
+        compensated: keeps what rounding the update to 16 bits would lose, in 2 bytes a parameter more
+            (contract, section 6.5). The perturbed forward passes read it too; other reads of the weights see
+            them rounded. fp32 and fp64 weights have no such thing. Whoever writes to the weights between
+            steps makes a new optimizer. Not together with stochastic rounding.
         compute_dtype: torch.float32 runs the forward pass of 16-bit weights in fp32, on w +- eps z that is
             not rounded to 16 bits. The scratch is twice as large; processors without arithmetic of 16 bits
             are several times faster so, GPUs slower. None: the dtype of the stored weights.
@@ -39,16 +50,27 @@ class Streamed:
             (alike on both sides) and at the update. No cost in memory. "nearest" does not.
     """
 
+    paired: bool = False
+    compensated: bool = False
     compute_dtype: torch.dtype | None = None
     rounding: Rounding = "nearest"
 
     def __post_init__(self) -> None:
+        for name in ("paired", "compensated"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"expected {name} as True or False, got {getattr(self, name)!r}")
         if self.rounding not in get_args(Rounding):
             raise ValueError(f"expected a rounding out of {list(get_args(Rounding))}, got {self.rounding!r}")
         if self.compute_dtype not in (None, torch.float32):
             raise ValueError(
                 f"expected compute_dtype None or torch.float32, got {self.compute_dtype}; "
                 "only 16-bit weights are converted, to fp32"
+            )
+
+        if self.compensated and self.rounding == "stochastic":
+            raise ValueError(
+                "expected compensated=True or rounding='stochastic', got both; compensated updates lose "
+                "nothing that could be left to chance"
             )
 
     def open(self, weights: TunedWeights) -> StreamedStorage:
@@ -71,12 +93,17 @@ class StreamedStorage:
                 "model= beside them, or use storage=Inplace()"
             )
         check_servable(weights.model)
-        self._weights = PerturbedWeights(weights, options.rounding)
+        self._options = options
         self._seed = weights.seed
-        self._is_stochastic = options.rounding == "stochastic"
         self._eps = weights.eps
         self._family = weights.family
-        self._model = PerturbedModel(weights.model, _seen_weights(weights, options.compute_dtype))
+        self._residuals = [
+            [_residual(tensor) if options.compensated else None for tensor in group]
+            for group in weights.groups
+        ]
+        self._weights = PerturbedWeights(weights, options.rounding, self._residuals)
+        seen = _seen_weights(weights, options.compute_dtype, self._residuals)
+        self._model = PerturbedModel(weights.model, seen, options.paired)
 
     def walk(
         self,
@@ -105,19 +132,36 @@ class StreamedStorage:
         """Nothing waits: the stored weights are never perturbed."""
 
     def state(self) -> dict[str, Any]:
-        """The number of passes made, which rounding seeds count; empty if rounding is to nearest."""
-        return {"num_passes": self._weights.num_passes} if self._is_stochastic else {}
+        """Copies of the residuals, if compensated; the number of passes made, if rounding seeds count it."""
+        state: dict[str, Any] = {}
+        if self._options.compensated:
+            state["residuals"] = [residual.clone() for residual in self._existing_residuals()]
+        if self._options.rounding == "stochastic":
+            state["num_passes"] = self._weights.num_passes
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See `Storage.load_state`."""
         wanted = sorted(self.state())
         if sorted(state) != wanted:
             raise ValueError(f"expected a storage state with the entries {wanted}, got {sorted(state)}")
-        if wanted:
+        if "num_passes" in state:
             try:
                 self._weights.num_passes = check_count("num_passes", state["num_passes"], 0, 2**63)
             except TypeError as error:
                 raise ValueError(str(error)) from error
+        if "residuals" in state:
+            own, loaded = self._existing_residuals(), state["residuals"]
+            if not isinstance(loaded, list) or not all(isinstance(r, torch.Tensor) for r in loaded):
+                raise ValueError(f"expected residuals as a list of tensors, got {type(loaded).__name__}")
+            shapes, got = ([(r.dtype, r.shape) for r in listed] for listed in (own, loaded))
+            if shapes != got:
+                raise ValueError(f"expected residuals of {shapes}, got {got}; take the state of this model")
+            for mine, theirs in zip(own, loaded, strict=True):
+                mine.copy_(theirs)
+
+    def _existing_residuals(self) -> list[torch.Tensor]:
+        return [residual for group in self._residuals for residual in group if residual is not None]
 
     def _direction(
         self,
@@ -127,32 +171,47 @@ class StreamedStorage:
         project: Callable[[float, float], float | None],
     ) -> Direction:
         rounding_seed = None
-        if self._is_stochastic:
+        if self._options.rounding == "stochastic":
             index = self._weights.num_passes + number
             rounding_seed = derived_seed(self._seed, derived.PURPOSE_ROUNDING_SEEDS, index)
         perturbation = Perturbation(seed, self._eps, self._family, rounding_seed)
-        plus = self._model.evaluate(evaluation.side, perturbation, 1)
-        minus = self._model.evaluate(evaluation.side, perturbation, -1)
+        if self._options.paired:
+            plus, minus = self._model.evaluate_both(evaluation.both, perturbation)
+        else:
+            plus = self._model.evaluate(evaluation.side, perturbation, 1)
+            minus = self._model.evaluate(evaluation.side, perturbation, -1)
         return Direction(plus, minus, project(plus, minus))
 
 
-def _seen_weights(weights: TunedWeights, compute_dtype: torch.dtype | None) -> list[Weight]:
+def _residual(tensor: torch.Tensor) -> torch.Tensor | None:
+    if tensor.dtype not in _SHORT:
+        return None
+    strides = tensor.stride()
+    return torch.empty_strided(tensor.shape, strides, dtype=torch.int16, device=tensor.device).zero_()
+
+
+def _seen_weights(
+    weights: TunedWeights,
+    compute_dtype: torch.dtype | None,
+    residuals: Sequence[Sequence[torch.Tensor | None]],
+) -> list[Weight]:
     """The parameters that a perturbed forward pass must see otherwise than they are stored."""
     assert weights.model is not None
-    streams = {
-        id(tensor): stream
-        for group, streams in zip(weights.groups, weights.streams, strict=True)
-        for tensor, stream in zip(group, streams, strict=True)
+    tuned = {
+        id(tensor): (stream, residual)
+        for columns in zip(weights.groups, weights.streams, residuals, strict=True)
+        for tensor, stream, residual in zip(*columns, strict=True)
     }
     seen = []
     for name, parameter in weights.model.named_parameters():
-        widens = compute_dtype is not None and parameter.dtype in (torch.bfloat16, torch.float16)
+        widens = compute_dtype is not None and parameter.dtype in _SHORT
         dtype = compute_dtype if compute_dtype is not None and widens else parameter.dtype
-        if id(parameter) in streams or widens:
-            seen.append(Weight(name, parameter, parameter.data, streams.pop(id(parameter), None), dtype))
-    if streams:
+        if id(parameter) in tuned or widens:
+            stream, residual = tuned.pop(id(parameter), (None, None))
+            seen.append(Weight(name, parameter, parameter.data, stream, dtype, residual))
+    if tuned:
         raise ValueError(
-            f"expected tensors that are parameters of the model, got {len(streams)} that are not; "
+            f"expected tensors that are parameters of the model, got {len(tuned)} that are not; "
             "leave them out"
         )
     return seen
