@@ -231,6 +231,15 @@ class CompensatedReference(StreamedReference):
                 parameter.copy_(weight)
 
 
+class CompensatedFloatReference(CompensatedReference):
+    """The copies are those fp32 numbers, perturbed."""
+
+    def side(self, seed: int, offset: float, evaluate: Evaluate) -> float:
+        values = copy.deepcopy(self.values)
+        pass_over(values, [seed], [offset])
+        return evaluate(values)
+
+
 def stochastic(kind: type[Reference]) -> type[Reference]:
     """The same with stochastic rounding."""
     return type(f"Stochastic{kind.__name__}", (kind,), {"is_stochastic": True})
