@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from fedkseed._extras import require_extra
+from fedkseed.files import write_atomically
 
 Document = Mapping[str, Any]
+
+#: What a page has around the part that is made from a result.
+MARKS = ("<!-- made by benchmarks.drift_report from results/drift.json -->", "<!-- end -->")
+_CAPTION = "Distance from exact arithmetic against local steps, a panel for each dtype"
 
 
 def table(document: Document) -> str:
@@ -63,6 +68,20 @@ def facts(document: Document) -> str:
     return "\n".join(lines)
 
 
+def with_result(page: str, document: Document) -> str:
+    """The page with everything between its two marks made from the document.
+
+    Raises:
+        ValueError: a page without the marks.
+    """
+    before, mark, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not mark or not end:
+        raise ValueError(f"expected a page with {MARKS[0]} and {MARKS[1]}, got one without")
+    shown = "\n\n".join((table(document), f"![{_CAPTION}](numerics.png)", facts(document)))
+    return f"{before}{mark}\n\n{shown}\n\n{end}{after}"
+
+
 def draw(document: Document, path: Path) -> None:
     """Distance against steps as a PNG, a panel for each dtype.
 
@@ -94,13 +113,16 @@ def _number(value: float) -> str:
 
 
 def main() -> None:
-    """Prints the page's tables of a result file and draws its plot."""
+    """Prints the table of a result file, puts it into the page, draws the plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("result", type=Path, help="JSON written by benchmarks.drift")
+    parser.add_argument("--page", type=Path, help="docs/numerics.md: its part between the marks is made anew")
     parser.add_argument("--plot", type=Path, help="the PNG")
     options = parser.parse_args()
     document = json.loads(options.result.read_text())
-    print(facts(document), table(document), sep="\n\n")
+    print(table(document))
+    if options.page is not None:
+        write_atomically(options.page, with_result(options.page.read_text(), document).encode())
     if options.plot is not None:
         draw(document, options.plot)
 

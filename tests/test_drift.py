@@ -173,14 +173,25 @@ class TestRun:
         with pytest.raises(ValueError, match="expected algorithms out of official"):
             drift.run(drift.QUICK, 1, ["sideways"])
 
+    def test_a_page_takes_the_result_between_its_marks(self, document: dict[str, Any]) -> None:
+        begin, end = drift_report.MARKS
+        page = drift_report.with_result(f"before\n{begin}\nold\n{end}\nafter\n", document)
+        assert page.startswith(f"before\n{begin}\n\n| weights |")
+        assert page.endswith(f"|\n\n{end}\nafter\n")
+        assert "old" not in page
+        assert drift_report.facts(document) in page
+        assert drift_report.with_result(page, document) == page
+        with pytest.raises(ValueError, match="expected a page with"):
+            drift_report.with_result("nothing", document)
+
     def test_the_plot_is_a_png(self, document: dict[str, Any], tmp_path: Path) -> None:
         pytest.importorskip("matplotlib")
         drift_report.draw(document, tmp_path / "drift.png")
         assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.xfail(raises=FileNotFoundError, strict=True, reason="no result of a full run is committed yet")
 def test_the_page_shows_the_committed_result() -> None:
     document, page = json.loads(RESULT.read_text()), PAGE.read_text()
-    assert drift_report.table(document) in page
-    assert drift_report.facts(document) in page
+    assert drift_report.with_result(page, document) == page
     assert {row["algorithm"] for row in document["rows"]} == set(drift.ALGORITHMS)
