@@ -199,6 +199,22 @@ class FunctionalDropout(LanguageModel):
         return functional.dropout(super().forward(ids), 0.5, training=self.training)
 
 
+class ReusedBuffer(LanguageModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([BufferedBlock()])
+
+
+class BufferedBlock(Block):
+    """Returns the same tensor each time, with other numbers."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result = super().forward(hidden)
+        if not hasattr(self, "kept"):
+            self.kept = torch.empty_like(result)
+        return self.kept.copy_(result)
+
+
 class WithCache(LanguageModel):
     def __init__(self) -> None:
         super().__init__()
@@ -247,6 +263,7 @@ class DrawnMask(LanguageModel):
         ),
         (FunctionalDropout, RuntimeError, r"without random numbers .* different ones; call model.eval\(\)"),
         (DrawnMask, RuntimeError, r"\(dropout in train mode: drop, 1 in all\); call model.eval\(\)"),
+        (ReusedBuffer, ValueError, r"got one tensor of shape \(3, 5, 6\) for both, written twice"),
         (
             WithCache,
             TypeError,

@@ -88,38 +88,44 @@ class Pairing:
             for start in (0, half)
         ]
 
-    def merge(self, unit: Unit, plus: Any, minus: Any) -> Any:
+    def merge(self, unit: Unit, calls: Sequence[_Call], plus: Any, minus: Any) -> Any:
         """The result for the doubled batch.
+
+        Args:
+            calls: what `split` gave.
+            plus, minus: the results of the two calls, which may be taken apart.
 
         Raises:
             ValueError: results that do not fit together, or that differ between the halves without having
                 rows of the batch.
         """
-        if plus is minus:
-            return plus
         if type(plus) is not type(minus):
             raise self._misfit(unit, f"{type(plus).__name__} and {type(minus).__name__}")
         if isinstance(plus, Tensor):
-            return self._merge_tensors(unit, plus, minus)
+            return self._merge_tensors(unit, calls, plus, minus)
         if isinstance(plus, (tuple, list)) and len(plus) == len(minus):
-            items = [self.merge(unit, a, b) for a, b in zip(plus, minus, strict=True)]
+            items = [self.merge(unit, calls, a, b) for a, b in zip(plus, minus, strict=True)]
             return type(plus)(*items) if hasattr(plus, "_fields") else type(plus)(items)
         if isinstance(plus, dict) and plus.keys() == minus.keys():
             for key in plus:
-                plus[key] = self.merge(unit, plus[key], minus[key])
+                plus[key] = self.merge(unit, calls, plus[key], minus[key])
             return plus
         if dataclasses.is_dataclass(plus):
             for field in dataclasses.fields(plus):
-                merged = self.merge(unit, getattr(plus, field.name), getattr(minus, field.name))
+                merged = self.merge(unit, calls, getattr(plus, field.name), getattr(minus, field.name))
                 object.__setattr__(plus, field.name, merged)
             return plus
-        if isinstance(plus, (bool, int, float, str, torch.dtype, torch.device)) and plus == minus:
+        if plus is minus or (isinstance(plus, (bool, int, float, str)) and plus == minus):
             return plus
         raise self._misfit(unit, f"different values of {type(plus).__name__}")
 
-    def _merge_tensors(self, unit: Unit, plus: Tensor, minus: Tensor) -> Tensor:
+    def _merge_tensors(self, unit: Unit, calls: Sequence[_Call], plus: Tensor, minus: Tensor) -> Tensor:
         assert self._num_rows is not None
         half = self._num_rows // 2
+        if plus is minus:
+            if plus.dim() and len(plus) == half and not any(plus is value for value in tree_iter(calls)):
+                raise self._misfit(unit, f"one tensor of shape {tuple(plus.shape)} for both, written twice")
+            return plus
         if plus.shape == minus.shape and plus.dim() and len(plus) == half:
             if self._guard is not None and not self._guard.is_marked(plus):
                 self._check_rows(unit, plus, "returns")

@@ -142,7 +142,7 @@ class PerturbedModel:
                 self._sign = sign
                 load()
                 results.append(self._result(unit, forward, half_args, half_kwargs))
-            return self._pairing.merge(unit, *results)
+            return self._pairing.merge(unit, calls, *results)
 
     def _result(
         self, unit: Unit, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
