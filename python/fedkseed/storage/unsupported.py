@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from torch import nn
 
@@ -57,8 +58,19 @@ def check_servable(model: nn.Module) -> None:
                 f"expected modules that can be run unit by unit, got {place} compiled in place: compiled "
                 "code may keep the addresses of weights; make the optimizer of a model without .compile()"
             )
+        if _is_compiled(module.forward):
+            raise TypeError(
+                f"expected modules that can be run unit by unit, got {place} with a compiled forward: "
+                "compiled code may keep the addresses of weights; make the optimizer of a model without it"
+            )
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise TypeError(
                 f"expected parameters that have a shape, got {place} with uninitialized ones; "
                 "run one forward pass first"
             )
+
+
+def _is_compiled(forward: Any) -> bool:
+    """Whether it comes out of torch.compile; torch.compiler.disable leaves the same mark and one more."""
+    compiled = getattr(forward, "_torchdynamo_orig_callable", None) is not None
+    return compiled and not getattr(forward, "_torchdynamo_disable", False)
