@@ -116,9 +116,10 @@ template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kPie
   }
 }
 
-// kCompensated: the short way is that of weights with residuals, in place. Other kernels take them the long way.
+// kCompensated: weights with residuals; the short way is the one in place. One term without it is for weights that
+// have none; two terms take those that have some the long way.
 template <typename Storage, typename Family, int kTerms, bool kCompensated>
-__global__ void __launch_bounds__(kThreads, kTerms == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, kTerms == 1 && !is_rademacher(Family()) ? 3 : 2)
     few_terms(const __grid_constant__ FlatLaunch launch) {
   __shared__ FewShared<kTerms> shared;
   prepare_few<Storage, Family, kTerms>(launch, shared);
@@ -175,6 +176,8 @@ __global__ void __launch_bounds__(kThreads, kTerms == 1 ? 3 : 2)
     }
   }
 
+  // Without them it needs fewer registers.
+  constexpr bool kHasResiduals = kCompensated || kTerms != 1;
   // The long way, a piece a thread at a time: what those steps leave of the tile.
   constexpr int32_t kRow = kPiece * kThreads; // elements
   const bool unchanged = tile.memory.in && !any_term && alpha == 1.0f;
@@ -183,7 +186,8 @@ __global__ void __launch_bounds__(kThreads, kTerms == 1 ? 3 : 2)
   for (int32_t row = tile.memory.begin / kRow; row < last_row; ++row) {
     if (row >= whole_first * kFewPieces && row < whole_last * kFewPieces) continue;
     const uint32_t piece = (uint32_t)row * kThreads + threadIdx.x;
-    const PieceMemory memory = piece_memory<Storage>(tile, (int32_t)piece);
+    PieceMemory memory = piece_memory<Storage>(tile, (int32_t)piece);
+    if (!kHasResiduals) memory.residual = memory.residual_out = 0;
     const typename Storage::Piece weights = read_piece<Storage>(memory);
     if (unchanged) {
       copy_piece<Storage>(memory, weights);
