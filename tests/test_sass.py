@@ -165,7 +165,7 @@ def test_turns_around_matrices_are_those_of_the_source() -> None:
         for name, number in re.findall(r"constexpr int (kThreads|kWordChunk|kPieceShift) = (\d+);", source)
     }
     piece = 2 ** found["kPieceShift"]
-    assert sass.TURNS_AROUND_MATRICES == (piece * found["kWordChunk"], piece * found["kThreads"])
+    assert (piece * found["kWordChunk"], piece * found["kThreads"]) == sass.TURNS_AROUND_MATRICES
 
 
 def test_rules_of_cuda_kernels() -> None:
