@@ -147,6 +147,20 @@ def test_sizes(
     assert left_read.numpy().tobytes() == residuals.tobytes()
 
 
+@all_families
+@all_targets
+def test_ties_go_away_from_zero(target: Target, family: str) -> None:
+    """Updates that no fp32 shows: each pair is split again, at the middle between two bf16 numbers."""
+    weights = reference.round_to_nearest(np.linspace(0.01, 2, 1025, dtype=np.float32), "bfloat16")
+    weights[::3] |= 0x8000
+    tensor = tensor_of(weights, "bfloat16")
+    residuals = torch.full((1025,), -0x8000, dtype=torch.int16)
+    with target.forced():
+        fk.perturb_(tensor, 3, 1e-20, family=family, residuals=residuals)
+    assert stored_of(tensor).tobytes() == weights.tobytes()
+    assert bool((residuals == -0x8000).all())
+
+
 @all_dtypes
 @all_targets
 @pytest.mark.parametrize("memory", ["transposed", "every other"])
