@@ -185,7 +185,7 @@ class HotPath:
 def hot_path(function: Function, makes: re.Pattern[str]) -> HotPath:
     """The innermost loop that makes the most; without one, the way from entry to exit that does.
 
-    Loops with calls are left out: the subroutines of 64-bit divisions, which belong to addresses.
+    Loops without calls come first: the subroutines of 64-bit divisions belong to addresses.
 
     Args:
         makes: the opcode that is there once for each element.
@@ -195,11 +195,11 @@ def hot_path(function: Function, makes: re.Pattern[str]) -> HotPath:
     paths = [(path_that_makes_most(function, *loop, makes), True) for loop in function.innermost_loops()]
     paths.append((path_that_makes_most(function, 0, None, makes), False))
     found = [HotPath(path, sum(bool(makes.match(o)) for o in path), is_loop) for path, is_loop in paths]
-    loops = [
-        p for p in found if p.is_loop and p.num_made and not any(o.startswith("CALL") for o in p.opcodes)
-    ]
+    loops = [path for path in found if path.is_loop and path.num_made]
     if loops:
-        return max(loops, key=lambda path: path.num_made)
+        return max(
+            loops, key=lambda path: (not any(o.startswith("CALL") for o in path.opcodes), path.num_made)
+        )
     if not found[-1].num_made:
         raise ToolError(f"expected {makes.pattern} in the machine code of {function.name}, got none")
     return found[-1]

@@ -4,9 +4,6 @@
 
 #include "flat.h"
 
-FK_DEVICE constexpr bool is_rademacher(Gaussian) { return false; }
-FK_DEVICE constexpr bool is_rademacher(Rademacher) { return true; }
-
 // What two terms of Rademacher noise come to where their signs are equal (both +) and where they are not (the
 // first +).
 struct TwoTermSums {
@@ -46,7 +43,7 @@ FK_DEVICE void prepare_few(const FlatLaunch &launch, FewShared<kTerms> &shared) 
     fold_keys(keys, seed, tile.stream, group_high(tile.first_element, Family::kGroupShift), Family::kTag);
     const float own = counted_coefficient<Family, float>(launch.terms, role - 1);
     keys.w[19] = fk_bits_from_float(own);
-    if (is_rademacher(Family()) && kTerms == 2 && role == 1) {
+    if (Family::kTag == FK_TAG_RADEMACHER && kTerms == 2 && role == 1) {
       bool skipped;
       shared.sums = sum_two_terms(own, term_coefficient<Family, float>(launch.terms, 1, skipped));
     }
@@ -116,9 +113,19 @@ template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kPie
   }
 }
 
-// kCompensated: the short way is that of weights with residuals, in place. Other kernels take them the long way.
+// Blocks on a multiprocessor at once: as many as need no spills.
+template <typename Family, int kTerms> constexpr int few_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return 2;
+#else
+  return kTerms == 1 && Family::kTag == FK_TAG_GAUSSIAN ? 3 : 2;
+#endif
+}
+
+// kCompensated: weights with residuals; the short way is the one in place. One term without it is for weights that
+// have none; two terms take those that have some the long way.
 template <typename Storage, typename Family, int kTerms, bool kCompensated>
-__global__ void __launch_bounds__(kThreads, kTerms == 1 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, few_blocks<Family, kTerms>())
     few_terms(const __grid_constant__ FlatLaunch launch) {
   __shared__ FewShared<kTerms> shared;
   prepare_few<Storage, Family, kTerms>(launch, shared);
@@ -175,6 +182,8 @@ __global__ void __launch_bounds__(kThreads, kTerms == 1 ? 3 : 2)
     }
   }
 
+  // Without them it needs fewer registers.
+  constexpr bool kHasResiduals = kCompensated || kTerms != 1;
   // The long way, a piece a thread at a time: what those steps leave of the tile.
   constexpr int32_t kRow = kPiece * kThreads; // elements
   const bool unchanged = tile.memory.in && !any_term && alpha == 1.0f;
@@ -183,7 +192,8 @@ __global__ void __launch_bounds__(kThreads, kTerms == 1 ? 3 : 2)
   for (int32_t row = tile.memory.begin / kRow; row < last_row; ++row) {
     if (row >= whole_first * kFewPieces && row < whole_last * kFewPieces) continue;
     const uint32_t piece = (uint32_t)row * kThreads + threadIdx.x;
-    const PieceMemory memory = piece_memory<Storage>(tile, (int32_t)piece);
+    PieceMemory memory = piece_memory<Storage>(tile, (int32_t)piece);
+    if (!kHasResiduals) memory.residual = memory.residual_out = 0;
     const typename Storage::Piece weights = read_piece<Storage>(memory);
     if (unchanged) {
       copy_piece<Storage>(memory, weights);

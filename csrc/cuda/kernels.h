@@ -10,7 +10,7 @@ enum Loop { kOneTerm, kTwoTerms, kManyTerms, kNumLoops };
 struct Kernels {
   void (*flat[kNumLoops][2])(const FlatLaunch &launch, uint32_t num_tiles,
                              void *stream); // by Loop, fk_family
-  // By fk_family: one term, in place, weights with residuals. NULL: the dtype has none.
+  // By fk_family: one term, weights with residuals. NULL: the dtype has none.
   void (*compensated[2])(const FlatLaunch &launch, uint32_t num_tiles, void *stream);
   void (*strided[2])(const StridedLaunch &launch, uint32_t num_tiles, void *stream); // by fk_family
   int64_t flat_tile[kNumLoops][2];                                                   // elements of a tile

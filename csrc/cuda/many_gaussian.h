@@ -45,8 +45,15 @@ template <typename Arithmetic, int kPieces> FK_DEVICE void clear_sums(Arithmetic
   }
 }
 
-template <typename Storage>
-__global__ void __launch_bounds__(kThreads, ManyPieces<typename Storage::Arithmetic>::kBlocks)
+// Blocks on a multiprocessor at once. On sm_100 a third one of weights that may have residuals would spill.
+template <typename Storage> constexpr int gaussian_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  if (Storage::kRounds) return 2;
+#endif
+  return ManyPieces<typename Storage::Arithmetic>::kBlocks;
+}
+
+template <typename Storage> __global__ void __launch_bounds__(kThreads, gaussian_blocks<Storage>())
     many_gaussian(const __grid_constant__ FlatLaunch launch) {
   using Arithmetic = typename Storage::Arithmetic;
   constexpr int kPieces = ManyPieces<Arithmetic>::kCount;

@@ -153,14 +153,14 @@ int32_t fk_cuda_run(const fk_tensor *tensors, int64_t num_tensors, const int64_t
   Plan plan = {};
   plan.stream = stream;
   plan.num_skipped = terms->num_skipped;
-  // Tensors whose residuals are written have launches of their own.
+  // Tensors with residuals have launches of their own.
   for (int32_t kind = 0; kind < 2 * (FK_FP64 + 1); ++kind) {
     const int32_t dtype = kind / 2;
     const bool compensated = kind % 2;
     bool begun = false;
     for (int64_t i = 0; i < num_tensors; ++i) {
       const fk_tensor &t = tensors[i];
-      if (t.dtype != dtype || (t.residual_out != 0) != compensated || t.numel == 0) continue;
+      if (t.dtype != dtype || (t.residual != 0) != compensated || t.numel == 0) continue;
       if (!begun) begin(plan, dtype, compensated, *terms, rows, num_source_rows);
       begun = true;
       const int32_t error = t.ndim            ? append_strided(plan, t)

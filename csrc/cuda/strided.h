@@ -114,7 +114,7 @@ template <typename Storage> FK_DEVICE Slot find_slot(const StridedTensor &stride
   return found;
 }
 
-template <typename Storage, typename Family> __global__ void __launch_bounds__(kStridedThreads)
+template <typename Storage, typename Family> __global__ void __launch_bounds__(kStridedThreads, 2)
     strided(const __grid_constant__ StridedLaunch launch) {
   using Arithmetic = typename Storage::Arithmetic;
   using Factor = typename PieceSums<Family, Arithmetic>::Factor;

@@ -69,8 +69,7 @@ def expected(stored: Any, terms: Terms, dtype: str, sign: int = 1) -> Any:
 def weights(dtype: str, count: int) -> Any:
     """Zeros of both signs first: a sum of +0 or -0 shows in them."""
     stored = stored_of(cuda_shim.weights(count, dtype))
-    stored[:40] = stored_of(tensor_of(np.zeros(40), "float64").to(getattr(torch, dtype)))
-    stored[:40:2] = stored_of(-torch.zeros(20, dtype=getattr(torch, dtype)))
+    stored[:40] = stored_of(torch.tensor([0.0, -0.0] * 20, dtype=getattr(torch, dtype)))
     return stored
 
 
@@ -100,16 +99,18 @@ def test_coefficients(run: Run, case: str, num_terms: int, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_terms", [64, 65, 300])
-def test_numbers_of_terms(run: Run, num_terms: int, dtype: str) -> None:
-    """Past what the kernels take at a time: 32, 64 and 256 terms."""
+@pytest.mark.parametrize("num_terms", [32, 64, 65, 300])
+def test_numbers_of_terms(run: Run, request: pytest.FixtureRequest, num_terms: int, dtype: str) -> None:
+    """Past what the CUDA kernels take at a time: 32, 64 and 256 terms."""
+    if "triton" in request.node.name:
+        pytest.skip("Triton takes its terms one by one, and in its interpreter slowly")
     check(run, CASES["ordinary"](num_terms), dtype, alpha=1.0, count=40)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_largest_integers(run: Run, dtype: str) -> None:
     """All terms the same seed and coefficient: sums of +-2^30 (2^62), the end of what the contract allows."""
-    terms = host_terms([1.0, 0.5] * 32, 1.0)
+    terms = host_terms([1.0] * 16, 1.0)
     for value in (1.0, -1.0):
         terms.seeds[:], terms.coeffs[:] = 7, value
         stored, tensor = weights(dtype, 130), tensor_of(weights(dtype, 130), dtype)
@@ -118,7 +119,7 @@ def test_the_largest_integers(run: Run, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_terms", [2, 17])
+@pytest.mark.parametrize("num_terms", [2, 9])
 def test_any_order_gives_the_same_bits(run: Run, num_terms: int, dtype: str) -> None:
     coeffs = [0.3 * 1.7**-k * (-1) ** k for k in range(num_terms)]
     results = set()
@@ -152,7 +153,7 @@ def test_bad_coefficients_on_the_device_are_skipped_and_counted_once(run: Run) -
 def test_more_terms_than_a_matrix_product_may_sum(cuda_shim_library: Any) -> None:
     """Past 2^16 terms the CUDA kernels go element by element: the products' 32 bits would not hold them."""
     num_terms = 2**16 + 1
-    stored = weights("float32", 3)
+    stored = weights("float32", 41)
     terms = host_terms([1.0] * 3, 1.0)
     many = DeviceTerms(
         torch.tensor([int(s) for s in terms.seeds.view(np.int64)] + [1] * (num_terms - 3)),
