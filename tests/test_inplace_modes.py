@@ -6,7 +6,7 @@ import io
 import math
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -183,14 +183,7 @@ def test_an_exception_in_the_middle_of_a_forward_leaves_no_perturbation(
     assert largest_difference(weights_of(model), weights_of(mirror)) < 1e-12
 
 
-@pytest.fixture
-def _ctrl_c_raises() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_ctrl_c_raises")
+@pytest.mark.usefixtures("ctrl_c_raises")
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
 def test_ctrl_c_inside_a_chained_pass_leaves_clean_weights(
     stop_at: int, monkeypatch: pytest.MonkeyPatch

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -166,15 +165,7 @@ def test_an_exception_in_the_closure_takes_the_perturbation_back(
     assert optimizer.history[0][0] == POOL.schedule(0, 0, 1)[0]
 
 
-@pytest.fixture
-def _ctrl_c_raises() -> Iterator[None]:
-    """A shell starts background jobs with SIGINT ignored, and Python then leaves it so."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_ctrl_c_raises")
+@pytest.mark.usefixtures("ctrl_c_raises")
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
 def test_ctrl_c_inside_a_pass_over_the_weights(stop_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()

@@ -7,7 +7,6 @@ import logging
 import math
 import signal
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -223,14 +222,7 @@ def test_an_exception_in_any_evaluation_takes_the_perturbation_back(
     assert largest_difference(weights_of(mirror), weights_of(model)) < 1e-12
 
 
-@pytest.fixture
-def _ctrl_c_raises() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("_ctrl_c_raises")
+@pytest.mark.usefixtures("ctrl_c_raises")
 @pytest.mark.parametrize("stop_at", range(1, 8))
 def test_ctrl_c_inside_a_pass_updates_all_groups_or_none(
     stop_at: int, monkeypatch: pytest.MonkeyPatch

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import mmap
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,14 +146,20 @@ class TestMeasure:
     @pytest.mark.slow
     @pytest.mark.skipif(not memory.can_measure(), reason="needs Linux's /proc/self/clear_refs")
     def test_a_step_that_keeps_memory_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """In this process, with a contestant that keeps 64 MB: the measurement finds them."""
-        kept: list[torch.Tensor] = []
+        """In this process, with a contestant that keeps 16 MB a step: the measurement finds them.
+
+        They come from the system: the heap of a process that has run other tests may have as much to reuse.
+        """
+        kept: list[np.ndarray[Any, Any]] = []
         whole = step_contestants.open_step
 
+        def keep_memory() -> None:
+            pages = mmap.mmap(-1, 16_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            kept.append(np.frombuffer(pages, dtype=np.uint8))
+            kept[-1].fill(1)
+
         def open_step(name: str, *rest: Any) -> step_contestants.Step:
-            if name == "greedy":
-                return lambda: kept.append(torch.ones(4_000_000))
-            return whole(name, *rest)
+            return keep_memory if name == "greedy" else whole(name, *rest)
 
         monkeypatch.setattr(step_contestants, "open_step", open_step)
         found = step_memory._growth(

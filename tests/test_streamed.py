@@ -198,6 +198,7 @@ def test_an_exception_in_a_forward_leaves_everything_in_place(place: str, call: 
     assert optimizer.projected_grads[0] == projected(losses, optimizer.eps)
 
 
+@pytest.mark.usefixtures("ctrl_c_raises")
 def test_an_interrupt_in_a_forward_leaves_everything_in_place() -> None:
     model, ids = build(TiedModel), make_ids()
     before, places = weights_of(model), addresses(model)
