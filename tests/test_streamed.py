@@ -198,19 +198,6 @@ def test_an_exception_in_a_forward_leaves_everything_in_place(place: str, call: 
     assert optimizer.projected_grads[0] == projected(losses, optimizer.eps)
 
 
-def test_a_thousand_cycles_change_no_stored_byte() -> None:
-    model, ids = build(TiedModel), make_ids()
-    model.bfloat16()
-    before, places = weights_of(model), addresses(model)
-    optimizer = ZOSGD(model, 0.0, EPS, seed=SEED, storage=Streamed())
-    for _ in range(1000):
-        optimizer.step(lambda: loss_of(model, ids))
-        assert optimizer.num_skipped == 0
-    assert optimizer.projected_grads != (0.0,)
-    assert same_bytes(before, weights_of(model))
-    assert addresses(model) == places
-
-
 @pytest.mark.usefixtures("ctrl_c_raises")
 def test_an_interrupt_in_a_forward_leaves_everything_in_place() -> None:
     model, ids = build(TiedModel), make_ids()
