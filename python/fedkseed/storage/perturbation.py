@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 import fedkseed_kernels
 
-# Elements that are widened at a time, so that what is in between stays small; a GPU pays for each launch.
-_CPU_PIECE, _GPU_PIECE = 1 << 16, 1 << 22
+# What is in between while a tensor is widened stays small beside it: so many pieces at most, none smaller
+# than this many elements.
+_NUM_PIECES, _SMALLEST_PIECE = 128, 1 << 16
 
 
 @dataclass(eq=False)
@@ -164,7 +165,7 @@ class Perturbation:
 
 def write_compensated(weight: Tensor, residual: Tensor, out: Tensor) -> None:
     """out = the fp32 that a weight of 16 bits and its residual stand for (contract, section 6.5)."""
-    num_elements = _CPU_PIECE if weight.device.type == "cpu" else _GPU_PIECE
+    num_elements = max(weight.numel() // _NUM_PIECES, _SMALLEST_PIECE)
     pieces = zip(
         torch.split(weight.reshape(-1), num_elements),
         torch.split(residual.reshape(-1), num_elements),
