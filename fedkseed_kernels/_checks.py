@@ -64,6 +64,7 @@ def check_metadata(tensors: Sequence[Tensor], name: str) -> None:
 
 def check_outs(outs: Sequence[Tensor], name: str, tensors: Sequence[Tensor], num_rows: int | None) -> None:
     """An output list beside its inputs: length, shape, dtype, device. num_rows replaces dimension 0."""
+    wide_dtypes = () if num_rows is not None else COMPENSATED_DTYPES
     if len(outs) != len(tensors):
         raise ValueError(
             f"expected {name} to hold {len(tensors)} tensors, one for each input, got {len(outs)}"
@@ -72,11 +73,23 @@ def check_outs(outs: Sequence[Tensor], name: str, tensors: Sequence[Tensor], num
     if outs and outs[0].device != tensors[0].device:
         raise ValueError(f"expected {name} on {tensors[0].device} like the inputs, got {outs[0].device}")
     for position, (out, tensor) in enumerate(zip(outs, tensors, strict=True)):
-        if out.dtype != tensor.dtype:
-            raise TypeError(f"expected {name}[{position}] in {tensor.dtype} like its input, got {out.dtype}")
+        if out.dtype != tensor.dtype and not (out.dtype == torch.float32 and tensor.dtype in wide_dtypes):
+            other = " or torch.float32" if tensor.dtype in wide_dtypes else ""
+            raise TypeError(
+                f"expected {name}[{position}] in {tensor.dtype} like its input{other}, got {out.dtype}"
+            )
         shape = tensor.shape if num_rows is None else (num_rows, *tensor.shape[1:])
         if out.shape != shape:
             raise ValueError(f"expected {name}[{position}] of shape {tuple(shape)}, got {tuple(out.shape)}")
+
+
+def check_sides(outs: Sequence[Tensor], outs_minus: Sequence[Tensor]) -> None:
+    """The two output lists of a pair, each checked beside the inputs: of the same dtypes."""
+    for position, (plus, minus) in enumerate(zip(outs, outs_minus, strict=True)):
+        if plus.dtype != minus.dtype:
+            raise TypeError(
+                f"expected out_minus[{position}] in {plus.dtype} like out_plus[{position}], got {minus.dtype}"
+            )
 
 
 def has_residuals(residuals: Sequence[Tensor]) -> bool:
@@ -178,7 +191,11 @@ def _check_memory(items: TensorList, name: str, is_written: bool = True) -> None
 
 
 def _equal_memory(a: TensorList, b: TensorList, i: int) -> bool:
-    return a.addresses[i] == b.addresses[i] and a.tensors[i].stride() == b.tensors[i].stride()
+    return (
+        a.addresses[i] == b.addresses[i]
+        and a.dtypes[i] == b.dtypes[i]
+        and a.tensors[i].stride() == b.tensors[i].stride()
+    )
 
 
 def _check_residuals_stay_true(operands: Operands, residuals: TensorList) -> None:
@@ -310,6 +327,8 @@ def check_operands(
     for name, written in ((plus_name, outs), ("out_minus", outs_minus)):
         if written is not None:
             check_outs(written, name, tensors, num_rows)
+    if outs is not None and outs_minus is not None:
+        check_sides(outs, outs_minus)
     check_residuals(residuals, tensors)
     left = TensorList(residuals if has_residuals(residuals) else ())
     inputs = TensorList(tensors)

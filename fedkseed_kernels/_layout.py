@@ -113,7 +113,8 @@ def pointer_table(operands: Operands) -> NDArray[np.void]:
     table["numel"] = outs.numels
     table["first_element"] = operands.offsets
     table["stream"] = operands.streams
-    table["dtype"] = [DTYPE_CODES[dtype] for dtype in outs.dtypes]
+    table["out_dtype"] = [DTYPE_CODES[dtype] for dtype in outs.dtypes]
+    table["dtype"] = [DTYPE_CODES[dtype] for dtype in (operands.inputs or outs).dtypes]
     for position in strided_positions(operands):
         if outs.numels[position]:
             _fill_strided(table[position], operands, position)

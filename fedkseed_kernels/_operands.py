@@ -21,7 +21,7 @@ DTYPE_CODES: dict[torch.dtype, int] = {
     torch.float16: 2,
     torch.float64: 3,
 }
-# Those that may carry residuals (contract section 6.5).
+# Those that may carry residuals (contract section 6.5), and whose results may be written in fp32.
 COMPENSATED_DTYPES = (torch.bfloat16, torch.float16)
 FAMILY_CODES: dict[str, int] = {"gaussian": 0, "rademacher": 1}
 ROUNDING_CODES: dict[str, int] = {"nearest": 0, "stochastic": 1}
@@ -55,6 +55,7 @@ class Operands:
     indices of tensor i are row-major from `offsets[i]` on, or those of `views[i]` where that is not None.
     `residuals`, if there are any: int16 of input i, with its shape and strides, or None where it has none
     (contract section 6.5); `writes_residuals`: in place, results are split into weights and residuals.
+    An output of a bf16 or fp16 input is in fp32 where it takes results that are not rounded.
     """
 
     inputs: TensorList | None

@@ -14,7 +14,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fedkseed_kernels import native, native_backend, native_cuda_backend, reference_backend, triton_backend
+from fedkseed_kernels import (
+    _widening,
+    native,
+    native_backend,
+    native_cuda_backend,
+    reference_backend,
+    triton_backend,
+)
 from fedkseed_kernels._operands import ISA_CODES, DeviceTerms, Operands, Terms
 
 logger = logging.getLogger("fedkseed_kernels")
@@ -34,6 +41,8 @@ class Backend(Protocol):
 
     #: Whether it serves tensors with residuals (contract section 6.5).
     SERVES_RESIDUALS: bool
+    #: Whether it writes results of 16-bit tensors to fp32 outputs; for others `_widening` goes before.
+    WRITES_FP32: bool
 
     def unavailable(self) -> str | None:
         """Why it cannot be used, with what to do about it; None when it can."""
@@ -200,6 +209,8 @@ def execute(operands: Operands, terms: Terms | DeviceTerms) -> None:
             f"expected tensors without residuals, which the {chosen.name} backend does not serve on "
             f"{outs[0].device.type}; leave them out or use another backend"
         )
+    if not chosen.backend.WRITES_FP32:
+        operands = _widening.widened(operands)
     chosen.backend.seed_axpy(operands, terms, chosen.isa)
     written = outs if operands.outs_minus is None else [*outs, *operands.outs_minus.tensors]
     if operands.writes_residuals and operands.residuals is not None:

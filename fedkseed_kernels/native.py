@@ -27,7 +27,7 @@ from fedkseed_kernels._operands import (
     Terms,
 )
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 ERROR_ARGUMENT, ERROR_ISA, ERROR_MEMORY = -1, -2, -3
 
 LIBRARY_PATH = Path(__file__).parent / "_lib" / "libfedkseed_cpu.so"
@@ -59,7 +59,7 @@ class FkTensor(ctypes.Structure):
         ("stream", ctypes.c_uint32),
         ("dtype", ctypes.c_int32),
         ("ndim", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
         ("sizes", _Strides),
         ("in_strides", _Strides),
         ("out_strides", _Strides),

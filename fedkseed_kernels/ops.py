@@ -8,6 +8,8 @@ Supported dtypes, in any mixture within a list:
 | bfloat16, float16 | fp32 | to nearest even | up or down by 16 random bits an element |
 | float64 | fp64 | stored as it is | no effect |
 
+Results of bfloat16 and float16 tensors can also be written to float32 outputs, as they are.
+
 Every bit is fixed by docs/noise-contract.md; section numbers below are that page's. Seeds, coefficients,
 alpha and the rounding seed are tensors in the schemas: as numbers they would make torch.compile recompile for
 each value, could not exceed 2^63, and would be frozen into a captured graph.
@@ -140,6 +142,8 @@ def _check_without_values(
     for name, written in (("out", outs), ("out_minus", outs_minus)):
         if written is not None:
             _checks.check_outs(written, name, tensors, num_rows)
+    if outs is not None and outs_minus is not None:
+        _checks.check_sides(outs, outs_minus)
     _checks.check_residuals(residuals, tensors)
     if outs is None:
         _checks.check_split_rounding(rounding, residuals)
@@ -310,7 +314,8 @@ def seed_axpy(
     Args:
         out: tensors of the inputs' shapes (with rows: num_rows in place of the first size), dtypes and
             device; strides are free. out[i] may be tensors[i] itself, except with rows; nothing else may
-            overlap.
+            overlap. Without rows, out[i] of a bf16 or fp16 tensor may be in float32: it takes the result as
+            it is, not rounded; with alpha 1 and no coefficient but zeros that is the weight itself.
         rows: see the module. Offsets and views still speak of the whole tensor.
     Returns: out, or new tensors. Mutates: out.
     Raises: see the module; then no tensor has changed.
@@ -346,8 +351,8 @@ def seed_axpy_pair(
     """Both sides from one generation of the noise: `seed_axpy` with coeffs and with -coeffs (section 6.2).
 
     Args:
-        out_plus, out_minus: as `out` of `seed_axpy`. One of out_plus[i], out_minus[i] may be tensors[i]
-        itself.
+        out_plus, out_minus: as `out` of `seed_axpy`, out_minus[i] of the dtype of out_plus[i]. One of
+        out_plus[i], out_minus[i] may be tensors[i] itself.
     Returns: (out_plus, out_minus), given or new. Mutates: both.
     Raises: see the module; then no tensor has changed.
     """

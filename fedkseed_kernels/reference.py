@@ -316,6 +316,7 @@ def seed_axpy_array(
     rounding: str = "nearest",
     rounding_seed: int | None = None,
     residuals: NDArray[np.int16] | None = None,
+    wide: bool = False,
 ) -> NDArray[Any]:
     """Section 6: the new stored values of weights whose element indices are `elements`.
 
@@ -325,16 +326,24 @@ def seed_axpy_array(
         seeds, coeffs: the K terms. coeffs are fp64 numbers, rounded once to the arithmetic format.
         dtype: one of DTYPES. alpha is rounded to fp32. rounding_seed is needed for stochastic rounding.
         residuals: of compensated bf16 or fp16 weights (section 6.5), int16 of the same shape; only read.
-    Returns: a new array of the storage type and shape of weights.
+        wide: of bf16 or fp16 weights, y itself.
+    Returns: a new array of the shape and storage type of weights, or of float32 if wide.
     Raises:
         ValueError: anything that does not fit the above, or a coefficient that is not finite.
     """
     _checked_choice("rounding", rounding, ROUNDINGS)
     if rounding == "stochastic" and rounding_seed is None:
         raise ValueError("expected a rounding_seed for stochastic rounding, got None; pass an integer")
+    if wide and dtype not in COMPENSATED_DTYPES:
+        raise ValueError(f"expected bfloat16 or float16 weights for wide results, got {dtype}")
+    results = _results(weights, residuals, elements, seeds, coeffs, dtype, stream, alpha, family)
     stored: NDArray[Any] = weights.copy().reshape(-1)
-    for chunk, y in _results(weights, residuals, elements, seeds, coeffs, dtype, stream, alpha, family):
-        if rounding == "stochastic" and rounding_seed is not None and dtype in ("bfloat16", "float16"):
+    if wide:
+        stored = _exact.value(stored, None if residuals is None else residuals.reshape(-1), dtype)
+    for chunk, y in results:
+        if wide:
+            stored[chunk] = y
+        elif rounding == "stochastic" and rounding_seed is not None and dtype in ("bfloat16", "float16"):
             random_bits = rounding_bits(rounding_seed, stream, np.reshape(elements, -1)[chunk])
             stored[chunk] = _exact.round_stochastically(y, random_bits, dtype)
         else:

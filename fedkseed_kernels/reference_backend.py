@@ -18,6 +18,7 @@ from fedkseed_kernels._layout import element_layout
 from fedkseed_kernels._operands import Operands, Terms
 
 SERVES_RESIDUALS = True
+WRITES_FP32 = True
 
 # Measured on one Zen 3 core against AVX2: fp32, bf16 and fp64, one and 16 seeds.
 COST = "100 to 350 times slower than the native library (about 0.2 microseconds for each weight and seed)"
@@ -65,7 +66,9 @@ def _one_tensor(operands: Operands, terms: Terms, position: int) -> None:
     shape = (operands.inputs or operands.outs).tensors[position].shape
     first, element_strides = element_layout(shape, operands.offsets[position], operands.views[position])
     rows = None if operands.rows is None else operands.rows.numpy()
-    name, stream = _NAMES[operands.outs.tensors[position].dtype], operands.streams[position]
+    out_dtype, stream = operands.outs.dtypes[position], operands.streams[position]
+    dtype = out_dtype if operands.inputs is None else operands.inputs.dtypes[position]
+    name = _NAMES[dtype]
     residuals = _residuals(operands, position)
     common: dict[str, Any] = {
         "dtype": name,
@@ -94,9 +97,8 @@ def _one_tensor(operands: Operands, terms: Terms, position: int) -> None:
             )
         else:
             call = reference.seed_axpy_array if minus is None else reference.seed_axpy_pair_array
-            result: Any = call(
-                source[at], elements, seeds, terms.coeffs, residuals=left, **common, **rounding
-            )
+            options = {**common, **rounding, "residuals": left, "wide": dtype != out_dtype}
+            result: Any = call(source[at], elements, seeds, terms.coeffs, **options)
             if minus is None:
                 out[to] = result
             else:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedkseed_kernels._operands import Operands
 
 SERVES_RESIDUALS = False
+WRITES_FP32 = False
 
 INTERPRET_VARIABLE = "TRITON_INTERPRET"
 # Releases that the kernels are compiled with in the tests.

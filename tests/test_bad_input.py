@@ -332,6 +332,33 @@ def test_outputs_that_do_not_fit(
         call("seed_axpy" if side == "out" else "seed_axpy_pair", tensors, **{side: outs})
 
 
+def test_wide_outputs_that_do_not_fit() -> None:
+    """Outputs in fp32 are of bf16 and fp16 tensors, for both sides, in memory of their own, without rows."""
+    tensor, half = torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(3, 4, dtype=torch.float16)
+    wide, memory = torch.ones(3, 4), torch.ones(12)
+    first, over = memory.view(torch.bfloat16)[:12].view(3, 4), memory.view(3, 4)
+    rows = torch.tensor([0, 2, 1])
+    cases: list[tuple[str, Tensor, dict[str, Any], type[Exception], str]] = [
+        ("seed_axpy", tensor, {"out": half}, TypeError, "bfloat16 like its input or torch.float32, got .*16"),
+        ("seed_axpy", wide, {"out": wide.bfloat16()}, TypeError, "torch.float32 like its input, got"),
+        ("seed_axpy", wide.double(), {"out": wide}, TypeError, "torch.float64 like its input, got"),
+        ("seed_axpy", tensor, {"out": wide, "rows": rows}, TypeError, "bfloat16 like its input, got .*32"),
+        ("seed_axpy", first, {"out": over}, ValueError, r"tensors\[0\] and out\[0\] share memory"),
+        (
+            "seed_axpy_pair",
+            tensor,
+            {"out_plus": wide},
+            TypeError,
+            r"out_minus\[0\] in torch.float32 like out_p",
+        ),
+        ("seed_axpy_pair", tensor, {"out_minus": wide}, TypeError, r"out_minus\[0\] in torch.bfloat16 like"),
+        ("seed_axpy_pair", tensor, {"out_plus": wide, "out_minus": wide}, ValueError, "in the same memory"),
+    ]
+    for name, given, options, error, message in cases:
+        with Watch(error, message, tensor, half, wide, memory):
+            call(name, given, **options)
+
+
 def test_outputs_on_another_device() -> None:
     tensors = pair_of_tensors()
     with Watch(ValueError, "expected out on cpu like the inputs, got meta", *tensors):

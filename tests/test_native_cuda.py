@@ -119,7 +119,7 @@ def test_not_a_library(library_path: Path) -> None:
 @pytest.mark.parametrize(
     ("versions", "message"),
     [
-        ((99, 1), "fk_abi_version expected 2, got 99"),
+        ((99, 1), "fk_abi_version expected 3, got 99"),
         ((2, 2), "fk_contract_version expected 1, got 2"),
         ((2, 1), "lacks an entry"),
     ],

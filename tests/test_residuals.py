@@ -148,6 +148,7 @@ def opcheck_cases() -> dict[str, tuple[Any, ...]]:
         torch.zeros(10, 4, dtype=torch.int16)[::2, :3],
     ]
     outs = [[torch.zeros_like(t) for t in tensors] for _ in range(2)]
+    wide = [[torch.zeros_like(t, dtype=torch.float32) for t in tensors] for _ in range(2)]
     alpha = torch.tensor(0.75, dtype=torch.float64)
     terms = (torch.tensor(SEEDS), torch.tensor(COEFFS, dtype=torch.float64), alpha, [], [], [], "gaussian")
     nearest, random = (*terms, "nearest", None), (*terms, "stochastic", torch.tensor(9))
@@ -155,12 +156,14 @@ def opcheck_cases() -> dict[str, tuple[Any, ...]]:
         "seed_axpy_": (tensors, residuals, *nearest),
         "seed_axpy_out": (tensors, residuals, outs[0], None, *random),
         "seed_axpy_pair_out": (tensors, residuals, *outs, None, *nearest),
+        "seed_axpy_out, to fp32": (tensors, residuals, wide[0], None, *random),
+        "seed_axpy_pair_out, to fp32": (tensors, residuals, *wide, None, *nearest),
     }
 
 
 @pytest.mark.parametrize("name", sorted(opcheck_cases()))
 def test_opcheck(name: str) -> None:
-    op = getattr(torch.ops.fedkseed, name).default
+    op = getattr(torch.ops.fedkseed, name.partition(",")[0]).default
     assert set(torch.library.opcheck(op, opcheck_cases()[name]).values()) == {"SUCCESS"}
 
 

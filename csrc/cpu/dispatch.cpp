@@ -61,6 +61,11 @@ bool residuals_fit(const fk_tensor *t, const fk_terms *terms) {
                               terms->rounding == FK_NEAREST);
 }
 
+bool outputs_fit(const fk_tensor *t) {
+  const bool is_half = t->dtype == FK_BF16 || t->dtype == FK_FP16;
+  return t->out_dtype == t->dtype || (t->out_dtype == FK_FP32 && is_half && t->in && !t->residual_out);
+}
+
 const fk_kernels *resolve(int32_t isa) {
   if (isa < FK_ISA_AUTO || isa >= FK_NUM_ISAS) return 0;
   const int32_t usable = fk_cpu_isas_usable();
@@ -93,7 +98,7 @@ FK_EXPORT int32_t fk_cpu_seed_axpy(const fk_tensor *tensors, int64_t num_tensors
   for (int64_t i = 0; i < num_tensors; ++i) {
     if (tensors[i].dtype < FK_FP32 || tensors[i].dtype > FK_FP64) return FK_ERROR_ARGUMENT;
     if (tensors[i].ndim < 0 || tensors[i].ndim > FK_MAX_DIMS) return FK_ERROR_ARGUMENT;
-    if (!residuals_fit(&tensors[i], terms)) return FK_ERROR_ARGUMENT;
+    if (!residuals_fit(&tensors[i], terms) || !outputs_fit(&tensors[i])) return FK_ERROR_ARGUMENT;
   }
   const fk_kernels *kernels = resolve(isa);
   if (!kernels) return FK_ERROR_ISA;

@@ -42,6 +42,8 @@ struct Run { // consecutive elements of the noise, evenly spaced in memory
   int16_t *residual_out;   // beside out
 };
 
+bool is_wide(const fk_tensor &t) { return t.out_dtype != t.dtype; }
+
 size_t element_size(int32_t dtype) { return dtype == FK_FP64 ? 8 : dtype == FK_FP32 ? 4 : 2; }
 
 template <typename T>
@@ -113,10 +115,11 @@ template <typename T> bool mirror(const T *acc, T *minus, int64_t n, int32_t fam
 
 void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done, int64_t n, const Side &side,
                 const float *acc, const double *acc64, Buffers &buffers) {
-  const size_t size = element_size(t.dtype);
+  const size_t size = element_size(t.dtype), out_size = element_size(t.out_dtype);
   fk_apply apply;
   apply.in = run.in ? run.in + done * run.in_stride * (int64_t)size : 0;
-  apply.out = side.base + done * side.stride * (int64_t)size;
+  apply.out = side.base + done * side.stride * (int64_t)out_size;
+  apply.out_minus = 0;
   apply.acc = acc;
   apply.acc64 = acc64;
   apply.n = n;
@@ -124,7 +127,8 @@ void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done
   apply.noise = 0;
   apply.residual = run.residual ? run.residual + done * run.in_stride : 0;
   apply.residual_out = run.residual_out ? run.residual_out + done * side.stride : 0;
-  if (job.terms->rounding == FK_STOCHASTIC && (t.dtype == FK_BF16 || t.dtype == FK_FP16)) {
+  apply.wide = is_wide(t);
+  if (job.terms->rounding == FK_STOCHASTIC && out_size == 2) {
     const uint64_t element = run.first_element + (uint64_t)done;
     const int64_t skip = (int64_t)(element & 7u);
     job.kernels->group_words(buffers.noise, element >> FK_ROUNDING_GROUP_SHIFT, (skip + n + 7) >> 3, t.stream,
@@ -147,7 +151,7 @@ void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done
   }
   job.kernels->apply[t.dtype](&apply);
   if (side.stride != 1) {
-    copy_elements((const char *)buffers.written, 1, target, side.stride, n, size);
+    copy_elements((const char *)buffers.written, 1, target, side.stride, n, out_size);
     if (target_residual) copy_elements(rest, 1, target_residual, side.stride, n, sizeof(int16_t));
   }
 }
@@ -155,14 +159,15 @@ void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done
 // Whether whole groups can go straight into the stored weights.
 bool is_fused(const Job &job, const fk_tensor &t, const Run &run) {
   return job.kernels->gaussian_into[t.dtype] && job.terms->family == FK_GAUSSIAN &&
-         job.terms->rounding == FK_NEAREST && run.in && run.in_stride == 1 && run.out.stride == 1 &&
-         !run.out_minus.base;
+         (job.terms->rounding == FK_NEAREST || is_wide(t)) && run.in && run.in_stride == 1 &&
+         run.out.stride == 1 &&
+         (!run.out_minus.base || (run.out_minus.stride == 1 && job.fp32->plus.count == 1));
 }
 
 void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &buffers) {
   const fk_schedules &schedules = t.dtype == FK_FP64 ? *job.fp64 : *job.fp32;
-  const size_t size = element_size(t.dtype);
-  if (run.in && schedules.plus.count == 0 && job.terms->alpha == 1.0) { // the bytes stay as they are
+  const size_t size = element_size(t.dtype), out_size = element_size(t.out_dtype);
+  if (run.in && schedules.plus.count == 0 && job.terms->alpha == 1.0 && !is_wide(t)) { // the bytes stay
     if (run.out.base != run.in)
       copy_elements(run.in, run.in_stride, run.out.base, run.out.stride, run.n, size);
     if (run.out_minus.base && run.out_minus.base != run.in) {
@@ -177,16 +182,15 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
     const int64_t ahead = (int64_t)(element & ((1u << shift) - 1u));
     if (fused && ahead == 0 && run.n - done >= FK_FUSED) {
       const int64_t n = (run.n - done) / FK_FUSED * FK_FUSED;
-      const int64_t at = done * (int64_t)size;
-      const fk_apply apply = {run.in + at,
-                              run.out.base + at,
-                              0,
-                              0,
-                              0,
-                              n,
-                              job.terms->alpha,
-                              run.residual ? run.residual + done : 0,
-                              run.residual_out ? run.residual_out + done : 0};
+      fk_apply apply = {};
+      apply.in = run.in + done * (int64_t)size;
+      apply.out = run.out.base + done * (int64_t)out_size;
+      apply.out_minus = run.out_minus.base ? run.out_minus.base + done * (int64_t)out_size : 0;
+      apply.n = n;
+      apply.alpha = job.terms->alpha;
+      apply.residual = run.residual ? run.residual + done : 0;
+      apply.residual_out = run.residual_out ? run.residual_out + done : 0;
+      apply.wide = is_wide(t);
       job.kernels->gaussian_into[t.dtype](&apply, element >> shift, t.stream, &schedules.plus);
       done += n;
       continue;
@@ -220,14 +224,14 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
 
 // Output elements [begin, end) of a tensor, row-major over its sizes.
 void run_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t end, Buffers &buffers) {
-  const int64_t size = (int64_t)element_size(t.dtype);
+  const int64_t size = (int64_t)element_size(t.dtype), out_size = (int64_t)element_size(t.out_dtype);
   if (t.ndim == 0) {
     const Run run = {(uint64_t)(t.first_element + begin),
                      end - begin,
                      t.in ? (const char *)t.in + begin * size : 0,
                      1,
-                     {(char *)t.out + begin * size, 1},
-                     {t.out_minus ? (char *)t.out_minus + begin * size : 0, 1},
+                     {(char *)t.out + begin * out_size, 1},
+                     {t.out_minus ? (char *)t.out_minus + begin * out_size : 0, 1},
                      t.residual ? t.residual + begin : 0,
                      t.residual_out ? t.residual_out + begin : 0};
     run_elements(job, t, run, buffers);
@@ -257,8 +261,8 @@ void run_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t end, B
                      n,
                      t.in ? (const char *)t.in + in_at * size : 0,
                      t.in_strides[last],
-                     {(char *)t.out + out_at * size, t.out_strides[last]},
-                     {t.out_minus ? (char *)t.out_minus + minus_at * size : 0, t.out_minus_strides[last]},
+                     {(char *)t.out + out_at * out_size, t.out_strides[last]},
+                     {t.out_minus ? (char *)t.out_minus + minus_at * out_size : 0, t.out_minus_strides[last]},
                      t.residual ? t.residual + in_at : 0,
                      t.residual_out ? t.residual_out + out_at : 0};
     run_elements(job, t, run, buffers);

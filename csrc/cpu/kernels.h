@@ -31,17 +31,19 @@ typedef struct fk_schedule {
 } fk_schedule;
 
 // y = alpha * w + acc (or acc alone when in is NULL) for n contiguous elements, rounded into out; or split into
-// out and residual_out.
+// out and residual_out; or stored as it is, in fp32.
 typedef struct fk_apply {
   const void *in;
   void *out;
-  const float *acc;      // fp32, bf16, fp16
+  void *out_minus;  // gaussian_into only: y = alpha * w - acc as well, from a schedule of one term; or NULL
+  const float *acc; // fp32, bf16, fp16
   const double *acc64;   // fp64
   const uint16_t *noise; // 16 random bits an element, or NULL for rounding to nearest
   int64_t n;
   double alpha;
   const int16_t *residual; // bf16, fp16: w is a compensated weight; or NULL
   int16_t *residual_out;   // may equal residual; or NULL
+  int32_t wide;            // bf16, fp16: out and out_minus are fp32; noise is not read
 } fk_apply;
 
 typedef struct fk_kernels {

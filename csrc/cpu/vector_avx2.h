@@ -26,6 +26,7 @@ struct Vec {
   FK_HD F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   FK_HD F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   FK_HD F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  FK_HD F fms(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
   FK_HD F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); } // c - a b, one rounding
   FK_HD F from_int(I v) { return _mm256_cvtepi32_ps(v); }
   FK_HD I add_i(I a, I b) { return _mm256_add_epi32(a, b); }

@@ -32,6 +32,7 @@ struct Vec {
   FK_HD F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   FK_HD F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   FK_HD F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  FK_HD F fms(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
   FK_HD F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); } // c - a b, one rounding
   FK_HD F from_int(I v) { return _mm512_cvtepi32_ps(v); }
   FK_HD I add_i(I a, I b) { return _mm512_add_epi32(a, b); }

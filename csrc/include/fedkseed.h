@@ -11,11 +11,11 @@
 extern "C" {
 #endif
 
-#define FK_ABI_VERSION 2
+#define FK_ABI_VERSION 3
 #define FK_CONTRACT_VERSION 1
 #define FK_MAX_DIMS 16
 
-#define FK_ERROR_ARGUMENT -1 // a code below is unknown, too many terms, or residuals that do not fit
+#define FK_ERROR_ARGUMENT -1 // a code below is unknown, too many terms, residuals or outputs that do not fit
 #define FK_ERROR_ISA -2      // the instruction set asked for is not there
 #define FK_ERROR_MEMORY -3   // a bookkeeping allocation (O(number of tensors + K)) failed
 
@@ -44,7 +44,8 @@ typedef struct fk_tensor {
   uint32_t stream;
   int32_t dtype;
   int32_t ndim;
-  int32_t reserved; // 0
+  int32_t
+      out_dtype; // of out and out_minus: dtype; or FK_FP32 for bf16 and fp16 weights, and y is not rounded
   int64_t sizes[FK_MAX_DIMS];
   int64_t in_strides[FK_MAX_DIMS];
   int64_t out_strides[FK_MAX_DIMS];
