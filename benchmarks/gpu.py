@@ -1,235 +1,224 @@
-"""All that only a GPU can show, in one command of at most eight minutes: `python -m benchmarks.gpu`.
+"""All that only a GPU can show, in one command of at most ten minutes: `python -m benchmarks.gpu`.
 
-(a) and (b): tests/gpu, the bits of every kernel beside the CPU's, all 2^32 words among them. (c):
-compute-sanitizer over a part of them. (d): times of every pass over 1.4 G weights, beside copy bandwidth, the
-official algorithm and torch, and ncu's rates of the two hottest kernels. Writes `results/gpu-<device>.json`,
-with what a tool refused.
+Its parts: tests/gpu, the bits of every kernel beside the CPU's, all 2^32 words among them; copy bandwidth;
+times of every pass over 1.4 G weights, beside the official algorithm and torch; whole steps of a model of
+1.2 G parameters in every storage mode (`step.GPU_1B`); compute-sanitizer over some of the tests; ncu's rates
+of the two hottest kernels. `results/gpu-<device>.json` is written after each part. One that fails is named
+there with its error, the others go on, and the exit status is 1. What a tool refuses is no failure.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import gc
 import json
-import shutil
-import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import environment, gpu_cases
-from benchmarks.measure import spread
+from benchmarks import environment, gpu_cases, gpu_rows, gpu_tools, step
 from benchmarks.results import RESULTS_FOLDER
-from benchmarks.settings import DTYPES
 from fedkseed.files import write_atomically
 
-_REBUILD_SEEDS = (1, 16, 256, 4096)
-_OFFICIAL_SEEDS = 16
-_COPY_BYTES = 4 << 30
-_LONG_SECONDS = 0.5  # a pass above this is timed once
-_KEPT_OUTPUT = 4000
-# Tests that reach every kernel with few elements: a sanitizer slows a kernel down some fifty times.
-_SANITIZED = "pair_rows_views or nan_coefficients or philox_words or both_sides_and_rows"
-_DRIVER = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader"]
+Parts = Mapping[str, Callable[[], None]]
 
 
-def describe() -> dict[str, Any]:
+@dataclass(frozen=True)
+class GpuSettings:
+    """What a run measures.
+
+    Attributes:
+        device: "cuda", or "cpu" for a dry run.
+        shapes: of the weights that the passes are timed over.
+        dtypes: of these weights, keys of `settings.DTYPES`.
+        rebuild_seeds: values of K, ascending; the last one with the first dtype alone.
+        num_official_seeds: passes timed where a contestant rebuilds seed by seed.
+        copy_bytes: of the buffer whose copy measures the bandwidth.
+        step: of the whole steps.
+        has_tools: whether the parts that are processes of their own run: tests, sanitizer, profile.
+        seconds: a part that would begin after as many is not run, and processes are cut short there.
+    """
+
+    device: str = "cuda"
+    shapes: tuple[tuple[int, ...], ...] = tuple(gpu_cases.model_shapes())
+    dtypes: tuple[str, ...] = ("bf16", "fp16", "fp32")
+    rebuild_seeds: tuple[int, ...] = (1, 16, 256, 4096)
+    num_official_seeds: int = 16
+    copy_bytes: int = 4 << 30
+    step: step.StepSettings = step.GPU_1B
+    has_tools: bool = True
+    seconds: float = 570.0
+
+
+#: Seconds on any machine, without a GPU: whether the parts run. Its figures mean nothing.
+DRY_RUN = GpuSettings(
+    device="cpu",
+    shapes=((40, 16), (16,)),
+    rebuild_seeds=(1, 4),
+    num_official_seeds=2,
+    copy_bytes=1 << 20,
+    step=dataclasses.replace(step.QUICK, batch_sizes=(1, 2), num_samples=1, measures_memory=False),
+    has_tools=False,
+)
+
+
+class Run:
+    """One run: its parts put what they find into ``document`` as they go.
+
+    Args:
+        settings: of the run.
+        path: where the document is kept after each part; None keeps nothing.
+    """
+
+    def __init__(self, settings: GpuSettings, path: Path | None) -> None:
+        self.document: dict[str, Any] = {"environment": _describe(settings.device)}
+        self.document |= {"seconds": {}, "failed": {}}
+        self._settings = settings
+        self._path = path
+        self._begin = time.perf_counter()
+
+    def parts(self) -> dict[str, Callable[[], None]]:
+        """What there is to do by its name: what matters most comes first."""
+        settings = self._settings
+        weights = {f"weights, {name}": partial(self._time_weights, name) for name in settings.dtypes}
+        first = dict(list(weights.items())[:1])
+        steps = {f"steps, batch {n}": partial(self._time_steps, n) for n in settings.step.batch_sizes}
+        times = {"copy": self._time_copy, **first, **steps, **weights}
+        if not settings.has_tools:
+            return times
+        return {"tests": self._run_tests, **times, "sanitizer": self._sanitize, "profile": self._profile}
+
+    def do(self, parts: Parts) -> None:
+        """Each part; the document is kept after each, with its seconds and, if it failed, its error."""
+        for name, part in parts.items():
+            start = time.perf_counter()
+            try:
+                if self._left() <= 0:
+                    raise TimeoutError(f"not begun: {self._settings.seconds:.0f} s were over")
+                part()
+            except Exception as error:  # the other parts' results count all the same
+                self.document["failed"][name] = f"{type(error).__name__}: {error}"
+                traceback.print_exc()
+            self.document["seconds"][name] = round(time.perf_counter() - start, 1)
+            gc.collect()  # models and what steps them hold each other
+            if self._settings.device == "cuda":
+                torch.cuda.empty_cache()
+            self._keep()
+
+    def _left(self) -> float:
+        return self._settings.seconds - (time.perf_counter() - self._begin)
+
+    def _keep(self) -> None:
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, (json.dumps(self.document, indent=1) + "\n").encode())
+
+    def _run_tests(self) -> None:
+        found = self.document["tests"] = gpu_tools.run_tests(min(150, self._left()))
+        print(found["output"], flush=True)
+        if not found["passed"]:
+            raise RuntimeError(f"expected tests/gpu to pass, got status {found['status']}")
+
+    def _time_copy(self) -> None:
+        bandwidth = gpu_rows.copy_bandwidth(self._settings.device, self._settings.copy_bytes)
+        self.document["copy_bytes_per_s"] = bandwidth
+        print(f"copy: {bandwidth / 1e12:.3f} TB/s", flush=True)
+
+    def _time_weights(self, dtype: str) -> None:
+        settings, rows = self._settings, self.document.setdefault("rows", [])
+        seeds = settings.rebuild_seeds
+        failed = []
+        for row in gpu_rows.measure(
+            list(settings.shapes),
+            dtype,
+            self.document["copy_bytes_per_s"],
+            device=settings.device,
+            rebuild_seeds=seeds if dtype == settings.dtypes[0] else seeds[:-1],
+            num_official_seeds=settings.num_official_seeds,
+        ):
+            rows.append(row)
+            print(gpu_rows.line(row), flush=True)
+            if "error" in row:
+                failed.append(f"{row['contestant']} ({row['case']})")
+        if failed:
+            raise RuntimeError(f"expected all contestants to run, got errors of {', '.join(failed)}")
+
+    def _time_steps(self, batch_size: int) -> None:
+        settings = dataclasses.replace(self._settings.step, batch_sizes=(batch_size,))
+        found = step.measure(settings, torch.get_num_threads())
+        kept = self.document.setdefault(
+            "steps", {"settings": dataclasses.asdict(self._settings.step), "rows": []}
+        )
+        kept["rows"] += found["rows"]
+        print(step.table(found), flush=True)
+
+    def _sanitize(self) -> None:
+        found = self.document["sanitizer"] = gpu_tools.sanitize(min(80, self._left()))
+        bad = [check for check, result in found.items() if gpu_tools.has_found_errors(result)]
+        if bad:
+            raise RuntimeError(f"expected no errors, got some of {' and '.join(bad)}")
+
+    def _profile(self) -> None:
+        self.document["profile"] = gpu_tools.profile(min(40, self._left()))
+
+
+def _describe(device: str) -> dict[str, Any]:
     """Device, driver, versions, commit, date."""
-    properties = torch.cuda.get_device_properties(0)
+    found = environment.describe(torch.get_num_threads())
+    if device == "cpu":
+        return found
     import triton
 
+    properties = torch.cuda.get_device_properties(0)
     return {
-        **environment.describe(torch.get_num_threads()),
+        **found,
         "device": properties.name,
         "num_multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "cuda": torch.version.cuda,
-        "driver": _output(
-            ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader"]
-        ),
+        "driver": gpu_tools.driver(),
         "triton": triton.__version__,
     }
 
 
-def run_tests(limit: float) -> dict[str, Any]:
-    """tests/gpu in a process of their own: whether they passed, and the end of what they printed."""
-    return _run([sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"], limit)
-
-
-def sanitize(limit: float) -> dict[str, Any]:
-    """compute-sanitizer's memcheck and racecheck over some tests, or what it said when it refused."""
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    tests = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/gpu",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        _SANITIZED,
-    ]
-    found = {}
-    for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", "--target-processes", "all", *tests]
-        found[check] = _run(command, limit / 2)
-    return found
-
-
-def profile(limit: float) -> dict[str, Any]:
-    """ncu's rates of a perturbation and of a K = 256 rebuild in CUDA C++; what it said if it refuses."""
-    tool = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
-    metrics = "sm__inst_executed.avg.per_cycle_active,dram__throughput.avg.pct_of_peak_sustained_elapsed"
-    script = (
-        "import torch, fedkseed_kernels as fk\n"
-        "w = torch.zeros(1 << 26, dtype=torch.bfloat16, device='cuda')\n"
-        "fk.perturb_(w, 5, 1e-3)\n"
-        "fk.seed_axpy_(w, torch.arange(256, device='cuda'), torch.full((256,), 1e-4, device='cuda'))\n"
-        "torch.cuda.synchronize()\n"
-    )
-    command = [
-        tool,
-        "--csv",
-        "--metrics",
-        metrics,
-        "--kernel-name",
-        "regex:fk_",
-        sys.executable,
-        "-c",
-        script,
-    ]
-    return _run(command, limit)
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second of a device-to-device copy, read and written."""
-    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    seconds = spread(_seconds(lambda: target.copy_(source), 20))["median"]
-    return 2 * _COPY_BYTES / float(seconds)
-
-
-def measure(dtype_name: str, bandwidth: float, rebuild_seeds: tuple[int, ...]) -> list[dict[str, Any]]:
-    """A row for each case and contestant; the contestants of a case take turns."""
-    dtype = DTYPES[dtype_name]
-    weights = gpu_cases.make_weights(gpu_cases.model_shapes(), dtype)
-    num_elements = sum(weight.numel() for weight in weights)
-    rows = []
-    for case in gpu_cases.cases(weights, rebuild_seeds=rebuild_seeds, num_official_seeds=_OFFICIAL_SEEDS):
-        samples: dict[str, list[float]] = {entry.contestant: [] for entry in case.passes}
-        for turn in range(5):
-            for entry in case.passes:
-                taken = samples[entry.contestant]
-                if turn and taken[0] > _LONG_SECONDS:
-                    continue
-                taken += _seconds(entry.run, 1, warm=turn == 0 and not taken)
-        for entry in case.passes:
-            seconds = spread([value * entry.repeats for value in samples[entry.contestant]])
-            num_normals = num_elements * entry.num_terms * entry.repeats
-            bytes_moved = num_elements * entry.num_accesses * dtype.itemsize
-            rows.append(
-                {
-                    "case": case.name,
-                    "dtype": dtype_name,
-                    "contestant": entry.contestant,
-                    "seconds": seconds,
-                    "samples": len(samples[entry.contestant]),
-                    "extrapolated": entry.repeats > 1,
-                    "of_copy_bandwidth": bytes_moved / seconds["median"] / bandwidth,
-                    "t_normals_per_s": num_normals / seconds["median"] / 1e12,
-                }
-            )
-            print(_line(rows[-1]), flush=True)
-    return rows
-
-
-def _seconds(run: Any, times: int, warm: bool = True) -> list[float]:
-    """Seconds of single runs by the GPU's clock, after one to warm up that compiles and allocates."""
-    if warm:
-        run()
-    found = []
-    for _ in range(times):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / 1e3)
-    return found
-
-
-def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['dtype']}  {row['case']:32} {row['contestant']:24} {row['seconds']['median'] * 1e3:12.3f} ms  "
-        f"{row['of_copy_bandwidth']:6.1%} of copy  {row['t_normals_per_s']:.4f} T normals/s"
-        + ("  (extrapolated)" if row["extrapolated"] else "")
-    )
-
-
-def _run(command: list[str], limit: float) -> dict[str, Any]:
-    start = time.perf_counter()
-    try:
-        done = subprocess.run(
-            command,
-            cwd=environment.REPOSITORY,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=limit,
-            check=False,
-        )
-        status, output = str(done.returncode), done.stdout
-    except subprocess.TimeoutExpired as error:
-        status, output = f"over {limit:.0f} s", (error.stdout or b"").decode(errors="replace")
-    except OSError as error:
-        status, output = "could not start", str(error)
-    seconds = round(time.perf_counter() - start, 1)
-    return {"passed": status == "0", "status": status, "seconds": seconds, "output": output[-_KEPT_OUTPUT:]}
-
-
-def _output(command: list[str]) -> str:
-    return str(_run(command, 20)["output"]).strip()
-
-
-def main() -> int:
-    """Runs it all; 1 if a test failed."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs it all; 1 if a part failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="the result (benchmarks/results/gpu-<device>.json)")
-    parser.add_argument("--no-tests", action="store_true", help="only (d)")
-    parser.add_argument("--dtypes", default="bf16,fp16,fp32", help="of the weights (%(default)s)")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error(
-            "expected a GPU, got none that torch can use; this benchmark has nothing to say without one"
-        )
-    document: dict[str, Any] = {"environment": describe()}
-    if not options.no_tests:
-        document["tests"] = run_tests(150)
-        print(document["tests"]["output"], flush=True)
-    bandwidth = copy_bandwidth()
-    document["copy_bytes_per_s"] = bandwidth
-    print(f"copy: {bandwidth / 1e12:.3f} TB/s", flush=True)
-    document["rows"] = []
-    for name in options.dtypes.split(","):
-        seeds = _REBUILD_SEEDS if name == "bf16" else _REBUILD_SEEDS[:-1]
-        document["rows"] += measure(name, bandwidth, seeds)
-        torch.cuda.empty_cache()
-    if not options.no_tests:
-        document["sanitizer"] = sanitize(80)
-        document["profile"] = profile(40)
-    path = (
-        options.json
-        or RESULTS_FOLDER / f"gpu-{document['environment']['device'].lower().replace(' ', '-')}.json"
+    parser.add_argument(
+        "--no-tests", action="store_true", help="no tests, sanitizer and profile: times alone"
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(document, indent=1) + "\n").encode())
-    print(f"Written: {path}")
-    return 0 if options.no_tests or document["tests"]["passed"] else 1
+    parser.add_argument("--dtypes", default="bf16,fp16,fp32", help="of the weights (%(default)s)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="tiny sizes on the processor: a smoke test without a GPU"
+    )
+    options = parser.parse_args(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error(
+            "expected a GPU, got none that torch can use; this benchmark has nothing to say without one "
+            "(--dry-run tries its parts)"
+        )
+    settings = DRY_RUN if options.dry_run else GpuSettings(has_tools=not options.no_tests)
+    settings = dataclasses.replace(settings, dtypes=tuple(options.dtypes.split(",")))
+    path = options.json
+    if path is None and not options.dry_run:
+        name = torch.cuda.get_device_name().lower().replace(" ", "-")
+        path = RESULTS_FOLDER / f"gpu-{name}.json"
+    run = Run(settings, path)
+    run.do(run.parts())
+    if path is not None:
+        print(f"Written: {path}")
+    for name, error in run.document["failed"].items():
+        print(f"Failed: {name}: {error}")
+    return 1 if run.document["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,10 +24,10 @@ def model_shapes() -> list[tuple[int, ...]]:
     return [(tokens, width), *block * 24, (width,), (width,), (tokens, width)]
 
 
-def make_weights(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.nn.Parameter]:
-    """Zeros on the GPU: no pass depends on the values in time."""
+def make_weights(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> list[torch.nn.Parameter]:
+    """Zeros: no pass depends on the values in time."""
     return [
-        torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device="cuda"), requires_grad=False)
+        torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
         for shape in shapes
     ]
 
@@ -42,6 +43,7 @@ class Pass:
         num_terms: normals for each element.
         num_accesses: bytes moved a pass, in elements: 2 for a pass in place.
         repeats: how many of it the whole operation is (over 1: extrapolated).
+        refusal: why its backend does not serve the case; None if it does.
     """
 
     contestant: str
@@ -49,6 +51,7 @@ class Pass:
     num_terms: int = 1
     num_accesses: int = 2
     repeats: int = 1
+    refusal: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,39 @@ class Case:
     passes: list[Pass]
 
 
-def ours(backend: str, call: Callable[[], object]) -> Callable[[], object]:
-    """The call served by "native" (CUDA C++) or "triton"."""
+def ours(
+    call: Callable[[], object],
+    device_type: str,
+    num_terms: int = 1,
+    num_accesses: int = 2,
+    has_residuals: bool = False,
+) -> list[Pass]:
+    """The call served by "cuda" (CUDA C++) and by "triton", if they serve tensors of the device."""
 
-    def run() -> None:
+    def run(backend: str) -> None:
         with dispatch.backend(backend):
             call()
 
-    return run
+    return [
+        Pass(
+            label,
+            functools.partial(run, backend),
+            num_terms,
+            num_accesses,
+            refusal=refusal(backend, device_type, has_residuals),
+        )
+        for label, backend in (("cuda", "native"), ("triton", "triton"))
+    ]
+
+
+def refusal(backend: str, device_type: str, has_residuals: bool = False) -> str | None:
+    """Why a backend does not serve tensors of a device, with residuals or without; None if it does."""
+    served = dispatch.backend_of(backend, device_type)
+    if (reason := served.unavailable()) is not None:
+        return reason
+    if not dispatch.serves(backend, device_type):
+        return f"it does not serve {device_type} tensors"
+    return "it does not serve residuals" if has_residuals and not served.SERVES_RESIDUALS else None
 
 
 def cases(
@@ -75,23 +103,18 @@ def cases(
     """The cases over these weights, one after the other: a pair's outputs live only while its case runs."""
     named = [(f"{position}.weight", weight) for position, weight in enumerate(weights)]
     tensors = [weight.data for weight in weights]
-    prepared = {}
-    for backend in ("native", "triton"):
-        with dispatch.backend(backend):
-            prepared[backend] = fedkseed_kernels.prepare(tensors)
-
-    def both(call: Callable[[str], object], num_terms: int = 1, num_accesses: int = 2) -> list[Pass]:
-        return [
-            Pass(label, ours(backend, lambda b=backend: call(b)), num_terms, num_accesses)  # type: ignore[misc]
-            for label, backend in (("cuda", "native"), ("triton", "triton"))
-        ]
-
+    prepared = fedkseed_kernels.prepare(tensors)
+    device_type = tensors[0].device.type
     yield Case(
         "perturb",
         [
-            *both(lambda b: prepared[b].perturb_(5, EPS)),
+            *ours(lambda: prepared.perturb_(5, EPS), device_type),
             Pass("official", lambda: official.perturb_(named, 5, 1, EPS)),
-            Pass("tl.randn", lambda: triton_randn_add_(tensors, 5, EPS)),
+            Pass(
+                "tl.randn",
+                lambda: triton_randn_add_(tensors, 5, EPS),
+                refusal=refusal("triton", device_type),
+            ),
             Pass("randn_like + add_", lambda: baselines.axpy_(weights, 5, EPS)),
         ],
     )
@@ -103,20 +126,18 @@ def cases(
     merged = EPS - LR * G
     yield Case(
         "restore and update",
-        [*both(lambda b: prepared[b].perturb_(5, merged)), Pass("official", official_merged, 2)],
+        [*ours(lambda: prepared.perturb_(5, merged), device_type), Pass("official", official_merged, 2)],
     )
     chained = ([5, 6], [merged, EPS])
-    yield Case("chained", both(lambda b: prepared[b].seed_axpy_(*chained), 2))
+    yield Case("chained", ours(lambda: prepared.seed_axpy_(*chained), device_type, 2))
     outs = {name: [torch.empty_like(tensor) for tensor in tensors] for name in ("out_plus", "out_minus")}
     yield Case(
         "pair",
-        both(
-            lambda b: fedkseed_kernels.seed_axpy_pair(tensors, [5], [EPS], **outs),
-            1,
-            3,
-        ),
+        ours(lambda: fedkseed_kernels.seed_axpy_pair(tensors, [5], [EPS], **outs), device_type, 1, 3),
     )
     outs.clear()
+    if tensors[0].dtype.itemsize == 2:
+        yield from _compensated_cases(tensors)
     for family in ("gaussian", "rademacher"):
         for num_seeds in rebuild_seeds:
             yield Case(
@@ -132,6 +153,22 @@ def cases(
             )
 
 
+def _compensated_cases(tensors: list[torch.Tensor]) -> Iterator[Case]:
+    """16-bit weights with residuals: a perturbed copy reads both, an update reads and writes both."""
+    device_type = tensors[0].device.type
+    residuals = [torch.zeros_like(tensor, dtype=torch.int16) for tensor in tensors]
+    out = [torch.empty_like(tensor) for tensor in tensors]
+
+    def perturb() -> None:
+        fedkseed_kernels.seed_axpy(tensors, [5], [EPS], residuals=residuals, out=out)
+
+    yield Case("perturb, compensated", ours(perturb, device_type, 1, 3, has_residuals=True))
+    out.clear()
+    prepared = fedkseed_kernels.prepare(tensors, residuals=residuals)
+    update = ours(lambda: prepared.perturb_(5, -LR * G), device_type, 1, 4, has_residuals=True)
+    yield Case("update, compensated", update)
+
+
 def _rebuild_of_ours(tensors: list[torch.Tensor], num_seeds: int, family: str) -> list[Pass]:
     device = tensors[0].device
     seeds = torch.arange(1, num_seeds + 1, device=device)
@@ -140,10 +177,7 @@ def _rebuild_of_ours(tensors: list[torch.Tensor], num_seeds: int, family: str) -
     def call() -> None:
         fedkseed_kernels.seed_axpy_(tensors, seeds, coeffs, family=family)
 
-    return [
-        Pass(label, ours(backend, call), num_seeds)
-        for label, backend in (("cuda", "native"), ("triton", "triton"))
-    ]
+    return ours(call, device.type, num_seeds)
 
 
 def _rebuild_of_theirs(

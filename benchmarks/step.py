@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -75,7 +76,9 @@ class StepSettings:
 #: Seconds on any machine: a smoke test whose figures mean nothing.
 QUICK = StepSettings(model="random-tiny", num_tokens=16, num_samples=2)
 
-#: The 1B model on a GPU, as `benchmarks.gpu` measures it: some minutes, about 50 GB of its memory.
+#: The 1B model on a GPU, as `benchmarks.gpu` measures it: some minutes, and at most 66 GB of its memory:
+#: 40 for 14 models in bf16 and one in fp32, 5 for the residuals of two, 8 for scratch (the tied head, in bf16
+#: or fp32, once or twice a streamed model), 13 for three times the fp32 logits of a doubled batch of 8.
 GPU_1B = StepSettings(model="random-1b", device="cuda", batch_sizes=(1, 8), num_tokens=512, num_samples=9)
 
 
@@ -128,6 +131,7 @@ def measure(settings: StepSettings, num_threads: int) -> dict[str, Any]:
 
 def _time(settings: StepSettings, batch_size: int, family: str) -> dict[str, list[float]]:
     """Seconds of every sample by contestant, taken in turn."""
+    gc.collect()  # the models of an earlier call: they and their optimizers hold each other
     work = workloads.load(
         settings.model,
         DTYPES[settings.dtype],

@@ -2,6 +2,8 @@
 
 On a processor in a process of its own (Linux), by `memory.py`'s counter; on a GPU by torch's allocator. What
 the optimizer keeps counts: the step is made by an optimizer that did not exist when inference was measured.
+
+`python -m benchmarks.step` has it for real models; on `bare_model.py`'s it is what the mode itself takes.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def _growth(
     *, name: str, model: str, dtype: str, device: str, batch_size: int, num_tokens: int, family: str
 ) -> int:
     weights = DTYPES[dtype]
-    tiny = workloads.load("random-tiny", weights, num_rows=1, num_tokens=8, device=device)
+    tiny = workloads.load(workloads.tiny(model), weights, num_rows=1, num_tokens=8, device=device)
     step_contestants.open_step(name, tiny.model, tiny.train, family)()  # loads all code
     work = workloads.load(model, weights, num_rows=batch_size, num_tokens=num_tokens, device=device)
     forwards = step_contestants.open_step(step_contestants.FORWARDS, work.model, work.train, family)

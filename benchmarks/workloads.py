@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks import bare_model
 from fedkseed._extras import require_extra
 from fedkseed.data import load_instruction_tasks, load_smollm2
 from fedkseed.manifest import manifest_parameters
@@ -18,8 +19,10 @@ from fedkseed.manifest import manifest_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: The pretrained model of the demo on its instruction text; random models on random tokens.
-MODELS = ("smollm2", "random-1b", "random-tiny")
+#: The pretrained model of the demo on its instruction text; random models and the bare one on random tokens.
+MODELS = ("smollm2", "random-1b", "random-tiny", "bare", "bare-tiny")
+#: Rows of a block's weight and vocabulary of `bare_model.BareModel`.
+_BARE = {"bare": (bare_model.NUM_ROWS, bare_model.VOCABULARY), "bare-tiny": (2, 16)}
 
 #: Randomly initialised Llama models, head tied. 1b: 1,235,814,400 parameters, the sizes of Llama 3.2 1B.
 _RANDOM: dict[str, dict[str, Any]] = {
@@ -79,11 +82,19 @@ def load(
         model, tokenizer = load_smollm2(dtype)
         train, held_out = _text_rows(tokenizer, num_rows, num_held_out, num_tokens)
     else:
-        model = _random_llama(name, dtype, device)
+        if name in _BARE:
+            model, vocabulary = bare_model.BareModel(*_BARE[name], dtype, device), _BARE[name][1]
+        else:
+            model, vocabulary = _random_llama(name, dtype, device), _RANDOM[name]["vocab_size"]
         generator = torch.Generator().manual_seed(_SEED)
-        tokens = torch.randint(_RANDOM[name]["vocab_size"], shape, generator=generator)
+        tokens = torch.randint(vocabulary, shape, generator=generator)
         train, held_out = tokens[:num_rows], tokens[num_rows:]
     return Workload(model.to(device), train.to(device), held_out.to(device))
+
+
+def tiny(name: str) -> str:
+    """The smallest model that runs through the same code as one of `MODELS`."""
+    return "bare-tiny" if name in _BARE else "random-tiny"
 
 
 @torch.no_grad()

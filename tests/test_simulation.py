@@ -16,11 +16,22 @@ import pytest
 import torch
 from federation import CONFIG, Batch, Row, collate, loss, make_datasets, make_model, make_task
 
-from fedkseed import Client, IdentityError, Ledger, Reply, RoundResult, SeedPool, Simulation, SimulationConfig
+from fedkseed import (
+    Client,
+    IdentityError,
+    Inplace,
+    Ledger,
+    Reply,
+    RoundResult,
+    SeedPool,
+    Simulation,
+    SimulationConfig,
+    Streamed,
+)
 from fedkseed.files import FolderInUseError
 from fedkseed.hosting import LocalBatches, Task
 from fedkseed.protocol import BROADCAST_OVERHEAD, REPLY_OVERHEAD
-from fedkseed.run_folder import LEDGER, METRICS, TIMINGS, RunFolderError
+from fedkseed.run_folder import CLIENTS, LEDGER, METRICS, TIMINGS, RunFolderError
 from fedkseed.server_state import StateError
 from fedkseed.simulation import RoundFailedError
 from fedkseed.worker_pool import WorkerError
@@ -286,7 +297,7 @@ def test_a_folder_keeps_state_ledger_metrics_and_timings(tmp_path: Path) -> None
             {**result.metrics, "clients": result.clients} for result in results
         ]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == sorted(
-        [LEDGER, METRICS, TIMINGS, "server.state"]
+        [CLIENTS, LEDGER, METRICS, TIMINGS, "server.state"]
     )
     model = make_model()
     ledger = Ledger.load(tmp_path / LEDGER)
@@ -362,3 +373,44 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / METRICS).write_text("{}\n")
     with pytest.raises(RunFolderError, match="a line a round"):
         Simulation(make_task(), config, folder=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"storage": Streamed(compensated=True)},
+            r"with storage Inplace\(chained=False, .*, got Streamed\(paired=False, compensated=True",
+        ),
+        ({"storage": Inplace(chained=True)}, r"storage Inplace\(chained=False.*got Inplace\(chained=True"),
+        ({"batch_size": 2}, "with batch_size 3, .*, got 2"),
+    ],
+)
+def test_a_resume_with_other_clients_is_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Their g would be others than those of the run that is resumed."""
+    with Simulation(make_task(), SimulationConfig(**CONFIG), folder=tmp_path) as simulation:
+        next(simulation.rounds())
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(StateError, match=message):
+        Simulation(make_task(), SimulationConfig(**{**CONFIG, **changes}), folder=tmp_path, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    more = SimulationConfig(**{**CONFIG, "num_rounds": 4, "num_threads": 2})
+    with Simulation(make_task(), more, folder=tmp_path, resume=True) as simulation:
+        assert len(list(simulation.rounds())) == 3
+
+
+def test_a_folder_from_before_the_clients_settings_were_kept(tmp_path: Path) -> None:
+    config = SimulationConfig(**CONFIG, storage=Streamed())
+    with Simulation(make_task(), config, folder=tmp_path) as simulation:
+        next(simulation.rounds())
+    (tmp_path / CLIENTS).unlink()
+    with Simulation(make_task(), config, folder=tmp_path, resume=True):
+        pass
+    with pytest.raises(StateError, match="storage"):
+        Simulation(make_task(), SimulationConfig(**CONFIG), folder=tmp_path, resume=True)
+    for damaged in ("{", "[]", '{"storage": "Inplace()"}'):
+        (tmp_path / CLIENTS).write_text(damaged)
+        with pytest.raises(RunFolderError, match=CLIENTS):
+            Simulation(make_task(), config, folder=tmp_path, resume=True)

@@ -13,6 +13,7 @@ from streamed_models import (
     SERVED,
     VOCABULARY,
     WIDTH,
+    EmbeddingsModel,
     LanguageModel,
     RootedModel,
     TiedModel,
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import fedkseed_kernels
 from fedkseed import ZOSGD, FedKSeedSGD, Inplace, SeedPool, Streamed
 from fedkseed.data import load_smollm2
+from fedkseed.storage.perturbation import Perturbation, Weight
 
 SEED, EPS = 7, 1e-2
 SEEDS = [int(seed) for seed in SeedPool(SEED, 8).seeds]
@@ -54,6 +56,25 @@ def test_g_is_that_of_perturbed_copies(kind: type[LanguageModel], dtype: torch.d
     assert same_bytes(before, weights_of(model))
     assert addresses(model) == places
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_an_embedding_that_is_written_whole_lies_in_the_scratch_of_the_units(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two kinds of token, more ids than that: both rows are written, and no memory is taken for them."""
+    model, ids = build(EmbeddingsModel, torch.float32), make_ids()
+    written: dict[str, set[int]] = {}
+    write = Perturbation.write
+
+    def watched(self: Perturbation, weights: list[Weight], out: list[Tensor], sign: int) -> None:
+        for weight, tensor in zip(weights, out, strict=True):
+            written.setdefault(weight.name, set()).add(tensor.untyped_storage().data_ptr())
+        write(self, weights, out, sign)
+
+    monkeypatch.setattr(Perturbation, "write", watched)
+    ZOSGD(model, 0.0, EPS, seed=SEED, storage=Streamed()).step(lambda: loss_of(model, ids))
+    assert any("kinds" in name for name in written)
+    assert len(set().union(*written.values())) == 1
 
 
 @pytest.mark.parametrize("kind", SERVED)

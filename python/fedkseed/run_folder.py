@@ -1,12 +1,13 @@
 """The folder of a run: the server's state, the ledger, the metrics of each round and what they took.
 
-    state...            the server's, see `server_state`
+    server.state        the server's, see `server_state`
+    clients.json        what the clients compute with; a resumed run must have the same
     ledger.safetensors  the model after the last round that is complete
     metrics.jsonl       one line a round; the same bytes in every run of the same configuration
     timings.jsonl       one line a round; seconds, which differ
 
-All are written anew and renamed after each round, the server's state last: after a crash at any instant the
-state says which lines of the others count.
+The clients' settings are written once. All others are written anew and renamed after each round, the server's
+state last: after a crash at any instant the state says which lines of the others count.
 """
 
 from __future__ import annotations
@@ -17,13 +18,51 @@ from pathlib import Path
 from typing import Any
 
 from fedkseed.files import read_bounded, write_atomically
+from fedkseed.server_state import StateError
 
 METRICS, TIMINGS, LEDGER = "metrics.jsonl", "timings.jsonl", "ledger.safetensors"
+CLIENTS = "clients.json"
 _MAX_BYTES = 1 << 30
 
 
 class RunFolderError(ValueError):
     """A folder that does not hold what a run left there."""
+
+
+def check_client_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Nothing if the run in the folder has these settings, or if it was begun before they were kept.
+
+    Args:
+        path: of the file.
+        settings: by name; what `write_client_settings` takes.
+
+    Raises:
+        StateError: the run has another value; says in which setting, and names both.
+        RunFolderError: the file cannot be read, or is not one of settings.
+    """
+    if not path.exists():
+        return
+    try:
+        found = json.loads(read_bounded(path, _MAX_BYTES))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"expected the settings of the clients in {path}, got {error}") from error
+    if not isinstance(found, dict) or found.keys() != settings.keys():
+        raise RunFolderError(f"expected {', '.join(settings)} in {path}, got {found}")
+    for name, value in settings.items():
+        if found[name] != value:
+            raise StateError(
+                f"expected clients with {name} {found[name]}, which the run in {path.parent} began with, "
+                f"got {value}; resume with the configuration that it began with"
+            )
+
+
+def write_client_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Keeps what `check_client_settings` compares.
+
+    Raises:
+        OSError: the file stays as it was.
+    """
+    write_atomically(path, (json.dumps(dict(settings), indent=2) + "\n").encode())
 
 
 class RoundLog:

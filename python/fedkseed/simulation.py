@@ -19,7 +19,15 @@ from fedkseed.hosting import ClientRun, ExampleT, Host, InProcessHost, Task
 from fedkseed.identity import frozen_indices
 from fedkseed.ledger import Ledger
 from fedkseed.manifest import manifest_parameters
-from fedkseed.run_folder import LEDGER, METRICS, TIMINGS, RoundLog
+from fedkseed.run_folder import (
+    CLIENTS,
+    LEDGER,
+    METRICS,
+    TIMINGS,
+    RoundLog,
+    check_client_settings,
+    write_client_settings,
+)
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed.server import Server
 from fedkseed.server_config import Sampling, ServerConfig, Weighting
@@ -101,6 +109,11 @@ class SimulationConfig:
             family=self.family,
         )
 
+    @property
+    def client_settings(self) -> dict[str, Any]:
+        """What g depends on beside the server's part; ready for JSON."""
+        return {"storage": repr(self.storage), "batch_size": self.batch_size}
+
 
 @dataclass(frozen=True)
 class RoundResult:
@@ -175,7 +188,9 @@ class Simulation(Generic[ExampleT, BatchT]):
         ValueError: fewer clients than a round needs, workers without ``make_task``, or a folder that holds a
             run already (without ``resume``) or none (with it).
         FolderInUseError, RunFolderError, WorkerError: as they say.
-        StateError: the folder's state is damaged, or of another model or config.
+        StateError: the folder's state is damaged, or of another pool or config, the clients' storage mode and
+            batch size among it; ``num_rounds`` and ``num_threads`` may change.
+        IdentityError: the folder's state is of another model.
     """
 
     def __init__(
@@ -247,13 +262,17 @@ class Simulation(Generic[ExampleT, BatchT]):
     def _open_server(self, pool: SeedPool, resume: bool) -> None:
         server_config = self.config.server_config(len(self.task.datasets))
         identity = self.working.identity
+        clients = self.config.client_settings
         if resume and self._folder is not None:
             self.server = Server.resume(self._folder, identity, pool, server_config)
         else:
             self.server = Server(identity, pool, server_config)
         self._exit.callback(self.server.close)
         if self._folder is not None:
+            if resume:
+                check_client_settings(self._folder / CLIENTS, clients)
             self.server.save(self._folder)
+            write_client_settings(self._folder / CLIENTS, clients)
             self.ledger().save(self._folder / LEDGER)
             self._metrics = RoundLog(self._folder / METRICS, self.server.round)
             self._timings = RoundLog(self._folder / TIMINGS, self.server.round)

@@ -197,7 +197,15 @@ class PerturbedModel:
         weight = self._of_parameter[id(parameter)]
         if ids.numel() < weight.stored.shape[0]:
             return self._perturbation.rows(weight, ids, self._sign)
-        return functional.embedding(ids, self._perturbation.whole(weight, self._sign))
+        # Every row is drawn once, in the scratch that the unit which reads the weight leaves free.
+        scratch = self._scratches[0]
+        level = scratch.level
+        (values,) = scratch.take([weight.stored.shape], [weight.dtype])
+        try:
+            self._perturbation.write([weight], [values], self._sign)
+            return functional.embedding(ids, values)
+        finally:
+            scratch.level = level
 
     def _refusal(self, weight: Weight, operator: str) -> Exception:
         owners = [str(unit) for unit in self.units if self._reads(unit, weight)]

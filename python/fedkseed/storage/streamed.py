@@ -28,7 +28,8 @@ class Streamed:
     the rows looked up. No restoring pass, no drift: the stored weights round once a step, at the update.
 
     Costs: two generations of the noise for the evaluations of a direction and one for the update; memory of
-    the largest unit.
+    the largest unit. Of an embedding with no more rows than ids are looked up, all rows are written: within
+    that memory where they fit, else in memory of their own, no more than the lookup's result takes.
 
     Args:
         paired: one call of the closure for both sides: it runs a batch doubled along dimension 0 and returns
