@@ -97,12 +97,6 @@ class Perturbation:
             found += _widened(weight, flat)
         return found.view(shape)
 
-    def whole(self, weight: Weight, sign: int) -> Tensor:
-        """w + sign eps z in memory of its own."""
-        out = torch.empty(weight.stored.shape, dtype=weight.dtype, device=weight.stored.device)
-        self.write([weight], [out], sign)
-        return out
-
     def _perturbed(self, weights: Sequence[Weight], out: Sequence[Tensor]) -> list[Tensor]:
         """The outputs of the weights that are perturbed; the others are written here."""
         for weight, tensor in zip(weights, out, strict=True):
