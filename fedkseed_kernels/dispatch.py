@@ -32,9 +32,6 @@ CPU_ISA_VARIABLE = "FEDKSEED_CPU_ISA"
 class Backend(Protocol):
     """What the module of a backend provides."""
 
-    #: Whether it serves tensors with residuals (contract section 6.5).
-    SERVES_RESIDUALS: bool
-
     def unavailable(self) -> str | None:
         """Why it cannot be used, with what to do about it; None when it can."""
 
@@ -195,11 +192,6 @@ def execute(operands: Operands, terms: Terms | DeviceTerms) -> None:
     """Run the primitive on the backend of the operands' device, and raise the outputs' version counters."""
     outs = operands.outs.tensors
     chosen = select(outs[0].device.type if outs else "cpu")
-    if operands.residuals is not None and not chosen.backend.SERVES_RESIDUALS:
-        raise RuntimeError(
-            f"expected tensors without residuals, which the {chosen.name} backend does not serve on "
-            f"{outs[0].device.type}; leave them out or use another backend"
-        )
     chosen.backend.seed_axpy(operands, terms, chosen.isa)
     written = outs if operands.outs_minus is None else [*outs, *operands.outs_minus.tensors]
     if operands.writes_residuals and operands.residuals is not None:

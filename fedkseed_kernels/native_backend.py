@@ -6,9 +6,7 @@ from fedkseed_kernels import _layout, native
 from fedkseed_kernels._operands import Operands, Terms
 from fedkseed_kernels.native import unavailable
 
-__all__ = ["SERVES_RESIDUALS", "seed_axpy", "unavailable"]
-
-SERVES_RESIDUALS = True
+__all__ = ["seed_axpy", "unavailable"]
 
 
 def seed_axpy(operands: Operands, terms: Terms, isa: str) -> None:

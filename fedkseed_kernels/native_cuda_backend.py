@@ -8,9 +8,7 @@ from fedkseed_kernels import _layout, native_cuda
 from fedkseed_kernels._operands import DeviceTerms, Operands, Terms
 from fedkseed_kernels.native_cuda import unavailable
 
-__all__ = ["SERVES_RESIDUALS", "seed_axpy", "unavailable"]
-
-SERVES_RESIDUALS = True
+__all__ = ["seed_axpy", "unavailable"]
 
 
 def seed_axpy(operands: Operands, terms: Terms | DeviceTerms, isa: str) -> None:

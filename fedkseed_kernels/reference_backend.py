@@ -17,8 +17,6 @@ from fedkseed_kernels import reference
 from fedkseed_kernels._layout import element_layout
 from fedkseed_kernels._operands import Operands, Terms
 
-SERVES_RESIDUALS = True
-
 # Measured on one Zen 3 core against AVX2: fp32, bf16 and fp64, one and 16 seeds.
 COST = "100 to 350 times slower than the native library (about 0.2 microseconds for each weight and seed)"
 

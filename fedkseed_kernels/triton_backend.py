@@ -16,8 +16,6 @@ import torch
 if TYPE_CHECKING:
     from fedkseed_kernels._operands import Operands
 
-SERVES_RESIDUALS = False
-
 INTERPRET_VARIABLE = "TRITON_INTERPRET"
 # Releases that the kernels are compiled with in the tests.
 OLDEST, NEWEST = (3, 6), (3, 9)
