@@ -67,7 +67,6 @@ def ours(
     device_type: str,
     num_terms: int = 1,
     num_accesses: int = 2,
-    has_residuals: bool = False,
 ) -> list[Pass]:
     """The call served by "cuda" (CUDA C++) and by "triton", if they serve tensors of the device."""
 
@@ -81,20 +80,17 @@ def ours(
             functools.partial(run, backend),
             num_terms,
             num_accesses,
-            refusal=refusal(backend, device_type, has_residuals),
+            refusal=refusal(backend, device_type),
         )
         for label, backend in (("cuda", "native"), ("triton", "triton"))
     ]
 
 
-def refusal(backend: str, device_type: str, has_residuals: bool = False) -> str | None:
-    """Why a backend does not serve tensors of a device, with residuals or without; None if it does."""
-    served = dispatch.backend_of(backend, device_type)
-    if (reason := served.unavailable()) is not None:
+def refusal(backend: str, device_type: str) -> str | None:
+    """Why a backend does not serve tensors of a device; None if it does."""
+    if (reason := dispatch.backend_of(backend, device_type).unavailable()) is not None:
         return reason
-    if not dispatch.serves(backend, device_type):
-        return f"it does not serve {device_type} tensors"
-    return "it does not serve residuals" if has_residuals and not served.SERVES_RESIDUALS else None
+    return None if dispatch.serves(backend, device_type) else f"it does not serve {device_type} tensors"
 
 
 def cases(
@@ -162,10 +158,10 @@ def _compensated_cases(tensors: list[torch.Tensor]) -> Iterator[Case]:
     def perturb() -> None:
         fedkseed_kernels.seed_axpy(tensors, [5], [EPS], residuals=residuals, out=out)
 
-    yield Case("perturb, compensated", ours(perturb, device_type, 1, 3, has_residuals=True))
+    yield Case("perturb, compensated", ours(perturb, device_type, 1, 3))
     out.clear()
     prepared = fedkseed_kernels.prepare(tensors, residuals=residuals)
-    update = ours(lambda: prepared.perturb_(5, -LR * G), device_type, 1, 4, has_residuals=True)
+    update = ours(lambda: prepared.perturb_(5, -LR * G), device_type, 1, 4)
     yield Case("update, compensated", update)
 
 

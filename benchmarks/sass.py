@@ -40,7 +40,8 @@ ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 RADEMACHER_GROUP = 128
 
 _INTEGER_TO_FLOAT = re.compile(r"I2FP?(\.F32\.S32|\.S32)?$")  # two a word, which gives two normals
-_FINAL_FMA = re.compile(r"[FD]FMA")  # alpha w + acc: the only one of a short Rademacher kernel
+_FMA = re.compile(r"[FD]FMA")  # of a short Rademacher kernel: alpha w + acc, and Rule.num_fmas says what else
+_PACKED_FMA = "FFMA2"  # of two elements, from sm_100 on
 _PHILOX = re.compile(r"IMAD\.WIDE")  # 16 to 20 a call
 _MATRIX = re.compile(r"IMMA")  # of 16 elements and 32 terms, by 32 threads
 _ELEMENTS_OF_MATRIX = 16
@@ -55,6 +56,7 @@ class Rule:
     """How to read one kernel: its name in the tables, what makes an element, and the memory that one moves.
 
     num_terms 0: a loop over any number of terms; the count is then per element and term.
+    num_fmas: of a short Rademacher kernel, fma that an element takes (`num_fmas_of`).
     elements_of_turn: of a loop over Rademacher terms, elements times terms of a turn; 0 if they are summed
     as matrix products.
     """
@@ -63,7 +65,7 @@ class Rule:
     family: str
     num_terms: int
     bytes_per_element: int
-    num_sides: int = 1
+    num_fmas: int = 1
     elements_of_turn: int = 8
 
     @property
@@ -71,7 +73,7 @@ class Rule:
         if self.family == "gaussian":
             return _INTEGER_TO_FLOAT
         if not self.is_loop:
-            return _FINAL_FMA
+            return _FMA
         return _PHILOX if self.elements_of_turn else _MATRIX
 
     @property
@@ -87,12 +89,17 @@ class Rule:
         if self.family == "gaussian":
             return num_made / max(self.num_terms, 1)
         if not self.is_loop:
-            return num_made / self.num_sides
+            return num_made / self.num_fmas
         if not self.elements_of_turn:
             return num_made * _ELEMENTS_OF_MATRIX
         if num_made < machine_code.PHILOX_PRODUCTS:
             raise ToolError(f"expected Philox in a turn of the loop of {self.name}, got {num_made} products")
         return self.elements_of_turn
+
+
+def num_fmas_of(dtype: str, num_sides: int, is_compensated: bool) -> int:
+    """alpha w + acc on each side, and w itself where it is a compensated fp16 weight."""
+    return num_sides + (is_compensated and dtype == "fp16")
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,8 @@ def measure(function: Function, usage: Usage, arch: str, rule: Rule) -> Row:
         ToolError: its machine code does not make what the rule says.
     """
     path = machine_code.hot_path(function, rule.makes)
-    num_elements = rule.num_elements(path.num_made)
+    num_packed = sum(opcode.startswith(_PACKED_FMA) for opcode in path.opcodes) if rule.makes is _FMA else 0
+    num_elements = rule.num_elements(path.num_made + num_packed)
     counts = {name: n / num_elements for name, n in Counter(map(classify, path.opcodes)).items()}
     if rule.makes is _MATRIX:
         _, *around = machine_code.nested_loops(function, rule.makes)
@@ -177,7 +185,8 @@ def cuda_rule(name: str) -> Rule | None:
     label = f"cuda {family} {dtype}, {form}{suffix}"
     of_turn = 0 if kernel == "many_rademacher" else 8
     moved = 2 * ITEMSIZES[dtype] * (2 if is_compensated else 1)
-    return Rule(label, family, terms, moved, elements_of_turn=of_turn)
+    num_fmas = num_fmas_of(dtype, 1, is_compensated)
+    return Rule(label, family, terms, moved, num_fmas, of_turn)
 
 
 def cuda_rows(library: Path, arches: Sequence[str]) -> Iterator[Row]:
@@ -204,7 +213,8 @@ def triton_rows(arches: Sequence[str]) -> Iterator[Row]:
         raise ToolError("expected the package triton, got none; pip install triton")
     from benchmarks import triton_kernels
 
-    sides_moved = {"in place": 2, "pair": 3, "noise": 1, "rows": 2}
+    moved = {"in place": 2, "pair": 3, "noise": 1, "rows": 2}
+    residuals_moved = {"in place": 2, "pair": 1, "rows": 1}
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         for arch in arches:
@@ -213,10 +223,19 @@ def triton_rows(arches: Sequence[str]) -> Iterator[Row]:
                 cubin.write_bytes(compiled.asm["cubin"])
                 ((function, usage),) = machine_code.read_cubin(cubin)
                 num_sides = 2 if variant.form == "pair" else 1
-                moved = ITEMSIZES[variant.dtype] * sides_moved[variant.form]
+                num_moved = moved[variant.form]
+                if variant.compensated:
+                    num_moved += residuals_moved[variant.form]
                 config = triton_kernels.config_of(variant)
                 of_turn = config.num_lanes * config.unroll
-                rule = Rule(variant.name, variant.family, variant.num_terms, moved, num_sides, of_turn)
+                rule = Rule(
+                    variant.name,
+                    variant.family,
+                    variant.num_terms,
+                    ITEMSIZES[variant.dtype] * num_moved,
+                    num_fmas_of(variant.dtype, num_sides, variant.compensated),
+                    of_turn,
+                )
                 yield measure(function, usage, arch, rule)
 
 
@@ -260,12 +279,12 @@ def print_table(rows: Sequence[Row]) -> None:
     """One line a kernel."""
     names = [name for name, _ in machine_code.CLASSES] + ["other"]
     head = "  ".join(f"{name:>{max(len(name), 6)}}" for name in names)
-    print(f"{'kernel':<44} {'arch':<7} {'per element':>11}  {head}  registers  spills  T/s issue  T/s memory")
+    print(f"{'kernel':<48} {'arch':<7} {'per element':>11}  {head}  registers  spills  T/s issue  T/s memory")
     for row in rows:
         classes = "  ".join(f"{row.classes.get(name, 0):>{max(len(name), 6)}.2f}" for name in names)
         per = f"{row.instructions_per_element:.2f}{'*' if row.is_loop_over_terms else ' '}"
         print(
-            f"{row.kernel:<44} {row.arch:<7} {per:>11}  {classes}  {row.registers:>9}  {row.spills:>6}  "
+            f"{row.kernel:<48} {row.arch:<7} {per:>11}  {classes}  {row.registers:>9}  {row.spills:>6}  "
             f"{row.issue_ceiling / 1e12:>9.2f}  {row.memory_ceiling / 1e12:>10.2f}"
         )
     print(

@@ -36,13 +36,15 @@ class Variant:
     num_terms: int
     form: str = "in place"  # or: pair, noise, rows
     stochastic: bool = False
+    compensated: bool = False
 
     @property
     def name(self) -> str:
         terms = f"K = {self.num_terms}" if self.num_terms else "K loop"
         rounding = ", stochastic" if self.stochastic else ""
         form = "" if self.form == "in place" else f", {self.form}"
-        return f"triton {self.family} {self.dtype}, {terms}{form}{rounding}"
+        residuals = ", compensated" if self.compensated else ""
+        return f"triton {self.family} {self.dtype}, {terms}{form}{residuals}{rounding}"
 
     @property
     def num_sides(self) -> int:
@@ -61,6 +63,11 @@ VARIANTS = (
     Variant("gaussian", "fp32", 1, "noise"),
     Variant("rademacher", "fp64", 0),
     Variant("rademacher", "bf16", 0, stochastic=True),
+    *(Variant(family, dtype, 1, compensated=True)
+      for family in ("gaussian", "rademacher") for dtype in ("bf16", "fp16")),
+    *(Variant(family, "bf16", 0, compensated=True) for family in ("gaussian", "rademacher")),
+    Variant("gaussian", "bf16", 1, "pair", compensated=True),
+    Variant("gaussian", "fp16", 1, "rows", compensated=True),
 )  # fmt: skip
 
 
@@ -86,6 +93,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
         "HAS_ROWS": variant.form == "rows",
         "PAIR": variant.form == "pair",
         "STOCHASTIC": variant.stochastic,
+        "RESIDUALS": launch.residuals_use(variant.compensated, variant.form == "in place"),
         "NUM_LANES": config.num_lanes,
         "BLOCK": config.block,
         "NUM_BLOCKS": config.num_blocks,

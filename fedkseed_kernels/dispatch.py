@@ -39,8 +39,6 @@ CPU_ISA_VARIABLE = "FEDKSEED_CPU_ISA"
 class Backend(Protocol):
     """What the module of a backend provides."""
 
-    #: Whether it serves tensors with residuals (contract section 6.5).
-    SERVES_RESIDUALS: bool
     #: Whether it writes results of 16-bit tensors to fp32 outputs; for others `_widening` goes before.
     WRITES_FP32: bool
 
@@ -204,11 +202,6 @@ def execute(operands: Operands, terms: Terms | DeviceTerms) -> None:
     """Run the primitive on the backend of the operands' device, and raise the outputs' version counters."""
     outs = operands.outs.tensors
     chosen = select(outs[0].device.type if outs else "cpu")
-    if operands.residuals is not None and not chosen.backend.SERVES_RESIDUALS:
-        raise RuntimeError(
-            f"expected tensors without residuals, which the {chosen.name} backend does not serve on "
-            f"{outs[0].device.type}; leave them out or use another backend"
-        )
     if not chosen.backend.WRITES_FP32:
         operands = _widening.widened(operands)
     chosen.backend.seed_axpy(operands, terms, chosen.isa)

@@ -6,9 +6,8 @@ from fedkseed_kernels import _layout, native
 from fedkseed_kernels._operands import Operands, Terms
 from fedkseed_kernels.native import unavailable
 
-__all__ = ["SERVES_RESIDUALS", "WRITES_FP32", "seed_axpy", "unavailable"]
+__all__ = ["WRITES_FP32", "seed_axpy", "unavailable"]
 
-SERVES_RESIDUALS = True
 WRITES_FP32 = True
 
 

@@ -8,9 +8,8 @@ from fedkseed_kernels import _layout, native_cuda
 from fedkseed_kernels._operands import DeviceTerms, Operands, Terms
 from fedkseed_kernels.native_cuda import unavailable
 
-__all__ = ["SERVES_RESIDUALS", "WRITES_FP32", "seed_axpy", "unavailable"]
+__all__ = ["WRITES_FP32", "seed_axpy", "unavailable"]
 
-SERVES_RESIDUALS = True
 WRITES_FP32 = False
 
 

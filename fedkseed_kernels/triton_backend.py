@@ -16,7 +16,6 @@ import torch
 if TYPE_CHECKING:
     from fedkseed_kernels._operands import Operands
 
-SERVES_RESIDUALS = False
 WRITES_FP32 = False
 
 INTERPRET_VARIABLE = "TRITON_INTERPRET"

@@ -64,22 +64,16 @@ def test_compensated_weights_of_16_bits_have_cases(dtype: torch.dtype) -> None:
     assert not {"perturb, compensated", "update, compensated"} & set(_cases(torch.float32))
 
 
-class _WithoutResiduals:
-    SERVES_RESIDUALS = False
-
+class _Unavailable:
     def unavailable(self) -> str | None:
-        return None
-
-    def seed_axpy(self, *_: Any) -> None:
-        raise AssertionError("called although it does not serve this")
+        return "it is not here"
 
 
-def test_a_backend_without_residuals_has_a_row_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_cases.dispatch, "backend_of", lambda *_: _WithoutResiduals())
-    found = {row["case"]: row for row in _rows() if row["contestant"] == "cuda"}
-    assert found["update, compensated"]["refused"] == "it does not serve residuals"
-    assert "refused" not in found["pair"]
-    assert "it does not serve residuals" in gpu_rows.line(found["perturb, compensated"])
+def test_a_backend_that_cannot_serve_has_rows_that_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_cases.dispatch, "backend_of", lambda *_: _Unavailable())
+    found = [row for row in _rows() if row["contestant"] in ("cuda", "triton")]
+    assert {row["refused"] for row in found} == {"it is not here"}
+    assert all("it is not here" in gpu_rows.line(row) for row in found)
 
 
 def _rows() -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from unchanged import Watch
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, native, native_backend
 
 SEEDS, COEFFS = [1, -2], [0.5, 2e-5]
 
@@ -125,19 +124,6 @@ def test_prepared_is_the_function() -> None:
     left[0].data = keep.clone()
     with Watch(RuntimeError, r"expected residuals\[0\] as it was prepared, but its address", *tensors, keep):
         prepared.perturb_(9, 1e-4)
-
-
-def test_backends_that_do_not_serve_residuals_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    tensor = bf16(3, 4)
-    residual = residual_of(tensor)
-    monkeypatch.setattr(native_backend, "SERVES_RESIDUALS", False)
-    if native.unavailable() is not None:
-        pytest.skip("needs the native library")
-    with (
-        dispatch.backend("native"),
-        Watch(RuntimeError, "the native backend does not serve", tensor, residual),
-    ):
-        fk.perturb_(tensor, 1, 0.5, residuals=residual)
 
 
 def opcheck_cases() -> dict[str, tuple[Any, ...]]:

@@ -156,6 +156,16 @@ def test_the_loops_around_matrix_products_are_counted() -> None:
     assert row.classes["matrix"] == pytest.approx(2 / 32, abs=1e-3)
 
 
+def test_a_packed_fma_makes_two_elements() -> None:
+    opcodes = ["FFMA2 R4, R4, R6, R8", "FFMA R4, R4, R6, R8", "IADD3 R1, R1, R2", "EXIT"]
+    text = "\n".join(f" /*{16 * i:04x}*/ {opcode} ;" for i, opcode in enumerate(opcodes))
+    function = machine_code.parse(".L_x:\n" + text)[0]
+    for num_fmas, per_element in ((1, 4 / 3), (2, 8 / 3)):
+        rule = sass.Rule("a kernel", "rademacher", 1, 4, num_fmas)
+        row = sass.measure(function, Usage(32, 0, 0), "sm_100", rule)
+        assert row.instructions_per_element == pytest.approx(per_element, abs=1e-3)
+
+
 def test_turns_around_matrices_are_those_of_the_source() -> None:
     folder = Path(sass.HERE.parent, "csrc", "cuda")
     source = "".join((folder / name).read_text() for name in ("noise.h", "flat.h", "many_rademacher.h"))
@@ -176,6 +186,11 @@ def test_rules_of_cuda_kernels() -> None:
     assert few == sass.Rule("cuda gaussian bf16, K = 2", "gaussian", 2, 4)
     compensated = sass.cuda_rule("few_terms<Bf16, Gaussian, 1, 1>")
     assert compensated == sass.Rule("cuda gaussian bf16, K = 1, compensated", "gaussian", 1, 8)
+    # The value of an fp16 weight and its residual is an fma of its own.
+    assert [sass.cuda_rule(f"few_terms<{dtype}, Rademacher, 1, 1>") for dtype in ("Bf16", "Fp16")] == [
+        sass.Rule(f"cuda rademacher {dtype}, K = 1, compensated", "rademacher", 1, 8, num_fmas)
+        for dtype, num_fmas in (("bf16", 1), ("fp16", 2))
+    ]
     assert sass.cuda_rule("_ZN12_GLOBAL__N_11philox_wordsE") is None
     with pytest.raises(ToolError, match="has a rule for, got new_kernel<Bf16>; add one"):
         sass.cuda_rule("new_kernel<Bf16>")
@@ -221,11 +236,13 @@ PROMISED = {
     "triton rademacher bf16, K loop": 3.5,
     "triton rademacher fp32, K loop": 3.5,
     "triton gaussian bf16, K = 1": 33,
+    "triton gaussian bf16, K = 1, compensated": 36,
     "cuda gaussian bf16, K loop": 25.3,
     "cuda gaussian fp32, K loop": 25.3,
     "cuda rademacher bf16, K loop": 1.8,
     "cuda rademacher fp32, K loop": 1.8,
     "cuda gaussian bf16, K = 1": 31,
+    "cuda gaussian bf16, K = 1, compensated": 37,
 }
 
 

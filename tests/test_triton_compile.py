@@ -17,6 +17,8 @@ FEW = (
     Variant("gaussian", "fp32", 0, "pair"),
     Variant("rademacher", "fp16", 2, stochastic=True),
     Variant("gaussian", "fp64", 0, "rows"),
+    Variant("gaussian", "bf16", 1, compensated=True),
+    Variant("rademacher", "fp16", 0, "pair", compensated=True),
 )
 # Fused or approximate arithmetic that nobody wrote, and subnormals flushed to zero.
 FORBIDDEN = r"\.ftz|\.approx|\bmad\.rn\.f|\bmad\.f|sin\.|lg2\.|rsqrt|div\.full"

@@ -25,7 +25,7 @@ from fedkseed_kernels.triton.packing import (
     upload,
 )
 from fedkseed_kernels.triton.seed_axpy import runs_kernel, segments_kernel
-from fedkseed_kernels.triton.tables import OCTET, DtypeTables, Table, make_tables
+from fedkseed_kernels.triton.tables import OCTET, Kind, KindTables, Table, make_tables
 
 #: True when TRITON_INTERPRET=1 was set before Triton was imported: the kernels then run on the CPU.
 IS_INTERPRETED = not isinstance(segments_kernel, JITFunction)
@@ -83,6 +83,13 @@ def num_sides(family: str, num_by_value: int, pair: bool) -> int:
     return 2 if pair and family == "gaussian" and num_by_value != 1 else 1
 
 
+def residuals_use(is_compensated: bool, writes_residuals: bool) -> str:
+    """What the kernels do about residuals: RESIDUALS of `primitive.finish`."""
+    if not is_compensated:
+        return "none"
+    return "split" if writes_residuals else "read"
+
+
 def runs_config() -> Config:
     """The configuration for runs."""
     return Config(OCTET, 16, 1, 1, 1, 64) if IS_INTERPRETED else Config(OCTET, 256, 1, 1, 4, TILE)
@@ -91,8 +98,8 @@ def runs_config() -> Config:
 class _DeviceTables(NamedTuple):
     """The tables of one list with their copies on the device."""
 
-    tables: dict[torch.dtype, DtypeTables]
-    copies: dict[tuple[torch.dtype, str], Tensor]
+    tables: dict[Kind, KindTables]
+    copies: dict[tuple[Kind, str], Tensor]
     copied: torch.cuda.Event | None  # None on the CPU
 
 
@@ -100,9 +107,9 @@ def _tables_of(operands: Operands, device: torch.device) -> _DeviceTables:
     if operands.device_tables is None:
         tables = make_tables(operands, runs_config().tile)
         copies = {
-            (dtype, kind): upload(table.entries, device, "addresses of the tensors")
-            for dtype, pair in tables.items()
-            for kind, table in zip(("segments", "runs"), pair, strict=True)
+            (kind, name): upload(table.entries, device, "addresses of the tensors")
+            for kind, pair in tables.items()
+            for name, table in zip(("segments", "runs"), pair, strict=True)
             if table is not None
         }
         copied = None
@@ -119,7 +126,9 @@ def _tables_of(operands: Operands, device: torch.device) -> _DeviceTables:
 
 
 def seed_axpy(operands: Operands, terms: Any) -> None:
-    """Write the primitive's result into `operands.outs` (and `outs_minus`); at most two launches a dtype.
+    """Write the primitive's result into `operands.outs` (and `outs_minus`); in place, residuals too.
+
+    At most two launches a dtype, and as many again for those of its tensors that have residuals.
 
     terms: Terms, or terms in device memory with the fields that `pack_device_terms` and `count_skipped` name.
     """
@@ -131,27 +140,28 @@ def seed_axpy(operands: Operands, terms: Any) -> None:
     with on_device(device):
         found = _tables_of(operands, device)
         packed: dict[bool, PackedTerms] = {}
-        for dtype, (segments, runs) in found.tables.items():
-            fp64 = dtype == torch.float64
+        for kind, (segments, runs) in found.tables.items():
+            fp64 = kind.dtype == torch.float64
             if fp64 not in packed:
                 packed[fp64] = (
                     pack_host_terms(terms, fp64, device) if on_host else pack_device_terms(terms, fp64)
                 )
             if in_place and packed[fp64].is_empty and terms.alpha == 1.0:
                 continue
-            call = _Call(operands, terms, packed[fp64], dtype)
+            call = _Call(operands, terms, packed[fp64], kind)
             if segments is not None:
-                call.run_segments(segments, found.copies[dtype, "segments"])
+                call.run_segments(segments, found.copies[kind, "segments"])
             if runs is not None:
-                call.run_runs(runs, found.copies[dtype, "runs"])
+                call.run_runs(runs, found.copies[kind, "runs"])
         if not on_host:
-            count_skipped(terms, all_fp64=found.tables.keys() <= {torch.float64})
+            count_skipped(terms, all_fp64=all(kind.dtype == torch.float64 for kind in found.tables))
 
 
 class _Call:
-    """The arguments that both kernels share, for one dtype."""
+    """The arguments that both kernels share, for one kind."""
 
-    def __init__(self, operands: Operands, terms: Any, packed: PackedTerms, dtype: torch.dtype):
+    def __init__(self, operands: Operands, terms: Any, packed: PackedTerms, kind: Kind):
+        dtype = kind.dtype
         self._rows, self._dtype, self._family = operands.rows, dtype, terms.family
         self._packed = packed
         pair = operands.outs_minus is not None
@@ -169,6 +179,7 @@ class _Call:
             "HAS_INPUT": operands.inputs is not None,
             "PAIR": pair,
             "STOCHASTIC": terms.rounding == "stochastic" and dtype in (torch.bfloat16, torch.float16),
+            "RESIDUALS": residuals_use(kind.is_compensated, operands.writes_residuals),
             "enable_fp_fusion": False,
         }
 

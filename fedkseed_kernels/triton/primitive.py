@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from fedkseed_kernels.triton import noise, packing
+from fedkseed_kernels.triton.compensated import compensated_split, compensated_value
 
 gaussian_octet = noise.gaussian_octet
 rademacher_octet = noise.rademacher_octet
@@ -247,6 +248,7 @@ def finish(
     source,
     target,
     target_minus,
+    residual,
     mask,
     acc,
     terms,
@@ -263,8 +265,12 @@ def finish(
     HAS_INPUT: tl.constexpr,
     PAIR: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    RESIDUALS: tl.constexpr,
 ):
-    """Sections 6.1 and 6.2 after the sums: scale, add, round, store. Pointers and mask are [block, 8]."""
+    """Sections 6.1, 6.2 and 6.5 after the sums: scale, add, round or split, store.
+
+    Pointers and mask are [block, 8]. RESIDUALS: "none", "read" for results that are rounded, or "split".
+    """
     sums = octet_values(acc, FIRST)
     if FAMILY == "rademacher" and NUM_TERMS == 0:
         sums = sums_as_numbers(sums, terms, num_terms, ARITHMETIC)
@@ -272,11 +278,22 @@ def finish(
         tl.store(target, sums.to(DTYPE), mask=mask)
     else:
         stored = tl.load(source, mask=mask)
-        w = stored.to(ARITHMETIC)
+        if RESIDUALS == "none":
+            w = stored.to(ARITHMETIC)
+        else:
+            left = tl.load(residual, mask=mask)
+            w = compensated_value(stored, left)
         factor = scale.to(ARITHMETIC)
         # Without a term and with alpha 1 the bytes stay as they are.
         unchanged = (num_terms == 0) & (scale == 1.0)
-        result = rounded(tl.fma(w, factor, sums), random_bits, DTYPE, STOCHASTIC)
+        y = tl.fma(w, factor, sums)
+        if RESIDUALS == "split":
+            result, new_left = compensated_split(y, DTYPE)
+            if NUM_TERMS == 0:
+                new_left = tl.where(unchanged, left, new_left)
+            tl.store(residual, new_left, mask=mask)
+        else:
+            result = rounded(y, random_bits, DTYPE, STOCHASTIC)
         if NUM_TERMS == 0:
             result = tl.where(unchanged, stored, result)
         if PAIR:

@@ -83,6 +83,7 @@ def segments_kernel(
     HAS_INPUT: tl.constexpr,
     PAIR: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    RESIDUALS: tl.constexpr,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -101,6 +102,9 @@ def segments_kernel(
     source = tl.load(entry + num_entries).to(tl.pointer_type(DTYPE))
     target = tl.load(entry + 2 * num_entries).to(tl.pointer_type(DTYPE))
     target_minus = tl.load(entry + 3 * num_entries).to(tl.pointer_type(DTYPE))
+    residual = source  # read by nobody
+    if RESIDUALS != "none":
+        residual = tl.load(entry + 7 * num_entries).to(tl.pointer_type(tl.int16))
     num_octets = tl.load(entry + 4 * num_entries)
     first_octet = tl.load(entry + 5 * num_entries)
     stream = tl.load(entry + 6 * num_entries).to(tl.uint32)
@@ -156,6 +160,7 @@ def segments_kernel(
                     tl.multiple_of(source + begin * 8, 16) + offset,
                     tl.multiple_of(target + begin * 8, 16) + offset,
                     tl.multiple_of(target_minus + begin * 8, 16) + offset,
+                    tl.multiple_of(residual + begin * 8, 16) + offset,
                     mask,
                     acc,
                     terms,
@@ -172,6 +177,7 @@ def segments_kernel(
                     HAS_INPUT,
                     PAIR,
                     STOCHASTIC,
+                    RESIDUALS,
                 )
 
 
@@ -200,6 +206,7 @@ def runs_kernel(
     HAS_ROWS: tl.constexpr,
     PAIR: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    RESIDUALS: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -282,10 +289,15 @@ def runs_kernel(
     source = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
     target = tl.load(entry + 2).to(tl.pointer_type(DTYPE))
     target_minus = tl.load(entry + 3).to(tl.pointer_type(DTYPE))
+    residual = source  # read by nobody
+    if RESIDUALS != "none":
+        residual = tl.load(entry + 13).to(tl.pointer_type(tl.int16))
+    source_stride = tl.load(entry + 9)
     finish(
-        source + source_at[:, None] + position * tl.load(entry + 9),
+        source + source_at[:, None] + position * source_stride,
         target + target_at[:, None] + position * tl.load(entry + 10),
         target_minus + minus_at[:, None] + position * tl.load(entry + 11),
+        residual + source_at[:, None] + position * source_stride,
         mask,
         acc,
         terms,
@@ -302,4 +314,5 @@ def runs_kernel(
         HAS_INPUT,
         PAIR,
         STOCHASTIC,
+        RESIDUALS,
     )

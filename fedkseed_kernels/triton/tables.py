@@ -2,7 +2,8 @@
 
 Plain NumPy on the host; nothing here needs Triton or a GPU. One table of each kind for each dtype, so that a
 list of any length is one launch a dtype, and a second one where something is not whole and aligned. (A launch
-from Python costs more than the work of a small tensor; a list of 300 would be launch-bound.)
+from Python costs more than the work of a small tensor; a list of 300 would be launch-bound.) Tensors with
+residuals have tables of their own: the kernels of the others do not know that there is such a thing.
 """
 
 from __future__ import annotations
@@ -24,10 +25,20 @@ OCTETS_PER_HIGH_WORD = 1 << 32
 
 # Columns of a segment table, int64 [len(SEGMENT_FIELDS), num_segments]. Output element i of a segment has
 # element index 8 first_octet + i.
-SEGMENT_FIELDS = ("first_tile", "source", "target", "target_minus", "num_octets", "first_octet", "stream")
+SEGMENT_FIELDS = (
+    "first_tile",
+    "source",
+    "target",
+    "target_minus",
+    "num_octets",
+    "first_octet",
+    "stream",
+    "residual",
+)
 
 # Rows of a run table, int64 [num_entries, len(RUN_FIELDS) + len(RUN_DIMS) * RUN_MAX_OUTER]. A run is a row of
 # run_length elements with consecutive element indices; its coordinates are those of the outer dimensions.
+# Residuals have the strides of the source.
 RUN_FIELDS = (
     "first_tile",
     "source",
@@ -42,6 +53,7 @@ RUN_FIELDS = (
     "target_stride",
     "target_minus_stride",
     "num_outer",
+    "residual",
 )
 RUN_DIMS = ("sizes", "source_strides", "target_strides", "target_minus_strides", "element_strides")
 RUN_MAX_OUTER = MAX_DIMS
@@ -56,26 +68,37 @@ class Table(NamedTuple):
     num_tiles: int
 
 
-class DtypeTables(NamedTuple):
-    """What the tensors of one dtype come to; None for a kind without entries."""
+class Kind(NamedTuple):
+    """What decides which kernels serve a tensor: its dtype, and whether it has a residual."""
+
+    dtype: torch.dtype
+    is_compensated: bool
+
+
+class KindTables(NamedTuple):
+    """What the tensors of one kind come to; None for a table without entries."""
 
     segments: Table | None
     runs: Table | None
 
 
-class _Addresses(NamedTuple):
+class Addresses(NamedTuple):
+    """Where a tensor lies; 0 where there is no such memory."""
+
     source: int
     target: int
     target_minus: int
+    residual: int
 
-    def after(self, num_bytes: int) -> _Addresses:
-        return _Addresses(*(address + num_bytes if address else 0 for address in self))
+    def after(self, num_bytes: int) -> Addresses:
+        """The same num_bytes further on."""
+        return Addresses(*(address + num_bytes if address else 0 for address in self))
 
 
 class _Run(NamedTuple):
     """One entry of a run table, before its tile is known."""
 
-    addresses: _Addresses
+    addresses: Addresses
     first_element: int
     stream: int
     run_length: int
@@ -94,33 +117,31 @@ class _Run(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    addresses: _Addresses
+    addresses: Addresses
     num_octets: int
     first_octet: int
     stream: int
 
 
-def _flat_run(addresses: _Addresses, first_element: int, stream: int, numel: int) -> _Run:
+def _flat_run(addresses: Addresses, first_element: int, stream: int, numel: int) -> _Run:
     return _Run(addresses, first_element, stream, numel, (1, 1, 1), [], [[], [], [], []])
 
 
 def split_flat(
-    addresses: tuple[int, int, int], first_element: int, stream: int, numel: int, itemsize: int
+    addresses: Addresses, first_element: int, stream: int, numel: int, itemsize: int
 ) -> tuple[list[_Segment], list[_Run]]:
     """A tensor whose memory and element indices run together: aligned whole octets, and what is left over.
 
     Args:
-        addresses: of source, target and target_minus; 0 where there is none.
         first_element: element index of its first element.
         numel, itemsize: elements, and bytes of each.
     """
-    places = _Addresses(*addresses)
     head = min(-first_element % OCTET, numel)
     num_octets = (numel - head) // OCTET
-    body = places.after(head * itemsize)
+    body = addresses.after(head * itemsize)
     if num_octets == 0 or any(address % ALIGNMENT for address in body):
-        return [], [_flat_run(places, first_element, stream, numel)]
-    runs = [_flat_run(places, first_element, stream, head)] if head else []
+        return [], [_flat_run(addresses, first_element, stream, numel)]
+    runs = [_flat_run(addresses, first_element, stream, head)] if head else []
     segments = []
     done = 0
     first_octet = (first_element + head) // OCTET
@@ -132,11 +153,11 @@ def split_flat(
     tail = numel - head - num_octets * OCTET
     if tail:
         end = head + num_octets * OCTET
-        runs.append(_flat_run(places.after(end * itemsize), first_element + end, stream, tail))
+        runs.append(_flat_run(addresses.after(end * itemsize), first_element + end, stream, tail))
     return segments, runs
 
 
-def _strided_run(operands: Operands, position: int, addresses: _Addresses, stream: int) -> _Run | None:
+def _strided_run(operands: Operands, position: int, addresses: Addresses, stream: int) -> _Run | None:
     """The run table's entry of a tensor, None if it is flat after all."""
     first_element, sizes, strides = collapsed_layout(operands, position)
     gathers = operands.rows is not None
@@ -154,10 +175,11 @@ def _segment_table(segments: list[_Segment], tile: int) -> Table | None:
     if not segments:
         return None
     entries = np.empty((len(SEGMENT_FIELDS), len(segments)), dtype=np.int64)
-    entries[1:4] = np.array([s.addresses for s in segments], dtype=np.int64).T
+    entries[1:4] = np.array([s.addresses[:3] for s in segments], dtype=np.int64).T
     entries[4] = [s.num_octets for s in segments]
     entries[5] = [s.first_octet for s in segments]
     entries[6] = [s.stream for s in segments]
+    entries[7] = [s.addresses.residual for s in segments]
     # A program of the wide Rademacher kernel starts at a group of 16 octets, before the segment's first.
     tiles = -(-(entries[4] + entries[5] % 16) // tile)
     entries[0] = np.cumsum(tiles) - tiles
@@ -173,7 +195,7 @@ def _run_table(runs: list[_Run], tile: int) -> Table | None:
     for entry, run in zip(entries, runs, strict=True):
         entry[:RUN_FIRST_DIM] = (
             num_tiles,
-            *run.addresses,
+            *run.addresses[:3],
             run.num_runs,
             run.run_length,
             run.octets_per_run,
@@ -181,6 +203,7 @@ def _run_table(runs: list[_Run], tile: int) -> Table | None:
             run.stream,
             *run.inner_strides,
             len(run.sizes),
+            run.addresses.residual,
         )
         dims = entry[RUN_FIRST_DIM:].reshape(len(RUN_DIMS), RUN_MAX_OUTER)
         for row, values in zip(dims, (run.sizes, *run.strides), strict=True):
@@ -189,33 +212,37 @@ def _run_table(runs: list[_Run], tile: int) -> Table | None:
     return Table(entries, len(runs), num_tiles)
 
 
-def make_tables(operands: Operands, tile: int) -> dict[torch.dtype, DtypeTables]:
-    """The tables of a list, by dtype; tile is the number of octets that an entry's tiles count in.
+def make_tables(operands: Operands, tile: int) -> dict[Kind, KindTables]:
+    """The tables of a list, by kind; tile is the number of octets that an entry's tiles count in.
 
     Raises:
         ValueError: a tensor has more than MAX_DIMS dimensions after merging.
     """
     outs = operands.outs
-    segments: dict[torch.dtype, list[_Segment]] = {dtype: [] for dtype in outs.dtypes}
-    runs: dict[torch.dtype, list[_Run]] = {dtype: [] for dtype in outs.dtypes}
+    residuals = operands.residuals or [None] * len(outs.tensors)
+    kinds = [Kind(dtype, left is not None) for dtype, left in zip(outs.dtypes, residuals, strict=True)]
+    segments: dict[Kind, list[_Segment]] = {kind: [] for kind in kinds}
+    runs: dict[Kind, list[_Run]] = {kind: [] for kind in kinds}
     strided = set(strided_positions(operands))
-    for i, (dtype, numel, stream) in enumerate(zip(outs.dtypes, outs.numels, operands.streams, strict=True)):
+    for i, (kind, numel, stream) in enumerate(zip(kinds, outs.numels, operands.streams, strict=True)):
         if numel == 0:
             continue
-        addresses = _Addresses(
+        left = residuals[i]
+        addresses = Addresses(
             0 if operands.inputs is None else operands.inputs.addresses[i],
             outs.addresses[i],
             0 if operands.outs_minus is None else operands.outs_minus.addresses[i],
+            0 if left is None else left.data_ptr(),
         )
         run = _strided_run(operands, i, addresses, stream) if i in strided else None
         if run is not None:
-            runs[dtype].append(run)
+            runs[kind].append(run)
             continue
         first_element = collapsed_layout(operands, i)[0] if i in strided else operands.offsets[i]
-        whole, left_over = split_flat(addresses, first_element, stream, numel, dtype.itemsize)
-        segments[dtype] += whole
-        runs[dtype] += left_over
+        whole, left_over = split_flat(addresses, first_element, stream, numel, kind.dtype.itemsize)
+        segments[kind] += whole
+        runs[kind] += left_over
     return {
-        dtype: DtypeTables(_segment_table(segments[dtype], tile), _run_table(runs[dtype], tile))
-        for dtype in segments
+        kind: KindTables(_segment_table(segments[kind], tile), _run_table(runs[kind], tile))
+        for kind in segments
     }

@@ -6,11 +6,13 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import util
 from pathlib import Path
 
 import pytest
 
 from fedkseed_kernels import dispatch, triton_backend
+from fedkseed_kernels._conformance_checks import Target
 
 PACKAGE = "fedkseed_kernels.triton"
 
@@ -41,3 +43,18 @@ def interpreted(source: Path | None = None) -> Iterator[None]:
         finally:
             _take_modules()
             sys.modules.update(before)  # type: ignore[arg-type]
+
+
+class InterpretedTriton(Target):
+    """The Triton kernels beside the targets that `conformance.find_targets` finds."""
+
+    @contextmanager
+    def forced(self) -> Iterator[None]:
+        with interpreted():
+            yield
+
+
+def with_interpreted_triton(targets: list[Target]) -> list[Target]:
+    """The targets, and the Triton kernels where they are not among them and the package is there."""
+    triton = InterpretedTriton("triton")
+    return targets if triton in targets or util.find_spec("triton") is None else [*targets, triton]

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="the Triton backend needs the package trito
 
 from interpreted_triton import interpreted
 
-from fedkseed_kernels.triton.tables import OCTETS_PER_HIGH_WORD, split_flat
+from fedkseed_kernels.triton.tables import OCTETS_PER_HIGH_WORD, Addresses, split_flat
 
 MODES = [("float32", "nearest"), ("float64", "nearest")] + [
     (dtype, rounding) for dtype in ("bfloat16", "float16") for rounding in reference.ROUNDINGS
@@ -363,7 +363,7 @@ def test_a_row_out_of_range_is_nan() -> None:
 def test_segments_end_where_the_high_word_changes() -> None:
     """A tensor of more than 2^35 elements, by its plan alone."""
     numel = 3 * 2**35 + 5
-    segments, runs = split_flat((0, 1 << 20, 0), 2**35 - 16, STREAM, numel, 2)
+    segments, runs = split_flat(Addresses(0, 1 << 20, 0, 0), 2**35 - 16, STREAM, numel, 2)
     assert [s.first_octet for s in segments] == [2**32 - 2, 2**32, 2**33, 3 * 2**32]
     assert sum(s.num_octets for s in segments) * 8 + sum(r.run_length for r in runs) == numel
     for segment in segments:

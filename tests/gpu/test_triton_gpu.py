@@ -100,6 +100,41 @@ def test_both_sides_and_rows(dtype: torch.dtype, rounding: str, family: str, num
     compare(call)
 
 
+def residuals(size: int | tuple[int, ...], device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(
+        -(2**15),
+        2**15,
+        torch.Size([size] if isinstance(size, int) else size),
+        generator=generator,
+        dtype=torch.int16,
+    ).to(device)
+
+
+@all_families
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_terms", [0, 1, 2, 17])
+def test_compensated(dtype: torch.dtype, family: str, num_terms: int) -> None:
+    """In place, beside tensors without residuals, misaligned and strided ones; read only on both sides."""
+
+    def call(device: str) -> list[Tensor]:
+        tensors = [weights(size, dtype, device) for size in SIZES]
+        lefts = [residuals(size + 1, device)[i % 2 :][:size] for i, size in enumerate(SIZES)]
+        # Of any kind: infinities, NaN and subnormals among them.
+        tensors[-1].view(torch.int16)[::3] = residuals(SIZES[-1], device)[::3]
+        tensors.append(weights((94, 130), dtype, device).T)
+        lefts.append(residuals((94, 130), device).T)
+        given = [None if i == 6 else left for i, left in enumerate(lefts)]
+        fk.seed_axpy_(tensors, *terms(num_terms), residuals=given, **options("nearest", family))
+        read, chosen = weights((300, 72), dtype, device), options("stochastic", family)
+        left, rows = residuals((300, 72), device), torch.tensor([299, 0, 7, 7], device=device)
+        plus, minus = fk.seed_axpy_pair([read], *terms(num_terms), residuals=[left], **chosen)
+        some = fk.seed_axpy([read], *terms(num_terms), rows=rows, residuals=[left], **chosen)
+        return [*tensors, *lefts, *plus, *minus, *some]
+
+    compare(call)
+
+
 @all_families
 def test_views_and_strides(family: str) -> None:
     def call(device: str) -> list[Tensor]:
