@@ -15,39 +15,36 @@ FK_HD float fk_bf16_value(uint16_t weight, int16_t residual) {
 }
 
 FK_HD fk_compensated fk_bf16_split(float y) {
-  const uint32_t bits = fk_bits_from_float(y);
+  // Of a NaN one pattern whose low half is 0: rounding would carry others into the sign.
+  const uint32_t bits = y == y ? fk_bits_from_float(y) : 0x7FC00000u;
   fk_compensated out;
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) {
-    out.weight = (uint16_t)(bits >> 16 | 0x7FC0u);
-    out.residual = 0;
-  } else {
-    out.weight = (uint16_t)((bits + 0x8000u) >> 16);
-    out.residual = (int16_t)(uint16_t)bits;
-  }
+  out.weight = (uint16_t)((bits + 0x8000u) >> 16);
+  out.residual = (int16_t)(uint16_t)bits;
   return out;
 }
 
-// E + 15, with 2^E <= |weight| < 2^(E + 1), and E = -14 for subnormals, infinities and NaN.
-FK_HD uint32_t fk_fp16_exponent(uint16_t weight) {
-  const uint32_t field = weight >> 10 & 31u;
-  return field == 0u || field == 31u ? 1u : field;
+// Bits of 2^E for a widened fp16, with 2^E <= |weight| < 2^(E + 1), and E = -14 for subnormals. Infinities and NaN,
+// where the contract takes -14 too, have an infinite one: their value and residual are the same.
+FK_HD uint32_t fk_fp16_exponent(float weight) {
+  const uint32_t field = fk_bits_from_float(weight) & 0x7F800000u, least = 113u << 23;
+  return field > least ? field : least;
 }
 
 FK_HD float fk_fp16_value(uint16_t weight, int16_t residual) {
-  const float unit = fk_float_from_bits((fk_fp16_exponent(weight) + 87u) << 23); // 2^(E - 25)
-  return fk_fma((float)residual, unit, fk_float_from_fp16(weight));
+  const float wide = fk_float_from_fp16(weight);
+  const float unit = fk_float_from_bits(fk_fp16_exponent(wide) - (25u << 23)); // 2^(E - 25)
+  return fk_fma((float)residual, unit, wide);
 }
 
 FK_HD fk_compensated fk_fp16_split(float y) {
   fk_compensated out;
   out.weight = fk_fp16_nearest(y);
-  if ((out.weight & 0x7C00u) == 0x7C00u) {
-    out.residual = 0;
-    return out;
-  }
-  const float per_unit = fk_float_from_bits((167u - fk_fp16_exponent(out.weight)) << 23); // 2^(25 - E)
-  const float rest = (y - fk_float_from_fp16(out.weight)) * per_unit; // both exact, at most 2^14
-  // Added to 1.5 2^23, whose last place is 1, it is rounded to an integer, ties to even.
-  out.residual = (int16_t)(int32_t)(fk_bits_from_float(rest + 0x1.8p+23f) - 0x4B400000u);
+  const float wide = fk_float_from_fp16(out.weight);
+  const uint32_t exponent = fk_fp16_exponent(wide);
+  const float per_unit = fk_float_from_bits((279u << 23) - exponent); // 2^(25 - E)
+  const float rest = (y - wide) * per_unit;                           // both exact, at most 2^14
+  // Added to 1.5 2^23, whose last place is 1 and whose bits end in 16 zeros, it is rounded to an integer, ties to even.
+  const uint32_t rounded = fk_bits_from_float(rest + 0x1.8p+23f);
+  out.residual = (int16_t)(uint16_t)(exponent == 0x7F800000u ? 0u : rounded);
   return out;
 }
