@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import pages
 from fedkseed._extras import require_extra
 from fedkseed.files import write_atomically
 
 Document = Mapping[str, Any]
 
-#: What a page has around the part that is made from a result.
-MARKS = ("<!-- made by benchmarks.drift_report from results/drift.json -->", "<!-- end -->")
+#: What a page has before the part that is made from a result.
+MARK = "<!-- made by benchmarks.drift_report from results/drift.json -->"
 _CAPTION = "Distance from exact arithmetic against local steps, a panel for each dtype"
 
 
@@ -69,17 +70,13 @@ def facts(document: Document) -> str:
 
 
 def with_result(page: str, document: Document) -> str:
-    """The page with everything between its two marks made from the document.
+    """The page with everything between its marks made from the document.
 
     Raises:
         ValueError: a page without the marks.
     """
-    before, mark, rest = page.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not mark or not end:
-        raise ValueError(f"expected a page with {MARKS[0]} and {MARKS[1]}, got one without")
-    shown = "\n\n".join((table(document), f"![{_CAPTION}](numerics.png)", facts(document)))
-    return f"{before}{mark}\n\n{shown}\n\n{end}{after}"
+    shown = (table(document), f"![{_CAPTION}](numerics.png)", facts(document))
+    return pages.with_part(page, MARK, "\n\n".join(shown))
 
 
 def draw(document: Document, path: Path) -> None:

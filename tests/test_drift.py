@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import drift, drift_report, modes, official, walks, workloads
+from benchmarks import drift, drift_report, modes, official, pages, walks, workloads
 from benchmarks.results import RESULTS_FOLDER
 from fedkseed import SeedPool
 from fedkseed.manifest import manifest_parameters
@@ -174,7 +174,7 @@ class TestRun:
             drift.run(drift.QUICK, 1, ["sideways"])
 
     def test_a_page_takes_the_result_between_its_marks(self, document: dict[str, Any]) -> None:
-        begin, end = drift_report.MARKS
+        begin, end = drift_report.MARK, pages.END
         page = drift_report.with_result(f"before\n{begin}\nold\n{end}\nafter\n", document)
         assert page.startswith(f"before\n{begin}\n\n| weights |")
         assert page.endswith(f"|\n\n{end}\nafter\n")
