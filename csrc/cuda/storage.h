@@ -128,14 +128,14 @@ struct Bf16 : Half {
 
 struct Fp16 : Half {
   FK_DEVICE static float value(const Piece &piece, const Piece &residuals, int i) {
-    return fk_fp16_value(get(piece, i), (int16_t)get(residuals, i));
+    return fk_fp16_value_of(widen(piece, i), (int16_t)get(residuals, i));
   }
   FK_DEVICE static void split(const float (&y)[kPiece], Piece &piece, Piece &residuals) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const fk_compensated low = fk_fp16_split(y[2 * j]), high = fk_fp16_split(y[2 * j + 1]);
-      piece.w[j] = low.weight | (uint32_t)high.weight << 16;
-      residuals.w[j] = (uint16_t)low.residual | (uint32_t)high.residual << 16;
+      piece.w[j] = pack_fp16(y[2 * j], y[2 * j + 1]);
+      residuals.w[j] = (uint16_t)fk_fp16_residual(y[2 * j], widen(piece, 2 * j)) |
+                       (uint32_t)(uint16_t)fk_fp16_residual(y[2 * j + 1], widen(piece, 2 * j + 1)) << 16;
     }
   }
   FK_DEVICE static float widen(const Piece &piece, int i) {

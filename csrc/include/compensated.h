@@ -30,21 +30,29 @@ FK_HD uint32_t fk_fp16_exponent(float weight) {
   return field > least ? field : least;
 }
 
-FK_HD float fk_fp16_value(uint16_t weight, int16_t residual) {
-  const float wide = fk_float_from_fp16(weight);
+// For a weight that is widened already.
+FK_HD float fk_fp16_value_of(float wide, int16_t residual) {
   const float unit = fk_float_from_bits(fk_fp16_exponent(wide) - (25u << 23)); // 2^(E - 25)
   return fk_fma((float)residual, unit, wide);
 }
 
-FK_HD fk_compensated fk_fp16_split(float y) {
-  fk_compensated out;
-  out.weight = fk_fp16_nearest(y);
-  const float wide = fk_float_from_fp16(out.weight);
+// What y leaves beside the weight that it is rounded to.
+FK_HD int16_t fk_fp16_residual(float y, float wide) {
   const uint32_t exponent = fk_fp16_exponent(wide);
   const float per_unit = fk_float_from_bits((279u << 23) - exponent); // 2^(25 - E)
   const float rest = (y - wide) * per_unit;                           // both exact, at most 2^14
   // Added to 1.5 2^23, whose last place is 1 and whose bits end in 16 zeros, it is rounded to an integer, ties to even.
   const uint32_t rounded = fk_bits_from_float(rest + 0x1.8p+23f);
-  out.residual = (int16_t)(uint16_t)(exponent == 0x7F800000u ? 0u : rounded);
+  return (int16_t)(uint16_t)(exponent == 0x7F800000u ? 0u : rounded);
+}
+
+FK_HD float fk_fp16_value(uint16_t weight, int16_t residual) {
+  return fk_fp16_value_of(fk_float_from_fp16(weight), residual);
+}
+
+FK_HD fk_compensated fk_fp16_split(float y) {
+  fk_compensated out;
+  out.weight = fk_fp16_nearest(y);
+  out.residual = fk_fp16_residual(y, fk_float_from_fp16(out.weight));
   return out;
 }
