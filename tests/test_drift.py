@@ -190,8 +190,25 @@ class TestRun:
         assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.xfail(raises=FileNotFoundError, strict=True, reason="no result of a full run is committed yet")
 def test_the_page_shows_the_committed_result() -> None:
     document, page = json.loads(RESULT.read_text()), PAGE.read_text()
     assert drift_report.with_result(page, document) == page
     assert {row["algorithm"] for row in document["rows"]} == set(drift.ALGORITHMS)
+
+
+def test_what_the_page_says_of_it_in_words() -> None:
+    document = json.loads(RESULT.read_text())
+    distance = {(row["dtype"], row["algorithm"]): row["distance"][-1] for row in document["rows"]}
+    error = {(row["dtype"], row["algorithm"]): row["g"]["relative_error"] for row in document["rows"]}
+    for dtype in ("bf16", "fp16"):
+        assert 0.9 < distance[dtype, "streamed"] < 1.1
+        assert 0.001 < distance[dtype, "streamed, compensated"] < 0.0025
+        assert error[dtype, "streamed, fp32 forward"] < 1e-6
+        assert min(distance[dtype, name] for name in ("inplace", "official")) > 30
+    assert min(distance["bf16", name] for name in ("inplace", "inplace, chained", "official")) > 100
+    forwards = {key: value for key, value in error.items() if key[1] != "streamed, fp32 forward"}
+    assert min(value for (dtype, _), value in forwards.items() if dtype == "bf16") > 0.5
+    assert 0.08 < min(value for (dtype, _), value in forwards.items() if dtype == "fp16")
+    assert max(value for (dtype, _), value in forwards.items() if dtype == "fp16") < 0.2
+    kept = {(row["dtype"], row["algorithm"]): row["kept"] for row in document["rows"]}
+    assert max(kept[dtype, "streamed, compensated"] for dtype in ("bf16", "fp16")) < 0.006
