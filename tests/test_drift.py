@@ -208,7 +208,7 @@ def test_what_the_page_says_of_it_in_words() -> None:
     assert min(distance["bf16", name] for name in ("inplace", "inplace, chained", "official")) > 100
     forwards = {key: value for key, value in error.items() if key[1] != "streamed, fp32 forward"}
     assert min(value for (dtype, _), value in forwards.items() if dtype == "bf16") > 0.5
-    assert 0.08 < min(value for (dtype, _), value in forwards.items() if dtype == "fp16")
+    assert min(value for (dtype, _), value in forwards.items() if dtype == "fp16") > 0.08
     assert max(value for (dtype, _), value in forwards.items() if dtype == "fp16") < 0.2
     kept = {(row["dtype"], row["algorithm"]): row["kept"] for row in document["rows"]}
     assert max(kept[dtype, "streamed, compensated"] for dtype in ("bf16", "fp16")) < 0.006
