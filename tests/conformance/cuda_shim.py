@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkseed_kernels import _layout, golden, native_cuda, reference
+from fedkseed_kernels import _layout, golden, native_cuda, native_cuda_backend, reference
 from fedkseed_kernels._conformance_checks import tensor_of
 from fedkseed_kernels._operands import DeviceTerms, Operands, Terms
 
@@ -56,6 +56,8 @@ def build(folder: Path, sources: Path = SOURCES) -> Path:
 
 class ShimBackend:
     """The CUDA library's entry with a host's memory as the device's."""
+
+    WRITES_FP32 = native_cuda_backend.WRITES_FP32
 
     def __init__(self, library: Path):
         handle = native_cuda.open_library(library)

@@ -308,6 +308,23 @@ def test_compensated_out_of_place(
     bench.compare(call, dtype)
 
 
+@all_families
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_outputs_in_fp32(bench: Bench, dtype: str, family: str) -> None:
+    """Widened first, then perturbed where they are."""
+    seeds, coeffs = terms(1)
+
+    def call() -> list[Tensor]:
+        tensor, left = weights(40 * 9, dtype).reshape(40, 9), residuals(40 * 9).reshape(40, 9)
+        outs = [poisoned((40, 9), "float32") for _ in range(2)]
+        fk.seed_axpy_pair(
+            tensor, seeds, coeffs, out_plus=outs[0], out_minus=outs[1], residuals=left, family=family
+        )
+        return outs
+
+    bench.compare(call, "float32")
+
+
 HUGE = 2**31 + 3 * 2**14 + 77
 
 
