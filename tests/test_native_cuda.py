@@ -120,8 +120,8 @@ def test_not_a_library(library_path: Path) -> None:
     ("versions", "message"),
     [
         ((99, 1), "fk_abi_version expected 3, got 99"),
-        ((2, 2), "fk_contract_version expected 1, got 2"),
-        ((2, 1), "lacks an entry"),
+        ((3, 2), "fk_contract_version expected 1, got 2"),
+        ((3, 1), "lacks an entry"),
     ],
 )
 def test_another_release(library_path: Path, tmp_path: Path, versions: tuple[int, int], message: str) -> None:
