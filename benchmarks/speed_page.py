@@ -18,6 +18,7 @@ KERNELS, STEPS = (
 )
 _CASES = {
     "perturb": "perturb the weights",
+    "update": "restore and update them",
     "rebuild-4096": "rebuild a model from 4,096 seeds",
     "rademacher-rebuild-4096": "the same, Rademacher noise",
 }
