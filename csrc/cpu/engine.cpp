@@ -116,15 +116,13 @@ template <typename T> bool mirror(const T *acc, T *minus, int64_t n, int32_t fam
 void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done, int64_t n, const Side &side,
                 const float *acc, const double *acc64, Buffers &buffers) {
   const size_t size = element_size(t.dtype), out_size = element_size(t.out_dtype);
-  fk_apply apply;
+  fk_apply apply = {};
   apply.in = run.in ? run.in + done * run.in_stride * (int64_t)size : 0;
   apply.out = side.base + done * side.stride * (int64_t)out_size;
-  apply.out_minus = 0;
   apply.acc = acc;
   apply.acc64 = acc64;
   apply.n = n;
   apply.alpha = job.terms->alpha;
-  apply.noise = 0;
   apply.residual = run.residual ? run.residual + done * run.in_stride : 0;
   apply.residual_out = run.residual_out ? run.residual_out + done * side.stride : 0;
   apply.wide = is_wide(t);
