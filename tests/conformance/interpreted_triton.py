@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,15 @@ def interpreted(source: Path | None = None) -> Iterator[None]:
         finally:
             _take_modules()
             sys.modules.update(before)  # type: ignore[arg-type]
+
+
+def damaged(folder: Path, file: str, right: str, wrong: str) -> Path:
+    """A copy of the kernels' sources in which one piece of a file, which stands there once, is another."""
+    copy = shutil.copytree(Path(triton_backend.__file__).parent / "triton", folder / "triton")
+    text = (copy / file).read_text()
+    assert text.count(right) == 1
+    (copy / file).write_text(text.replace(right, wrong))
+    return copy
 
 
 class InterpretedTriton(Target):

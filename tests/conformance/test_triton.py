@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from fedkseed_kernels._conformance_checks import poisoned, stored_of, tensor_of
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
-from interpreted_triton import interpreted
+from interpreted_triton import damaged, interpreted
 
 from fedkseed_kernels.triton.tables import OCTETS_PER_HIGH_WORD, Addresses, split_flat
 
@@ -30,7 +29,6 @@ all_families = pytest.mark.parametrize("family", reference.FAMILIES)
 STREAM, ALPHA = 3, 0.999
 SEEDS = [2**64 - 3, 1, 2**63, 77, 5, *range(10, 22)]
 COEFFS = [1e-2, -3e-3, 0.25, 0.0, 1e-4, *(0.01 * k - 0.05 for k in range(12))]
-KERNELS = Path(fk.__file__).parent / "triton"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -394,10 +392,6 @@ DAMAGES = {
 @pytest.mark.parametrize("what", DAMAGES)
 def test_damage_is_seen(what: str, tmp_path: Path) -> None:
     """Each of these changes of a Triton file turns the checks above red."""
-    file, right, wrong = DAMAGES[what]
-    shutil.copytree(KERNELS, tmp_path / "triton")
-    text = (tmp_path / "triton" / file).read_text()
-    assert text.count(right) == 1
-    (tmp_path / "triton" / file).write_text(text.replace(right, wrong))
-    with interpreted(tmp_path / "triton"), pytest.raises(AssertionError, match="differ"):
+    source = damaged(tmp_path, *DAMAGES[what])
+    with interpreted(source), pytest.raises(AssertionError, match="differ"):
         check_flat("float32", "nearest", "gaussian", 1, count=131, first=2**35 - 64 + 8)

@@ -5,7 +5,6 @@ Sizes, ties and golden vectors are those of test_compensated, which has Triton a
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ from fedkseed_kernels._operands import DeviceTerms
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
-from interpreted_triton import interpreted
+from interpreted_triton import damaged, interpreted
 
 all_dtypes = pytest.mark.parametrize("dtype", reference.COMPENSATED_DTYPES)
 all_families = pytest.mark.parametrize("family", reference.FAMILIES)
 SEEDS, COEFFS = [2**64 - 3, 1, 2**63, 77], [1e-2, -3e-3, 0.25, 1e-6]
 SPECIAL = [0, 0x8000, 1, 0x8001, 0x7C00, 0xFC00, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF]
-KERNELS = Path(fk.__file__).parent / "triton"
 
 Call = Callable[[], Sequence[Tensor]]
 
@@ -226,11 +224,7 @@ DAMAGES = {
 @pytest.mark.parametrize("what", DAMAGES)
 def test_damage_is_seen(what: str, tmp_path: Path) -> None:
     """Each of these changes of a Triton file turns one of the checks above red."""
-    file, right, wrong = DAMAGES[what]
-    shutil.copytree(KERNELS, tmp_path / "triton")
-    text = (tmp_path / "triton" / file).read_text()
-    assert text.count(right) == 1
-    (tmp_path / "triton" / file).write_text(text.replace(right, wrong))
+    source = damaged(tmp_path, *DAMAGES[what])
 
     def all_of_them() -> None:
         for dtype in reference.COMPENSATED_DTYPES:
@@ -238,5 +232,5 @@ def test_damage_is_seen(what: str, tmp_path: Path) -> None:
             test_results_at_the_ends_of_the_range(60000.0, dtype)
         test_ties()
 
-    with interpreted(tmp_path / "triton"), pytest.raises(AssertionError, match="differ"):
+    with interpreted(source), pytest.raises(AssertionError, match="differ"):
         all_of_them()
