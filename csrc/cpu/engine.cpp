@@ -154,12 +154,14 @@ void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done
   }
 }
 
-// Whether whole groups can go straight into the stored weights.
-bool is_fused(const Job &job, const fk_tensor &t, const Run &run) {
-  return job.kernels->gaussian_into[t.dtype] && job.terms->family == FK_GAUSSIAN &&
-         (job.terms->rounding == FK_NEAREST || is_wide(t)) && run.in && run.in_stride == 1 &&
-         run.out.stride == 1 &&
-         (!run.out_minus.base || (run.out_minus.stride == 1 && job.fp32->plus.count == 1));
+// What lets whole groups go straight into the stored weights; NULL where they cannot.
+fk_fused_kernel fused_kernel(const Job &job, const fk_tensor &t, const Run &run) {
+  const bool gaussian = job.terms->family == FK_GAUSSIAN, has_one_term = job.fp32->plus.count == 1;
+  const bool in_lines = run.in && run.in_stride == 1 && run.out.stride == 1 &&
+                        (!run.out_minus.base || run.out_minus.stride == 1);
+  const bool to_nearest = job.terms->rounding == FK_NEAREST || is_wide(t);
+  if (!in_lines || !to_nearest || !(has_one_term || (gaussian && !run.out_minus.base))) return 0;
+  return (gaussian ? job.kernels->gaussian_into : job.kernels->rademacher_into)[t.dtype];
 }
 
 void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &buffers) {
@@ -174,7 +176,7 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
     return;
   }
   const int shift = job.terms->family == FK_GAUSSIAN ? FK_GAUSSIAN_GROUP_SHIFT : FK_RADEMACHER_GROUP_SHIFT;
-  const bool fused = is_fused(job, t, run);
+  const fk_fused_kernel fused = fused_kernel(job, t, run);
   for (int64_t done = 0; done < run.n;) {
     const uint64_t element = run.first_element + (uint64_t)done;
     const int64_t ahead = (int64_t)(element & ((1u << shift) - 1u));
@@ -189,7 +191,7 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
       apply.residual = run.residual ? run.residual + done : 0;
       apply.residual_out = run.residual_out ? run.residual_out + done : 0;
       apply.wide = is_wide(t);
-      job.kernels->gaussian_into[t.dtype](&apply, element >> shift, t.stream, &schedules.plus);
+      fused(&apply, element >> shift, t.stream, &schedules.plus);
       done += n;
       continue;
     }

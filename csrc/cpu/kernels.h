@@ -35,7 +35,7 @@ typedef struct fk_schedule {
 typedef struct fk_apply {
   const void *in;
   void *out;
-  void *out_minus;  // gaussian_into only: y = alpha * w - acc as well, from a schedule of one term; or NULL
+  void *out_minus;  // of the fused kernels: y = alpha * w - acc as well, from a schedule of one term; or NULL
   const float *acc; // fp32, bf16, fp16
   const double *acc64;   // fp64
   const uint16_t *noise; // 16 random bits an element, or NULL for rounding to nearest
@@ -45,6 +45,9 @@ typedef struct fk_apply {
   int16_t *residual_out;   // may equal residual; or NULL
   int32_t wide;            // bf16, fp16: out and out_minus are fp32; noise is not read
 } fk_apply;
+
+typedef void (*fk_fused_kernel)(const fk_apply *apply, uint64_t first, uint32_t stream,
+                                const fk_schedule *schedule);
 
 typedef struct fk_kernels {
   int64_t lookup_terms; // of the Rademacher schedules that rademacher_sums takes: 1, 2 or 4
@@ -62,10 +65,10 @@ typedef struct fk_kernels {
   void (*group_words)(uint32_t *words, uint64_t first, int64_t groups, uint32_t stream, uint32_t tag,
                       uint64_t key);
   void (*apply[4])(const fk_apply *apply); // by fk_dtype
-  // gaussian_sums and apply in one, rounded to nearest, without the trip through acc: n is a multiple of
-  // FK_FUSED, in is not NULL, acc and noise are not read. By fk_dtype; NULL where there is none.
-  void (*gaussian_into[4])(const fk_apply *apply, uint64_t first, uint32_t stream,
-                           const fk_schedule *schedule);
+  // Sums and apply in one, rounded to nearest, without the trip through acc: n is a multiple of FK_FUSED, in is
+  // not NULL, acc and noise are not read. By fk_dtype; NULL where there is none.
+  fk_fused_kernel gaussian_into[4];
+  fk_fused_kernel rademacher_into[4]; // from a schedule of one term
   // Test-only: raw Philox words for any counters and keys; the transform of chosen words.
   void (*philox_words)(const uint32_t *counters, const uint32_t *keys, uint32_t *out, int64_t count);
   void (*normal_from_words)(const uint32_t *words, float *out, int64_t count);

@@ -87,6 +87,7 @@ extern const fk_kernels fk_kernels_baseline = {
     group_words,
     {apply_fp32, apply_bf16_scalar, apply_fp16_scalar, apply_fp64},
     {0, 0, 0, 0},
+    {0, 0, 0, 0},
     philox_words,
     normal_from_words,
 };

@@ -91,15 +91,11 @@ struct Vec {
   }
 
   static constexpr int kVectorsPerWord = 4; // elements of a Rademacher word, by vectors
-  // to[i] = bit i of bits set ? -c : c, for i < 32
-  FK_HD void store_signed(float *to, uint32_t bits, float c) {
-    const I word = set_i(bits), coeff = as_i(set_f(c)), sign = set_i(0x80000000u);
-    for (int v = 0; v < 4; ++v) {
-      const I shift = _mm256_setr_epi32(31 - 8 * v, 30 - 8 * v, 29 - 8 * v, 28 - 8 * v, 27 - 8 * v,
-                                        26 - 8 * v, 25 - 8 * v, 24 - 8 * v);
-      const I flip = _mm256_and_si256(_mm256_sllv_epi32(word, shift), sign);
-      store_f(to + 8 * v, as_f(_mm256_xor_si256(coeff, flip)));
-    }
+  // Lane l: bit kLanes v + l of bits set ? -c : c
+  FK_HD F signed_by(uint32_t bits, int v, F c) {
+    const I shift = _mm256_setr_epi32(31 - 8 * v, 30 - 8 * v, 29 - 8 * v, 28 - 8 * v, 27 - 8 * v, 26 - 8 * v,
+                                      25 - 8 * v, 24 - 8 * v);
+    return _mm256_xor_ps(c, as_f(and2(_mm256_sllv_epi32(set_i(bits), shift), set_i(0x80000000u))));
   }
 
   // Two Rademacher words a and b of neighbouring lanes -> the pairs (bit e of a, bit e of b): those of even e at

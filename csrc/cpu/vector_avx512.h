@@ -101,11 +101,10 @@ struct Vec {
   }
 
   static constexpr int kVectorsPerWord = 2; // elements of a Rademacher word, by vectors
-  // to[i] = bit i of bits set ? -c : c, for i < 32
-  FK_HD void store_signed(float *to, uint32_t bits, float c) {
-    const F plus = set_f(c), minus = set_f(-c);
-    store_f(to, _mm512_mask_blend_ps((__mmask16)bits, plus, minus));
-    store_f(to + 16, _mm512_mask_blend_ps((__mmask16)(bits >> 16), plus, minus));
+  // Lane l: bit kLanes v + l of bits set ? -c : c
+  FK_HD F signed_by(uint32_t bits, int v, F c) {
+    const I minus = xor2(as_i(c), set_i(0x80000000u));
+    return _mm512_mask_blend_ps((__mmask16)(bits >> (16 * v)), c, as_f(minus));
   }
 
   // Four Rademacher words of neighbouring lanes -> the four bits of each element e, the first lane's lowest, at
