@@ -8,16 +8,27 @@ from fedkseed_kernels._info import info
 from fedkseed_kernels._operands import CONTRACT_VERSION
 from fedkseed_kernels._version import __version__
 from fedkseed_kernels.ops import normal, perturb_, seed_axpy, seed_axpy_, seed_axpy_pair
-from fedkseed_kernels.prepared import Prepared, prepare
+from fedkseed_kernels.prepared import (
+    Prepared,
+    PreparedOut,
+    PreparedPair,
+    prepare,
+    prepare_out,
+    prepare_pair,
+)
 
 __all__ = [
     "CONTRACT_VERSION",
     "Prepared",
+    "PreparedOut",
+    "PreparedPair",
     "__version__",
     "info",
     "normal",
     "perturb_",
     "prepare",
+    "prepare_out",
+    "prepare_pair",
     "seed_axpy",
     "seed_axpy_",
     "seed_axpy_pair",

@@ -1,8 +1,8 @@
-"""`prepare`: a list of tensors checked once, for callers that change it in place again and again."""
+"""`prepare` and its kin: lists of tensors checked once, for callers that come with them again and again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from fedkseed_kernels._operands import View
 from fedkseed_kernels._terms import Coeffs, IntLike, Seeds
 
 
-class Prepared:
-    """A list of tensors checked once; made by `prepare`, whose docstring has the details.
+class _Checked:
+    """Lists of tensors checked once. outs None: in place; outs_minus None: one side.
 
     It holds the tensors themselves, so their memory stays. Each call compares every tensor's address, shape,
     strides and dtype with what was checked, so a stale pointer is never used.
@@ -31,26 +31,44 @@ class Prepared:
     def __init__(
         self,
         tensors: list[Tensor],
-        streams: list[int],
-        offsets: list[int],
-        views: list[int],
+        outs: list[Tensor] | None,
+        outs_minus: list[Tensor] | None,
+        streams: Sequence[int] | None,
+        offsets: Sequence[int | None] | None,
+        views: Sequence[View | None] | None,
         family: str,
-        residuals: list[Tensor],
+        residuals: Residuals | None,
     ):
         _terms.check_choices(family, "nearest")
-        for position, tensor in enumerate(tensors):
+        left = encode_residuals(residuals, tensors)
+        plus_name = "out" if outs_minus is None else "out_plus"
+        self._lists: dict[str, list[Tensor]] = {"tensors": tensors}
+        self._lists |= {} if outs is None else {plus_name: outs}
+        self._lists |= {} if outs_minus is None else {"out_minus": outs_minus}
+        self._lists |= {"residuals": left}
+        for name, position, tensor in self._places():
             if tensor.is_neg():  # the dispatcher refuses these for the ops
-                raise ValueError(f"expected plain memory, got tensors[{position}] with the negative bit set")
+                raise ValueError(f"expected plain memory, got {name}[{position}] with the negative bit set")
         with torch.no_grad():
             self._operands = _checks.check_operands(
-                tensors, None, None, None, streams, offsets, views, residuals
+                tensors,
+                outs,
+                outs_minus,
+                None,
+                encode_indices(streams, "streams", len(tensors)),
+                encode_indices(offsets, "offsets", len(tensors), views),
+                encode_views(views, len(tensors)),
+                left,
             )
-        self._tensors = tensors
-        self._residuals = residuals
-        self._watched = [*tensors, *residuals]
+        self._watched = [tensor for _, _, tensor in self._places()]
         self._family = family
-        self._all_fp64 = all(t.dtype == torch.float64 for t in tensors)
+        self._all_fp64 = self._operands.outs.dtypes.count(torch.float64) == len(tensors)
         self._identity = self._current_identity()
+
+    def _places(self) -> Iterator[tuple[str, int, Tensor]]:
+        for name, items in self._lists.items():
+            for position, tensor in enumerate(items):
+                yield name, position, tensor
 
     def _current_identity(self) -> tuple[list[Any], ...]:
         tensors = self._watched
@@ -64,17 +82,46 @@ class Prepared:
     def _check_unchanged(self) -> None:
         current = self._current_identity()
         if current != self._identity:
-            names = ("address", "shape", "strides", "dtype")
-            for name, old, new in zip(names, self._identity, current, strict=True):
-                for position, (was, now) in enumerate(zip(old, new, strict=True)):
+            whats = ("address", "shape", "strides", "dtype")
+            for what, old, new in zip(whats, self._identity, current, strict=True):
+                for (name, position, _), was, now in zip(self._places(), old, new, strict=True):
                     if was != now:
-                        num_tensors = len(self._tensors)
-                        what = "tensors" if position < num_tensors else "residuals"
                         raise RuntimeError(
-                            f"expected {what}[{position % num_tensors}] as it was prepared, but its {name} "
-                            f"changed from {was} to {now}; call prepare again"
+                            f"expected {name}[{position}] as it was prepared, but its {what} changed from "
+                            f"{was} to {now}; call prepare again"
                         )
-        _checks.check_grad(self._tensors, "tensors")
+        for name, items in self._lists.items():
+            _checks.check_grad(items, name)
+
+    def _run(
+        self,
+        seeds: Seeds,
+        coeffs: Coeffs,
+        alpha: float | Tensor,
+        rounding: str,
+        rounding_seed: IntLike | Tensor | None,
+        num_skipped: Tensor | None,
+    ) -> None:
+        tensors = self._lists["tensors"]
+        terms = _terms.check_terms(
+            _terms.seed_tensor(seeds),
+            _terms.coefficient_tensor(coeffs),
+            _terms.number_tensor(alpha, "alpha"),
+            self._family,
+            rounding,
+            None if rounding_seed is None else _terms.seed_scalar(rounding_seed),
+            num_skipped,
+            self._all_fp64,
+            tensors[0].device if tensors else torch.device("cpu"),
+        )
+        if self._operands.writes_residuals:
+            _checks.check_split_rounding(rounding, self._lists["residuals"])
+        self._check_unchanged()
+        dispatch.execute(self._operands, terms)
+
+
+class Prepared(_Checked):
+    """A list of tensors that change in place, checked once; made by `prepare`."""
 
     def seed_axpy_(
         self,
@@ -91,20 +138,7 @@ class Prepared:
         Raises:
             RuntimeError: a tensor is not where, or what, it was when it was prepared.
         """
-        terms = _terms.check_terms(
-            _terms.seed_tensor(seeds),
-            _terms.coefficient_tensor(coeffs),
-            _terms.number_tensor(alpha, "alpha"),
-            self._family,
-            rounding,
-            None if rounding_seed is None else _terms.seed_scalar(rounding_seed),
-            num_skipped,
-            self._all_fp64,
-            self._tensors[0].device if self._tensors else torch.device("cpu"),
-        )
-        _checks.check_split_rounding(rounding, self._residuals)
-        self._check_unchanged()
-        dispatch.execute(self._operands, terms)
+        self._run(seeds, coeffs, alpha, rounding, rounding_seed, num_skipped)
 
     def perturb_(
         self,
@@ -129,6 +163,50 @@ class Prepared:
         )
 
 
+class PreparedOut(_Checked):
+    """A list of tensors and of outputs, checked once; made by `prepare_out`."""
+
+    def seed_axpy(
+        self,
+        seeds: Seeds,
+        coeffs: Coeffs,
+        *,
+        alpha: float | Tensor = 1.0,
+        rounding: str = "nearest",
+        rounding_seed: IntLike | Tensor | None = None,
+        num_skipped: Tensor | None = None,
+    ) -> None:
+        """`fedkseed_kernels.seed_axpy` from the prepared tensors into the prepared outputs.
+
+        Mutates: the outputs.
+        Raises:
+            RuntimeError: a tensor or an output is not where, or what, it was when it was prepared.
+        """
+        self._run(seeds, coeffs, alpha, rounding, rounding_seed, num_skipped)
+
+
+class PreparedPair(_Checked):
+    """A list of tensors and of outputs for either side, checked once; made by `prepare_pair`."""
+
+    def seed_axpy_pair(
+        self,
+        seeds: Seeds,
+        coeffs: Coeffs,
+        *,
+        alpha: float | Tensor = 1.0,
+        rounding: str = "nearest",
+        rounding_seed: IntLike | Tensor | None = None,
+        num_skipped: Tensor | None = None,
+    ) -> None:
+        """`fedkseed_kernels.seed_axpy_pair` from the prepared tensors into the prepared outputs.
+
+        Mutates: the outputs of both sides.
+        Raises:
+            RuntimeError: a tensor or an output is not where, or what, it was when it was prepared.
+        """
+        self._run(seeds, coeffs, alpha, rounding, rounding_seed, num_skipped)
+
+
 def prepare(
     tensors: Tensors,
     *,
@@ -146,13 +224,46 @@ def prepare(
     functions).
     Raises: see `ops`.
     """
+    return Prepared(tensor_list(tensors, "tensors"), None, None, streams, offsets, views, family, residuals)
+
+
+def prepare_out(
+    tensors: Tensors,
+    out: Tensors,
+    *,
+    streams: Sequence[int] | None = None,
+    offsets: Sequence[int | None] | None = None,
+    views: Sequence[View | None] | None = None,
+    family: str = "gaussian",
+    residuals: Residuals | None = None,
+) -> PreparedOut:
+    """Check a list of tensors and of outputs once, for many calls that read the one and write the other.
+
+    Args: those of `ops.seed_axpy`, without rows.
+    Returns: a handle with `seed_axpy`, as `prepare`.
+    Raises: see `ops`.
+    """
+    items, outs = tensor_list(tensors, "tensors"), tensor_list(out, "out")
+    return PreparedOut(items, outs, None, streams, offsets, views, family, residuals)
+
+
+def prepare_pair(
+    tensors: Tensors,
+    out_plus: Tensors,
+    out_minus: Tensors,
+    *,
+    streams: Sequence[int] | None = None,
+    offsets: Sequence[int | None] | None = None,
+    views: Sequence[View | None] | None = None,
+    family: str = "gaussian",
+    residuals: Residuals | None = None,
+) -> PreparedPair:
+    """Check a list of tensors and of outputs for both sides once, for many calls.
+
+    Args: those of `ops.seed_axpy_pair`, without rows.
+    Returns: a handle with `seed_axpy_pair`, as `prepare`.
+    Raises: see `ops`.
+    """
     items = tensor_list(tensors, "tensors")
-    flat_views = encode_views(views, len(items))
-    return Prepared(
-        items,
-        encode_indices(streams, "streams", len(items)),
-        encode_indices(offsets, "offsets", len(items), views),
-        flat_views,
-        family,
-        encode_residuals(residuals, items),
-    )
+    plus, minus = tensor_list(out_plus, "out_plus"), tensor_list(out_minus, "out_minus")
+    return PreparedPair(items, plus, minus, streams, offsets, views, family, residuals)

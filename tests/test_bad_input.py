@@ -471,3 +471,26 @@ def test_prepared_tensors_that_changed(change: Callable[[Tensor], Any], what: st
     )
     with Watch(RuntimeError, pattern, good, keep):
         prepared.perturb_(1, 0.5)
+
+
+def test_prepared_outputs_that_changed() -> None:
+    tensors, plus, minus = ([torch.ones(5), torch.ones(3, 4)] for _ in range(3))
+    one, both = fk.prepare_out(tensors, plus), fk.prepare_pair(tensors, plus, minus)
+    keep = minus[1].data
+    minus[1].data = torch.zeros(3, 4)
+    with Watch(RuntimeError, r"expected out_minus\[1\] as it was prepared, .* address", *plus, *minus, keep):
+        both.seed_axpy_pair([1], [0.5])
+    plus[0].requires_grad_()
+    with Watch(RuntimeError, r"got out\[0\] that requires grad; wrap the call in torch.no_grad", *plus):
+        one.seed_axpy([1], [0.5])
+
+
+def test_outputs_that_cannot_be_prepared() -> None:
+    tensor = torch.ones(5)
+    with Watch(TypeError, r"expected out\[0\] in torch.float32 like its input, got torch.float64", tensor):
+        fk.prepare_out(tensor, torch.ones(5, dtype=torch.float64))
+    with Watch(ValueError, "two outputs, got .* in the same memory", tensor):
+        fk.prepare_pair(tensor, tensor, tensor)
+    negative = torch.zeros(5, dtype=torch.complex64).conj().imag
+    with Watch(ValueError, r"expected plain memory, got out_minus\[0\] with the negative bit", tensor):
+        fk.prepare_pair(tensor, torch.ones(5), negative)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from inplace_passes import CHAINED, EPS, Passes, walked
+from kernel_calls import watch_calls
 from small_model import largest_difference, make_closure, make_model, same_bytes, weights_of
 from torch import nn
 
@@ -112,7 +113,7 @@ def test_chained_steps_walk_where_the_others_walk(num_directions: int) -> None:
 
 
 def test_a_step_takes_two_passes_and_three_without_a_chain(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = count_passes(monkeypatch)
+    passes = watch_calls(monkeypatch)
     model = make_model()
     optimizer = FedKSeedSGD(model, 0.1, EPS, POOL, storage=CHAINED)
     counts = []
@@ -134,19 +135,6 @@ def test_a_step_takes_two_passes_and_three_without_a_chain(monkeypatch: pytest.M
     assert len(passes) == 7
     ended.flush()
     assert len(passes) == 7
-
-
-def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Number of terms of every pass from now on."""
-    passes: list[int] = []
-    original = fedkseed_kernels.dispatch.execute
-
-    def execute(operands: Any, terms: Any) -> None:
-        passes.append(len(terms.seeds))
-        original(operands, terms)
-
-    monkeypatch.setattr(fedkseed_kernels.dispatch, "execute", execute)
-    return passes
 
 
 @pytest.mark.parametrize("call", range(4))

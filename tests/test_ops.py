@@ -477,6 +477,38 @@ def test_prepared_is_the_function() -> None:
         assert weights[0]._version == twins[0]._version == 6
 
 
+@pytest.mark.parametrize("family", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("wide", [False, True])
+def test_prepared_outputs_are_those_of_the_functions(wide: bool, family: str) -> None:
+    dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
+    weights = [random_tensor((3, 131), dtype, i) for i, dtype in enumerate(dtypes)]
+    left = [torch.full(w.shape, 7, dtype=torch.int16) if w.dtype.itemsize == 2 else None for w in weights]
+    kept = [w.clone() for w in weights]
+    layout: dict[str, Any] = {"streams": [4, 3, 2, 1], "offsets": [None, 5, 8, 0], "residuals": left}
+    layout["family"] = family
+    wides = [torch.float32 if wide and dtype.itemsize == 2 else dtype for dtype in dtypes]
+    out, plus, minus = (
+        [torch.full(w.shape, float("nan"), dtype=dtype) for w, dtype in zip(weights, wides, strict=True)]
+        for _ in range(3)
+    )
+    one = fk.prepare_out(weights, out, **layout)
+    both = fk.prepare_pair(weights, plus, minus, **layout)
+    for step in range(2):
+        options: dict[str, Any] = {"alpha": 0.5, "rounding": "stochastic", "rounding_seed": step}
+        one.seed_axpy([step, 9], [0.25, 0.125], **options)
+        both.seed_axpy_pair([step], [0.25], **options)
+        expected = fk.seed_axpy(
+            weights, [step, 9], [0.25, 0.125], out=[o.clone() for o in out], **options, **layout
+        )
+        twins = [[o.clone() for o in side] for side in (plus, minus)]
+        fk.seed_axpy_pair(weights, [step], [0.25], out_plus=twins[0], out_minus=twins[1], **options, **layout)
+        for got, want in zip([*out, *plus, *minus], [*expected, *twins[0], *twins[1]], strict=True):
+            assert_same_bits(got, want)
+    for weight, before in zip(weights, kept, strict=True):
+        assert_same_bits(weight, before)
+    assert [o._version for o in out] == [2] * 4
+
+
 def test_info_names_what_serves() -> None:
     info = fk.info()
     assert info["contract_version"] == reference.CONTRACT_VERSION == fk.CONTRACT_VERSION

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_calls import watch_calls
 from small_model import same_bytes, weights_of
 from streamed_models import (
     SERVED,
@@ -27,7 +28,6 @@ from torch import Tensor, nn
 import fedkseed_kernels
 from fedkseed import ZOSGD, FedKSeedSGD, Inplace, SeedPool, Streamed
 from fedkseed.data import load_smollm2
-from fedkseed.storage.perturbation import Perturbation, Weight
 
 SEED, EPS = 7, 1e-2
 SEEDS = [int(seed) for seed in SeedPool(SEED, 8).seeds]
@@ -63,18 +63,13 @@ def test_an_embedding_that_is_written_whole_lies_in_the_scratch_of_the_units(
 ) -> None:
     """Two kinds of token, more ids than that: both rows are written, and no memory is taken for them."""
     model, ids = build(EmbeddingsModel, torch.float32), make_ids()
-    written: dict[str, set[int]] = {}
-    write = Perturbation.write
-
-    def watched(self: Perturbation, weights: list[Weight], out: list[Tensor], sign: int) -> None:
-        for weight, tensor in zip(weights, out, strict=True):
-            written.setdefault(weight.name, set()).add(tensor.untyped_storage().data_ptr())
-        write(self, weights, out, sign)
-
-    monkeypatch.setattr(Perturbation, "write", watched)
+    names = {parameter.data_ptr(): name for name, parameter in model.named_parameters()}
+    calls = watch_calls(monkeypatch)
     ZOSGD(model, 0.0, EPS, seed=SEED, storage=Streamed()).step(lambda: loss_of(model, ids))
+    whole = [call for call, _ in calls if call.rows is None and call.outs is not call.inputs]
+    written = {names[address] for call in whole if call.inputs for address in call.inputs.addresses}
     assert any("kinds" in name for name in written)
-    assert len(set().union(*written.values())) == 1
+    assert len({out.untyped_storage().data_ptr() for call in whole for out in call.outs.tensors}) == 1
 
 
 @pytest.mark.parametrize("kind", SERVED)

@@ -54,30 +54,12 @@ class Perturbation:
     family: str
     rounding_seed: int | None = None
 
-    def write(self, weights: Sequence[Weight], out: Sequence[Tensor], sign: int) -> None:
-        """out[i] = w_i + sign eps z, of a widened weight not rounded to 16 bits: one launch.
-
-        Args:
-            out: of each weight's shape and ``dtype``.
-            sign: 1 or -1.
-        """
-        outs = self._perturbed(weights, out)
-        if outs:
-            fedkseed_kernels.seed_axpy(
-                seeds=[self.seed], coeffs=[sign * self.eps], out=outs, **self._options(weights)
-            )
-
-    def write_both(self, weights: Sequence[Weight], plus: Sequence[Tensor], minus: Sequence[Tensor]) -> None:
-        """plus[i] = w_i + eps z and minus[i] = w_i - eps z, the noise drawn once."""
-        outs, outs_minus = self._perturbed(weights, plus), self._perturbed(weights, minus)
-        if outs:
-            fedkseed_kernels.seed_axpy_pair(
-                seeds=[self.seed],
-                coeffs=[self.eps],
-                out_plus=outs,
-                out_minus=outs_minus,
-                **self._options(weights),
-            )
+    @property
+    def rounding(self) -> dict[str, Any]:
+        """What the kernels' functions take for it."""
+        if self.rounding_seed is None:
+            return {"rounding": "nearest"}
+        return {"rounding": "stochastic", "rounding_seed": self.rounding_seed}
 
     def rows(self, weight: Weight, ids: Tensor, sign: int) -> Tensor:
         """Rows ids of w + sign eps z, of shape [*ids.shape, *w.shape[1:]]; no other row is drawn."""
@@ -85,36 +67,73 @@ class Perturbation:
         shape = (*ids.shape, *weight.stored.shape[1:])
         if weight.stream is None:
             return weight.stored[flat].to(weight.dtype).view(shape)
-        options = self._options([weight])
+        source, residual = weight.stored, weight.residual
         if weight.is_widened:
             # The noise of these rows, to which the widened rows are added: the same sum, rounded once.
-            zero = torch.tensor(-0.0, dtype=weight.dtype, device=weight.stored.device)
-            options |= {"tensors": [zero.expand(weight.stored.shape)], "residuals": None}
+            zero = torch.tensor(-0.0, dtype=weight.dtype, device=source.device)
+            source, residual = zero.expand(source.shape), None
         (found,) = fedkseed_kernels.seed_axpy(
-            seeds=[self.seed], coeffs=[sign * self.eps], rows=flat, **options
+            [source],
+            [self.seed],
+            [sign * self.eps],
+            streams=[weight.stream],
+            residuals=[residual],
+            rows=flat,
+            family=self.family,
+            **self.rounding,
         )
         if weight.is_widened:
             found += _widened(weight, flat)
         return found.view(shape)
 
-    def _perturbed(self, weights: Sequence[Weight], out: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs of the weights that are perturbed; the others are written here."""
-        for weight, tensor in zip(weights, out, strict=True):
-            if weight.stream is None:
-                tensor.copy_(weight.stored)
-        return [tensor for weight, tensor in zip(weights, out, strict=True) if weight.stream is not None]
 
-    def _options(self, weights: Sequence[Weight]) -> dict[str, Any]:
-        """What the launches of perturbed weights share."""
+class Copies:
+    """w +- eps z of some weights, in memory of their own: checked once, one launch each time.
+
+    Args:
+        weights: of which those that have a stream are perturbed; the others are converted.
+        sides: for one side, or for both, tensors of each weight's shape and ``dtype``.
+        family: of the noise.
+
+    Attributes:
+        sides: as given.
+    """
+
+    def __init__(self, weights: Sequence[Weight], sides: Sequence[Sequence[Tensor]], family: str) -> None:
+        self.sides = sides
         perturbed = [weight for weight in weights if weight.stream is not None]
-        return {
-            "tensors": [weight.stored for weight in perturbed],
-            "streams": [weight.stream for weight in perturbed],
-            "residuals": [weight.residual for weight in perturbed],
-            "family": self.family,
-            "rounding": "nearest" if self.rounding_seed is None else "stochastic",
-            "rounding_seed": self.rounding_seed,
-        }
+        outs = [
+            [tensor for weight, tensor in zip(weights, side, strict=True) if weight.stream is not None]
+            for side in sides
+        ]
+        self._converted = [
+            (weight.stored, tensor)
+            for side in sides
+            for weight, tensor in zip(weights, side, strict=True)
+            if weight.stream is None
+        ]
+        prepare = fedkseed_kernels.prepare_out if len(sides) == 1 else fedkseed_kernels.prepare_pair
+        self._handle = prepare(
+            [weight.stored for weight in perturbed],
+            *outs,
+            streams=[weight.stream for weight in weights if weight.stream is not None],
+            family=family,
+            residuals=[weight.residual for weight in perturbed],
+        )
+
+    def write(self, perturbation: Perturbation, sign: int) -> None:
+        """w + sign eps z, of widened weights not rounded to 16 bits. Both sides take one draw of the noise.
+
+        Args:
+            sign: 1 or -1, of the first side.
+        """
+        for stored, tensor in self._converted:
+            tensor.copy_(stored)
+        seeds, coeffs = [perturbation.seed], [sign * perturbation.eps]
+        if isinstance(self._handle, fedkseed_kernels.PreparedPair):
+            self._handle.seed_axpy_pair(seeds, coeffs, **perturbation.rounding)
+        else:
+            self._handle.seed_axpy(seeds, coeffs, **perturbation.rounding)
 
 
 def _widened(weight: Weight, flat: Tensor) -> Tensor:

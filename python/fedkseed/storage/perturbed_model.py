@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fedkseed.storage.pairing import Pairing
-from fedkseed.storage.perturbation import Perturbation, Weight
+from fedkseed.storage.perturbation import Copies, Perturbation, Weight
 from fedkseed.storage.scratch import Scratch, bytes_needed
 from fedkseed.storage.stand_ins import ReadGuard, StandIns
 from fedkseed.storage.structures import map_tensors
@@ -47,6 +47,8 @@ class PerturbedModel:
         device = weights[0].stored.device
         num_bytes = _largest_need(self.units, self._of_parameter)
         self._scratches = [Scratch(num_bytes, device) for _ in range(1 + is_paired)]
+        #: Those in scratch, which are the same each time that the same units run.
+        self._copies: dict[tuple[Any, ...], Copies] = {}
         self._stand_ins = StandIns(self._weights)
         self._running: list[Unit] = []
         #: By id the parameters that are perturbed now; others hold their stand-in.
@@ -155,19 +157,15 @@ class PerturbedModel:
         """Perturbed values in scratch; yields for each side its sign and what points the parameters there."""
         # What a unit around this one has perturbed already stays as it is.
         weights = [self._of_parameter[id(p)] for p in unit.parameters if id(p) not in self._loaded]
-        shapes, dtypes = [w.stored.shape for w in weights], [w.dtype for w in weights]
         signs = [self._sign] if self._sign else [1, -1]
         outer_sign, levels = self._sign, [scratch.level for scratch in self._scratches]
         self._running.append(unit)
         try:
-            views = [scratch.take(shapes, dtypes) for scratch, _ in zip(self._scratches, signs, strict=False)]
-            if weights and self._sign:
-                self._perturbation.write(weights, views[0], self._sign)
-            elif weights:
-                self._perturbation.write_both(weights, *views)
+            copies = self._in_scratch(weights, len(signs))
+            copies.write(self._perturbation, signs[0])
             yield [
                 (sign, functools.partial(self._load, weights, side))
-                for sign, side in zip(signs, views, strict=True)
+                for sign, side in zip(signs, copies.sides, strict=True)
             ]
         finally:
             self._sign = outer_sign
@@ -177,6 +175,22 @@ class PerturbedModel:
             for scratch, level in zip(self._scratches, levels, strict=True):
                 scratch.level = level
             self._running.pop()
+
+    def _in_scratch(self, weights: Sequence[Weight], num_sides: int) -> Copies:
+        """Copies of the unit's weights that the units around it have not perturbed."""
+        shapes, dtypes = [w.stored.shape for w in weights], [w.dtype for w in weights]
+        scratches = self._scratches[:num_sides]
+        key = (self._perturbation.family, num_sides, *self._running)
+        copies = self._copies.get(key)
+        if copies is not None:
+            for scratch in scratches:
+                scratch.level += bytes_needed(shapes, dtypes)
+            return copies
+        sides = [scratch.take(shapes, dtypes) for scratch in scratches]
+        copies = Copies(weights, sides, self._perturbation.family)
+        if all(scratch.level <= scratch.num_bytes for scratch in scratches):
+            self._copies[key] = copies
+        return copies
 
     def _load(self, weights: Sequence[Weight], values: Sequence[Tensor]) -> None:
         for weight, tensor in zip(weights, values, strict=True):
@@ -202,7 +216,7 @@ class PerturbedModel:
         level = scratch.level
         (values,) = scratch.take([weight.stored.shape], [weight.dtype])
         try:
-            self._perturbation.write([weight], [values], self._sign)
+            Copies([weight], [[values]], self._perturbation.family).write(self._perturbation, self._sign)
             return functional.embedding(ids, values)
         finally:
             scratch.level = level

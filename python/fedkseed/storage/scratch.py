@@ -18,10 +18,13 @@ class Scratch:
     Args:
         num_bytes: of the buffer. What does not fit gets memory of its own for as long as it is in use.
         device: of the tensors.
+
+    Attributes:
+        num_bytes: as given.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
-        self._num_bytes = num_bytes
+        self.num_bytes = num_bytes
         self._device = device
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
         #: Bytes in use; setting it back to an earlier value frees what was taken since.
@@ -30,11 +33,11 @@ class Scratch:
     def take(self, shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """Tensors with undefined values, valid until `level` is set back."""
         num_bytes = bytes_needed(shapes, dtypes)
-        if self._buffer.numel() < self._num_bytes:
-            self._buffer = torch.empty(self._num_bytes, dtype=torch.uint8, device=self._device)
+        if self._buffer.numel() < self.num_bytes:
+            self._buffer = torch.empty(self.num_bytes, dtype=torch.uint8, device=self._device)
         start = self.level
         self.level += num_bytes
-        if self.level <= self._num_bytes:
+        if self.level <= self.num_bytes:
             memory = self._buffer[start : self.level]
         else:
             memory = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
