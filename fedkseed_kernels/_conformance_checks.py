@@ -283,6 +283,38 @@ def compensated(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]
         yield Comparison(f"residuals of the input of {label}", left_read.numpy(), residuals)
 
 
+def wide(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
+    """Section 6.1: fp32 outputs of 16-bit weights, with residuals and without."""
+    for case in vectors["wide"]:
+        dtype = case["dtype"]
+        weights = golden.stored_from_hex(vectors["weights"][dtype], dtype)
+        left = None
+        if case["residuals"] is not None:
+            left = torch.from_numpy(golden.stored_from_hex(case["residuals"], "bfloat16").view(np.int16))
+        tensor = tensor_of(weights, dtype)
+        outs = [poisoned(weights.shape, "float32") for _ in range(3)]
+        seeds = vectors["terms"][case["terms"]]["seeds"]
+        coeffs = golden.coeffs_from_hex(vectors["terms"][case["terms"]]["coeffs"]).tolist()
+        options: dict[str, Any] = {
+            "streams": [case["stream"]],
+            "offsets": [case["first_element"]],
+            "alpha": case["alpha"],
+            "family": case["family"],
+            "residuals": [left],
+        }
+        with target.forced():
+            fk.seed_axpy([tensor], seeds, coeffs, out=[outs[0]], **options)
+            fk.seed_axpy_pair([tensor], seeds, coeffs, out_plus=[outs[1]], out_minus=[outs[2]], **options)
+        label = "{family} {dtype}, terms: {terms}, alpha {alpha}".format(**case)
+        label += "" if left is None else ", compensated"
+        plus, minus = (golden.stored_from_hex(case[side], "float32") for side in ("plus", "minus"))
+        for form, out, expected in zip(
+            ("out of place", "pair, plus", "pair, minus"), outs, (plus, plus, minus), strict=True
+        ):
+            yield Comparison(f"{form}, {label}", stored_of(out), expected, "float32")
+        yield Comparison(f"input of {label}", stored_of(tensor), weights)
+
+
 def derived_values(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
     """Section 9, which NumPy computes on every machine."""
     for case in vectors["derived"]:
@@ -308,4 +340,5 @@ CHECKS: dict[str, Check] = {
     "primitive, stochastic": stochastic,
     "primitive, views, rows, strides": layouts,
     "primitive, compensated": compensated,
+    "primitive, fp32 outputs": wide,
 }

@@ -223,6 +223,8 @@ COMPENSATED_CHOICES = (
     ("past fp16", 1.0),
 )
 
+WIDE_CHOICES = (("none", 0.9), ("all skipped", 1.0), ("one", 1.0), ("seventeen", 1 - 2.0**-10))
+
 
 def _layouts(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> Iterator[dict[str, Any]]:
     streams, dtypes = cycle(STREAMS), cycle(reference.DTYPES)
@@ -292,6 +294,36 @@ def _compensated(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) ->
         next(firsts)
 
 
+def _wide(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) -> Iterator[dict[str, Any]]:
+    """fp32 outputs of 16-bit weights, with residuals and without."""
+    streams, firsts, random = cycle(STREAMS), cycle(FIRST_ELEMENTS), np.random.default_rng(5)
+    for dtype, family in product(reference.COMPENSATED_DTYPES, reference.FAMILIES):
+        for (terms, alpha), is_compensated in product(WIDE_CHOICES, (False, True)):
+            first, stored = next(firsts), weights[dtype]
+            residuals = random.integers(-(2**15), 2**15, stored.size).astype(np.int16)
+            case: dict[str, Any] = {
+                "family": family,
+                "dtype": dtype,
+                "terms": terms,
+                "alpha": alpha,
+                "stream": next(streams),
+                "first_element": first,
+                "residuals": golden.to_hex(residuals) if is_compensated else None,
+            }
+            sides = reference.seed_axpy_pair_array(
+                stored,
+                np.uint64(first) + np.arange(stored.size, dtype=np.uint64),
+                all_terms[terms]["seeds"],
+                golden.coeffs_from_hex(all_terms[terms]["coeffs"]),
+                residuals=residuals if is_compensated else None,
+                wide=True,
+                **{key: case[key] for key in ("dtype", "stream", "alpha", "family")},
+            )
+            kept = [golden.to_hex(golden.without_payloads(side, "float32")) for side in sides]
+            yield case | dict(zip(("plus", "minus"), kept, strict=True))
+        next(firsts)
+
+
 def case_elements(case: dict[str, Any]) -> NDArray[np.uint64]:
     """Element indices of a layout case, before rows are gathered."""
     if case["view"] is not None:
@@ -347,6 +379,7 @@ def build() -> dict[str, Any]:
         "primitive": list(_primitive(terms, weights)),
         "layouts": list(_layouts(terms, weights)),
         "compensated": list(_compensated(terms, weights)),
+        "wide": list(_wide(terms, weights)),
         "derived": _derived(),
         "draws": _draws(),
     }

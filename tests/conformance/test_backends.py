@@ -57,6 +57,8 @@ def _damaged(vectors: dict[str, Any], name: str) -> dict[str, Any]:
         flip(next(case for case in damaged["layouts"] if case["minus"]), "minus")
     elif name == "primitive, compensated":
         flip(damaged["compensated"][-1], "residuals_after")
+    elif name == "primitive, fp32 outputs":
+        flip(damaged["wide"][-1], "minus")
     else:
         rounding = "nearest" if name.endswith("nearest") else "stochastic"
         flip([case for case in damaged["primitive"] if case["rounding"] == rounding][-1], "plus")
