@@ -29,7 +29,7 @@ def widened(operands: Operands) -> Operands:
             write_value(weight, residuals[position], out)
             sources[position], residuals[position] = out, None
     left = residuals if any(residual is not None for residual in residuals) else None
-    return replace(operands, inputs=TensorList(sources), residuals=left)
+    return replace(operands, inputs=TensorList(sources), residuals=left, table=None, device_tables=None)
 
 
 def write_value(weight: Tensor, residual: Tensor | None, out: Tensor) -> None:

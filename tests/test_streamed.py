@@ -96,6 +96,24 @@ def test_embeddings_computed_in_fp32_draw_rows_alone() -> None:
     assert optimizer.projected_grads == (projected(losses, optimizer.eps),)
 
 
+def test_a_units_copies_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build(TiedModel, torch.bfloat16), make_ids()[:1]
+    prepared = []
+    for name in ("prepare_out", "prepare_pair"):
+        original = getattr(fedkseed_kernels, name)
+
+        def counted(tensors: list[Tensor], *args: Any, original: Any = original, **options: Any) -> Any:
+            prepared.append(len(tensors))
+            return original(tensors, *args, **options)
+
+        monkeypatch.setattr(fedkseed_kernels, name, counted)
+    optimizer = ZOSGD(model, 1e-3, EPS, seed=SEED, num_directions=2, storage=Streamed())
+    optimizer.step(lambda: loss_of(model, ids))
+    optimizer.step(lambda: loss_of(model, ids))
+    assert len(prepared) == len(model.layers) + 2  # the norm and the head; the embedding draws rows
+    assert 0 not in prepared
+
+
 def test_a_thousand_evaluations_change_no_byte() -> None:
     model, ids = build(TiedModel, torch.bfloat16), make_ids()
     before = weights_of(model)

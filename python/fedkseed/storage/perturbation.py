@@ -112,14 +112,16 @@ class Copies:
             for weight, tensor in zip(weights, side, strict=True)
             if weight.stream is None
         ]
-        prepare = fedkseed_kernels.prepare_out if len(sides) == 1 else fedkseed_kernels.prepare_pair
-        self._handle = prepare(
-            [weight.stored for weight in perturbed],
-            *outs,
-            streams=[weight.stream for weight in weights if weight.stream is not None],
-            family=family,
-            residuals=[weight.residual for weight in perturbed],
-        )
+        self._handle: fedkseed_kernels.PreparedOut | fedkseed_kernels.PreparedPair | None = None
+        if perturbed:
+            prepare = fedkseed_kernels.prepare_out if len(sides) == 1 else fedkseed_kernels.prepare_pair
+            self._handle = prepare(
+                [weight.stored for weight in perturbed],
+                *outs,
+                streams=[weight.stream for weight in weights if weight.stream is not None],
+                family=family,
+                residuals=[weight.residual for weight in perturbed],
+            )
 
     def write(self, perturbation: Perturbation, sign: int) -> None:
         """w + sign eps z, of widened weights not rounded to 16 bits. Both sides take one draw of the noise.
@@ -132,7 +134,7 @@ class Copies:
         seeds, coeffs = [perturbation.seed], [sign * perturbation.eps]
         if isinstance(self._handle, fedkseed_kernels.PreparedPair):
             self._handle.seed_axpy_pair(seeds, coeffs, **perturbation.rounding)
-        else:
+        elif self._handle is not None:
             self._handle.seed_axpy(seeds, coeffs, **perturbation.rounding)
 
 
