@@ -105,10 +105,10 @@ def two_signs(low, high, stream, seed_0, seed_1, equal, unequal):
     first = rademacher_octet(low, high, stream, k0, k1)
     k0, k1 = key_of(seed_1)
     differ = first ^ rademacher_octet(low, high, stream, k0, k1)
+    # Not ~differ: with NumPy 2 the interpreter of Triton 3.7 cannot invert unsigned words.
+    alike = differ ^ 0xFFFFFFFF
     # Written as products of words: the bits of a scalar condition, all or none.
-    signs = (
-        first & (differ | (0 - (equal != 0).to(tl.uint32))) & ((0 - (unequal != 0).to(tl.uint32)) | ~differ)
-    )
+    signs = first & (differ | (0 - (equal != 0).to(tl.uint32))) & ((0 - (unequal != 0).to(tl.uint32)) | alike)
     sums = ()
     for i in tl.static_range(8):
         sums = sums + (with_sign(tl.where((differ & (1 << i)) != 0, unequal, equal), signs, 31 - i),)
@@ -130,6 +130,12 @@ def read_record(terms, k, FACTOR: tl.constexpr):
     k0 = tl.load(record).to(tl.uint32, bitcast=True)
     k1 = tl.load(record + 1).to(tl.uint32, bitcast=True)
     return k0, k1, tl.load((record + 2).to(tl.pointer_type(FACTOR)))
+
+
+@triton.jit
+def negative_zeros(like, ARITHMETIC: tl.constexpr):
+    """-0.0 of a tensor's shape, from its bits: a constant of that value is +0.0 in Triton up to 3.7."""
+    return tl.full(like.shape, 0x80000000, tl.uint32).to(tl.float32, bitcast=True).to(ARITHMETIC)
 
 
 @triton.jit
@@ -181,7 +187,7 @@ def accumulate(
             for i in tl.static_range(8):
                 acc = acc + ((tl.reshape(total, (1,)) - negative[i]) - negative[i],)
     elif NUM_TERMS == 0:
-        start = tl.full(low.shape, -0.0, ARITHMETIC)
+        start = negative_zeros(low, ARITHMETIC)
         acc = ()
         for _ in tl.static_range(8 * NUM_SIDES):
             acc = acc + (start,)
@@ -199,7 +205,7 @@ def accumulate(
             for i in tl.static_range(8):
                 acc = acc + (with_sign(number, octet_bits, 31 - i),)
     else:
-        start = tl.full(low.shape, -0.0, ARITHMETIC)
+        start = negative_zeros(low, ARITHMETIC)
         acc = ()
         for _ in tl.static_range(8 * NUM_SIDES):
             acc = acc + (start,)
@@ -216,7 +222,7 @@ def accumulate(
 def sums_as_numbers(sums, terms, num_terms, ARITHMETIC: tl.constexpr):
     """Contract 6.3: acc = f(A) 2^-s of the integers A [block, 8]; -0 without a term."""
     unit = tl.load((terms + RECORD_WORDS).to(tl.pointer_type(ARITHMETIC)))
-    return tl.where(num_terms == 0, tl.full((1, 1), -0.0, ARITHMETIC), sums.to(ARITHMETIC) * unit)
+    return tl.where(num_terms == 0, negative_zeros(sums, ARITHMETIC), sums.to(ARITHMETIC) * unit)
 
 
 @triton.jit
