@@ -71,6 +71,15 @@ class Operands:
     table: NDArray[np.void] | None = field(default=None, repr=False)
     # What the Triton backend keeps of the list in the device's memory, built likewise.
     device_tables: Any = field(default=None, repr=False)
+    # Of all tensors; the processor for an empty list.
+    device: torch.device = field(init=False)
+    # Whether no sum is made in fp32.
+    all_fp64: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        outs = self.outs
+        self.device = outs.tensors[0].device if outs.tensors else torch.device("cpu")
+        self.all_fp64 = outs.dtypes.count(torch.float64) == len(outs.dtypes)
 
 
 @dataclass(slots=True)

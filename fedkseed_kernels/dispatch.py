@@ -201,7 +201,7 @@ def select(device_type: str) -> Selection:
 def execute(operands: Operands, terms: Terms | DeviceTerms) -> None:
     """Run the primitive on the backend of the operands' device, and raise the outputs' version counters."""
     outs = operands.outs.tensors
-    chosen = select(outs[0].device.type if outs else "cpu")
+    chosen = select(operands.device.type)
     if not chosen.backend.WRITES_FP32:
         operands = _widening.widened(operands)
     chosen.backend.seed_axpy(operands, terms, chosen.isa)

@@ -109,10 +109,16 @@ def _execute(
     operands = _checks.check_operands(tensors, outs, outs_minus, rows, streams, offsets, views, residuals)
     if outs is None:
         _checks.check_split_rounding(rounding, residuals)
-    all_fp64 = operands.outs.dtypes.count(torch.float64) == len(tensors)
-    device = tensors[0].device if tensors else torch.device("cpu")
     terms = _terms.check_terms(
-        seeds, coeffs, alpha, family, rounding, rounding_seed, num_skipped, all_fp64, device
+        seeds,
+        coeffs,
+        alpha,
+        family,
+        rounding,
+        rounding_seed,
+        num_skipped,
+        operands.all_fp64,
+        operands.device,
     )
     dispatch.execute(operands, terms)
 

@@ -62,7 +62,6 @@ class _Checked:
             )
         self._watched = [tensor for _, _, tensor in self._places()]
         self._family = family
-        self._all_fp64 = self._operands.outs.dtypes.count(torch.float64) == len(tensors)
         self._identity = self._current_identity()
 
     def _places(self) -> Iterator[tuple[str, int, Tensor]]:
@@ -102,7 +101,6 @@ class _Checked:
         rounding_seed: IntLike | Tensor | None,
         num_skipped: Tensor | None,
     ) -> None:
-        tensors = self._lists["tensors"]
         terms = _terms.check_terms(
             _terms.seed_tensor(seeds),
             _terms.coefficient_tensor(coeffs),
@@ -111,8 +109,8 @@ class _Checked:
             rounding,
             None if rounding_seed is None else _terms.seed_scalar(rounding_seed),
             num_skipped,
-            self._all_fp64,
-            tensors[0].device if tensors else torch.device("cpu"),
+            self._operands.all_fp64,
+            self._operands.device,
         )
         if self._operands.writes_residuals:
             _checks.check_split_rounding(rounding, self._lists["residuals"])

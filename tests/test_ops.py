@@ -498,9 +498,14 @@ def test_prepared_outputs_are_those_of_the_functions(wide: bool, family: str) ->
         one.seed_axpy([step, 9], [0.25, 0.125], **options)
         both.seed_axpy_pair([step], [0.25], **options)
         expected = fk.seed_axpy(
-            weights, [step, 9], [0.25, 0.125], out=[o.clone() for o in out], **options, **layout
+            weights,
+            [step, 9],
+            [0.25, 0.125],
+            out=[torch.full_like(o, float("nan")) for o in out],
+            **options,
+            **layout,
         )
-        twins = [[o.clone() for o in side] for side in (plus, minus)]
+        twins = [[torch.full_like(o, float("nan")) for o in side] for side in (plus, minus)]
         fk.seed_axpy_pair(weights, [step], [0.25], out_plus=twins[0], out_minus=twins[1], **options, **layout)
         for got, want in zip([*out, *plus, *minus], [*expected, *twins[0], *twins[1]], strict=True):
             assert_same_bits(got, want)
