@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 import fedkseed_kernels
 from benchmarks.weights import Weights
-from fedkseed_kernels import dispatch, native, reference
+from fedkseed_kernels import dispatch, native
+from fedkseed_kernels.contract import reference
 
 #: Elements of each checked slice.
 SLICE_ELEMENTS = 96

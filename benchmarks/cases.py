@@ -14,7 +14,7 @@ from benchmarks.answers import Terms, own_variants
 from benchmarks.measure import Contestant
 from benchmarks.settings import LEARNING_RATE, ZO_EPS, Settings, num_own_samples
 from benchmarks.weights import Weights
-from fedkseed_kernels import derived
+from fedkseed_kernels.contract import derived
 
 BASE_SEED = 20260
 

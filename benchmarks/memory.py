@@ -25,7 +25,7 @@ import fedkseed_kernels
 from benchmarks import baselines
 from benchmarks.environment import REPOSITORY
 from benchmarks.settings import DTYPES, LEARNING_RATE, ZO_EPS
-from fedkseed_kernels import derived
+from fedkseed_kernels.contract import derived
 
 #: `randn_like` is the control: it must show a temporary of the tensor's size, or nothing is measured.
 OPERATIONS = ("perturb", "rebuild", "randn_like")

@@ -16,7 +16,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed_kernels import golden, native, reference
+from fedkseed_kernels import golden, native
+from fedkseed_kernels.contract import reference
 
 SPREAD_NUM_WORDS = 1 << 24
 SPREAD_STEP = 257  # the spread words run over the whole range and meet every value of the 17 low bits

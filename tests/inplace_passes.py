@@ -12,7 +12,7 @@ from torch import nn
 import fedkseed_kernels
 from fedkseed import ZOSGD
 from fedkseed.storage import Inplace
-from fedkseed_kernels import derived
+from fedkseed_kernels.contract import derived
 
 EPS = float(np.float32(1e-2))
 CHAINED = Inplace(chained=True)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedkseed_kernels import _exact, derived, reference
+from fedkseed_kernels.contract import arithmetic, derived, reference
 
 Evaluate = Callable[[nn.Module], float]
 Shapes = tuple[tuple[int, ...], ...]
@@ -54,7 +54,9 @@ def pass_over(
     terms = [(c, noise(shapes, seed)) for seed, c in zip(seeds, coeffs, strict=True) if c]
     if alpha == 1 and not terms:
         return
-    fma, number = (_exact.fma64, np.float64) if flat.dtype == torch.float64 else (_exact.fma32, np.float32)
+    fma, number = (
+        (arithmetic.fma64, np.float64) if flat.dtype == torch.float64 else (arithmetic.fma32, np.float32)
+    )
     acc: Any = number(-0.0)
     for coefficient, z in terms:
         acc = fma(number(coefficient), z, acc)
@@ -66,7 +68,7 @@ def pass_over(
         patterns = (
             reference.round_to_nearest(y, "bfloat16")
             if rounding_seed is None
-            else _exact.round_to_bf16_stochastic(y, rounding_bits(shapes, rounding_seed))
+            else arithmetic.round_to_bf16_stochastic(y, rounding_bits(shapes, rounding_seed))
         )
         moved = torch.from_numpy(patterns.view(np.int16)).view(torch.bfloat16)
     pieces = moved.split([parameter.numel() for parameter in parameters])

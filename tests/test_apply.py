@@ -22,7 +22,7 @@ from fedkseed.ledger_format import LedgerSignatureError, LedgerUnsignedError
 from fedkseed.manifest import Manifest
 from fedkseed.signature import make_key_pair
 from fedkseed_kernels import dispatch, native
-from fedkseed_kernels.reference import seed_axpy_array
+from fedkseed_kernels.contract.reference import seed_axpy_array
 
 #: Kept bits of the significand, and what a step of the last one is at least (subnormals are not met here).
 SIGNIFICANT_BITS = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11, torch.float64: 53}

@@ -25,7 +25,7 @@ from torch import nn
 from fedkseed import ZOSGD, Inplace, Streamed
 from fedkseed.paired import paired_losses
 from fedkseed.storage import StorageOptions
-from fedkseed_kernels import derived, reference
+from fedkseed_kernels.contract import derived, reference
 
 SEED, LR, WEIGHT_DECAY = 17, 2e-2, 0.25
 ALPHA = float(np.float32(1 - LR * WEIGHT_DECAY))

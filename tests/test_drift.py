@@ -15,7 +15,7 @@ from benchmarks import drift, drift_report, modes, official, pages, walks, workl
 from benchmarks.results import RESULTS_FOLDER
 from fedkseed import SeedPool
 from fedkseed.manifest import manifest_parameters
-from fedkseed_kernels import reference
+from fedkseed_kernels.contract import reference
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "numerics.md"
 RESULT = RESULTS_FOLDER / "drift.json"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, ops, reference
+from fedkseed_kernels import dispatch, ops
 from fedkseed_kernels._operands import DTYPE_CODES
+from fedkseed_kernels.contract import reference
 
 DTYPES = tuple(DTYPE_CODES)
 SEEDS = [3, -1, 2**64 - 2, 0, 12345678901234567890]

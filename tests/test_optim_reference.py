@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import fedkseed_kernels
 from fedkseed import ZOSGD, FedKSeedSGD, SeedPool
-from fedkseed_kernels import derived, reference
+from fedkseed_kernels.contract import derived, reference
 
 Array = NDArray[Any]
 SHAPES = ((7, 3), (11,), (2, 2, 5))

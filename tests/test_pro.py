@@ -11,7 +11,7 @@ from messages import make_reply, make_server
 from scipy import stats
 
 from fedkseed import Reply, SeedPool, SeedSignificance, Server
-from fedkseed_kernels import derived
+from fedkseed_kernels.contract import derived
 
 
 def probabilities_of(history: list[list[float]]) -> list[float]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedkseed import SeedPool
-from fedkseed_kernels import derived
+from fedkseed_kernels.contract import derived
 
 
 def test_seeds_are_the_contract_s_and_read_only() -> None:

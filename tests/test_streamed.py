@@ -177,8 +177,8 @@ def test_stochastic_rounding_shares_its_bits_between_the_sides_and_rounds_the_up
     optimizer = ZOSGD(model, 0.5, EPS, seed=SEED, storage=Streamed(rounding="stochastic"))
     passes = [
         int(s)
-        for s in fedkseed_kernels.derived.seeds(
-            SEED, fedkseed_kernels.derived.PURPOSE_ROUNDING_SEEDS, range(2)
+        for s in fedkseed_kernels.contract.derived.seeds(
+            SEED, fedkseed_kernels.contract.derived.PURPOSE_ROUNDING_SEEDS, range(2)
         )
     ]
     losses = []

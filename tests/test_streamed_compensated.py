@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import fedkseed_kernels
 from fedkseed import ZOSGD, FedKSeedSGD, SeedPool, Streamed
-from fedkseed_kernels import _exact, _widening
+from fedkseed_kernels import _widening
+from fedkseed_kernels.contract import arithmetic
 
 SEED, EPS, LR = 7, 1e-2, 2e-3
 COMPENSATED = Streamed(compensated=True)
@@ -88,7 +89,7 @@ def test_values_are_those_of_the_reference(dtype: torch.dtype) -> None:
     values = torch.full(weights.shape, float("nan"))
     _widening.write_value(weights, residuals, values)
     name = str(dtype).removeprefix("torch.")
-    expected = _exact.value(weights.view(torch.uint16).numpy(), residuals.numpy(), name)
+    expected = arithmetic.value(weights.view(torch.uint16).numpy(), residuals.numpy(), name)
     assert torch.equal(values.view(torch.int32), torch.from_numpy(expected.view("int32")))
 
 

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed_kernels import derived, golden, native, reference
-from fedkseed_kernels._sums import terms_left
+from fedkseed_kernels import golden, native
+from fedkseed_kernels.contract import derived, reference
+from fedkseed_kernels.contract.sums import terms_left
 
 DIGEST_BLOCK_WORDS = 1 << 24
 NUM_DIGEST_BLOCKS = 2**32 // DIGEST_BLOCK_WORDS

@@ -14,11 +14,11 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-from fedkseed_kernels import _exact
+from fedkseed_kernels.contract import arithmetic
 
 
 def _fma(builder: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
-    exact = {np.dtype(np.float32): _exact.fma32, np.dtype(np.float64): _exact.fma64}[z.data.dtype]
+    exact = {np.dtype(np.float32): arithmetic.fma32, np.dtype(np.float64): arithmetic.fma64}[z.data.dtype]
     return TensorHandle(exact(x.data, y.data, z.data), z.dtype.scalar)
 
 
@@ -31,14 +31,14 @@ def exact_arithmetic() -> Iterator[None]:
     def cast(self: InterpreterBuilder, source: TensorHandle, target: Any) -> TensorHandle:
         kinds = (source.dtype.scalar, target.scalar)
         if kinds == (tl.float32, tl.bfloat16):
-            return TensorHandle(_exact.round_to_bf16(source.data), tl.bfloat16)
+            return TensorHandle(arithmetic.round_to_bf16(source.data), tl.bfloat16)
         if kinds == (tl.bfloat16, tl.float32):
-            return TensorHandle(_exact.widen_bf16(source.data), tl.float32)
+            return TensorHandle(arithmetic.widen_bf16(source.data), tl.float32)
         return original_cast(self, source, target)
 
     builder.create_fma, builder.cast_impl = _fma, cast
     try:
-        with _exact.ieee_arithmetic():
+        with arithmetic.ieee_arithmetic():
             yield
     finally:
         builder.create_fma, builder.cast_impl = original_fma, original_cast

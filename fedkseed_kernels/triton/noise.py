@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkseed_kernels import reference
+from fedkseed_kernels.contract import reference
 
 
 def _constant(value: float) -> tl.constexpr:

@@ -25,7 +25,7 @@ from fedkseed.ledger_format import LedgerContractError, LedgerDamagedError, Ledg
 from fedkseed.seeds import MAX_SEEDS
 from fedkseed.signature import Signature
 from fedkseed_kernels import CONTRACT_VERSION
-from fedkseed_kernels.reference import FAMILIES
+from fedkseed_kernels.contract.reference import FAMILIES
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "mixed")
 #: A frozen parameter is one bit in the header.

@@ -40,7 +40,7 @@ from fedkseed.parameters import Params
 from fedkseed.seeds import MAX_STEPS, SeedPool, derived_seed
 from fedkseed.storage import DEFAULT_STORAGE, GroupUpdate, StorageOptions
 from fedkseed.zeroth_order import Loss, ZerothOrderOptimizer
-from fedkseed_kernels import derived
+from fedkseed_kernels.contract import derived
 
 __all__ = ["ZOSGD", "FedKSeedSGD", "Loss", "Params"]
 

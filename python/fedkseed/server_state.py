@@ -20,7 +20,7 @@ from fedkseed.protocol import DTYPE_CODES
 from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed.server_config import Sampling, ServerConfig, Weighting
 from fedkseed_kernels import CONTRACT_VERSION
-from fedkseed_kernels.reference import FAMILIES
+from fedkseed_kernels.contract.reference import FAMILIES
 
 FORMAT_VERSION = 1
 

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from rationals import FP16
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import _exact, conformance, golden, reference
+from fedkseed_kernels import conformance, golden
 from fedkseed_kernels._conformance_checks import Target, poisoned, stored_of, tensor_of
+from fedkseed_kernels.contract import arithmetic, reference
 
 FOUND, _ = conformance.find_targets()
 NATIVE = [target for target in FOUND if target.isa]
@@ -47,8 +48,8 @@ def every_kind_of_fp32() -> NDArray[np.float32]:
 
 def test_bf16_holds_every_fp32() -> None:
     y = every_kind_of_fp32()
-    stored, residuals = _exact.split_to_bf16(y)
-    value = _exact.value_of_bf16(stored, residuals)
+    stored, residuals = arithmetic.split_to_bf16(y)
+    value = arithmetic.value_of_bf16(stored, residuals)
     is_nan = np.isnan(y)
     assert (value.view(np.uint32) == y.view(np.uint32))[~is_nan].all()
     assert np.isnan(value[is_nan]).all()
@@ -65,8 +66,8 @@ def test_fp16_by_rationals() -> None:
     y = (random.standard_normal(3000) * 2.0 ** random.uniform(-45, 15, 3000)).astype(np.float32)
     edges = [2.0**-14, 2.0**-14 - 2.0**-38, 2.0**-24, 2.0**-25, 1.5 * 2.0**-25, 65519.996, 2047.5, 2048.5]
     y = np.concatenate((y, edges, np.negative(edges))).astype(np.float32)
-    stored, residuals = _exact.split_to_fp16(y)
-    weights, value = _exact.widen_fp16(stored), _exact.value_of_fp16(stored, residuals)
+    stored, residuals = arithmetic.split_to_fp16(y)
+    weights, value = arithmetic.widen_fp16(stored), arithmetic.value_of_fp16(stored, residuals)
     for v, w, r, back in zip(y.tolist(), weights.tolist(), residuals.tolist(), value.tolist(), strict=True):
         assert w == FP16.nearest(Fraction(v))
         exponent = -14
@@ -78,10 +79,10 @@ def test_fp16_by_rationals() -> None:
 
 def test_fp16_specials() -> None:
     y = np.array([65520, -1e9, np.inf, -np.inf, np.nan, -0.0, 0.0, 1e-45], dtype=np.float32)
-    stored, residuals = _exact.split_to_fp16(y)
+    stored, residuals = arithmetic.split_to_fp16(y)
     assert not residuals.any()
     assert stored[[0, 1, 2, 3, 5, 6, 7]].tolist() == [0x7C00, 0xFC00, 0x7C00, 0xFC00, 0x8000, 0, 0]
-    value = _exact.value_of_fp16(stored, residuals)
+    value = arithmetic.value_of_fp16(stored, residuals)
     np.testing.assert_array_equal(value[:5], [np.inf, -np.inf, np.inf, -np.inf, np.nan])
     assert value[5:].tobytes() == np.zeros(3, np.float32).tobytes()
 
@@ -89,8 +90,8 @@ def test_fp16_specials() -> None:
 @all_dtypes
 def test_weights_without_history_are_their_own_value(dtype: str) -> None:
     stored = np.arange(2**16, dtype=np.uint16)
-    value = _exact.value(stored, np.zeros(2**16, np.int16), dtype)
-    own = _exact.value(stored, None, dtype)
+    value = arithmetic.value(stored, np.zeros(2**16, np.int16), dtype)
+    own = arithmetic.value(stored, None, dtype)
     np.testing.assert_array_equal(value, own)  # -0 reads as +0 in fp16
 
 
@@ -276,7 +277,7 @@ def test_updates_below_half_a_place_add_up(dtype: str) -> None:
     for seed in range(200):
         fk.perturb_(plain, seed, coeff)
         fk.perturb_(kept, seed, coeff, residuals=residual)
-    as_fp32 = torch.from_numpy(_exact.value(stored_of(kept), residual.numpy(), dtype))
+    as_fp32 = torch.from_numpy(arithmetic.value(stored_of(kept), residual.numpy(), dtype))
     moved = (exact - w0.double()).norm()
     assert (as_fp32.double() - exact).norm() < 0.01 * moved
     assert (plain.double() - exact).norm() > 0.5 * moved

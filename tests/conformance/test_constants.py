@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import fedkseed_kernels
-from fedkseed_kernels import _sums, derived, golden, reference
+from fedkseed_kernels import golden
+from fedkseed_kernels.contract import derived, reference, sums
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "noise-contract.md").read_text(encoding="utf-8")
@@ -61,11 +62,11 @@ HEADER_CONSTANTS: dict[str, dict[str, float]] = {
         "ROUNDING_GROUP_SHIFT": reference.GAUSSIAN_GROUP_BITS,
     },
     "integer_sums.h": {
-        "SUM_MAX_TERMS": _sums.SUM_MAX_TERMS,
-        "SUM_BITS": _sums.SUM_BITS[False],
-        "SUM_BITS64": _sums.SUM_BITS[True],
-        "SUM_SMALLEST": int(np.float32(_sums.SUM_SMALLEST[False]).view(np.uint32)),
-        "SUM_SMALLEST64": int(np.float64(_sums.SUM_SMALLEST[True]).view(np.uint64)),
+        "SUM_MAX_TERMS": sums.SUM_MAX_TERMS,
+        "SUM_BITS": sums.SUM_BITS[False],
+        "SUM_BITS64": sums.SUM_BITS[True],
+        "SUM_SMALLEST": int(np.float32(sums.SUM_SMALLEST[False]).view(np.uint32)),
+        "SUM_SMALLEST64": int(np.float64(sums.SUM_SMALLEST[True]).view(np.uint64)),
     },
 }
 
@@ -148,13 +149,13 @@ def test_page_and_reference_agree_on_integer_sums() -> None:
     limits = re.search(r"K at most 2\^(\d+).*?>= 2\^(-\d+) \(fp64 tensors: 2\^(-\d+)\)", text, re.DOTALL)
     assert limits is not None
     assert [2.0 ** int(exponent) for exponent in limits.groups()] == [
-        _sums.SUM_MAX_TERMS,
-        _sums.SUM_SMALLEST[False],
-        _sums.SUM_SMALLEST[True],
+        sums.SUM_MAX_TERMS,
+        sums.SUM_SMALLEST[False],
+        sums.SUM_SMALLEST[True],
     ]
     bits = re.search(r"s   = (\d+) - L - e +fp64 tensors: (\d+) - L - e", text)
     assert bits is not None
-    assert [int(number) for number in bits.groups()] == [_sums.SUM_BITS[False], _sums.SUM_BITS[True]]
+    assert [int(number) for number in bits.groups()] == [sums.SUM_BITS[False], sums.SUM_BITS[True]]
 
 
 def test_page_and_module_agree_on_purposes() -> None:

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from rationals import BF16, FP16, FP32, FP64, Format
 
-from fedkseed_kernels import _exact
+from fedkseed_kernels.contract import arithmetic
 
 NUM_CASES = 3000
 # Zeros, subnormals, the smallest normal, neighbours of one, large numbers, roots of the smallest subnormal.
@@ -56,7 +56,7 @@ def expected_fma(a: float, b: float, c: float, fmt: Format) -> float:
 
 @pytest.mark.parametrize(
     ("dtype", "fma", "fmt"),
-    [(np.float32, _exact.fma32, FP32), (np.float64, _exact.fma64, FP64)],
+    [(np.float32, arithmetic.fma32, FP32), (np.float64, arithmetic.fma64, FP64)],
     ids=["fp32", "fp64"],
 )
 def test_fma_rounds_once(dtype: type[np.floating], fma: object, fmt: Format) -> None:
@@ -72,14 +72,14 @@ def test_fma_cases_tell_two_roundings_from_one() -> None:
     with np.errstate(all="ignore"):
         twice = (a * b + c).view(np.uint32)
         through_fp64 = (a.astype(np.float64) * b + c).astype(np.float32).view(np.uint32)
-    exact = _exact.fma32(a, b, c).view(np.uint32)
+    exact = arithmetic.fma32(a, b, c).view(np.uint32)
     assert (twice != exact).sum() > NUM_CASES // 20
     assert (through_fp64 != exact).any()
 
 
-@pytest.mark.parametrize("fma", [_exact.fma32, _exact.fma64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("fma", [arithmetic.fma32, arithmetic.fma64], ids=["fp32", "fp64"])
 def test_fma_with_infinities_and_nan(fma: object) -> None:
-    inf, nan, huge = np.inf, np.nan, 1e38 if fma is _exact.fma32 else 1e308
+    inf, nan, huge = np.inf, np.nan, 1e38 if fma is arithmetic.fma32 else 1e308
     a = [inf, inf, 1, inf, huge, -huge, nan]
     b = [1, 0, 1, 1, huge, huge, 1]
     c = [1, 1, -inf, -inf, -inf, 1, 1]
@@ -102,7 +102,7 @@ def values_to_round(torch_dtype: torch.dtype) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize(
     ("torch_dtype", "rounded"),
-    [(torch.bfloat16, _exact.round_to_bf16), (torch.float16, _exact.round_to_fp16)],
+    [(torch.bfloat16, arithmetic.round_to_bf16), (torch.float16, arithmetic.round_to_fp16)],
     ids=["bf16", "fp16"],
 )
 def test_nearest_equals_torch(torch_dtype: torch.dtype, rounded: object) -> None:
@@ -115,7 +115,7 @@ def test_nearest_equals_torch(torch_dtype: torch.dtype, rounded: object) -> None
 
 @pytest.mark.parametrize(
     ("torch_dtype", "widen"),
-    [(torch.bfloat16, _exact.widen_bf16), (torch.float16, _exact.widen_fp16)],
+    [(torch.bfloat16, arithmetic.widen_bf16), (torch.float16, arithmetic.widen_fp16)],
     ids=["bf16", "fp16"],
 )
 def test_widening_equals_torch(torch_dtype: torch.dtype, widen: object) -> None:
@@ -128,8 +128,8 @@ def test_widening_equals_torch(torch_dtype: torch.dtype, widen: object) -> None:
 @pytest.mark.parametrize(
     ("fmt", "rounded", "widen"),
     [
-        (BF16, _exact.round_to_bf16_stochastic, _exact.widen_bf16),
-        (FP16, _exact.round_to_fp16_stochastic, _exact.widen_fp16),
+        (BF16, arithmetic.round_to_bf16_stochastic, arithmetic.widen_bf16),
+        (FP16, arithmetic.round_to_fp16_stochastic, arithmetic.widen_fp16),
     ],
     ids=["bf16", "fp16"],
 )
@@ -153,11 +153,13 @@ def test_stochastic_rounding_equals_rationals(fmt: Format, rounded: object, wide
         assert np.array_equal(np.signbit(got), np.signbit(y))
 
 
-@pytest.mark.parametrize("rounded", [_exact.round_to_bf16_stochastic, _exact.round_to_fp16_stochastic])
+@pytest.mark.parametrize(
+    "rounded", [arithmetic.round_to_bf16_stochastic, arithmetic.round_to_fp16_stochastic]
+)
 def test_stochastic_rounding_passes_specials(rounded: object) -> None:
     y = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0], dtype=np.float32)
     got = rounded(y, np.full(5, 0xFFFF, np.uint16))  # type: ignore[operator]
-    infinity = 0x7F80 if rounded is _exact.round_to_bf16_stochastic else 0x7C00
+    infinity = 0x7F80 if rounded is arithmetic.round_to_bf16_stochastic else 0x7C00
     assert got[[0, 1, 3, 4]].tolist() == [infinity, infinity | 0x8000, 0, 0x8000]
     assert got[2] & 0x7FFF > infinity
 
@@ -168,7 +170,15 @@ def test_stochastic_rounding_is_fair() -> None:
     for y, unit in ((np.float32(1.2345), 2.0**-7), (np.float32(-3e-7), None)):
         values = np.full(2**16, y, dtype=np.float32)
         if unit is not None:
-            mean = _exact.widen_bf16(_exact.round_to_bf16_stochastic(values, every)).astype(np.float64).mean()
+            mean = (
+                arithmetic.widen_bf16(arithmetic.round_to_bf16_stochastic(values, every))
+                .astype(np.float64)
+                .mean()
+            )
             assert mean == float(y)
-        mean = _exact.widen_fp16(_exact.round_to_fp16_stochastic(values, every)).astype(np.float64).mean()
+        mean = (
+            arithmetic.widen_fp16(arithmetic.round_to_fp16_stochastic(values, every))
+            .astype(np.float64)
+            .mean()
+        )
         assert abs(mean - float(y)) <= 2.0**-16 * 2.0**-24 if unit is None else mean == float(y)

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fedkseed_kernels import _exact, conformance, golden
+from fedkseed_kernels import conformance, golden
 from fedkseed_kernels._conformance_checks import CHECKS, Target
+from fedkseed_kernels.contract import arithmetic
 
 TARGETS, _ = conformance.find_targets()
 
@@ -39,13 +40,13 @@ def test_caller_that_flushes(target: Target, name: str) -> None:
 
 @pytest.mark.usefixtures("_flushing")
 def test_ieee_arithmetic_keeps_subnormals_and_restores() -> None:
-    with _exact.ieee_arithmetic():
+    with arithmetic.ieee_arithmetic():
         assert not flushes()
-        with _exact.ieee_arithmetic():
+        with arithmetic.ieee_arithmetic():
             assert not flushes()
         assert not flushes()
     assert flushes()
-    with pytest.raises(KeyError), _exact.ieee_arithmetic():
+    with pytest.raises(KeyError), arithmetic.ieee_arithmetic():
         raise KeyError
     assert flushes()
 

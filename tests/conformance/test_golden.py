@@ -8,7 +8,8 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from fedkseed_kernels import golden, reference
+from fedkseed_kernels import golden
+from fedkseed_kernels.contract import reference
 from fedkseed_kernels.golden import generate
 
 FOLDER = resources.files(golden)

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from rationals import FP32, FP64
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import _sums, conformance, golden, reference
+from fedkseed_kernels import conformance, golden
 from fedkseed_kernels._conformance_checks import Target, poisoned, stored_of, tensor_of
+from fedkseed_kernels.contract import reference, sums
 
 TARGETS, _ = conformance.find_targets()
 all_targets = pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -81,28 +82,28 @@ def test_reference_by_rationals(fp64: bool, count: int) -> None:
 def test_integers_at_their_limits(fp64: bool) -> None:
     bits = 62 if fp64 else 30
     largest = float(np.finfo(np.float64 if fp64 else np.float32).max)
-    tiny = _sums.SUM_SMALLEST[fp64]
+    tiny = sums.SUM_SMALLEST[fp64]
     # Rounding up to the limit itself, ties to even either way, and what is below half.
-    assert _sums.integer_terms([largest], fp64)[0][0] == round(
+    assert sums.integer_terms([largest], fp64)[0][0] == round(
         Fraction(largest) / 2 ** (1024 - bits if fp64 else 128 - bits)
     )
     for count, log2 in ((1, 0), (2, 1), (3, 2), (4, 2), (5, 3), (2**10 + 1, 11)):
-        integers, shift = _sums.integer_terms([1.0] * count, fp64)
+        integers, shift = sums.integer_terms([1.0] * count, fp64)
         assert shift == bits - log2 - 1
         assert set(integers) == {2 ** (bits - log2 - 1)}
         assert sum(integers) <= 2**bits
     unit = 2.0 ** -(bits - 3)  # 1, among three or four terms
-    integers, _ = _sums.integer_terms([1.0, unit / 2, 1.5 * unit, -2.5 * unit], fp64)
+    integers, _ = sums.integer_terms([1.0, unit / 2, 1.5 * unit, -2.5 * unit], fp64)
     assert integers[1:] == [0, 2, -2]
-    assert _sums.integer_terms([largest, tiny], fp64)[0][1] == 0
-    assert _sums.integer_terms([tiny], fp64)[0] == [2 ** (bits - 1)]
+    assert sums.integer_terms([largest, tiny], fp64)[0][1] == 0
+    assert sums.integer_terms([tiny], fp64)[0] == [2 ** (bits - 1)]
 
 
 @both_formats
 def test_which_terms_count(fp64: bool) -> None:
-    smallest = _sums.SUM_SMALLEST[fp64]
+    smallest = sums.SUM_SMALLEST[fp64]
     below = float(np.nextafter(smallest, 0) if fp64 else np.nextafter(np.float32(smallest), np.float32(0)))
-    left = _sums.terms_left([1, 2, 3, 4], [smallest, -smallest, below, -below], fp64, "rademacher")
+    left = sums.terms_left([1, 2, 3, 4], [smallest, -smallest, below, -below], fp64, "rademacher")
     assert [seed for seed, _ in left] == [1, 2]
 
 
@@ -212,7 +213,7 @@ def test_too_many_terms_are_refused() -> None:
     with pytest.raises(ValueError, match=r"at most 2\^24 terms of rademacher noise, got 16777217"):
         fk.seed_axpy_([weights], seeds, coeffs, family="rademacher")
     with pytest.raises(ValueError, match=r"at most 2\^24 terms"):
-        _sums.terms_left([0] * (2**24 + 1), np.zeros(2**24 + 1), False, "rademacher")
+        sums.terms_left([0] * (2**24 + 1), np.zeros(2**24 + 1), False, "rademacher")
     assert weights.tolist() == [1, 1, 1]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rationals import FP32
 
-from fedkseed_kernels import _sums, derived, reference
+from fedkseed_kernels.contract import derived, reference, sums
 
 ANY = np.arange(5, 300, dtype=np.uint64)
 
@@ -129,8 +129,8 @@ def test_nothing_to_do_keeps_bytes(dtype: str, rounding: str, seeds: list[int], 
 
 
 def test_coefficients_that_round_to_zero_are_skipped() -> None:
-    assert _sums.terms_left([1, 2], [1e-60, 1e-45], fp64=False) == [(2, np.float32(1e-45))]
-    assert [seed for seed, _ in _sums.terms_left([1, 2], [1e-60, 1e-45], fp64=True)] == [1, 2]
+    assert sums.terms_left([1, 2], [1e-60, 1e-45], fp64=False) == [(2, np.float32(1e-45))]
+    assert [seed for seed, _ in sums.terms_left([1, 2], [1e-60, 1e-45], fp64=True)] == [1, 2]
 
 
 def test_rounding_bits_by_hand() -> None:

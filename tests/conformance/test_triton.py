@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import golden, reference
+from fedkseed_kernels import golden
 from fedkseed_kernels._conformance_checks import poisoned, stored_of, tensor_of
+from fedkseed_kernels.contract import reference
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 

@@ -10,7 +10,7 @@ import pytest
 from noise_samples import SEED, ZERO_SEED, gaussian, long_sample
 from thresholds import Check, Judge
 
-from fedkseed_kernels import derived
+from fedkseed_kernels.contract import derived
 
 GROUP = 8  # elements that share one Philox call
 FLIP_SAMPLES = 1 << 20  # of each noise in a pair that differs in one bit

@@ -13,7 +13,7 @@ from noise_samples import SEED, gaussian
 from numpy.typing import NDArray
 from thresholds import Judge, from_estimates
 
-from fedkseed_kernels import derived
+from fedkseed_kernels.contract import derived
 
 NUM_SEEDS = 1 << 13
 

@@ -16,7 +16,7 @@ from fedkseed.data.prompts import PromptStyle
 from fedkseed.server_config import Sampling, Weighting
 from fedkseed.simulation import SimulationConfig
 from fedkseed.storage import STORAGE_MODES, storage_mode
-from fedkseed_kernels.reference import FAMILIES
+from fedkseed_kernels.contract.reference import FAMILIES
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from fedkseed._checks import check_count
 from fedkseed.seeds import derived_seed
-from fedkseed_kernels import derived
+from fedkseed_kernels.contract import derived
 
 
 def check_rounding(rounding: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed_kernels.reference import TAG_DERIVED, group_words
+from fedkseed_kernels.contract.reference import TAG_DERIVED, group_words
 
 PURPOSE_CANDIDATE_SEEDS = 0
 PURPOSE_SCHEDULE = 1

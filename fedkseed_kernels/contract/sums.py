@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedkseed_kernels._exact import ieee_arithmetic
+from fedkseed_kernels.contract.arithmetic import ieee_arithmetic
 
 # Section 6.3, for fp32 and for fp64 arithmetic.
 SUM_MAX_TERMS = 2**24

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed_kernels import _exact
-from fedkseed_kernels._exact import fma32, fma64, ieee_arithmetic
-from fedkseed_kernels._sums import integer_terms, terms_left
+from fedkseed_kernels.contract import arithmetic
+from fedkseed_kernels.contract.arithmetic import fma32, fma64, ieee_arithmetic
+from fedkseed_kernels.contract.sums import integer_terms, terms_left
 
 CONTRACT_VERSION = 1
 
@@ -339,13 +339,13 @@ def seed_axpy_array(
     results = _results(weights, residuals, elements, seeds, coeffs, dtype, stream, alpha, family)
     stored: NDArray[Any] = weights.copy().reshape(-1)
     if wide:
-        stored = _exact.value(stored, None if residuals is None else residuals.reshape(-1), dtype)
+        stored = arithmetic.value(stored, None if residuals is None else residuals.reshape(-1), dtype)
     for chunk, y in results:
         if wide:
             stored[chunk] = y
         elif rounding == "stochastic" and rounding_seed is not None and dtype in ("bfloat16", "float16"):
             random_bits = rounding_bits(rounding_seed, stream, np.reshape(elements, -1)[chunk])
-            stored[chunk] = _exact.round_stochastically(y, random_bits, dtype)
+            stored[chunk] = arithmetic.round_stochastically(y, random_bits, dtype)
         else:
             stored[chunk] = round_to_nearest(y, dtype)
     result: NDArray[Any] = stored.reshape(weights.shape)
@@ -370,7 +370,7 @@ def seed_axpy_compensated_array(
     """
     stored, left = weights.copy().reshape(-1), residuals.copy().reshape(-1)
     for chunk, y in _results(weights, residuals, elements, seeds, coeffs, dtype, stream, alpha, family):
-        stored[chunk], left[chunk] = _exact.split(y, dtype)
+        stored[chunk], left[chunk] = arithmetic.split(y, dtype)
     return stored.reshape(weights.shape), left.reshape(weights.shape)
 
 
@@ -410,7 +410,7 @@ def _results(
     for start in range(0, flat_weights.size, CHUNK_ELEMENTS):
         chunk = slice(start, start + CHUNK_ELEMENTS)
         acc = accumulate(seeds, coeffs, stream, flat_elements[chunk], family, fp64)
-        w = _exact.value(flat_weights[chunk], None if flat is None else flat[chunk], dtype)
+        w = arithmetic.value(flat_weights[chunk], None if flat is None else flat[chunk], dtype)
         yield chunk, fma64(np.float64(alpha32), w, acc) if fp64 else fma32(alpha32, w, acc)
 
 
@@ -429,8 +429,8 @@ def seed_axpy_pair_array(
 def round_to_nearest(y: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Section 7: the stored form of arithmetic results, to nearest even."""
     if dtype == "bfloat16":
-        return _exact.round_to_bf16(y)
-    return _exact.round_to_fp16(y) if dtype == "float16" else y.astype(_STORAGE[dtype])
+        return arithmetic.round_to_bf16(y)
+    return arithmetic.round_to_fp16(y) if dtype == "float16" else y.astype(_STORAGE[dtype])
 
 
 def _checked_elements(elements: Any) -> NDArray[np.uint64]:

@@ -1,0 +1,1 @@
+"""The noise contract in NumPy alone: what every backend must equal bit for bit (docs/noise-contract.md)."""
