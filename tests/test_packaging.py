@@ -106,7 +106,7 @@ def test_wheel_with_compiler(tmp_path: Path) -> None:
         library.add("fedkseed_kernels/_lib/libfedkseed_cuda.so")
     assert found == expected_members() | library
     assert {"fedkseed_kernels/py.typed", "fedkseed/py.typed"} <= found
-    assert any(name.startswith("fedkseed_kernels/golden/") for name in found)
+    assert any(name.startswith("fedkseed_kernels/conformance/golden/") for name in found)
     with zipfile.ZipFile(wheel) as opened:
         info = json.loads(opened.read("fedkseed_kernels/_lib/build_info.json"))
         opened.extractall(tmp_path / "site")

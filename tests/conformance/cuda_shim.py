@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkseed_kernels import _layout, golden, native_cuda, native_cuda_backend
-from fedkseed_kernels._conformance_checks import tensor_of
+from fedkseed_kernels import _layout, native_cuda, native_cuda_backend
 from fedkseed_kernels._operands import DeviceTerms, Operands, Terms
+from fedkseed_kernels.conformance import golden
+from fedkseed_kernels.conformance.checks import tensor_of
 from fedkseed_kernels.contract import reference
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedkseed_kernels import dispatch, triton_backend
-from fedkseed_kernels._conformance_checks import Target
+from fedkseed_kernels.conformance.checks import Target
 
 PACKAGE = "fedkseed_kernels.triton"
 

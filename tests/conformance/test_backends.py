@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedkseed_kernels import _exhaustive, conformance, golden, native
-from fedkseed_kernels._conformance_checks import CHECKS, Comparison, Target, derived_values
+from fedkseed_kernels import native
+from fedkseed_kernels.conformance import __main__ as conformance
+from fedkseed_kernels.conformance import exhaustive, golden
+from fedkseed_kernels.conformance.checks import CHECKS, Comparison, Target, derived_values
 from fedkseed_kernels.contract import reference
 
 TARGETS, _ = conformance.find_targets()
@@ -133,7 +135,7 @@ def test_exhaustive_names_block_and_word(monkeypatch: pytest.MonkeyPatch) -> Non
     digests = [f"{reference.normal_digest(block * words, words):016x}" for block in range(3)]
     content = {"block_words": words, "digests": digests}
     monkeypatch.setattr(golden, "load", lambda *_: content)
-    assert _exhaustive.all_words("baseline").difference is None
+    assert exhaustive.all_words("baseline").difference is None
 
     right_digest, right_normals = native.normal_digest, native.normal_from_words
 
@@ -147,17 +149,17 @@ def test_exhaustive_names_block_and_word(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(native, "normal_digest", wrong_digest)
     monkeypatch.setattr(native, "normal_from_words", wrong_normals)
-    difference = _exhaustive.all_words("baseline").difference
+    difference = exhaustive.all_words("baseline").difference
     assert difference is not None
     assert difference.startswith("2 blocks differ, first block 1: word 000004d2: got ")
 
 
 @needs_native
 def test_spread_words_are_compared_with_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_exhaustive, "SPREAD_NUM_WORDS", 1 << 12)
-    monkeypatch.setattr(_exhaustive, "_WORDS_AT_ONCE", 1 << 10)
+    monkeypatch.setattr(exhaustive, "SPREAD_NUM_WORDS", 1 << 12)
+    monkeypatch.setattr(exhaustive, "_WORDS_AT_ONCE", 1 << 10)
     isas = native.usable_isas()
-    assert [outcome.difference for outcome in _exhaustive.spread_words(isas)] == [None] * len(isas)
+    assert [outcome.difference for outcome in exhaustive.spread_words(isas)] == [None] * len(isas)
     right = native.normal_from_words
     monkeypatch.setattr(native, "normal_from_words", lambda words, isa: right(words ^ np.uint32(1), isa))
-    assert all("got" in str(outcome.difference) for outcome in _exhaustive.spread_words(isas))
+    assert all("got" in str(outcome.difference) for outcome in exhaustive.spread_words(isas))

@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import conformance, golden
-from fedkseed_kernels._conformance_checks import Target, poisoned, stored_of, tensor_of
+from fedkseed_kernels.conformance import __main__ as conformance
+from fedkseed_kernels.conformance import golden
+from fedkseed_kernels.conformance.checks import Target, poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
 
 TARGETS, _ = conformance.find_targets()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fedkseed_kernels
-from fedkseed_kernels import golden
+from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.contract import derived, reference, sums
 
 ROOT = Path(__file__).parents[2]

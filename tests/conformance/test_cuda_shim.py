@@ -15,8 +15,10 @@ from cuda_shim import MODES, assert_same, options, terms, weights
 from torch import Tensor
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import conformance, dispatch, golden
-from fedkseed_kernels._conformance_checks import CHECKS, Target, poisoned, stored_of, tensor_of
+from fedkseed_kernels import dispatch
+from fedkseed_kernels.conformance import __main__ as conformance
+from fedkseed_kernels.conformance import golden
+from fedkseed_kernels.conformance.checks import CHECKS, Target, poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
 
 pytestmark = pytest.mark.skipif(cuda_shim.COMPILER is None, reason="needs a C++ compiler")

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import fedkseed_kernels as fk
 from fedkseed_kernels import _checks, native, native_cuda, native_cuda_backend
-from fedkseed_kernels._conformance_checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels._operands import DeviceTerms, Terms
+from fedkseed_kernels.conformance.checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
 
 pytestmark = pytest.mark.skipif(cuda_shim.COMPILER is None, reason="needs a C++ compiler")

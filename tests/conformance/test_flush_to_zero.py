@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fedkseed_kernels import conformance, golden
-from fedkseed_kernels._conformance_checks import CHECKS, Target
+from fedkseed_kernels.conformance import __main__ as conformance
+from fedkseed_kernels.conformance import golden
+from fedkseed_kernels.conformance.checks import CHECKS, Target
 from fedkseed_kernels.contract import arithmetic
 
 TARGETS, _ = conformance.find_targets()

@@ -8,9 +8,9 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from fedkseed_kernels import golden
+from fedkseed_kernels.conformance import golden
+from fedkseed_kernels.conformance.golden import generate
 from fedkseed_kernels.contract import reference
-from fedkseed_kernels.golden import generate
 
 FOLDER = resources.files(golden)
 

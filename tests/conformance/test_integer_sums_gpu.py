@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from fedkseed_kernels import _checks
-from fedkseed_kernels._conformance_checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels._operands import DeviceTerms, Operands, Terms
+from fedkseed_kernels.conformance.checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
 
 DTYPES = ("float32", "bfloat16", "float64")

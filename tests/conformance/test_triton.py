@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import golden
-from fedkseed_kernels._conformance_checks import poisoned, stored_of, tensor_of
+from fedkseed_kernels.conformance import golden
+from fedkseed_kernels.conformance.checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 from test_compensated import inputs, like
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import conformance, dispatch, golden, native, native_backend
-from fedkseed_kernels._conformance_checks import Target, poisoned, stored_of, tensor_of
+from fedkseed_kernels import dispatch, native, native_backend
+from fedkseed_kernels.conformance import __main__ as conformance
+from fedkseed_kernels.conformance import golden
+from fedkseed_kernels.conformance.checks import Target, poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
 
 TARGETS, _ = conformance.find_targets()

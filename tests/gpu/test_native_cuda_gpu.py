@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, golden, native, native_cuda
+from fedkseed_kernels import dispatch, native, native_cuda
+from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.contract import reference
 
 pytestmark = pytest.mark.usefixtures("native_library")

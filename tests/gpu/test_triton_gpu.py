@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, golden, triton_backend
+from fedkseed_kernels import dispatch, triton_backend
+from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.contract import reference
 
 if not torch.cuda.is_available():

@@ -16,7 +16,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed_kernels import golden, native
+from fedkseed_kernels import native
+from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.contract import reference
 
 SPREAD_NUM_WORDS = 1 << 24

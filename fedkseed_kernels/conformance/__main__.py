@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fedkseed_kernels
-from fedkseed_kernels import _exhaustive, dispatch, golden, native
-from fedkseed_kernels._conformance_checks import CHECKS, Check, Target, derived_values
+from fedkseed_kernels import dispatch, native
 from fedkseed_kernels._operands import ISA_CODES
+from fedkseed_kernels.conformance import exhaustive, golden
+from fedkseed_kernels.conformance.checks import CHECKS, Check, Target, derived_values
 
 KNOWN_ISAS = tuple(name for name in ISA_CODES if name != "auto")
 
@@ -97,7 +98,7 @@ def _run(arguments: argparse.Namespace) -> Iterator[Result]:
         isas = [target.isa for target in targets if target.isa is not None]
         if not isas:
             yield Result("fail", "native", "exhaustive", "no instruction set of the native library to run")
-        for outcome in _exhaustive.run(isas):
+        for outcome in exhaustive.run(isas):
             status = "pass" if outcome.difference is None else "fail"
             detail = outcome.difference or outcome.detail
             yield Result(status, f"native/{outcome.isa}", outcome.check, detail)

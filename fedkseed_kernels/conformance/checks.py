@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, golden, native
+from fedkseed_kernels import dispatch, native
+from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.contract import derived, reference
 
 _TORCH_DTYPE = {name: getattr(torch, name) for name in reference.DTYPES}

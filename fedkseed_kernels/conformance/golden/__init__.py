@@ -1,6 +1,6 @@
 """Golden vectors of the noise contract, package data: vectors.json and normal_digests.json.
 
-Both files are written by `python -m fedkseed_kernels.golden.generate` from the NumPy reference, and read by
+Both files are written by `python -m fedkseed_kernels.conformance.golden.generate` from the NumPy reference, and read by
 `fedkseed_kernels.conformance`. An implementation in another language can read them as they are:
 
 * Arrays are strings: the bit pattern of each value in hexadecimal, most significant digit first, values

@@ -1,4 +1,4 @@
-"""Write the golden vectors from the NumPy reference: `python -m fedkseed_kernels.golden.generate`.
+"""Write the golden vectors from the NumPy reference: `python -m fedkseed_kernels.conformance.golden.generate`.
 
 `--digests` also runs the transform of all 2^32 words through the native library's fastest instruction set
 and writes normal_digests.json, which `conformance --exhaustive` compares every instruction set with.
@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed_kernels import golden, native
+from fedkseed_kernels import native
+from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.contract import derived, reference
 from fedkseed_kernels.contract.sums import terms_left
 
@@ -406,7 +407,9 @@ def _digest_of_block(block: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m fedkseed_kernels.golden.generate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fedkseed_kernels.conformance.golden.generate", description=__doc__
+    )
     parser.add_argument("--digests", action="store_true", help="also all 2^32 words: some minutes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="threads for --digests")
     arguments = parser.parse_args()
