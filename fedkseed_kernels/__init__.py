@@ -5,8 +5,8 @@ The noise contract is docs/noise-contract.md; arguments, dtypes and errors are d
 """
 
 from fedkseed_kernels._info import info
-from fedkseed_kernels._operands import CONTRACT_VERSION
 from fedkseed_kernels._version import __version__
+from fedkseed_kernels.operands import CONTRACT_VERSION
 from fedkseed_kernels.ops import normal, perturb_, seed_axpy, seed_axpy_, seed_axpy_pair
 from fedkseed_kernels.prepared import (
     Prepared,

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from fedkseed_kernels import dispatch, native, native_cuda
-from fedkseed_kernels._operands import CONTRACT_VERSION
 from fedkseed_kernels._version import __version__
+from fedkseed_kernels.operands import CONTRACT_VERSION
 
 
 def info() -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedkseed_kernels._operands import Operands, TensorList
+from fedkseed_kernels.operands import Operands, TensorList
 
 # What is in between while a tensor is widened stays small beside it: so many pieces at most, none smaller
 # than this many elements.

@@ -22,7 +22,7 @@ from fedkseed_kernels import (
     reference_backend,
     triton_backend,
 )
-from fedkseed_kernels._operands import ISA_CODES, DeviceTerms, Operands, Terms
+from fedkseed_kernels.operands import ISA_CODES, DeviceTerms, Operands, Terms
 
 logger = logging.getLogger("fedkseed_kernels")
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedkseed_kernels._operands import (
+from fedkseed_kernels.operands import (
     CONTRACT_VERSION,
     FAMILY_CODES,
     ISA_CODES,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fedkseed_kernels import _layout, native
-from fedkseed_kernels._operands import Operands, Terms
+from fedkseed_kernels import layout, native
 from fedkseed_kernels.native import unavailable
+from fedkseed_kernels.operands import Operands, Terms
 
 __all__ = ["WRITES_FP32", "seed_axpy", "unavailable"]
 
@@ -14,7 +14,7 @@ WRITES_FP32 = True
 def seed_axpy(operands: Operands, terms: Terms, isa: str) -> None:
     """Write the primitive's result into `operands.outs` (and `outs_minus`)."""
     if operands.table is None:
-        operands.table = _layout.pointer_table(operands)
+        operands.table = layout.pointer_table(operands)
     if operands.table.size:
         rows = None if operands.rows is None else operands.rows.numpy()
         native.cpu_seed_axpy(operands.table, rows, terms, isa)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedkseed_kernels import native
-from fedkseed_kernels._operands import CONTRACT_VERSION, FAMILY_CODES, ROUNDING_CODES, DeviceTerms, Terms
+from fedkseed_kernels.operands import CONTRACT_VERSION, FAMILY_CODES, ROUNDING_CODES, DeviceTerms, Terms
 
 LIBRARY_PATH = native.LIBRARY_PATH.with_name("libfedkseed_cuda.so")
 MAX_TERMS_BY_VALUE = 64

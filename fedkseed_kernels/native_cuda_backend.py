@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fedkseed_kernels import _layout, native_cuda
-from fedkseed_kernels._operands import DeviceTerms, Operands, Terms
+from fedkseed_kernels import layout, native_cuda
 from fedkseed_kernels.native_cuda import unavailable
+from fedkseed_kernels.operands import DeviceTerms, Operands, Terms
 
 __all__ = ["WRITES_FP32", "seed_axpy", "unavailable"]
 
@@ -16,7 +16,7 @@ WRITES_FP32 = False
 def seed_axpy(operands: Operands, terms: Terms | DeviceTerms, isa: str) -> None:
     """Write the primitive's result into `operands.outs` (and `outs_minus`); returns before it is there."""
     if operands.table is None:
-        operands.table = _layout.pointer_table(operands)
+        operands.table = layout.pointer_table(operands)
     if not operands.table.size:
         return
     device = operands.outs.tensors[0].device

@@ -59,8 +59,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkseed_kernels import _checks, _terms, dispatch
-from fedkseed_kernels._arguments import (
+from fedkseed_kernels import dispatch
+from fedkseed_kernels.arguments import tensors as tensor_checks
+from fedkseed_kernels.arguments import terms as term_checks
+from fedkseed_kernels.arguments.encoding import (
     Residuals,
     Tensors,
     encode_indices,
@@ -68,8 +70,8 @@ from fedkseed_kernels._arguments import (
     encode_views,
     tensor_list,
 )
-from fedkseed_kernels._operands import Operands, TensorList, View
-from fedkseed_kernels._terms import Coeffs, IntLike, Seeds
+from fedkseed_kernels.arguments.terms import Coeffs, IntLike, Seeds
+from fedkseed_kernels.operands import Operands, TensorList, View
 
 _TERMS = (
     "Tensor seeds, Tensor coeffs, Tensor alpha, int[] streams, int[] offsets, int[] views, str family, "
@@ -106,10 +108,12 @@ def _execute(
     num_skipped: Tensor | None = None,
 ) -> None:
     """Check everything, then hand the list to the backend of its device. outs None: in place."""
-    operands = _checks.check_operands(tensors, outs, outs_minus, rows, streams, offsets, views, residuals)
+    operands = tensor_checks.check_operands(
+        tensors, outs, outs_minus, rows, streams, offsets, views, residuals
+    )
     if outs is None:
-        _checks.check_split_rounding(rounding, residuals)
-    terms = _terms.check_terms(
+        tensor_checks.check_split_rounding(rounding, residuals)
+    terms = term_checks.check_terms(
         seeds,
         coeffs,
         alpha,
@@ -141,20 +145,22 @@ def _check_without_values(
     num_skipped: Tensor | None = None,
 ) -> None:
     """The fake of every op that mutates: what can be checked on tensors that have no memory."""
-    _checks.check_metadata(tensors, "tensors")
+    tensor_checks.check_metadata(tensors, "tensors")
     if rows is not None:
-        _checks.check_rows(rows, tensors)
+        tensor_checks.check_rows(rows, tensors)
     num_rows = None if rows is None else rows.shape[0]
     for name, written in (("out", outs), ("out_minus", outs_minus)):
         if written is not None:
-            _checks.check_outs(written, name, tensors, num_rows)
+            tensor_checks.check_outs(written, name, tensors, num_rows)
     if outs is not None and outs_minus is not None:
-        _checks.check_sides(outs, outs_minus)
-    _checks.check_residuals(residuals, tensors)
+        tensor_checks.check_sides(outs, outs_minus)
+    tensor_checks.check_residuals(residuals, tensors)
     if outs is None:
-        _checks.check_split_rounding(rounding, residuals)
+        tensor_checks.check_split_rounding(rounding, residuals)
     device = tensors[0].device if tensors else torch.device("cpu")
-    _terms.check_term_metadata(seeds, coeffs, alpha, family, rounding, rounding_seed, device, num_skipped)
+    term_checks.check_term_metadata(
+        seeds, coeffs, alpha, family, rounding, rounding_seed, device, num_skipped
+    )
 
 
 def _execute_in_place(tensors: Sequence[Tensor], residuals: Sequence[Tensor], *rest: Any) -> None:
@@ -194,9 +200,9 @@ def _fake_normal(
     device: torch.device,
     family: str,
 ) -> Tensor:
-    _checks.check_dtype(dtype, "the noise")
-    _terms.check_choices(family, "nearest")
-    _terms.check_term_place(seed, "seed", device)
+    tensor_checks.check_dtype(dtype, "the noise")
+    term_checks.check_choices(family, "nearest")
+    term_checks.check_term_place(seed, "seed", device)
     if seed.dim() != 0 or seed.dtype != torch.int64:
         raise ValueError(f"expected seed int64 of shape (), got {seed.dtype} of shape {tuple(seed.shape)}")
     return torch.empty(shape, dtype=dtype, device=device)
@@ -211,13 +217,13 @@ def _execute_normal(
     device: torch.device,
     family: str,
 ) -> Tensor:
-    _checks.check_noise_indices([math.prod(shape)], [stream], [offset], [None])
+    tensor_checks.check_noise_indices([math.prod(shape)], [stream], [offset], [None])
     if device.type == "meta":
         return _fake_normal(shape, seed, stream, offset, dtype, device, family)
     dispatch.select(device.type)  # before torch looks for the device
     out = _fake_normal(shape, seed, stream, offset, dtype, device, family)
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    terms = _terms.check_terms(
+    terms = term_checks.check_terms(
         seed.reshape(1), one.reshape(1), one, family, "nearest", None, None, all_fp64=False, device=device
     )
     dispatch.execute(Operands(None, TensorList([out]), None, None, [stream], [offset], [None]), terms)
@@ -259,7 +265,7 @@ def normal(
     if any(size < 0 for size in sizes):
         raise ValueError(f"expected a shape of non-negative sizes, got {tuple(sizes)}")
     streams, offsets = encode_indices([stream], "stream", 1), encode_indices([offset], "offset", 1)
-    seed_tensor = _terms.seed_scalar(seed)
+    seed_tensor = term_checks.seed_scalar(seed)
     noise: Tensor = torch.ops.fedkseed.normal.default(
         sizes, seed_tensor, streams[0], offsets[0], dtype, torch.device(device), family
     )
@@ -394,7 +400,10 @@ def perturb_(
     Raises: see the module; then no tensor has changed.
     """
     items = tensor_list(tensors, "tensors")
-    seeds, coeffs = _terms.seed_scalar(seed).reshape(1), _terms.number_tensor(scale, "scale").reshape(1)
+    seeds, coeffs = (
+        term_checks.seed_scalar(seed).reshape(1),
+        term_checks.number_tensor(scale, "scale").reshape(1),
+    )
     torch.ops.fedkseed.seed_axpy_.default(
         items,
         encode_residuals(residuals, items),
@@ -418,15 +427,15 @@ def _encode(
     """The arguments that every mutating op ends with, as its schema takes them."""
     flat_views = encode_views(views, num_tensors)
     return (
-        _terms.seed_tensor(seeds),
-        _terms.coefficient_tensor(coeffs),
-        _terms.number_tensor(alpha, "alpha"),
+        term_checks.seed_tensor(seeds),
+        term_checks.coefficient_tensor(coeffs),
+        term_checks.number_tensor(alpha, "alpha"),
         encode_indices(streams, "streams", num_tensors),
         encode_indices(offsets, "offsets", num_tensors, views),
         flat_views,
         family,
         rounding,
-        None if rounding_seed is None else _terms.seed_scalar(rounding_seed),
+        None if rounding_seed is None else term_checks.seed_scalar(rounding_seed),
     )
 
 
@@ -435,5 +444,5 @@ def _allocate(tensors: Sequence[Tensor], rows: Tensor | None) -> list[Tensor]:
         return [torch.empty_like(t) for t in tensors]
     if not isinstance(rows, Tensor):
         raise TypeError(f"expected rows as an int64 tensor, got {type(rows).__name__}")
-    _checks.check_rows(rows, tensors)
+    tensor_checks.check_rows(rows, tensors)
     return [t.new_empty((rows.shape[0], *t.shape[1:])) for t in tensors]

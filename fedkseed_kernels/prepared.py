@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedkseed_kernels import _checks, _terms, dispatch
-from fedkseed_kernels._arguments import (
+from fedkseed_kernels import dispatch
+from fedkseed_kernels.arguments import tensors as tensor_checks
+from fedkseed_kernels.arguments import terms as term_checks
+from fedkseed_kernels.arguments.encoding import (
     Residuals,
     Tensors,
     encode_indices,
@@ -17,8 +19,8 @@ from fedkseed_kernels._arguments import (
     encode_views,
     tensor_list,
 )
-from fedkseed_kernels._operands import View
-from fedkseed_kernels._terms import Coeffs, IntLike, Seeds
+from fedkseed_kernels.arguments.terms import Coeffs, IntLike, Seeds
+from fedkseed_kernels.operands import View
 
 
 class _Checked:
@@ -39,7 +41,7 @@ class _Checked:
         family: str,
         residuals: Residuals | None,
     ):
-        _terms.check_choices(family, "nearest")
+        term_checks.check_choices(family, "nearest")
         left = encode_residuals(residuals, tensors)
         plus_name = "out" if outs_minus is None else "out_plus"
         self._lists: dict[str, list[Tensor]] = {"tensors": tensors}
@@ -50,7 +52,7 @@ class _Checked:
             if tensor.is_neg():  # the dispatcher refuses these for the ops
                 raise ValueError(f"expected plain memory, got {name}[{position}] with the negative bit set")
         with torch.no_grad():
-            self._operands = _checks.check_operands(
+            self._operands = tensor_checks.check_operands(
                 tensors,
                 outs,
                 outs_minus,
@@ -90,7 +92,7 @@ class _Checked:
                             f"{was} to {now}; call prepare again"
                         )
         for name, items in self._lists.items():
-            _checks.check_grad(items, name)
+            tensor_checks.check_grad(items, name)
 
     def _run(
         self,
@@ -101,19 +103,19 @@ class _Checked:
         rounding_seed: IntLike | Tensor | None,
         num_skipped: Tensor | None,
     ) -> None:
-        terms = _terms.check_terms(
-            _terms.seed_tensor(seeds),
-            _terms.coefficient_tensor(coeffs),
-            _terms.number_tensor(alpha, "alpha"),
+        terms = term_checks.check_terms(
+            term_checks.seed_tensor(seeds),
+            term_checks.coefficient_tensor(coeffs),
+            term_checks.number_tensor(alpha, "alpha"),
             self._family,
             rounding,
-            None if rounding_seed is None else _terms.seed_scalar(rounding_seed),
+            None if rounding_seed is None else term_checks.seed_scalar(rounding_seed),
             num_skipped,
             self._operands.all_fp64,
             self._operands.device,
         )
         if self._operands.writes_residuals:
-            _checks.check_split_rounding(rounding, self._lists["residuals"])
+            tensor_checks.check_split_rounding(rounding, self._lists["residuals"])
         self._check_unchanged()
         dispatch.execute(self._operands, terms)
 
@@ -149,8 +151,8 @@ class Prepared(_Checked):
         num_skipped: Tensor | None = None,
     ) -> None:
         """`fedkseed_kernels.perturb_` on the prepared tensors: `seed_axpy_` with one term."""
-        seeds = _terms.seed_scalar(seed).reshape(1)
-        coeffs = _terms.number_tensor(scale, "scale").reshape(1)
+        seeds = term_checks.seed_scalar(seed).reshape(1)
+        coeffs = term_checks.number_tensor(scale, "scale").reshape(1)
         self.seed_axpy_(
             seeds,
             coeffs,

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkseed_kernels._layout import element_layout
-from fedkseed_kernels._operands import Operands, Terms
 from fedkseed_kernels.contract import reference
+from fedkseed_kernels.layout import element_layout
+from fedkseed_kernels.operands import Operands, Terms
 
 WRITES_FP32 = True
 

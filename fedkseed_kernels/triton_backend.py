@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from fedkseed_kernels._operands import Operands
+    from fedkseed_kernels.operands import Operands
 
 WRITES_FP32 = False
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fedkseed_kernels import dispatch
-from fedkseed_kernels._operands import DeviceTerms, Operands, Terms
+from fedkseed_kernels.operands import DeviceTerms, Operands, Terms
 
 
 def watch_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Operands, Terms | DeviceTerms]]:

@@ -17,8 +17,8 @@ from messages import make_replies, make_server
 from fedkseed import Ledger, ModelIdentity, SeedPool, WorkingCopy
 from fedkseed.data import load_causal_lm_weights
 from fedkseed_kernels import native
-from fedkseed_kernels._operands import ISA_CODES
 from fedkseed_kernels.dispatch import BACKEND_VARIABLE, CPU_ISA_VARIABLE
+from fedkseed_kernels.operands import ISA_CODES
 
 NUM_SEEDS = 4096
 # Draws enough that every seed is among them, 18 times on average.

@@ -11,8 +11,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import _terms
-from fedkseed_kernels._operands import DeviceTerms, Terms
+from fedkseed_kernels.arguments import terms as term_checks
+from fedkseed_kernels.operands import DeviceTerms, Terms
 
 CPU = torch.device("cpu")
 
@@ -86,7 +86,7 @@ def test_what_a_backend_is_handed() -> None:
     """Numbers stay numbers, tensors stay on the GPU, and only host values are looked at."""
     device = torch.device("cuda:0")
     given = on("cuda:0", num_skipped=None)
-    terms = _terms.check_terms(
+    terms = term_checks.check_terms(
         given["seeds"],
         given["coeffs"].double(),
         given["alpha"],

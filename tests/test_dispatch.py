@@ -13,7 +13,7 @@ import torch
 
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch, native, native_cuda_backend, triton_backend
-from fedkseed_kernels._operands import ISA_CODES
+from fedkseed_kernels.operands import ISA_CODES
 
 HAS_NATIVE = native.unavailable() is None
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="tests/test_native.py says why")

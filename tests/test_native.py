@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import _operands, dispatch, native
+from fedkseed_kernels import dispatch, native, operands
 from fedkseed_kernels.contract import reference
 
 HEADER = Path(__file__).parents[1] / "csrc" / "include" / "fedkseed.h"
@@ -96,25 +96,25 @@ def test_constants_are_the_headers() -> None:
     dtypes = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16", torch.float64: "FP64"}
     expected = {
         "FK_ABI_VERSION": native.ABI_VERSION,
-        "FK_CONTRACT_VERSION": _operands.CONTRACT_VERSION,
-        "FK_MAX_DIMS": _operands.MAX_DIMS,
+        "FK_CONTRACT_VERSION": operands.CONTRACT_VERSION,
+        "FK_MAX_DIMS": operands.MAX_DIMS,
         "FK_ERROR_ARGUMENT": native.ERROR_ARGUMENT,
         "FK_ERROR_ISA": native.ERROR_ISA,
         "FK_ERROR_MEMORY": native.ERROR_MEMORY,
-        "FK_NUM_ISAS": len(_operands.ISA_CODES) - 1,
+        "FK_NUM_ISAS": len(operands.ISA_CODES) - 1,
     }
-    expected |= {f"FK_{dtypes[dtype]}": code for dtype, code in _operands.DTYPE_CODES.items()}
-    expected |= {f"FK_{name.upper()}": code for name, code in _operands.FAMILY_CODES.items()}
-    expected |= {f"FK_{name.upper()}": code for name, code in _operands.ROUNDING_CODES.items()}
-    expected |= {f"FK_ISA_{name.upper()}": code for name, code in _operands.ISA_CODES.items()}
+    expected |= {f"FK_{dtypes[dtype]}": code for dtype, code in operands.DTYPE_CODES.items()}
+    expected |= {f"FK_{name.upper()}": code for name, code in operands.FAMILY_CODES.items()}
+    expected |= {f"FK_{name.upper()}": code for name, code in operands.ROUNDING_CODES.items()}
+    expected |= {f"FK_ISA_{name.upper()}": code for name, code in operands.ISA_CODES.items()}
     assert header_values() == expected
 
 
 def test_the_reference_has_the_same_choices() -> None:
-    assert reference.CONTRACT_VERSION == _operands.CONTRACT_VERSION
-    assert tuple(_operands.FAMILY_CODES) == reference.FAMILIES
-    assert tuple(_operands.ROUNDING_CODES) == reference.ROUNDINGS
-    assert set(reference.DTYPES) == {str(d).removeprefix("torch.") for d in _operands.DTYPE_CODES}
+    assert reference.CONTRACT_VERSION == operands.CONTRACT_VERSION
+    assert tuple(operands.FAMILY_CODES) == reference.FAMILIES
+    assert tuple(operands.ROUNDING_CODES) == reference.ROUNDINGS
+    assert set(reference.DTYPES) == {str(d).removeprefix("torch.") for d in operands.DTYPE_CODES}
 
 
 # --- why a library cannot be used
@@ -252,7 +252,7 @@ def test_normal_digest_is_the_headers_formula() -> None:
 
 @needs_native
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
-    missing = [name for name in _operands.ISA_CODES if name not in ("auto", *native.usable_isas())]
+    missing = [name for name in operands.ISA_CODES if name not in ("auto", *native.usable_isas())]
     for isa in missing:
         with pytest.raises(RuntimeError, match=f"the instruction set asked for is not there: .* got {isa}"):
             native.normal_digest(0, 1, isa)

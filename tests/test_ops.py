@@ -12,8 +12,8 @@ from torch import Tensor
 
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch, ops
-from fedkseed_kernels._operands import DTYPE_CODES
 from fedkseed_kernels.contract import reference
+from fedkseed_kernels.operands import DTYPE_CODES
 
 DTYPES = tuple(DTYPE_CODES)
 SEEDS = [3, -1, 2**64 - 2, 0, 12345678901234567890]

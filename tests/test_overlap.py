@@ -9,7 +9,7 @@ from torch import Tensor
 from unchanged import ALL, Watch, call
 
 import fedkseed_kernels as fk
-from fedkseed_kernels._overlap import _has_solution, overlaps_itself
+from fedkseed_kernels.arguments.overlap import _has_solution, overlaps_itself
 
 
 def overlapping(kind: str) -> list[Tensor]:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import fedkseed_kernels
 from fedkseed_kernels import dispatch, native
-from fedkseed_kernels._operands import ISA_CODES
 from fedkseed_kernels.conformance import exhaustive, golden
 from fedkseed_kernels.conformance.checks import CHECKS, Check, Target, derived_values
+from fedkseed_kernels.operands import ISA_CODES
 
 KNOWN_ISAS = tuple(name for name in ISA_CODES if name != "auto")
 

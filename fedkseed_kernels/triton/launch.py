@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from fedkseed_kernels._operands import Operands, Terms
+from fedkseed_kernels.operands import Operands, Terms
 from fedkseed_kernels.triton import noise
 from fedkseed_kernels.triton.interpreter import exact_arithmetic
 from fedkseed_kernels.triton.packing import (

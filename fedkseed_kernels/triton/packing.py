@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkseed_kernels._operands import Terms
 from fedkseed_kernels.contract.arithmetic import ieee_arithmetic
 from fedkseed_kernels.contract.sums import SUM_BITS, SUM_SMALLEST
+from fedkseed_kernels.operands import Terms
 
 # Terms up to this number travel as kernel arguments, through kernels without a loop over terms.
 MAX_TERMS_BY_VALUE = 2

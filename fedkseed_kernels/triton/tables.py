@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedkseed_kernels._layout import collapsed_layout, strided_positions
-from fedkseed_kernels._operands import MAX_DIMS, Operands
+from fedkseed_kernels.layout import collapsed_layout, strided_positions
+from fedkseed_kernels.operands import MAX_DIMS, Operands
 
 OCTET = 8
 # Bytes of the widest access; a segment's memory starts at a multiple of it.

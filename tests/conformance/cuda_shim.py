@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkseed_kernels import _layout, native_cuda, native_cuda_backend
-from fedkseed_kernels._operands import DeviceTerms, Operands, Terms
+from fedkseed_kernels import layout, native_cuda, native_cuda_backend
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.conformance.checks import tensor_of
 from fedkseed_kernels.contract import reference
+from fedkseed_kernels.operands import DeviceTerms, Operands, Terms
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc"
@@ -72,7 +72,7 @@ class ShimBackend:
         return None
 
     def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms, isa: str) -> None:
-        table = _layout.pointer_table(operands)
+        table = layout.pointer_table(operands)
         if isinstance(terms, Terms) and terms.seeds.size > native_cuda.MAX_TERMS_BY_VALUE:
             terms = terms.to(operands.outs.tensors[0].device)
         num_source_rows = 0

@@ -14,10 +14,11 @@ from cuda_shim import MODES, assert_same, options, terms, weights
 from torch import Tensor
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import _checks, native, native_cuda, native_cuda_backend
-from fedkseed_kernels._operands import DeviceTerms, Terms
+from fedkseed_kernels import native, native_cuda, native_cuda_backend
+from fedkseed_kernels.arguments import tensors as tensor_checks
 from fedkseed_kernels.conformance.checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
+from fedkseed_kernels.operands import DeviceTerms, Terms
 
 pytestmark = pytest.mark.skipif(cuda_shim.COMPILER is None, reason="needs a C++ compiler")
 
@@ -37,12 +38,12 @@ def device_terms(seeds: Sequence[int], coeffs: Sequence[float], **chosen: Any) -
 
 
 def run_in_place(shim: cuda_shim.ShimBackend, tensors: list[Tensor], terms: DeviceTerms) -> None:
-    shim.seed_axpy(_checks.check_operands(tensors, None, None, None, [], [], []), terms, "auto")
+    shim.seed_axpy(tensor_checks.check_operands(tensors, None, None, None, [], [], []), terms, "auto")
 
 
 def test_nothing_to_do_launches_nothing(shim: cuda_shim.ShimBackend) -> None:
     before = shim.num_launches
-    operands = _checks.check_operands([torch.empty(0), torch.empty(3, 0)], None, None, None, [], [], [])
+    operands = tensor_checks.check_operands([torch.empty(0), torch.empty(3, 0)], None, None, None, [], [], [])
     shim.seed_axpy(operands, device_terms([1], [0.5]), "auto")
     assert shim.num_launches == before
 
@@ -105,7 +106,7 @@ def test_scalars_on_the_device(shim: cuda_shim.ShimBackend, dtype: str, rounding
 def test_rows_out_of_range_give_nan_and_are_not_read(shim: cuda_shim.ShimBackend, dtype: str) -> None:
     tensor = weights(6 * 20, dtype).reshape(6, 20)
     out, want = (poisoned((4, 20), dtype) for _ in range(2))
-    operands = _checks.check_operands([tensor], [out], None, torch.tensor([2, 0, 0, 5]), [], [], [])
+    operands = tensor_checks.check_operands([tensor], [out], None, torch.tensor([2, 0, 0, 5]), [], [], [])
     operands.rows = torch.tensor([2, 6, -(2**40), 5])
     shim.seed_axpy(operands, device_terms([3], [0.5]), "auto")
     fk.seed_axpy(tensor, [3], [0.5], rows=torch.tensor([2, 0, 0, 5]), out=want)
@@ -148,7 +149,7 @@ def host_terms(count: int) -> Terms:
 @pytest.mark.parametrize("num_terms", [64, 65])
 def test_terms_by_value_and_through_memory(backend: SimpleNamespace, num_terms: int) -> None:
     tensor, want = weights(1000, "float32"), weights(1000, "float32")
-    operands = _checks.check_operands([tensor], None, None, None, [], [], [])
+    operands = tensor_checks.check_operands([tensor], None, None, None, [], [], [])
     backend.seed_axpy(operands, host_terms(num_terms), "auto")
     fk.seed_axpy_(want, *terms(num_terms))
     assert_same(stored_of(tensor), stored_of(want), "float32")
@@ -159,7 +160,7 @@ def test_terms_by_value_and_through_memory(backend: SimpleNamespace, num_terms: 
 
 def test_many_terms_of_the_host_cannot_be_captured(backend: SimpleNamespace) -> None:
     tensor = torch.ones(5)
-    operands = _checks.check_operands([tensor], None, None, None, [], [], [])
+    operands = tensor_checks.check_operands([tensor], None, None, None, [], [], [])
     backend.capturing = True
     with pytest.raises(
         RuntimeError, match="at most 64 terms from the host while a CUDA graph .*, got 65; pass"
@@ -171,7 +172,7 @@ def test_many_terms_of_the_host_cannot_be_captured(backend: SimpleNamespace) -> 
 
 def test_rows_count_those_of_the_input(backend: SimpleNamespace) -> None:
     tensor, out = weights(60, "float32").reshape(20, 3), poisoned((2, 3), "float32")
-    operands = _checks.check_operands([tensor], [out], None, torch.tensor([19, 4]), [], [], [])
+    operands = tensor_checks.check_operands([tensor], [out], None, torch.tensor([19, 4]), [], [], [])
     backend.seed_axpy(operands, host_terms(1), "auto")
     (want,) = fk.seed_axpy(tensor, *terms(1), rows=torch.tensor([19, 4]))
     assert_same(stored_of(out), stored_of(want), "float32")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from fedkseed_kernels import _checks
-from fedkseed_kernels._operands import DeviceTerms, Operands, Terms
+from fedkseed_kernels.arguments import tensors as tensor_checks
 from fedkseed_kernels.conformance.checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
+from fedkseed_kernels.operands import DeviceTerms, Operands, Terms
 
 DTYPES = ("float32", "bfloat16", "float64")
 STREAM, FIRST = 3, 5
@@ -84,9 +84,9 @@ def check(run: Run, coeffs: list[float], dtype: str, alpha: float, count: int = 
         strided = torch.zeros(2 * count, dtype=flat.dtype)[::2].copy_(flat)
         outs = [poisoned((count,), dtype) for _ in range(2)]
         places = (None, [STREAM], [FIRST], [])
-        run(_checks.check_operands([tensor_of(stored, dtype)], [outs[0]], [outs[1]], *places), given)
+        run(tensor_checks.check_operands([tensor_of(stored, dtype)], [outs[0]], [outs[1]], *places), given)
         for tensor in (flat, strided):
-            run(_checks.check_operands([tensor], None, None, *places), given)
+            run(tensor_checks.check_operands([tensor], None, None, *places), given)
             cuda_shim.assert_same(stored_of(tensor), want, dtype)
         cuda_shim.assert_same(stored_of(outs[0]), want, dtype, "plus")
         cuda_shim.assert_same(stored_of(outs[1]), minus, dtype, "minus")
@@ -115,7 +115,7 @@ def test_the_largest_integers(run: Run, dtype: str) -> None:
     for value in (1.0, -1.0):
         terms.seeds[:], terms.coeffs[:] = 7, value
         stored, tensor = weights(dtype, 130), tensor_of(weights(dtype, 130), dtype)
-        run(_checks.check_operands([tensor], None, None, None, [STREAM], [FIRST], []), terms)
+        run(tensor_checks.check_operands([tensor], None, None, None, [STREAM], [FIRST], []), terms)
         cuda_shim.assert_same(stored_of(tensor), expected(stored, terms, dtype), dtype)
 
 
@@ -131,7 +131,7 @@ def test_any_order_gives_the_same_bits(run: Run, num_terms: int, dtype: str) -> 
     ):
         terms, tensor = host_terms(coeffs, 1.0), cuda_shim.weights(300, dtype)
         terms.seeds, terms.coeffs = terms.seeds[list(order)], terms.coeffs[list(order)]
-        run(_checks.check_operands([tensor], None, None, None, [STREAM], [FIRST], []), terms)
+        run(tensor_checks.check_operands([tensor], None, None, None, [STREAM], [FIRST], []), terms)
         results.add(stored_of(tensor).tobytes())
     assert len(results) == 1
 
@@ -144,7 +144,7 @@ def test_bad_coefficients_on_the_device_are_skipped_and_counted_once(run: Run) -
         tensors = [tensor_of(stored, "float32"), torch.zeros(60, 2)[:, 0]]
         terms = host_terms(coeffs[:num_terms], 1.0).to(torch.device("cpu"))
         terms.num_skipped = num_skipped
-        run(_checks.check_operands(tensors, None, None, None, [STREAM, 9], [FIRST, 0], []), terms)
+        run(tensor_checks.check_operands(tensors, None, None, None, [STREAM, 9], [FIRST, 0], []), terms)
         cuda_shim.assert_same(
             stored_of(tensors[0]), expected(stored, host_terms(good[:num_terms], 1.0), "float32"), "float32"
         )
@@ -165,6 +165,6 @@ def test_more_terms_than_a_matrix_product_may_sum(cuda_shim_library: Any) -> Non
         0,
     )
     tensor = tensor_of(stored, "float32")
-    operands = _checks.check_operands([tensor], None, None, None, [STREAM], [FIRST], [])
+    operands = tensor_checks.check_operands([tensor], None, None, None, [STREAM], [FIRST], [])
     cuda_shim.ShimBackend(cuda_shim_library).seed_axpy(operands, many, "auto")
     cuda_shim.assert_same(stored_of(tensor), expected(stored, terms, "float32"), "float32")

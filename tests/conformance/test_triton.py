@@ -317,7 +317,7 @@ class _OnDevice:
 @pytest.mark.parametrize("num_terms", [0, 1, 5])
 def test_terms_on_the_device(dtype: str, num_terms: int) -> None:
     """Zeros, NaN and infinities among the coefficients are skipped; the last two are counted."""
-    from fedkseed_kernels._checks import check_operands
+    from fedkseed_kernels.arguments.tensors import check_operands
     from fedkseed_kernels.triton import launch
 
     stored, terms = weights(19, dtype), _OnDevice(num_terms)
@@ -332,7 +332,7 @@ def test_terms_on_the_device(dtype: str, num_terms: int) -> None:
 
 
 def test_terms_on_the_device_with_numbers_of_the_host() -> None:
-    from fedkseed_kernels._checks import check_operands
+    from fedkseed_kernels.arguments.tensors import check_operands
     from fedkseed_kernels.triton import launch
 
     stored = weights(19, "float16")
@@ -345,7 +345,7 @@ def test_terms_on_the_device_with_numbers_of_the_host() -> None:
 
 def test_a_row_out_of_range_is_nan() -> None:
     """As on a GPU, where nobody looks at the rows before the call."""
-    from fedkseed_kernels._checks import check_operands
+    from fedkseed_kernels.arguments.tensors import check_operands
     from fedkseed_kernels.triton import launch
 
     stored, out = np.ones((4, 8), dtype=np.float32), poisoned((4, 8), "float32")

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch
-from fedkseed_kernels._checks import check_operands
-from fedkseed_kernels._operands import DeviceTerms
+from fedkseed_kernels.arguments.tensors import check_operands
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.conformance.checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
+from fedkseed_kernels.operands import DeviceTerms
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 

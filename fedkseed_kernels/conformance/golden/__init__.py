@@ -1,7 +1,7 @@
 """Golden vectors of the noise contract, package data: vectors.json and normal_digests.json.
 
-Both files are written by `python -m fedkseed_kernels.conformance.golden.generate` from the NumPy reference, and read by
-`fedkseed_kernels.conformance`. An implementation in another language can read them as they are:
+Both files are written from the NumPy reference by `python -m fedkseed_kernels.conformance.golden.generate`,
+and read by `fedkseed_kernels.conformance`. An implementation in another language can read them as they are:
 
 * Arrays are strings: the bit pattern of each value in hexadecimal, most significant digit first, values
   separated by blanks, in row-major order. Coefficients are C99 hexadecimal floats.

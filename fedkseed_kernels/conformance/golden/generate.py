@@ -1,4 +1,4 @@
-"""Write the golden vectors from the NumPy reference: `python -m fedkseed_kernels.conformance.golden.generate`.
+"""Writes the golden vectors from the reference: `python -m fedkseed_kernels.conformance.golden.generate`.
 
 `--digests` also runs the transform of all 2^32 words through the native library's fastest instruction set
 and writes normal_digests.json, which `conformance --exhaustive` compares every instruction set with.

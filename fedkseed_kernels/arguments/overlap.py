@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkseed_kernels._operands import TensorList
+from fedkseed_kernels.operands import TensorList
 
 _SEARCH_LIMIT = 20_000
 

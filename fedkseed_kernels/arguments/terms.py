@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkseed_kernels._operands import FAMILY_CODES, ROUNDING_CODES, DeviceTerms, Terms
 from fedkseed_kernels.contract.arithmetic import ieee_arithmetic
 from fedkseed_kernels.contract.sums import SUM_MAX_TERMS
+from fedkseed_kernels.operands import FAMILY_CODES, ROUNDING_CODES, DeviceTerms, Terms
 
 # Numbers of at least this magnitude become infinite in fp32: its largest number and half an ulp.
 FP32_OVERFLOW = float.fromhex("0x1.ffffffp+127")

@@ -7,17 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedkseed_kernels._arguments import decode_views
-from fedkseed_kernels._layout import collapsed_layout, strided_positions
-from fedkseed_kernels._operands import (
-    COMPENSATED_DTYPES,
-    DTYPE_CODES,
-    MAX_DIMS,
-    Operands,
-    TensorList,
-    View,
-)
-from fedkseed_kernels._overlap import find_shared, overlaps_itself
+from fedkseed_kernels.arguments.encoding import decode_views
+from fedkseed_kernels.arguments.overlap import find_shared, overlaps_itself
+from fedkseed_kernels.layout import collapsed_layout, strided_positions
+from fedkseed_kernels.operands import COMPENSATED_DTYPES, DTYPE_CODES, MAX_DIMS, Operands, TensorList, View
 
 NUM_STREAMS = 1 << 32
 NUM_ELEMENTS = 1 << 63

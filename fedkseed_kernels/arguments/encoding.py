@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedkseed_kernels._operands import View
+from fedkseed_kernels.operands import View
 
 Tensors = Tensor | Sequence[Tensor]
 Residuals = Tensor | Sequence[Tensor | None]

@@ -1,0 +1,1 @@
+"""From what callers write to checked operands and terms."""
