@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 import fedkseed_kernels
 from benchmarks.weights import Weights
-from fedkseed_kernels import dispatch, native
+from fedkseed_kernels import dispatch
+from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.contract import reference
 
 #: Elements of each checked slice.
@@ -48,9 +49,9 @@ def own_variants() -> list[str]:
 
     Without the native library only "reference".
     """
-    if native.unavailable() is not None:
+    if native_cpu.unavailable() is not None:
         return ["reference"]
-    usable = native.usable_isas()
+    usable = native_cpu.usable_isas()
     return [usable[-1]] + (["avx2"] if "avx2" in usable[:-1] else [])
 
 

@@ -134,9 +134,10 @@ def cpu_rates() -> dict[str, dict[str, Any]]:
     """
     import torch
 
-    from fedkseed_kernels import dispatch, native, seed_axpy_
+    from fedkseed_kernels import dispatch, seed_axpy_
+    from fedkseed_kernels.backends import native_cpu
 
-    if reason := native.unavailable():
+    if reason := native_cpu.unavailable():
         return {"native": {"reason": reason}}
     rates: dict[str, dict[str, Any]] = {}
     weights = torch.zeros(CPU_NUM_ELEMENTS)
@@ -145,8 +146,8 @@ def cpu_rates() -> dict[str, dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for isa in native.built_isas():
-            if isa not in native.usable_isas():
+        for isa in native_cpu.built_isas():
+            if isa not in native_cpu.usable_isas():
                 rates[isa] = {"reason": "this CPU does not have it"}
                 continue
             seconds = []

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fedkseed_kernels.triton import noise
+from fedkseed_kernels.backends.triton import noise
 
 BLOCK = 512
 NUM_WARPS = 4

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import environment, memory, report, results
 from benchmarks.settings import DTYPES, Settings, make_settings
 from benchmarks.weights import num_parameters
-from fedkseed_kernels import native
+from fedkseed_kernels.backends import native_cpu
 
 SUITE = "benchmarks/bench_kernels.py"
 
@@ -85,7 +85,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    if not arguments.quick and (reason := native.unavailable()) is not None:
+    if not arguments.quick and (reason := native_cpu.unavailable()) is not None:
         parser.error(
             f"expected the native library, got none: {reason}; NumPy would take days (--quick runs on it)"
         )

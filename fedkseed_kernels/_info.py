@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedkseed_kernels import dispatch, native, native_cuda
+from fedkseed_kernels import dispatch
 from fedkseed_kernels._version import __version__
+from fedkseed_kernels.backends import native_cpu, native_cuda
 from fedkseed_kernels.operands import CONTRACT_VERSION
 
 
@@ -26,13 +27,13 @@ def info() -> dict[str, Any]:
     reasons = {name: backend.unavailable() for name, backend in dispatch.BACKENDS.items()}
     cuda_reason = native_cuda.unavailable()
     has_native = reasons["native"] is None
-    threaded = has_native and native.has_threads()
+    threaded = has_native and native_cpu.has_threads()
     try:
         chosen = dispatch.select("cpu")
         cpu_backend, isa = chosen.name, chosen.isa
     except (RuntimeError, ValueError) as error:
         cpu_backend, isa = str(error), "auto"
-    usable = native.usable_isas() if has_native else []
+    usable = native_cpu.usable_isas() if has_native else []
     if threaded:
         threads = "torch's pool (torch.set_num_threads)"
     elif has_native:
@@ -44,7 +45,7 @@ def info() -> dict[str, Any]:
     return {
         "version": __version__,
         "contract_version": CONTRACT_VERSION,
-        "abi_version": native.ABI_VERSION,
+        "abi_version": native_cpu.ABI_VERSION,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "backends": {name: {"available": r is None, "reason": r} for name, r in reasons.items()},
@@ -52,7 +53,7 @@ def info() -> dict[str, Any]:
         "devices": {device: list(names) for device, names in dispatch.TABLE.items()},
         "cpu_backend": cpu_backend,
         "cpu_isa": (usable[-1] if isa == "auto" else isa) if has_native else None,
-        "cpu_isas_built": native.built_isas() if has_native else [],
+        "cpu_isas_built": native_cpu.built_isas() if has_native else [],
         "cpu_isas_usable": usable,
         "num_threads": torch.get_num_threads() if threaded else 1,
         "threads": threads,

@@ -14,14 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fedkseed_kernels import (
-    _widening,
-    native,
-    native_backend,
-    native_cuda_backend,
-    reference_backend,
-    triton_backend,
-)
+from fedkseed_kernels.backends import native_cpu, native_cpu_backend, native_cuda_backend, reference, widening
+from fedkseed_kernels.backends import triton as triton_backend
 from fedkseed_kernels.operands import ISA_CODES, DeviceTerms, Operands, Terms
 
 logger = logging.getLogger("fedkseed_kernels")
@@ -51,9 +45,9 @@ class Backend(Protocol):
 
 
 BACKENDS: dict[str, Backend] = {
-    "native": native_backend,
+    "native": native_cpu_backend,
     "triton": triton_backend,
-    "reference": reference_backend,
+    "reference": reference,
 }
 
 # Backends that are another module for another device type.
@@ -141,7 +135,7 @@ def _log_choice(device_type: str, chosen: str) -> None:
     better = TABLE[device_type][: TABLE[device_type].index(chosen)]
     reasons = _reasons_against(better, device_type)
     if chosen == "reference":
-        logger.warning("%s tensors are served by NumPy, %s; %s", device_type, reference_backend.COST, reasons)
+        logger.warning("%s tensors are served by NumPy, %s; %s", device_type, reference.COST, reasons)
     elif better:
         logger.warning("%s tensors are served by the %s backend; %s", device_type, chosen, reasons)
     else:
@@ -190,10 +184,10 @@ def select(device_type: str) -> Selection:
                 f"{BACKEND_VARIABLE} asks for {name}, which does not serve {device_type} tensors; "
                 f"expected one of {', '.join(TABLE[device_type])}"
             )
-    if name == "native" and device_type == "cpu" and isa != "auto" and isa not in native.usable_isas():
-        built = isa in native.built_isas()
+    if name == "native" and device_type == "cpu" and isa != "auto" and isa not in native_cpu.usable_isas():
+        built = isa in native_cpu.built_isas()
         reason = "this machine cannot run it" if built else "the library was built without it"
-        usable = ", ".join(native.usable_isas())
+        usable = ", ".join(native_cpu.usable_isas())
         raise RuntimeError(f"{CPU_ISA_VARIABLE} asks for {isa}, but {reason}; expected one of auto, {usable}")
     return Selection(name, backend_of(name, device_type), isa)
 
@@ -203,7 +197,7 @@ def execute(operands: Operands, terms: Terms | DeviceTerms) -> None:
     outs = operands.outs.tensors
     chosen = select(operands.device.type)
     if not chosen.backend.WRITES_FP32:
-        operands = _widening.widened(operands)
+        operands = widening.widened(operands)
     chosen.backend.seed_axpy(operands, terms, chosen.isa)
     written = outs if operands.outs_minus is None else [*outs, *operands.outs_minus.tensors]
     if operands.writes_residuals and operands.residuals is not None:

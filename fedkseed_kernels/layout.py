@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed_kernels.native import TABLE_DTYPE
+from fedkseed_kernels.backends.native_cpu import TABLE_DTYPE
 from fedkseed_kernels.operands import DTYPE_CODES, MAX_DIMS, Operands, View
 
 STRIDE_FIELDS = ("in_strides", "out_strides", "out_minus_strides", "element_strides")

@@ -21,7 +21,8 @@ from fedkseed.identity import structure_hash
 from fedkseed.ledger_format import LedgerSignatureError, LedgerUnsignedError
 from fedkseed.manifest import Manifest
 from fedkseed.signature import make_key_pair
-from fedkseed_kernels import dispatch, native
+from fedkseed_kernels import dispatch
+from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.contract.reference import seed_axpy_array
 
 #: Kept bits of the significand, and what a step of the last one is at least (subnormals are not met here).
@@ -153,7 +154,7 @@ def test_every_backend_gives_the_same_content() -> None:
         w0 = nn.Sequential(nn.Embedding(97, 24), nn.Linear(24, 61), nn.LayerNorm(61)).to(dtype)
         ledger = Ledger.of(w0, SeedPool(8, 4096), coefficients(4096, 0, 5, 511, 512, 1000, 4000, 4094, 4095))
         contexts = {"automatic": nullcontext(), "reference": reference()}
-        contexts |= {isa: dispatch.cpu_isa(isa) for isa in native.usable_isas()}
+        contexts |= {isa: dispatch.cpu_isa(isa) for isa in native_cpu.usable_isas()}
         for name, context in contexts.items():
             model = nn.Sequential(nn.Embedding(97, 24), nn.Linear(24, 61), nn.LayerNorm(61)).to(dtype)
             model.load_state_dict(w0.state_dict())

@@ -16,7 +16,7 @@ from messages import make_replies, make_server
 
 from fedkseed import Ledger, ModelIdentity, SeedPool, WorkingCopy
 from fedkseed.data import load_causal_lm_weights
-from fedkseed_kernels import native
+from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.dispatch import BACKEND_VARIABLE, CPU_ISA_VARIABLE
 from fedkseed_kernels.operands import ISA_CODES
 
@@ -52,13 +52,17 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     return Tuned(folder / "base", folder / "ledger", content)
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason="tests/test_native.py says why")
+@pytest.mark.skipif(native_cpu.unavailable() is not None, reason="tests/test_native.py says why")
 @pytest.mark.parametrize("isa", [name for name in ISA_CODES if name != "auto"])
 def test_a_full_ledger_gives_the_content_of_the_servers_own_model(
     isa: str, tuned: Tuned, tmp_path: Path
 ) -> None:
-    if isa not in native.usable_isas():
-        why = "this processor lacks it" if isa in native.built_isas() else "the library was built without it"
+    if isa not in native_cpu.usable_isas():
+        why = (
+            "this processor lacks it"
+            if isa in native_cpu.built_isas()
+            else "the library was built without it"
+        )
         pytest.skip(f"{isa}: {why}")
     out = tmp_path / "tuned"
     command = [

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, native, native_cuda_backend, triton_backend
+from fedkseed_kernels import dispatch
+from fedkseed_kernels.backends import native_cpu, native_cuda_backend
+from fedkseed_kernels.backends import triton as triton_backend
 from fedkseed_kernels.operands import ISA_CODES
 
-HAS_NATIVE = native.unavailable() is None
+HAS_NATIVE = native_cpu.unavailable() is None
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="tests/test_native.py says why")
 
 
@@ -30,11 +32,11 @@ def _no_switches(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_native(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A machine on which the library was not built."""
     (tmp_path / "build_info.json").write_text('{"cpu": {"reason": "no C++ compiler was found"}}')
-    monkeypatch.setattr(native, "LIBRARY_PATH", tmp_path / "libfedkseed_cpu.so")
-    monkeypatch.setattr(native, "BUILD_INFO_PATH", tmp_path / "build_info.json")
-    native._load.cache_clear()
+    monkeypatch.setattr(native_cpu, "LIBRARY_PATH", tmp_path / "libfedkseed_cpu.so")
+    monkeypatch.setattr(native_cpu, "BUILD_INFO_PATH", tmp_path / "build_info.json")
+    native_cpu._load.cache_clear()
     yield
-    native._load.cache_clear()
+    native_cpu._load.cache_clear()
 
 
 def test_the_table_names_known_backends() -> None:
@@ -196,7 +198,7 @@ def test_a_block_outranks_the_environment_and_ends(monkeypatch: pytest.MonkeyPat
 
 @needs_native
 def test_every_instruction_set_is_usable_or_refused() -> None:
-    usable, built = native.usable_isas(), native.built_isas()
+    usable, built = native_cpu.usable_isas(), native_cpu.built_isas()
     for name in ISA_CODES:
         with dispatch.cpu_isa(name):
             if name in ("auto", *usable):
@@ -212,7 +214,7 @@ def test_every_instruction_set_is_usable_or_refused() -> None:
 
 @needs_native
 def test_an_instruction_set_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "usable_isas", lambda: ["baseline"])
+    monkeypatch.setattr(native_cpu, "usable_isas", lambda: ["baseline"])
     weights = torch.ones(4)
     with (
         dispatch.cpu_isa("avx512"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import bare_model, memory, step_memory
-from fedkseed_kernels import native
+from fedkseed_kernels.backends import native_cpu
 
 NUM_ELEMENTS = 1 << 26
 
@@ -13,7 +13,9 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not memory.can_measure(), reason="needs Linux's /proc/self/clear_refs"),
 ]
-needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="the native library is not built")
+needs_native = pytest.mark.skipif(
+    native_cpu.unavailable() is not None, reason="the native library is not built"
+)
 
 
 @needs_native

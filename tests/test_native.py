@@ -14,13 +14,16 @@ import pytest
 import torch
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, native, operands
+from fedkseed_kernels import dispatch, operands
+from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.contract import reference
 
 HEADER = Path(__file__).parents[1] / "csrc" / "include" / "fedkseed.h"
 COMPILER = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
 
-needs_native = pytest.mark.skipif(native.unavailable() is not None, reason="test_the_library_is_there fails")
+needs_native = pytest.mark.skipif(
+    native_cpu.unavailable() is not None, reason="test_the_library_is_there fails"
+)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
 
 
@@ -35,7 +38,7 @@ def compile_c(source: str, folder: Path, *flags: str) -> Path:
 
 def test_the_library_is_there() -> None:
     """Fails on an installation that has fallen back to NumPy; tests of the library are skipped there."""
-    assert native.unavailable() is None
+    assert native_cpu.unavailable() is None
 
 
 # --- the header
@@ -43,7 +46,7 @@ def test_the_library_is_there() -> None:
 
 @needs_compiler
 def test_structs_are_the_headers(tmp_path: Path) -> None:
-    structs = {"fk_tensor": native.FkTensor, "fk_terms": native.FkTerms}
+    structs = {"fk_tensor": native_cpu.FkTensor, "fk_terms": native_cpu.FkTerms}
     lines = []
     for name, struct in structs.items():
         lines.append(f'printf("{name} %zu\\n", sizeof({name}));')
@@ -68,16 +71,16 @@ def test_structs_are_the_headers(tmp_path: Path) -> None:
 
 
 def test_the_table_has_the_layout_of_the_struct() -> None:
-    assert native.TABLE_DTYPE.itemsize == ctypes.sizeof(native.FkTensor)
-    for name, *_ in native.FkTensor._fields_:
-        dtype, offset = native.TABLE_DTYPE.fields[name][:2]
-        descriptor = getattr(native.FkTensor, name)
+    assert native_cpu.TABLE_DTYPE.itemsize == ctypes.sizeof(native_cpu.FkTensor)
+    for name, *_ in native_cpu.FkTensor._fields_:
+        dtype, offset = native_cpu.TABLE_DTYPE.fields[name][:2]
+        descriptor = getattr(native_cpu.FkTensor, name)
         assert (offset, dtype.itemsize) == (descriptor.offset, descriptor.size)
 
 
 def test_fields_stand_in_the_headers_order() -> None:
     text = re.sub(r"//.*", "", HEADER.read_text())
-    for name, struct in (("fk_tensor", native.FkTensor), ("fk_terms", native.FkTerms)):
+    for name, struct in (("fk_tensor", native_cpu.FkTensor), ("fk_terms", native_cpu.FkTerms)):
         body = re.search(rf"typedef struct {name} {{(.*?)}} {name};", text, re.S)
         assert body is not None
         fields = re.findall(r"(\w+)(?:\[\w+\])?;", body.group(1))
@@ -95,12 +98,12 @@ def header_values() -> dict[str, int]:
 def test_constants_are_the_headers() -> None:
     dtypes = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16", torch.float64: "FP64"}
     expected = {
-        "FK_ABI_VERSION": native.ABI_VERSION,
+        "FK_ABI_VERSION": native_cpu.ABI_VERSION,
         "FK_CONTRACT_VERSION": operands.CONTRACT_VERSION,
         "FK_MAX_DIMS": operands.MAX_DIMS,
-        "FK_ERROR_ARGUMENT": native.ERROR_ARGUMENT,
-        "FK_ERROR_ISA": native.ERROR_ISA,
-        "FK_ERROR_MEMORY": native.ERROR_MEMORY,
+        "FK_ERROR_ARGUMENT": native_cpu.ERROR_ARGUMENT,
+        "FK_ERROR_ISA": native_cpu.ERROR_ISA,
+        "FK_ERROR_MEMORY": native_cpu.ERROR_MEMORY,
         "FK_NUM_ISAS": len(operands.ISA_CODES) - 1,
     }
     expected |= {f"FK_{dtypes[dtype]}": code for dtype, code in operands.DTYPE_CODES.items()}
@@ -123,20 +126,20 @@ def test_the_reference_has_the_same_choices() -> None:
 @pytest.fixture
 def library_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "libfedkseed_cpu.so"
-    monkeypatch.setattr(native, "LIBRARY_PATH", path)
-    monkeypatch.setattr(native, "BUILD_INFO_PATH", tmp_path / "build_info.json")
-    native._load.cache_clear()
+    monkeypatch.setattr(native_cpu, "LIBRARY_PATH", path)
+    monkeypatch.setattr(native_cpu, "BUILD_INFO_PATH", tmp_path / "build_info.json")
+    native_cpu._load.cache_clear()
     yield path
-    native._load.cache_clear()
+    native_cpu._load.cache_clear()
 
 
 def reason(*parts: str) -> None:
-    why = native.unavailable()
+    why = native_cpu.unavailable()
     assert why is not None
     for part in (*parts, "reinstall"):
         assert part in why
     with pytest.raises(RuntimeError, match="the native CPU library cannot be used"):
-        native.usable_isas()
+        native_cpu.usable_isas()
 
 
 def test_not_built_without_a_record(library_path: Path) -> None:
@@ -144,12 +147,14 @@ def test_not_built_without_a_record(library_path: Path) -> None:
 
 
 def test_not_built_with_the_recorded_reason(library_path: Path) -> None:
-    native.BUILD_INFO_PATH.write_text('{"cpu": {"built": false, "reason": "FEDKSEED_BUILD_CPU=0 was set"}}')
+    native_cpu.BUILD_INFO_PATH.write_text(
+        '{"cpu": {"built": false, "reason": "FEDKSEED_BUILD_CPU=0 was set"}}'
+    )
     reason("was not built at installation: FEDKSEED_BUILD_CPU=0 was set")
 
 
 def test_removed_after_it_was_built(library_path: Path) -> None:
-    native.BUILD_INFO_PATH.write_text('{"cpu": {"built": true, "reason": ""}}')
+    native_cpu.BUILD_INFO_PATH.write_text('{"cpu": {"built": true, "reason": ""}}')
     reason("removed since")
 
 
@@ -170,9 +175,9 @@ def test_another_architecture(library_path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("abi", "contract", "message"),
     [
-        ("return 99;", "return 1;", f"fk_abi_version expected {native.ABI_VERSION}, got 99"),
-        (f"return {native.ABI_VERSION};", "return 2;", "fk_contract_version expected 1, got 2"),
-        (f"return {native.ABI_VERSION};", "return 1;", "lacks an entry"),
+        ("return 99;", "return 1;", f"fk_abi_version expected {native_cpu.ABI_VERSION}, got 99"),
+        (f"return {native_cpu.ABI_VERSION};", "return 2;", "fk_contract_version expected 1, got 2"),
+        (f"return {native_cpu.ABI_VERSION};", "return 1;", "lacks an entry"),
     ],
 )
 def test_another_release(library_path: Path, tmp_path: Path, abi: str, contract: str, message: str) -> None:
@@ -184,7 +189,7 @@ def test_another_release(library_path: Path, tmp_path: Path, abi: str, contract:
 @needs_compiler
 def test_a_library_of_something_else(library_path: Path, tmp_path: Path) -> None:
     compile_c("int other(void) { return 1; }", tmp_path, "-shared", "-fPIC").rename(library_path)
-    reason(f"fk_abi_version expected {native.ABI_VERSION}, got none")
+    reason(f"fk_abi_version expected {native_cpu.ABI_VERSION}, got none")
 
 
 # --- the functions
@@ -192,15 +197,15 @@ def test_a_library_of_something_else(library_path: Path, tmp_path: Path) -> None
 
 @needs_native
 def test_threads_are_torchs() -> None:
-    assert native.has_threads()
+    assert native_cpu.has_threads()
     assert fk.info()["num_threads"] == torch.get_num_threads()
 
 
 @needs_native
 def test_without_torchs_threads_it_runs_on_one_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = fk.normal(300_000, 5)
-    native._load.cache_clear()
-    monkeypatch.setattr(native, "_parallel_for_of_libtorch", lambda: None)
+    native_cpu._load.cache_clear()
+    monkeypatch.setattr(native_cpu, "_parallel_for_of_libtorch", lambda: None)
     try:
         assert torch.equal(fk.normal(300_000, 5), expected)
         info = fk.info()
@@ -208,30 +213,30 @@ def test_without_torchs_threads_it_runs_on_one_and_says_so(monkeypatch: pytest.M
         assert "lacks torch_parallel_for" in info["threads"]
     finally:
         monkeypatch.undo()
-        native._load.cache_clear()
+        native_cpu._load.cache_clear()
 
 
 @needs_native
 def test_philox_words() -> None:
     counters = np.arange(40, dtype=np.uint32).reshape(10, 4) * np.uint32(0x9E3779B9)
     keys = np.arange(20, dtype=np.uint32).reshape(10, 2) * np.uint32(0x85EBCA6B)
-    for isa in native.usable_isas():
+    for isa in native_cpu.usable_isas():
         assert np.array_equal(
-            native.philox_words(counters, keys, isa), reference.philox4x32_10(counters, keys)
+            native_cpu.philox_words(counters, keys, isa), reference.philox4x32_10(counters, keys)
         )
     with pytest.raises(ValueError, match=r"expected counters \[n, 4\] and keys \[n, 2\]"):
-        native.philox_words(counters, keys[:9])
+        native_cpu.philox_words(counters, keys[:9])
 
 
 @needs_native
 def test_normal_from_words() -> None:
     words = np.arange(1001, dtype=np.uint32) * np.uint32(0x9E3779B9)
     expected = np.stack(reference.normals_from_words(words), axis=-1)
-    for isa in native.usable_isas():
-        got = native.normal_from_words(words, isa)
+    for isa in native_cpu.usable_isas():
+        got = native_cpu.normal_from_words(words, isa)
         assert np.array_equal(got.view(np.uint32), expected.view(np.uint32))
     with pytest.raises(ValueError, match=r"expected words \[n\]"):
-        native.normal_from_words(words.reshape(7, 143))
+        native_cpu.normal_from_words(words.reshape(7, 143))
 
 
 @needs_native
@@ -243,19 +248,19 @@ def test_normal_digest_is_the_headers_formula() -> None:
     )
     with np.errstate(over="ignore"):
         expected = int(((even + (odd << np.uint64(32))) * (2 * words + 1)).sum(dtype=np.uint64))
-    for isa in native.usable_isas():
-        assert native.normal_digest(first, count, isa) == expected
-    assert native.normal_digest(5, 0) == 0
+    for isa in native_cpu.usable_isas():
+        assert native_cpu.normal_digest(first, count, isa) == expected
+    assert native_cpu.normal_digest(5, 0) == 0
     with pytest.raises(ValueError, match=r"expected words within \[0, 2\^32\)"):
-        native.normal_digest(first, count + 1)
+        native_cpu.normal_digest(first, count + 1)
 
 
 @needs_native
 def test_an_instruction_set_that_is_not_there_is_refused() -> None:
-    missing = [name for name in operands.ISA_CODES if name not in ("auto", *native.usable_isas())]
+    missing = [name for name in operands.ISA_CODES if name not in ("auto", *native_cpu.usable_isas())]
     for isa in missing:
         with pytest.raises(RuntimeError, match=f"the instruction set asked for is not there: .* got {isa}"):
-            native.normal_digest(0, 1, isa)
+            native_cpu.normal_digest(0, 1, isa)
 
 
 @needs_native
@@ -274,7 +279,7 @@ def test_instruction_sets_and_threads_give_the_same_bits(num_threads: int) -> No
         with dispatch.cpu_isa("baseline"):
             expected = run()
         torch.set_num_threads(num_threads)
-        for isa in native.usable_isas():
+        for isa in native_cpu.usable_isas():
             with dispatch.cpu_isa(isa):
                 assert torch.equal(run(), expected)
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fedkseed_kernels
 from fedkseed import ZOSGD, FedKSeedSGD, SeedPool, Streamed
-from fedkseed_kernels import _widening
+from fedkseed_kernels.backends import widening
 from fedkseed_kernels.contract import arithmetic
 
 SEED, EPS, LR = 7, 1e-2, 2e-3
@@ -47,7 +47,7 @@ def test_updates_below_half_a_unit_stay(dtype: torch.dtype) -> None:
             for weight, residual, value in zip(
                 weights_of(model), residuals_of(optimizer), values, strict=True
             ):
-                _widening.write_value(weight, residual, value)
+                widening.write_value(weight, residual, value)
         lost[storage] = distance(values, exact) / distance(start, exact)
     assert lost[COMPENSATED] < 0.01
     assert lost[Streamed()] > 0.5
@@ -74,7 +74,7 @@ def test_forwards_read_the_residuals(storage: Streamed, dtype: torch.dtype) -> N
             for value, weight, residual in zip(
                 values.parameters(), model.parameters(), residuals_of(optimizer), strict=True
             ):
-                _widening.write_value(weight.data, residual, value.data)
+                widening.write_value(weight.data, residual, value.data)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -87,7 +87,7 @@ def test_values_are_those_of_the_reference(dtype: torch.dtype) -> None:
     is_number = ~weights.isnan()
     weights, residuals = weights[is_number], residuals[is_number]
     values = torch.full(weights.shape, float("nan"))
-    _widening.write_value(weights, residuals, values)
+    widening.write_value(weights, residuals, values)
     name = str(dtype).removeprefix("torch.")
     expected = arithmetic.value(weights.view(torch.uint16).numpy(), residuals.numpy(), name)
     assert torch.equal(values.view(torch.int32), torch.from_numpy(expected.view("int32")))

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fedkseed_kernels
-from fedkseed_kernels import dispatch, native
+from fedkseed_kernels import dispatch
+from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.conformance import exhaustive, golden
 from fedkseed_kernels.conformance.checks import CHECKS, Check, Target, derived_values
 from fedkseed_kernels.operands import ISA_CODES
@@ -37,9 +38,9 @@ class Result(NamedTuple):
 
 
 def _why_isa_is_missing(isa: str) -> str | None:
-    if isa in native.usable_isas():
+    if isa in native_cpu.usable_isas():
         return None
-    if isa in native.built_isas():
+    if isa in native_cpu.built_isas():
         return f"this CPU ({platform.machine()}) has none"
     return "the library was built without it"
 

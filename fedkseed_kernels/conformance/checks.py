@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, native
+from fedkseed_kernels import dispatch
+from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.contract import derived, reference
 
@@ -108,9 +109,9 @@ def philox(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
         for name in ("counter", "key", "words")
     )
     if target.isa is not None:
-        got = native.philox_words(counters, keys, target.isa)
+        got = native_cpu.philox_words(counters, keys, target.isa)
     elif target.backend == "triton":
-        from fedkseed_kernels.triton import words
+        from fedkseed_kernels.backends.triton import words
 
         tensors = (torch.from_numpy(array.view(np.int32)) for array in (counters, keys))
         got = words.philox_words(*tensors).numpy().view(np.uint32)
@@ -126,9 +127,9 @@ def normals(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
         [golden.stored_from_hex(vectors["normals"][name], "float32") for name in ("even", "odd")], axis=-1
     )
     if target.isa is not None:
-        got = native.normal_from_words(words, target.isa)
+        got = native_cpu.normal_from_words(words, target.isa)
     elif target.backend == "triton":
-        from fedkseed_kernels.triton.words import normal_from_words
+        from fedkseed_kernels.backends.triton.words import normal_from_words
 
         got = normal_from_words(torch.from_numpy(words.view(np.int32))).numpy()
     else:
@@ -137,9 +138,9 @@ def normals(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
     for case in vectors["digests"]:
         first, count = case["first"], case["count"]
         if target.isa is not None:
-            digest = native.normal_digest(first, count, target.isa)
+            digest = native_cpu.normal_digest(first, count, target.isa)
         elif target.backend == "triton":
-            from fedkseed_kernels.triton.words import normal_digest
+            from fedkseed_kernels.backends.triton.words import normal_digest
 
             digest = normal_digest(first, count, "cpu")
         else:

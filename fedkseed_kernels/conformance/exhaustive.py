@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed_kernels import native
+from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.contract import reference
 
@@ -77,7 +77,7 @@ def _first_difference(first: int, count: int, isa: str) -> str:
     for start in range(first, first + count, _WORDS_AT_ONCE):
         stop = min(start + _WORDS_AT_ONCE, first + count)
         words = np.arange(start, stop, dtype=np.uint64).astype(np.uint32)
-        found = _describe(words, native.normal_from_words(words, isa), _reference_normals(words))
+        found = _describe(words, native_cpu.normal_from_words(words, isa), _reference_normals(words))
         if found:
             return found
     return "its words are equal one by one: the digest itself is computed wrongly, or its golden value is"
@@ -89,7 +89,7 @@ def all_words(isa: str) -> Outcome:
     block_words, expected = content["block_words"], content["digests"]
 
     def digest(block: int) -> int:
-        return native.normal_digest(block * block_words, block_words, isa)
+        return native_cpu.normal_digest(block * block_words, block_words, isa)
 
     began = time.perf_counter()
     digests = list(_on_all_cores(digest, range(len(expected)), len(expected), f"2^32 words, {isa}"))
@@ -111,7 +111,7 @@ def spread_words(isas: list[str]) -> Iterator[Outcome]:
         index = np.arange(start, start + _WORDS_AT_ONCE, dtype=np.uint64)
         words = (index * np.uint64(SPREAD_STEP) + np.uint64(SPREAD_FIRST)).astype(np.uint32)
         expected = _reference_normals(words)
-        return {isa: _describe(words, native.normal_from_words(words, isa), expected) for isa in isas}
+        return {isa: _describe(words, native_cpu.normal_from_words(words, isa), expected) for isa in isas}
 
     starts = range(0, SPREAD_NUM_WORDS, _WORDS_AT_ONCE)
     began = time.perf_counter()

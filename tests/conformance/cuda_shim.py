@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkseed_kernels import layout, native_cuda, native_cuda_backend
+from fedkseed_kernels import layout
+from fedkseed_kernels.backends import native_cuda, native_cuda_backend
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.conformance.checks import tensor_of
 from fedkseed_kernels.contract import reference

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fedkseed_kernels import dispatch, triton_backend
+from fedkseed_kernels import backends, dispatch
+from fedkseed_kernels.backends import triton as triton_backend
 from fedkseed_kernels.conformance.checks import Target
 
-PACKAGE = "fedkseed_kernels.triton"
+PACKAGE = "fedkseed_kernels.backends.triton"
 
 
 def _take_modules() -> dict[str, object]:
@@ -44,11 +45,12 @@ def interpreted(source: Path | None = None) -> Iterator[None]:
         finally:
             _take_modules()
             sys.modules.update(before)  # type: ignore[arg-type]
+            backends.triton = triton_backend  # type: ignore[attr-defined]
 
 
 def damaged(folder: Path, file: str, right: str, wrong: str) -> Path:
     """A copy of the kernels' sources in which one piece of a file, which stands there once, is another."""
-    copy = shutil.copytree(Path(triton_backend.__file__).parent / "triton", folder / "triton")
+    copy = shutil.copytree(Path(triton_backend.__file__).parent, folder / "triton")
     text = (copy / file).read_text()
     assert text.count(right) == 1
     (copy / file).write_text(text.replace(right, wrong))

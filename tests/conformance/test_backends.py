@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedkseed_kernels import native
+from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.conformance import __main__ as conformance
 from fedkseed_kernels.conformance import exhaustive, golden
 from fedkseed_kernels.conformance.checks import CHECKS, Comparison, Target, derived_values
 from fedkseed_kernels.contract import reference
 
 TARGETS, _ = conformance.find_targets()
-HAS_NATIVE = native.unavailable() is None
-needs_native = pytest.mark.skipif(not HAS_NATIVE, reason=f"no native library: {native.unavailable()}")
+HAS_NATIVE = native_cpu.unavailable() is None
+needs_native = pytest.mark.skipif(not HAS_NATIVE, reason=f"no native library: {native_cpu.unavailable()}")
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,8 @@ def test_missing_backend_is_an_error_only_when_asked_for(capsys: pytest.CaptureF
 
 @needs_native
 def test_missing_instruction_set_is_an_error_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "usable_isas", lambda: ["baseline"])
-    monkeypatch.setattr(native, "built_isas", lambda: ["baseline", "avx2"])
+    monkeypatch.setattr(native_cpu, "usable_isas", lambda: ["baseline"])
+    monkeypatch.setattr(native_cpu, "built_isas", lambda: ["baseline", "avx2"])
     _, missing = conformance.find_targets(["native"])
     reasons = {result.target: result for result in missing}
     assert {result.status for result in missing} == {"skip"}
@@ -137,7 +137,7 @@ def test_exhaustive_names_block_and_word(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(golden, "load", lambda *_: content)
     assert exhaustive.all_words("baseline").difference is None
 
-    right_digest, right_normals = native.normal_digest, native.normal_from_words
+    right_digest, right_normals = native_cpu.normal_digest, native_cpu.normal_from_words
 
     def wrong_digest(first: int, count: int, isa: str) -> int:
         return right_digest(first, count, isa) ^ (first >= words)
@@ -147,8 +147,8 @@ def test_exhaustive_names_block_and_word(monkeypatch: pytest.MonkeyPatch) -> Non
         normals[chosen == 1234] += 1
         return normals
 
-    monkeypatch.setattr(native, "normal_digest", wrong_digest)
-    monkeypatch.setattr(native, "normal_from_words", wrong_normals)
+    monkeypatch.setattr(native_cpu, "normal_digest", wrong_digest)
+    monkeypatch.setattr(native_cpu, "normal_from_words", wrong_normals)
     difference = exhaustive.all_words("baseline").difference
     assert difference is not None
     assert difference.startswith("2 blocks differ, first block 1: word 000004d2: got ")
@@ -158,8 +158,8 @@ def test_exhaustive_names_block_and_word(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_spread_words_are_compared_with_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exhaustive, "SPREAD_NUM_WORDS", 1 << 12)
     monkeypatch.setattr(exhaustive, "_WORDS_AT_ONCE", 1 << 10)
-    isas = native.usable_isas()
+    isas = native_cpu.usable_isas()
     assert [outcome.difference for outcome in exhaustive.spread_words(isas)] == [None] * len(isas)
-    right = native.normal_from_words
-    monkeypatch.setattr(native, "normal_from_words", lambda words, isa: right(words ^ np.uint32(1), isa))
+    right = native_cpu.normal_from_words
+    monkeypatch.setattr(native_cpu, "normal_from_words", lambda words, isa: right(words ^ np.uint32(1), isa))
     assert all("got" in str(outcome.difference) for outcome in exhaustive.spread_words(isas))

@@ -14,8 +14,8 @@ from cuda_shim import MODES, assert_same, options, terms, weights
 from torch import Tensor
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import native, native_cuda, native_cuda_backend
 from fedkseed_kernels.arguments import tensors as tensor_checks
+from fedkseed_kernels.backends import native_cpu, native_cuda, native_cuda_backend
 from fedkseed_kernels.conformance.checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
 from fedkseed_kernels.operands import DeviceTerms, Terms
@@ -115,7 +115,7 @@ def test_rows_out_of_range_give_nan_and_are_not_read(shim: cuda_shim.ShimBackend
 
 
 def test_unknown_codes_are_refused(shim: cuda_shim.ShimBackend) -> None:
-    table = np.zeros(1, native.TABLE_DTYPE)
+    table = np.zeros(1, native_cpu.TABLE_DTYPE)
     table["dtype"] = 9
     with pytest.raises(RuntimeError, match="does not know a code or a size of this call"):
         native_cuda.seed_axpy(shim.handle, table, None, 0, device_terms([1], [0.5]), 0, 0)

@@ -44,7 +44,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     from interpreted_triton import interpreted
 
     with interpreted():
-        from fedkseed_kernels.triton import launch
+        from fedkseed_kernels.backends.triton import launch
 
         yield launch.seed_axpy
 

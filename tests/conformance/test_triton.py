@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="the Triton backend needs the package trito
 
 from interpreted_triton import damaged, interpreted
 
-from fedkseed_kernels.triton.tables import OCTETS_PER_HIGH_WORD, Addresses, split_flat
+from fedkseed_kernels.backends.triton.tables import OCTETS_PER_HIGH_WORD, Addresses, split_flat
 
 MODES = [("float32", "nearest"), ("float64", "nearest")] + [
     (dtype, rounding) for dtype in ("bfloat16", "float16") for rounding in reference.ROUNDINGS
@@ -277,7 +277,7 @@ def test_prepared_list_keeps_its_tables() -> None:
 
 def test_philox_words() -> None:
     """The known answers, and counters and keys with every word in use."""
-    from fedkseed_kernels.triton import words
+    from fedkseed_kernels.backends.triton import words
 
     cases = golden.load()["philox"]
     counters = np.array([golden.words_from_hex(case["counter"]) for case in cases])
@@ -288,7 +288,7 @@ def test_philox_words() -> None:
 
 
 def test_transform_of_chosen_words_and_its_digest() -> None:
-    from fedkseed_kernels.triton import words
+    from fedkseed_kernels.backends.triton import words
 
     case = golden.load()["normals"]
     chosen = golden.words_from_hex(case["words"])
@@ -318,7 +318,7 @@ class _OnDevice:
 def test_terms_on_the_device(dtype: str, num_terms: int) -> None:
     """Zeros, NaN and infinities among the coefficients are skipped; the last two are counted."""
     from fedkseed_kernels.arguments.tensors import check_operands
-    from fedkseed_kernels.triton import launch
+    from fedkseed_kernels.backends.triton import launch
 
     stored, terms = weights(19, dtype), _OnDevice(num_terms)
     bad = torch.tensor([torch.nan, -torch.inf, 0.0, -0.0], dtype=torch.float64)
@@ -333,7 +333,7 @@ def test_terms_on_the_device(dtype: str, num_terms: int) -> None:
 
 def test_terms_on_the_device_with_numbers_of_the_host() -> None:
     from fedkseed_kernels.arguments.tensors import check_operands
-    from fedkseed_kernels.triton import launch
+    from fedkseed_kernels.backends.triton import launch
 
     stored = weights(19, "float16")
     terms = _OnDevice(2, alpha=float(np.float32(ALPHA)), rounding_seed=2**64 - 9, num_skipped=None)
@@ -346,7 +346,7 @@ def test_terms_on_the_device_with_numbers_of_the_host() -> None:
 def test_a_row_out_of_range_is_nan() -> None:
     """As on a GPU, where nobody looks at the rows before the call."""
     from fedkseed_kernels.arguments.tensors import check_operands
-    from fedkseed_kernels.triton import launch
+    from fedkseed_kernels.backends.triton import launch
 
     stored, out = np.ones((4, 8), dtype=np.float32), poisoned((4, 8), "float32")
     operands = check_operands(

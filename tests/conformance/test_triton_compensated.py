@@ -172,7 +172,7 @@ def test_a_prepared_list() -> None:
 @all_dtypes
 def test_terms_on_the_device(dtype: str) -> None:
     """Of which none is left: nothing changes; else as from the host, NaN and infinities skipped."""
-    from fedkseed_kernels.triton import launch
+    from fedkseed_kernels.backends.triton import launch
 
     bad = [float("nan"), 0.0, float("inf")]
     for coeffs in (bad, [*bad, 0.25]):

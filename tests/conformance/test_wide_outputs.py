@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from test_compensated import inputs, like
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, native, native_backend
+from fedkseed_kernels import dispatch
+from fedkseed_kernels.backends import native_cpu, native_cpu_backend
 from fedkseed_kernels.conformance import __main__ as conformance
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.conformance.checks import Target, poisoned, stored_of, tensor_of
@@ -158,7 +159,7 @@ def test_backends_that_write_what_they_read(
     monkeypatch: pytest.MonkeyPatch, dtype: str, is_compensated: bool
 ) -> None:
     """The weight is widened first, then perturbed where it went: the same bits."""
-    if native.unavailable() is not None:
+    if native_cpu.unavailable() is not None:
         pytest.skip("needs the native library")
     weights, residuals = inputs((700, 300), dtype)
     tensors = [tensor_of(weights, dtype, memory) for memory in ("contiguous", "transposed")]
@@ -178,8 +179,8 @@ def test_backends_that_write_what_they_read(
 
     expected = both_sides()
     calls = []
-    monkeypatch.setattr(native_backend, "WRITES_FP32", False)
-    monkeypatch.setattr(native_backend, "seed_axpy", _watched(native_backend, calls))
+    monkeypatch.setattr(native_cpu_backend, "WRITES_FP32", False)
+    monkeypatch.setattr(native_cpu_backend, "seed_axpy", _watched(native_cpu_backend, calls))
     for got, want in zip(both_sides(), expected, strict=True):
         kind = str(got.dtype).removeprefix("torch.")
         assert golden.same_value(stored_of(got), stored_of(want), kind).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedkseed_kernels import native_cuda
+from fedkseed_kernels.backends import native_cuda
 
 
 @pytest.fixture(autouse=True)

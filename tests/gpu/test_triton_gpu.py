@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, triton_backend
+from fedkseed_kernels import dispatch
+from fedkseed_kernels.backends import triton as triton_backend
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.contract import reference
 
@@ -214,7 +215,7 @@ def test_a_captured_graph_reads_new_terms_from_the_device(on_gpu: None) -> None:
 
 
 def test_philox_words() -> None:
-    from fedkseed_kernels.triton import words
+    from fedkseed_kernels.backends.triton import words
 
     generator = np.random.default_rng(5)
     counters = generator.integers(0, 2**32, (10_000, 4), dtype=np.uint32)
@@ -227,7 +228,7 @@ def test_philox_words() -> None:
 
 def test_all_words() -> None:
     """The Gaussian transform of all 2^32 words, by the digests that every CPU instruction set gives."""
-    from fedkseed_kernels.triton import words
+    from fedkseed_kernels.backends.triton import words
 
     content = golden.load(golden.DIGESTS_FILE)
     num_words = content["block_words"]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fedkseed_kernels
-from fedkseed_kernels import native
+from fedkseed_kernels.backends import native_cpu
 
 # One seed of no structure for everything that does not vary it, and one of much structure.
 SEED = 0x9E3779B97F4A7C15
@@ -39,13 +39,13 @@ def long_sample() -> NDArray[np.float32]:
 
 def transformed(words: NDArray[np.uint32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The even and odd normals of chosen words, through the native library's test entry."""
-    pairs = native.normal_from_words(words)
+    pairs = native_cpu.normal_from_words(words)
     return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
 
 
 def philox(counters: NDArray[np.uint32], keys: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Raw Philox words [n, 4] of counters [n, 4] and keys [n, 2], through the native library's test entry."""
-    return native.philox_words(counters, keys)
+    return native_cpu.philox_words(counters, keys)
 
 
 def group_words(seed: int, stream: int, groups: NDArray[np.uint64], tag: int) -> NDArray[np.uint32]:

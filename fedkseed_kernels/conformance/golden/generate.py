@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed_kernels import native
+from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.contract import derived, reference
 from fedkseed_kernels.contract.sums import terms_left
@@ -403,7 +403,7 @@ def to_json(content: dict[str, Any]) -> str:
 
 
 def _digest_of_block(block: int) -> str:
-    return f"{native.normal_digest(block * DIGEST_BLOCK_WORDS, DIGEST_BLOCK_WORDS, 'auto'):016x}"
+    return f"{native_cpu.normal_digest(block * DIGEST_BLOCK_WORDS, DIGEST_BLOCK_WORDS, 'auto'):016x}"
 
 
 def main() -> None:

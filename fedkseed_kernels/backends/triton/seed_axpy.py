@@ -16,14 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkseed_kernels.triton import noise
-from fedkseed_kernels.triton.primitive import accumulate, finish, octet_values, read_header
-from fedkseed_kernels.triton.tables import (
-    RUN_DIMS,
-    RUN_FIELDS,
-    RUN_FIRST_DIM,
-    RUN_MAX_OUTER,
-)
+from fedkseed_kernels.backends.triton import noise
+from fedkseed_kernels.backends.triton.primitive import accumulate, finish, octet_values, read_header
+from fedkseed_kernels.backends.triton.tables import RUN_DIMS, RUN_FIELDS, RUN_FIRST_DIM, RUN_MAX_OUTER
 
 key_of = noise.key_of
 rounding_octet = noise.rounding_octet

@@ -58,7 +58,7 @@ def seed_axpy(operands: Operands, terms: Any, isa: str) -> None:
     Raises:
         RuntimeError: cpu tensors, and Triton was imported before TRITON_INTERPRET=1 was set.
     """
-    from fedkseed_kernels.triton import launch
+    from fedkseed_kernels.backends.triton import launch
 
     outs = operands.outs.tensors
     if outs and outs[0].device.type == "cpu" and not launch.IS_INTERPRETED:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fedkseed_kernels import layout, native_cuda
-from fedkseed_kernels.native_cuda import unavailable
+from fedkseed_kernels import layout
+from fedkseed_kernels.backends import native_cuda
+from fedkseed_kernels.backends.native_cuda import unavailable
 from fedkseed_kernels.operands import DeviceTerms, Operands, Terms
 
 __all__ = ["WRITES_FP32", "seed_axpy", "unavailable"]

@@ -70,7 +70,7 @@ def compensated_value(weight, residual):
 @triton.jit
 def compensated_split(y, DTYPE: tl.constexpr):
     """fp32 y as a weight of DTYPE and an int16 residual."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return _bf16_split(y)
     else:
         return _fp16_split(y)

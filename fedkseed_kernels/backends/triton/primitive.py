@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkseed_kernels.triton import noise, packing
-from fedkseed_kernels.triton.compensated import compensated_split, compensated_value
+from fedkseed_kernels.backends.triton import noise, packing
+from fedkseed_kernels.backends.triton.compensated import compensated_split, compensated_value
 
 gaussian_octet = noise.gaussian_octet
 rademacher_octet = noise.rademacher_octet
@@ -162,7 +162,7 @@ def accumulate(
 
     Of a loop over Rademacher terms they are the integers A of contract 6.3: `sums_as_numbers`.
     """
-    INTEGER: tl.constexpr = tl.int64 if ARITHMETIC == tl.float64 else tl.int32
+    INTEGER: tl.constexpr = tl.int64 if tl.float64 == ARITHMETIC else tl.int32
     IS_INTEGER: tl.constexpr = FAMILY == "rademacher"
     IS_WIDE: tl.constexpr = NUM_LANES == 128
     number = bits_0.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
@@ -243,7 +243,7 @@ def rounded(y, random_bits, DTYPE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Sections 7 and 8: y in the stored dtype."""
     if not STOCHASTIC:
         return y.to(DTYPE)
-    elif DTYPE == tl.bfloat16:
+    elif tl.bfloat16 == DTYPE:
         return bf16_stochastic(y, random_bits)
     else:
         return fp16_stochastic(y, random_bits)

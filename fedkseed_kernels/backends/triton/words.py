@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedkseed_kernels.triton import noise
-from fedkseed_kernels.triton.launch import on_device
+from fedkseed_kernels.backends.triton import noise
+from fedkseed_kernels.backends.triton.launch import on_device
 
 philox4x32_10 = noise.philox4x32_10
 normal_pair = noise.normal_pair

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from fedkseed_kernels import layout, native
-from fedkseed_kernels.native import unavailable
+from fedkseed_kernels import layout
+from fedkseed_kernels.backends import native_cpu
+from fedkseed_kernels.backends.native_cpu import unavailable
 from fedkseed_kernels.operands import Operands, Terms
 
 __all__ = ["WRITES_FP32", "seed_axpy", "unavailable"]
@@ -17,4 +18,4 @@ def seed_axpy(operands: Operands, terms: Terms, isa: str) -> None:
         operands.table = layout.pointer_table(operands)
     if operands.table.size:
         rows = None if operands.rows is None else operands.rows.numpy()
-        native.cpu_seed_axpy(operands.table, rows, terms, isa)
+        native_cpu.cpu_seed_axpy(operands.table, rows, terms, isa)

@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkseed_kernels import native
+from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.operands import CONTRACT_VERSION, FAMILY_CODES, ROUNDING_CODES, DeviceTerms, Terms
 
-LIBRARY_PATH = native.LIBRARY_PATH.with_name("libfedkseed_cuda.so")
+LIBRARY_PATH = native_cpu.LIBRARY_PATH.with_name("libfedkseed_cuda.so")
 MAX_TERMS_BY_VALUE = 64
 MIN_COMPUTE_CAPABILITY = (8, 0)
 
@@ -64,14 +64,14 @@ def _declare(handle: ctypes.CDLL) -> None:
 def open_library(path: Path) -> ctypes.CDLL | str:
     """The library in a file, or the reason why it cannot be used. Touches no device and no driver."""
     if not path.exists():
-        reason = native.recorded_reason("cuda") or "the installation left no record"
+        reason = native_cpu.recorded_reason("cuda") or "the installation left no record"
         return f"{path} was not built at installation: {reason}; {_REBUILD}"
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path} does not load: {error}; {_REBUILD}"
     for symbol, expected in (
-        ("fk_abi_version", native.ABI_VERSION),
+        ("fk_abi_version", native_cpu.ABI_VERSION),
         ("fk_contract_version", CONTRACT_VERSION),
     ):
         version = getattr(handle, symbol, None)

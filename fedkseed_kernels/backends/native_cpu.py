@@ -30,7 +30,7 @@ from fedkseed_kernels.operands import (
 ABI_VERSION = 3
 ERROR_ARGUMENT, ERROR_ISA, ERROR_MEMORY = -1, -2, -3
 
-LIBRARY_PATH = Path(__file__).parent / "_lib" / "libfedkseed_cpu.so"
+LIBRARY_PATH = Path(__file__).parents[1] / "_lib" / "libfedkseed_cpu.so"
 BUILD_INFO_PATH = LIBRARY_PATH.with_name("build_info.json")
 
 _REBUILD = "install g++ or clang++ and reinstall (from a checkout: make)"

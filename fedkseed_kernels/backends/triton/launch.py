@@ -14,18 +14,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from fedkseed_kernels.operands import Operands, Terms
-from fedkseed_kernels.triton import noise
-from fedkseed_kernels.triton.interpreter import exact_arithmetic
-from fedkseed_kernels.triton.packing import (
+from fedkseed_kernels.backends.triton import noise
+from fedkseed_kernels.backends.triton.interpreter import exact_arithmetic
+from fedkseed_kernels.backends.triton.packing import (
     PackedTerms,
     count_skipped,
     pack_device_terms,
     pack_host_terms,
     upload,
 )
-from fedkseed_kernels.triton.seed_axpy import runs_kernel, segments_kernel
-from fedkseed_kernels.triton.tables import OCTET, Kind, KindTables, Table, make_tables
+from fedkseed_kernels.backends.triton.seed_axpy import runs_kernel, segments_kernel
+from fedkseed_kernels.backends.triton.tables import OCTET, Kind, KindTables, Table, make_tables
+from fedkseed_kernels.operands import Operands, Terms
 
 #: True when TRITON_INTERPRET=1 was set before Triton was imported: the kernels then run on the CPU.
 IS_INTERPRETED = not isinstance(segments_kernel, JITFunction)
