@@ -34,7 +34,7 @@ from benchmarks.walks import (
 )
 from fedkseed import FedKSeedSGD, Ledger
 from fedkseed.files import write_atomically
-from fedkseed.manifest import manifest_parameters
+from fedkseed.model.manifest import manifest_parameters
 
 OFFICIAL = "official"
 ALGORITHMS = (OFFICIAL, *modes.ONE_SIDED)

@@ -13,7 +13,7 @@ from benchmarks import modes, official
 from benchmarks.drift_settings import DriftSettings
 from benchmarks.walks import StorageWalk, official_seed, value64
 from benchmarks.workloads import assign_, mean_loss
-from fedkseed.manifest import manifest_parameters
+from fedkseed.model.manifest import manifest_parameters
 
 #: Held-out rows of one forward pass.
 _ROWS_AT_ONCE = 8

@@ -14,7 +14,7 @@ import torch
 import fedkseed_kernels
 from benchmarks.workloads import mean_loss
 from fedkseed import FedKSeedSGD, Inplace, SeedPool, Streamed
-from fedkseed.manifest import manifest_parameters
+from fedkseed.model.manifest import manifest_parameters
 
 if TYPE_CHECKING:
     from fedkseed.storage import StorageOptions

@@ -14,7 +14,7 @@ import torch
 from benchmarks import bare_model
 from fedkseed._extras import require_extra
 from fedkseed.data import load_instruction_tasks, load_smollm2
-from fedkseed.manifest import manifest_parameters
+from fedkseed.model.manifest import manifest_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

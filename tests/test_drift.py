@@ -14,7 +14,7 @@ import torch
 from benchmarks import drift, drift_report, modes, official, pages, walks, workloads
 from benchmarks.results import RESULTS_FOLDER
 from fedkseed import SeedPool
-from fedkseed.manifest import manifest_parameters
+from fedkseed.model.manifest import manifest_parameters
 from fedkseed_kernels.contract import reference
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "numerics.md"

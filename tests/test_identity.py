@@ -11,9 +11,9 @@ import torch
 from torch import distributed, multiprocessing, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from fedkseed import identity
-from fedkseed.identity import IdentityError, ModelIdentity, content_hash, frozen_indices
-from fedkseed.manifest import Manifest
+from fedkseed.model import identity
+from fedkseed.model.identity import IdentityError, ModelIdentity, content_hash, frozen_indices
+from fedkseed.model.manifest import Manifest
 
 
 class Tied(nn.Module):

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from fedkseed.client import Client, LocalRun
 from fedkseed.hosting import Task
-from fedkseed.identity import IdentityError, ModelIdentity
 from fedkseed.ledger import Ledger
 from fedkseed.ledger_format import LedgerError
-from fedkseed.manifest import Manifest, manifest_parameters
+from fedkseed.model.identity import IdentityError, ModelIdentity
+from fedkseed.model.manifest import Manifest, manifest_parameters
+from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim import ZOSGD, FedKSeedSGD
 from fedkseed.paired import paired_losses
 from fedkseed.pro import SeedSignificance
@@ -22,7 +23,6 @@ from fedkseed.server_state import StateError
 from fedkseed.simulation import RoundResult, Simulation, SimulationConfig
 from fedkseed.storage import Inplace, Streamed
 from fedkseed.tuned_model import load
-from fedkseed.working_copy import WorkingCopy
 
 __all__ = [
     "ZOSGD",

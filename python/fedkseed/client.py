@@ -11,11 +11,11 @@ import numpy as np
 from torch import nn
 
 from fedkseed._checks import check_count
+from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim import FedKSeedSGD, Loss
 from fedkseed.protocol import Broadcast, ProtocolError, Reply, broadcast_digest
 from fedkseed.seeds import MAX_CLIENTS, SeedPool
 from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
-from fedkseed.working_copy import WorkingCopy
 
 BatchT = TypeVar("BatchT")
 

@@ -13,10 +13,10 @@ import numpy as np
 from torch import nn
 
 from fedkseed.client import BatchT, Client, LocalRun
+from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim import Loss
 from fedkseed.seeds import SeedPool
 from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
-from fedkseed.working_copy import WorkingCopy
 
 ExampleT = TypeVar("ExampleT")
 

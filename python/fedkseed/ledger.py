@@ -14,7 +14,6 @@ from torch import nn
 import fedkseed_kernels
 from fedkseed import ledger_fields, ledger_format, signature
 from fedkseed.files import FileTooLargeError, read_bounded, write_atomically
-from fedkseed.identity import IdentityError, ModelIdentity, frozen_indices
 from fedkseed.ledger_format import (
     LedgerDamagedError,
     LedgerError,
@@ -22,7 +21,8 @@ from fedkseed.ledger_format import (
     LedgerTooLargeError,
     LedgerUnsignedError,
 )
-from fedkseed.manifest import manifest_parameters
+from fedkseed.model.identity import IdentityError, ModelIdentity, frozen_indices
+from fedkseed.model.manifest import manifest_parameters
 from fedkseed.seeds import SeedPool
 from fedkseed.signature import PrivateKey, PublicKey, Signature
 

@@ -1,7 +1,7 @@
 """The fields of a ledger: what they may be, and how they stand as texts in the file's metadata.
 
 base_seed          decimal
-content            of w0, hex of 32 bytes (`fedkseed.identity`)
+content            of w0, hex of 32 bytes (`fedkseed.model.identity`)
 contract_version   decimal
 dtype              of w0
 family             of the noise
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.identity import ModelIdentity
 from fedkseed.ledger_format import LedgerContractError, LedgerDamagedError, LedgerError
+from fedkseed.model.identity import ModelIdentity
 from fedkseed.seeds import MAX_SEEDS
 from fedkseed.signature import Signature
 from fedkseed_kernels import CONTRACT_VERSION

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedkseed.manifest import Manifest, manifest_parameters
+from fedkseed.model.manifest import Manifest, manifest_parameters
 
 #: What an optimizer can be given.
 Params = nn.Module | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]

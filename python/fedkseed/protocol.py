@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.identity import ModelIdentity
+from fedkseed.model.identity import ModelIdentity
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, MAX_STEPS
 from fedkseed_kernels import CONTRACT_VERSION
 from fedkseed_kernels.contract.reference import FAMILIES

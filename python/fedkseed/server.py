@@ -12,7 +12,7 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.identity import ModelIdentity
+from fedkseed.model.identity import ModelIdentity
 from fedkseed.pro import SeedSignificance
 from fedkseed.protocol import (
     DTYPE_CODES,

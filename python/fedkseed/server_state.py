@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.files import FileTooLargeError, FolderLock, read_bounded, remove_leftovers, write_atomically
-from fedkseed.identity import ModelIdentity
+from fedkseed.model.identity import ModelIdentity
 from fedkseed.pro import SeedSignificance
 from fedkseed.protocol import DTYPE_CODES
 from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS, SeedPool

@@ -16,9 +16,12 @@ import torch
 from fedkseed._checks import check_count
 from fedkseed.client import BatchT
 from fedkseed.hosting import ClientRun, ExampleT, Host, InProcessHost, Task
-from fedkseed.identity import frozen_indices
 from fedkseed.ledger import Ledger
-from fedkseed.manifest import manifest_parameters
+from fedkseed.model.identity import frozen_indices
+from fedkseed.model.manifest import manifest_parameters
+from fedkseed.model.packed import SharedTensors
+from fedkseed.model.waiting import flush_waiting
+from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.run_folder import (
     CLIENTS,
     LEDGER,
@@ -31,11 +34,8 @@ from fedkseed.run_folder import (
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed.server import Server
 from fedkseed.server_config import Sampling, ServerConfig, Weighting
-from fedkseed.shared_tensors import SharedTensors
 from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
-from fedkseed.storage.reads import flush_waiting
 from fedkseed.worker_pool import WorkerPool
-from fedkseed.working_copy import WorkingCopy
 
 
 class RoundFailedError(RuntimeError):

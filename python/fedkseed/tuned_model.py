@@ -10,9 +10,9 @@ from torch import nn
 
 from fedkseed.data.models import load_causal_lm, load_causal_lm_weights
 from fedkseed.files import new_folder
-from fedkseed.identity import ModelIdentity
 from fedkseed.ledger import Ledger, open_ledger
 from fedkseed.ledger_format import LedgerError
+from fedkseed.model.identity import ModelIdentity
 from fedkseed.signature import PublicKey
 
 

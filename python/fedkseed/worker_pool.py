@@ -15,9 +15,9 @@ import torch
 from torch import multiprocessing
 
 from fedkseed.hosting import ClientRun, InProcessHost, Task
+from fedkseed.model.packed import SharedTensors
+from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.protocol import Broadcast
-from fedkseed.shared_tensors import SharedTensors
-from fedkseed.working_copy import WorkingCopy
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

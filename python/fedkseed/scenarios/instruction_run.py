@@ -20,8 +20,8 @@ from fedkseed.data.models import smollm2_folder
 from fedkseed.data.prompts import Batch, Encoded
 from fedkseed.files import write_atomically
 from fedkseed.hosting import Task
-from fedkseed.identity import ModelIdentity
-from fedkseed.manifest import Manifest
+from fedkseed.model.identity import ModelIdentity
+from fedkseed.model.manifest import Manifest
 from fedkseed.run_folder import LEDGER, METRICS
 from fedkseed.scenarios.settings import RunSettings
 from fedkseed.scenarios.workbench import Scores, Workbench, scores_table

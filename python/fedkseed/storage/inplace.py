@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedkseed.model.waiting import flush_before_reads
 from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
 from fedkseed.storage.perturbed import PerturbedWeights
-from fedkseed.storage.reads import flush_before_reads
 from fedkseed.storage.rounding import RoundingSeeds, check_rounding
 from fedkseed.storage.updates import interrupts_held
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from fedkseed.model.waiting import flush_waiting
 from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
 from fedkseed.storage.perturbation import Perturbation, Weight
 from fedkseed.storage.perturbed_model import PerturbedModel
-from fedkseed.storage.reads import flush_waiting
 from fedkseed.storage.rounding import RoundingSeeds, check_rounding
 from fedkseed.storage.unsupported import check_servable
 from fedkseed.storage.updates import GroupedWeights, interrupts_held

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedkseed.manifest import Manifest, manifest_parameters
-from fedkseed.storage.reads import flush_waiting
+from fedkseed.model.manifest import Manifest, manifest_parameters
+from fedkseed.model.waiting import flush_waiting
 
 #: Bytes hashed at a time, so that hashing needs no copy of a large parameter.
 _PIECE = 1 << 24

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 import fedkseed_kernels
-from fedkseed.identity import ModelIdentity
-from fedkseed.manifest import Manifest, manifest_parameters
+from fedkseed.model.identity import ModelIdentity
+from fedkseed.model.manifest import Manifest, manifest_parameters
+from fedkseed.model.waiting import flush_waiting
 from fedkseed.seeds import SeedPool
-from fedkseed.storage.reads import flush_waiting
 
 
 class WorkingCopy:
