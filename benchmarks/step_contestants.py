@@ -12,7 +12,7 @@ from benchmarks.settings import LEARNING_RATE, ZO_EPS
 from benchmarks.walks import official_seed
 from benchmarks.workloads import mean_loss
 from fedkseed import FedKSeedSGD, SeedPool
-from fedkseed.paired import paired_losses
+from fedkseed.optim.paired import paired_losses
 
 OFFICIAL, MEZO = "official step", "MeZO-style torch step"
 FORWARDS, FORWARDS_FP32 = "two forwards", "two forwards, fp32"

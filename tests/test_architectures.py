@@ -23,7 +23,7 @@ from storage_reference import (
 from torch import nn
 
 from fedkseed import ZOSGD, Inplace, Streamed
-from fedkseed.paired import paired_losses
+from fedkseed.optim.paired import paired_losses
 from fedkseed.storage import StorageOptions
 from fedkseed_kernels.contract import derived, reference
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import fedkseed
-from fedkseed.paired import doubled, paired_losses
+from fedkseed.optim.paired import doubled, paired_losses
 
 ROWS = [pytest.param(row, id=name) for name, row in ARCHITECTURES.items()]
 LLAMA = ARCHITECTURES["Llama"]

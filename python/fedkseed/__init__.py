@@ -12,8 +12,8 @@ from fedkseed.ledger_format import LedgerError
 from fedkseed.model.identity import IdentityError, ModelIdentity
 from fedkseed.model.manifest import Manifest, manifest_parameters
 from fedkseed.model.working_copy import WorkingCopy
-from fedkseed.optim import ZOSGD, FedKSeedSGD
-from fedkseed.paired import paired_losses
+from fedkseed.optim.optimizers import ZOSGD, FedKSeedSGD
+from fedkseed.optim.paired import paired_losses
 from fedkseed.pro import SeedSignificance
 from fedkseed.protocol import Broadcast, MessageError, ProtocolError, Reply
 from fedkseed.seeds import SeedPool

@@ -12,7 +12,7 @@ from torch import nn
 
 from fedkseed._checks import check_count
 from fedkseed.model.working_copy import WorkingCopy
-from fedkseed.optim import FedKSeedSGD, Loss
+from fedkseed.optim.optimizers import FedKSeedSGD, Loss
 from fedkseed.protocol import Broadcast, ProtocolError, Reply, broadcast_digest
 from fedkseed.seeds import MAX_CLIENTS, SeedPool
 from fedkseed.storage import DEFAULT_STORAGE, StorageOptions

@@ -14,7 +14,7 @@ from torch import nn
 
 from fedkseed.client import BatchT, Client, LocalRun
 from fedkseed.model.working_copy import WorkingCopy
-from fedkseed.optim import Loss
+from fedkseed.optim.optimizers import Loss
 from fedkseed.seeds import SeedPool
 from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
 

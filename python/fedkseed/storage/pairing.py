@@ -190,7 +190,7 @@ def _doubled_rows(inputs: Sequence[Tensor]) -> int:
         got = f"shape {tuple(batches[0].shape)}" if batches else "no tensor of two dimensions or more"
         raise ValueError(
             "expected a batch doubled along dimension 0 in a paired step, as the first tensor that the model "
-            f"is called with, got {got}; see fedkseed.paired"
+            f"is called with, got {got}; see fedkseed.optim.paired"
         )
     num_rows = len(batches[0])
     for tensor in batches:

@@ -33,7 +33,7 @@ class Streamed:
 
     Args:
         paired: one call of the closure for both sides: it runs a batch doubled along dimension 0 and returns
-            two losses, of the first half and of the second (`fedkseed.paired`). Each unit runs on the first
+            two losses, of the first half and of the second (`fedkseed.optim.paired`). Each unit runs on the first
             half with w + eps z, then on the second with w - eps z. One generation of the noise instead of two
             for the evaluations; memory of twice the largest unit, and of the doubled batch. The model has to
             keep the batch in dimension 0, and to draw no random numbers.

@@ -35,11 +35,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedkseed._checks import check_count, check_learning_rate, check_seed, check_weight_decay
-from fedkseed.gradient import ProjectedGradient
-from fedkseed.parameters import Params
+from fedkseed.optim.base import Loss, ZerothOrderOptimizer
+from fedkseed.optim.gradient import ProjectedGradient
+from fedkseed.optim.parameters import Params
 from fedkseed.seeds import MAX_STEPS, SeedPool, derived_seed
 from fedkseed.storage import DEFAULT_STORAGE, GroupUpdate, StorageOptions
-from fedkseed.zeroth_order import Loss, ZerothOrderOptimizer
 from fedkseed_kernels.contract import derived
 
 __all__ = ["ZOSGD", "FedKSeedSGD", "Loss", "Params"]

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fedkseed._checks import check_count
-from fedkseed.gradient import ProjectedGradient
-from fedkseed.parameters import Params, tuned_parameters
+from fedkseed.optim.gradient import ProjectedGradient
+from fedkseed.optim.parameters import Params, tuned_parameters
 from fedkseed.storage import Direction, GroupUpdate, Storage, StorageOptions, TunedWeights
 
 logger = logging.getLogger("fedkseed")

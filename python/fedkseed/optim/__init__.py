@@ -1,0 +1,1 @@
+"""Zeroth-order optimizers: ZOSGD, FedKSeedSGD and what they measure."""
