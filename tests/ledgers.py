@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedkseed import Ledger, ModelIdentity
-from fedkseed.signature import Signature
+from fedkseed.ledger.signature import Signature
 
 IDENTITY = ModelIdentity(bytes(range(32)), bytes(range(32, 64)), "bfloat16")
 # Kept exactly: both zeros, a subnormal, the largest number.

@@ -17,10 +17,10 @@ from unchanged import Watch
 import fedkseed
 import fedkseed_kernels
 from fedkseed import FedKSeedSGD, IdentityError, Ledger, LedgerError, ModelIdentity, SeedPool, WorkingCopy
-from fedkseed.ledger_format import LedgerSignatureError, LedgerUnsignedError
+from fedkseed.ledger.format import LedgerSignatureError, LedgerUnsignedError
+from fedkseed.ledger.signature import make_key_pair
 from fedkseed.model.identity import structure_hash
 from fedkseed.model.manifest import Manifest
-from fedkseed.signature import make_key_pair
 from fedkseed_kernels import dispatch
 from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.contract.reference import seed_axpy_array

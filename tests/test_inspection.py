@@ -9,9 +9,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedkseed import Ledger, ModelIdentity
-from fedkseed.inspection import describe
-from fedkseed.ledger_format import LedgerDamagedError
-from fedkseed.signature import public_key_bytes
+from fedkseed.ledger.describe import describe
+from fedkseed.ledger.format import LedgerDamagedError
+from fedkseed.ledger.signature import public_key_bytes
 
 IDENTITY = ModelIdentity(bytes(range(32)), bytes(range(32, 64)), "bfloat16")
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(32))

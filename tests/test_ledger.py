@@ -17,8 +17,10 @@ import pytest
 from ledgers import COEFFICIENTS, IDENTITY, SIGNATURE, entries_of, large, sealed, small
 from safetensors import safe_open
 
-from fedkseed import Ledger, LedgerError, ModelIdentity, ledger_fields, ledger_format
-from fedkseed.ledger_format import MAX_BYTES, LedgerContractError
+from fedkseed import Ledger, LedgerError, ModelIdentity
+from fedkseed.ledger import fields as ledger_fields
+from fedkseed.ledger import format as ledger_format
+from fedkseed.ledger.format import MAX_BYTES, LedgerContractError
 from fedkseed_kernels import CONTRACT_VERSION
 
 # What is written

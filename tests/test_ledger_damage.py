@@ -17,7 +17,7 @@ from unchanged import stored_bytes
 
 import fedkseed
 from fedkseed import Ledger, LedgerError, SeedPool
-from fedkseed.ledger_format import (
+from fedkseed.ledger.format import (
     MAX_BYTES,
     LedgerContractError,
     LedgerDamagedError,

@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from fedkseed import Ledger, LedgerError, ModelIdentity
 from fedkseed._extras import MissingExtraError
-from fedkseed.inspection import describe
-from fedkseed.ledger_format import LedgerSignatureError, LedgerUnsignedError
-from fedkseed.signature import Signature, SigningKeyError, make_key_pair, public_key_bytes, sign
+from fedkseed.ledger.describe import describe
+from fedkseed.ledger.format import LedgerSignatureError, LedgerUnsignedError
+from fedkseed.ledger.signature import Signature, SigningKeyError, make_key_pair, public_key_bytes, sign
 
 # RFC 8032, section 7.1, tests 1 and 3: secret key, public key, message, signature.
 RFC_8032 = [

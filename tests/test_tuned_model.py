@@ -18,8 +18,8 @@ from fedkseed._extras import MissingExtraError
 from fedkseed.data import ModelError, load_causal_lm, load_causal_lm_weights
 from fedkseed.data.models import smollm2_folder
 from fedkseed.files import FolderNotEmptyError
-from fedkseed.ledger_format import LedgerDamagedError, LedgerUnsignedError
-from fedkseed.tuned_model import write_tuned_model
+from fedkseed.ledger.format import LedgerDamagedError, LedgerUnsignedError
+from fedkseed.ledger.tuned_model import write_tuned_model
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from fedkseed.client import Client, LocalRun
 from fedkseed.hosting import Task
-from fedkseed.ledger import Ledger
-from fedkseed.ledger_format import LedgerError
+from fedkseed.ledger.format import LedgerError
+from fedkseed.ledger.ledger import Ledger
+from fedkseed.ledger.tuned_model import load
 from fedkseed.model.identity import IdentityError, ModelIdentity
 from fedkseed.model.manifest import Manifest, manifest_parameters
 from fedkseed.model.working_copy import WorkingCopy
@@ -22,7 +23,6 @@ from fedkseed.server_config import ServerConfig
 from fedkseed.server_state import StateError
 from fedkseed.simulation import RoundResult, Simulation, SimulationConfig
 from fedkseed.storage import Inplace, Streamed
-from fedkseed.tuned_model import load
 
 __all__ = [
     "ZOSGD",

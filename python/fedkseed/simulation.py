@@ -16,7 +16,7 @@ import torch
 from fedkseed._checks import check_count
 from fedkseed.client import BatchT
 from fedkseed.hosting import ClientRun, ExampleT, Host, InProcessHost, Task
-from fedkseed.ledger import Ledger
+from fedkseed.ledger.ledger import Ledger
 from fedkseed.model.identity import frozen_indices
 from fedkseed.model.manifest import manifest_parameters
 from fedkseed.model.packed import SharedTensors

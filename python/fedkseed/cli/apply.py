@@ -30,7 +30,7 @@ def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Rebuilds and writes it."""
-    from fedkseed.tuned_model import write_tuned_model
+    from fedkseed.ledger.tuned_model import write_tuned_model
 
     identity = write_tuned_model(options.ledger, options.base, options.out, public_key=options.public_key)
     print(f"Written: {options.out}, content {identity.content.hex()}")

@@ -28,7 +28,7 @@ def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints it."""
-    from fedkseed.inspection import describe
+    from fedkseed.ledger.describe import describe
 
     print(describe(options.ledger, public_key=options.public_key))
     return 0

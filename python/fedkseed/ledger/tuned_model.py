@@ -10,10 +10,10 @@ from torch import nn
 
 from fedkseed.data.models import load_causal_lm, load_causal_lm_weights
 from fedkseed.files import new_folder
-from fedkseed.ledger import Ledger, open_ledger
-from fedkseed.ledger_format import LedgerError
+from fedkseed.ledger.format import LedgerError
+from fedkseed.ledger.ledger import Ledger, open_ledger
+from fedkseed.ledger.signature import PublicKey
 from fedkseed.model.identity import ModelIdentity
-from fedkseed.signature import PublicKey
 
 
 def load(

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.ledger_format import LedgerContractError, LedgerDamagedError, LedgerError
+from fedkseed.ledger.format import LedgerContractError, LedgerDamagedError, LedgerError
+from fedkseed.ledger.signature import Signature
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.seeds import MAX_SEEDS
-from fedkseed.signature import Signature
 from fedkseed_kernels import CONTRACT_VERSION
 from fedkseed_kernels.contract.reference import FAMILIES
 

@@ -12,19 +12,21 @@ from numpy.typing import NDArray
 from torch import nn
 
 import fedkseed_kernels
-from fedkseed import ledger_fields, ledger_format, signature
 from fedkseed.files import FileTooLargeError, read_bounded, write_atomically
-from fedkseed.ledger_format import (
+from fedkseed.ledger import fields as ledger_fields
+from fedkseed.ledger import format as ledger_format
+from fedkseed.ledger import signature
+from fedkseed.ledger.format import (
     LedgerDamagedError,
     LedgerError,
     LedgerSignatureError,
     LedgerTooLargeError,
     LedgerUnsignedError,
 )
+from fedkseed.ledger.signature import PrivateKey, PublicKey, Signature
 from fedkseed.model.identity import IdentityError, ModelIdentity, frozen_indices
 from fedkseed.model.manifest import manifest_parameters
 from fedkseed.seeds import SeedPool
-from fedkseed.signature import PrivateKey, PublicKey, Signature
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +118,7 @@ class Ledger:
         return hash(self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """The file (`fedkseed.ledger_format`); the same ledger gives the same bytes everywhere."""
+        """The file (`fedkseed.ledger.format`); the same ledger gives the same bytes everywhere."""
         metadata = ledger_fields.to_metadata(
             self.base_seed,
             self.identity,

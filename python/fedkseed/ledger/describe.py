@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed._extras import MissingExtraError
-from fedkseed.ledger import Ledger, open_ledger
-from fedkseed.ledger_format import FORMAT_VERSION
-from fedkseed.signature import PublicKey
+from fedkseed.ledger.format import FORMAT_VERSION
+from fedkseed.ledger.ledger import Ledger, open_ledger
+from fedkseed.ledger.signature import PublicKey
 
 _NUM_LARGEST = 5
 
