@@ -27,8 +27,8 @@ import numpy as np
 from benchmarks import environment
 from benchmarks.measure import spread
 from fedkseed import ModelIdentity, Reply, SeedPool, Server, ServerConfig
-from fedkseed.protocol import broadcast_digest
-from fedkseed.server_config import Sampling
+from fedkseed.federation.config import Sampling
+from fedkseed.federation.messages import broadcast_digest
 
 NUM_SEEDS, NUM_STEPS = 4096, 200
 NUM_ROUNDS = 5

@@ -17,7 +17,7 @@ import numpy as np
 from messages import CONFIG, IDENTITY, POOL, make_replies
 
 from fedkseed import Server, ServerConfig
-from fedkseed.server_state import StateFolder
+from fedkseed.federation.state import StateFolder
 
 NUM_ROUNDS = 150
 

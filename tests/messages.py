@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedkseed import Broadcast, ModelIdentity, Reply, SeedPool, Server, ServerConfig
-from fedkseed.protocol import broadcast_digest
+from fedkseed.federation.messages import broadcast_digest
 
 IDENTITY = ModelIdentity(bytes(range(32)), bytes(range(32, 64)), "bfloat16")
 CONFIG: dict[str, Any] = {

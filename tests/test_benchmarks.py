@@ -16,7 +16,7 @@ import torch
 
 import fedkseed_kernels
 from benchmarks import answers, baselines, cases, measure, merge, official, report, results, settings, weights
-from fedkseed.server_config import Sampling
+from fedkseed.federation.config import Sampling
 from fedkseed_kernels import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent

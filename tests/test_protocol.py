@@ -27,7 +27,7 @@ from messages import (
 )
 
 from fedkseed import Broadcast, MessageError, ModelIdentity, Reply, SeedPool
-from fedkseed.protocol import MAX_BROADCAST_BYTES, MAX_REPLY_BYTES, broadcast_digest
+from fedkseed.federation.messages import MAX_BROADCAST_BYTES, MAX_REPLY_BYTES, broadcast_digest
 from fedkseed_kernels import CONTRACT_VERSION
 
 PAGE = Path(__file__).parent.parent / "docs" / "protocol.md"

@@ -20,8 +20,8 @@ from messages import CONFIG, IDENTITY, POOL, make_replies, make_server
 from test_protocol import fields_of_the_page
 
 from fedkseed import IdentityError, ModelIdentity, SeedPool, Server, ServerConfig, StateError
+from fedkseed.federation.state import ServerState, StateFolder
 from fedkseed.files import FolderInUseError
-from fedkseed.server_state import ServerState, StateFolder
 
 HEADER = 136
 SAMPLINGS = pytest.mark.parametrize("sampling", ["uniform", "pro"])

@@ -28,11 +28,11 @@ from fedkseed import (
     SimulationConfig,
     Streamed,
 )
+from fedkseed.federation.messages import BROADCAST_OVERHEAD, REPLY_OVERHEAD
+from fedkseed.federation.state import StateError
 from fedkseed.files import FolderInUseError
 from fedkseed.hosting import LocalBatches, Task
-from fedkseed.protocol import BROADCAST_OVERHEAD, REPLY_OVERHEAD
 from fedkseed.run_folder import CLIENTS, LEDGER, METRICS, TIMINGS, RunFolderError
-from fedkseed.server_state import StateError
 from fedkseed.simulation import RoundFailedError
 from fedkseed.worker_pool import WorkerError
 

@@ -5,7 +5,12 @@ Qin et al., ICML 2024, arXiv 2312.06353. All noise and all passes over weights a
 
 from __future__ import annotations
 
-from fedkseed.client import Client, LocalRun
+from fedkseed.federation.client import Client, LocalRun
+from fedkseed.federation.config import ServerConfig
+from fedkseed.federation.messages import Broadcast, MessageError, ProtocolError, Reply
+from fedkseed.federation.server import Server
+from fedkseed.federation.significance import SeedSignificance
+from fedkseed.federation.state import StateError
 from fedkseed.hosting import Task
 from fedkseed.ledger.format import LedgerError
 from fedkseed.ledger.ledger import Ledger
@@ -15,12 +20,7 @@ from fedkseed.model.manifest import Manifest, manifest_parameters
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.optimizers import ZOSGD, FedKSeedSGD
 from fedkseed.optim.paired import paired_losses
-from fedkseed.pro import SeedSignificance
-from fedkseed.protocol import Broadcast, MessageError, ProtocolError, Reply
 from fedkseed.seeds import SeedPool
-from fedkseed.server import Server
-from fedkseed.server_config import ServerConfig
-from fedkseed.server_state import StateError
 from fedkseed.simulation import RoundResult, Simulation, SimulationConfig
 from fedkseed.storage import Inplace, Streamed
 

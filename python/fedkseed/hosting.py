@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 from torch import nn
 
-from fedkseed.client import BatchT, Client, LocalRun
+from fedkseed.federation.client import BatchT, Client, LocalRun
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.optimizers import Loss
 from fedkseed.seeds import SeedPool

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedkseed.federation.state import StateError
 from fedkseed.files import read_bounded, write_atomically
-from fedkseed.server_state import StateError
 
 METRICS, TIMINGS, LEDGER = "metrics.jsonl", "timings.jsonl", "ledger.safetensors"
 CLIENTS = "clients.json"

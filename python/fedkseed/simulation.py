@@ -14,7 +14,9 @@ from typing import Any, Generic
 import torch
 
 from fedkseed._checks import check_count
-from fedkseed.client import BatchT
+from fedkseed.federation.client import BatchT
+from fedkseed.federation.config import Sampling, ServerConfig, Weighting
+from fedkseed.federation.server import Server
 from fedkseed.hosting import ClientRun, ExampleT, Host, InProcessHost, Task
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.model.identity import frozen_indices
@@ -32,8 +34,6 @@ from fedkseed.run_folder import (
     write_client_settings,
 )
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
-from fedkseed.server import Server
-from fedkseed.server_config import Sampling, ServerConfig, Weighting
 from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
 from fedkseed.worker_pool import WorkerPool
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import torch
 from torch import multiprocessing
 
+from fedkseed.federation.messages import Broadcast
 from fedkseed.hosting import ClientRun, InProcessHost, Task
 from fedkseed.model.packed import SharedTensors
 from fedkseed.model.working_copy import WorkingCopy
-from fedkseed.protocol import Broadcast
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

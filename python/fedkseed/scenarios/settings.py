@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 
 from fedkseed.data.prompts import PromptStyle
-from fedkseed.server_config import Sampling, Weighting
+from fedkseed.federation.config import Sampling, Weighting
 from fedkseed.simulation import SimulationConfig
 from fedkseed.storage import STORAGE_MODES, storage_mode
 from fedkseed_kernels.contract.reference import FAMILIES

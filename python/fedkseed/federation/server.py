@@ -12,9 +12,8 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.model.identity import ModelIdentity
-from fedkseed.pro import SeedSignificance
-from fedkseed.protocol import (
+from fedkseed.federation.config import ServerConfig
+from fedkseed.federation.messages import (
     DTYPE_CODES,
     RUN_ID_BYTES,
     Broadcast,
@@ -26,9 +25,10 @@ from fedkseed.protocol import (
     read_reply_header,
     read_scalars,
 )
+from fedkseed.federation.significance import SeedSignificance
+from fedkseed.federation.state import ServerState, StateError, StateFolder
+from fedkseed.model.identity import ModelIdentity
 from fedkseed.seeds import MAX_ROUNDS, SeedPool
-from fedkseed.server_config import ServerConfig
-from fedkseed.server_state import ServerState, StateError, StateFolder
 
 #: Scalars that are widened and added in one pass: bounds the memory beside the replies themselves.
 _SCALARS_AT_ONCE = 1 << 18

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from fedkseed._checks import check_count, check_eps, check_learning_rate, check_max_abs_g
-from fedkseed.protocol import RUN_ID_BYTES, moves_within_fp32
+from fedkseed.federation.messages import RUN_ID_BYTES, moves_within_fp32
 from fedkseed.seeds import MAX_CLIENTS, MAX_STEPS
 from fedkseed_kernels.contract.reference import FAMILIES
 

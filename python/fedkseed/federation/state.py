@@ -13,12 +13,12 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkseed.federation.config import Sampling, ServerConfig, Weighting
+from fedkseed.federation.messages import DTYPE_CODES
+from fedkseed.federation.significance import SeedSignificance
 from fedkseed.files import FileTooLargeError, FolderLock, read_bounded, remove_leftovers, write_atomically
 from fedkseed.model.identity import ModelIdentity
-from fedkseed.pro import SeedSignificance
-from fedkseed.protocol import DTYPE_CODES
 from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS, SeedPool
-from fedkseed.server_config import Sampling, ServerConfig, Weighting
 from fedkseed_kernels import CONTRACT_VERSION
 from fedkseed_kernels.contract.reference import FAMILIES
 

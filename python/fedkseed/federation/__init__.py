@@ -1,0 +1,1 @@
+"""The round between a server and its clients: messages as bytes, sums of replies, saved state."""
