@@ -13,9 +13,9 @@ from tiny_language_model import make_model, make_task
 from fedkseed import Ledger, ModelIdentity, cli
 from fedkseed.data import FetchError, ModelError
 from fedkseed.data.models import load_causal_lm_weights
-from fedkseed.run_folder import LEDGER, METRICS, TIMINGS
 from fedkseed.scenarios import demo, instruction_run
 from fedkseed.scenarios.settings import QUICK, RunSettings, SettingsError, make_settings, read_toml
+from fedkseed.simulation.run_folder import LEDGER, METRICS, TIMINGS
 
 SMALL = ["--rounds", "2", "--clients-per-round", "2", "--num-seeds", "16", "--threads", "1"]
 FEW_ROWS = ["--round-rows", "1", "--final-rows", "2", "--generate-rows", "1"]

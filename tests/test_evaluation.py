@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fedkseed import evaluation
+from fedkseed.data import scores
 from fedkseed.data.instructions import Example, Task
 from fedkseed.data.prompts import IGNORED, Encoded, collate, iterate_batches
 
@@ -48,7 +48,7 @@ def loss_by_hand(model: torch.nn.Module, encoded: list[Encoded]) -> float:
 def test_response_loss_is_the_token_mean(model: GPT2LMHeadModel) -> None:
     expected = loss_by_hand(model, rows())
     for batch_size in (1, 3, 7):
-        found = evaluation.response_loss(model, iterate_batches(rows(), batch_size, pad_id=0))
+        found = scores.response_loss(model, iterate_batches(rows(), batch_size, pad_id=0))
         assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -65,7 +65,7 @@ class FullLogits(torch.nn.Module):
 
 def test_model_without_logits_to_keep(model: GPT2LMHeadModel) -> None:
     batch = collate(rows(), pad_id=0)
-    kept, full = evaluation.response_nll(model, batch), evaluation.response_nll(FullLogits(model), batch)
+    kept, full = scores.response_nll(model, batch), scores.response_nll(FullLogits(model), batch)
     assert kept[1] == full[1] == int((batch.labels != IGNORED).sum())
     assert kept[0] == pytest.approx(full[0], rel=1e-6)
 
@@ -78,11 +78,9 @@ def test_shared_prefix_is_the_same_loss(model: GPT2LMHeadModel, shared: int) -> 
     expected = loss_by_hand(model, encoded)
     for batch_size in (1, 3, 7):
         batches = iterate_batches(encoded, batch_size, pad_id=0)
-        assert evaluation.response_loss(model, batches, share_prefix=True) == pytest.approx(
-            expected, rel=1e-6
-        )
+        assert scores.response_loss(model, batches, share_prefix=True) == pytest.approx(expected, rel=1e-6)
     equal_prompts = [Encoded((5, 6, 7, answer), 3) for answer in (8, 9)]
-    found = evaluation.response_loss(model, [collate(equal_prompts, pad_id=0)], share_prefix=True)
+    found = scores.response_loss(model, [collate(equal_prompts, pad_id=0)], share_prefix=True)
     assert found == pytest.approx(loss_by_hand(model, equal_prompts), rel=1e-6)
 
 
@@ -91,7 +89,7 @@ def test_shared_prefix_runs_once(model: GPT2LMHeadModel) -> None:
     handle = model.transformer.wte.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape))
     try:
         encoded = [Encoded((5, 6, 7, 8, last, 9), 5) for last in (10, 11, 12)]
-        evaluation.response_nll(model, collate(encoded, pad_id=0), share_prefix=True)
+        scores.response_nll(model, collate(encoded, pad_id=0), share_prefix=True)
     finally:
         handle.remove()
     assert widths == [(1, 4), (3, 2)]
@@ -107,19 +105,19 @@ class NoCache(FullLogits):
 def test_shared_prefix_without_a_cache(model: GPT2LMHeadModel) -> None:
     batch = collate([Encoded((5, 6, 7), 2), Encoded((5, 6, 8), 2)], pad_id=0)
     with pytest.raises(ValueError, match="got NoneType from NoCache; use share_prefix=False"):
-        evaluation.response_nll(NoCache(model), batch, share_prefix=True)
+        scores.response_nll(NoCache(model), batch, share_prefix=True)
 
 
 def test_padding_content_does_not_matter(model: GPT2LMHeadModel) -> None:
-    losses = {evaluation.response_nll(model, collate(rows(), pad_id=pad))[0] for pad in (0, 1, 17)}
+    losses = {scores.response_nll(model, collate(rows(), pad_id=pad))[0] for pad in (0, 1, 17)}
     assert len(losses) == 1
 
 
 def test_nothing_to_score(model: GPT2LMHeadModel) -> None:
     with pytest.raises(ValueError, match="at least one response token"):
-        evaluation.response_nll(model, collate([Encoded((3, 4), 2)], pad_id=0))
+        scores.response_nll(model, collate([Encoded((3, 4), 2)], pad_id=0))
     with pytest.raises(ValueError, match="at least one batch"):
-        evaluation.response_loss(model, [])
+        scores.response_loss(model, [])
 
 
 class Numbers:
@@ -148,15 +146,15 @@ def test_generation_equals_a_plain_loop(model: GPT2LMHeadModel) -> None:
                 break
         expected.append(" ".join(str(token) for token in tokens[len(prompt) :] if token != 1))
     for batch_size in (1, 3, 8):
-        found = evaluation.generate_greedy(model, NUMBERS, prompts, max_new_tokens=6, batch_size=batch_size)
+        found = scores.generate_greedy(model, NUMBERS, prompts, max_new_tokens=6, batch_size=batch_size)
         assert found == expected
 
 
 def test_generation_errors(model: GPT2LMHeadModel) -> None:
     with pytest.raises(ValueError, match="prompts of at least one token"):
-        evaluation.generate_greedy(model, NUMBERS, [[3], []], max_new_tokens=1)
+        scores.generate_greedy(model, NUMBERS, [[3], []], max_new_tokens=1)
     with pytest.raises(ValueError, match="expected max_new_tokens of at least 1, got 0"):
-        evaluation.generate_greedy(model, NUMBERS, [[3]], max_new_tokens=0)
+        scores.generate_greedy(model, NUMBERS, [[3]], max_new_tokens=0)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +174,12 @@ def test_generation_errors(model: GPT2LMHeadModel) -> None:
     ],
 )
 def test_rouge_l(prediction: str, reference: str, expected: float) -> None:
-    assert evaluation.rouge_l(prediction, reference) == pytest.approx(expected, abs=1e-12)
+    assert scores.rouge_l(prediction, reference) == pytest.approx(expected, abs=1e-12)
 
 
 def test_exact_match() -> None:
-    assert evaluation.exact_match(" Yes. ", "Yes.") == 1.0
-    assert evaluation.exact_match("yes.", "Yes.") == 0.0
+    assert scores.exact_match(" Yes. ", "Yes.") == 1.0
+    assert scores.exact_match("yes.", "Yes.") == 0.0
 
 
 def task(train: list[str], test: list[str]) -> Task:
@@ -189,17 +187,17 @@ def task(train: list[str], test: list[str]) -> Task:
 
 
 def test_majority_answer() -> None:
-    (score,) = evaluation.majority_answer_scores([task(["b", "a b", "a b", "b c"], ["a b", "a", "c", "a b"])])
+    (score,) = scores.majority_answer_scores([task(["b", "a b", "a b", "b c"], ["a b", "a", "c", "a b"])])
     assert score.answer == "a b"
     assert score.exact_match == 0.5
     assert score.rouge_l == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
-    (tie,) = evaluation.majority_answer_scores([task(["z", "a"], ["z"])])
+    (tie,) = scores.majority_answer_scores([task(["z", "a"], ["z"])])
     assert tie.answer == "z"
     with pytest.raises(ValueError, match="task t: expected training and test rows, got 0 and 1"):
-        evaluation.majority_answer_scores([task([], ["a"])])
+        scores.majority_answer_scores([task([], ["a"])])
 
 
 def test_mean() -> None:
-    assert evaluation.mean([1.0, 2.0, 6.0]) == 3.0
+    assert scores.mean([1.0, 2.0, 6.0]) == 3.0
     with pytest.raises(ValueError, match="at least one value"):
-        evaluation.mean([])
+        scores.mean([])

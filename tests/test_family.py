@@ -32,8 +32,8 @@ from fedkseed import (
     WorkingCopy,
     load,
 )
-from fedkseed.run_folder import LEDGER, METRICS
 from fedkseed.scenarios.settings import make_settings
+from fedkseed.simulation.run_folder import LEDGER, METRICS
 
 POOL = SeedPool(8, 64)
 COEFFICIENTS = np.random.default_rng(1).normal(scale=0.01, size=64).astype(np.float32)

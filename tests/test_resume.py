@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from federation import run
 
-from fedkseed.run_folder import LEDGER, METRICS
+from fedkseed.simulation.run_folder import LEDGER, METRICS
 
 _NUM_ROUNDS = 150
 _SCRIPT = Path(__file__).with_name("federation.py")

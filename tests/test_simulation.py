@@ -31,10 +31,10 @@ from fedkseed import (
 from fedkseed.federation.messages import BROADCAST_OVERHEAD, REPLY_OVERHEAD
 from fedkseed.federation.state import StateError
 from fedkseed.files import FolderInUseError
-from fedkseed.hosting import LocalBatches, Task
-from fedkseed.run_folder import CLIENTS, LEDGER, METRICS, TIMINGS, RunFolderError
-from fedkseed.simulation import RoundFailedError
-from fedkseed.worker_pool import WorkerError
+from fedkseed.simulation.host import LocalBatches, Task
+from fedkseed.simulation.run_folder import CLIENTS, LEDGER, METRICS, TIMINGS, RunFolderError
+from fedkseed.simulation.simulation import RoundFailedError
+from fedkseed.simulation.worker_pool import WorkerError
 
 
 def make_simulation(task: Task[Row, Batch] | None = None, **changes: Any) -> Simulation[Row, Batch]:

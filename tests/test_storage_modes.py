@@ -16,8 +16,8 @@ from torch import nn
 
 import fedkseed_kernels
 from fedkseed import Client, ModelIdentity, Reply, SeedPool, Simulation, SimulationConfig, WorkingCopy, load
-from fedkseed.run_folder import LEDGER, METRICS
 from fedkseed.scenarios.settings import RunSettings, SettingsError, make_settings
+from fedkseed.simulation.run_folder import LEDGER, METRICS
 from fedkseed.storage import STORAGE_MODES, storage_mode
 
 POOL = SeedPool(8, 64)

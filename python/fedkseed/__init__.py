@@ -11,7 +11,6 @@ from fedkseed.federation.messages import Broadcast, MessageError, ProtocolError,
 from fedkseed.federation.server import Server
 from fedkseed.federation.significance import SeedSignificance
 from fedkseed.federation.state import StateError
-from fedkseed.hosting import Task
 from fedkseed.ledger.format import LedgerError
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.ledger.tuned_model import load
@@ -21,7 +20,8 @@ from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.optimizers import ZOSGD, FedKSeedSGD
 from fedkseed.optim.paired import paired_losses
 from fedkseed.seeds import SeedPool
-from fedkseed.simulation import RoundResult, Simulation, SimulationConfig
+from fedkseed.simulation.host import Task
+from fedkseed.simulation.simulation import RoundResult, Simulation, SimulationConfig
 from fedkseed.storage import Inplace, Streamed
 
 __all__ = [

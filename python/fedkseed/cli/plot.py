@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedkseed.run_folder import METRICS, RunFolderError
+from fedkseed.simulation.run_folder import METRICS, RunFolderError
 
 if TYPE_CHECKING:
     from fedkseed.cli._types import Commands

@@ -19,13 +19,13 @@ from fedkseed.data import load_causal_lm, load_instruction_tasks, load_smollm2
 from fedkseed.data.models import smollm2_folder
 from fedkseed.data.prompts import Batch, Encoded
 from fedkseed.files import write_atomically
-from fedkseed.hosting import Task
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import Manifest
-from fedkseed.run_folder import LEDGER, METRICS
 from fedkseed.scenarios.settings import RunSettings
 from fedkseed.scenarios.workbench import Scores, Workbench, scores_table
-from fedkseed.simulation import RoundResult, Simulation
+from fedkseed.simulation.host import Task
+from fedkseed.simulation.run_folder import LEDGER, METRICS
+from fedkseed.simulation.simulation import RoundResult, Simulation
 
 SUMMARY = "summary.json"
 

@@ -14,7 +14,7 @@ import torch
 
 from fedkseed.data.prompts import PromptStyle
 from fedkseed.federation.config import Sampling, Weighting
-from fedkseed.simulation import SimulationConfig
+from fedkseed.simulation.simulation import SimulationConfig
 from fedkseed.storage import STORAGE_MODES, storage_mode
 from fedkseed_kernels.contract.reference import FAMILIES
 

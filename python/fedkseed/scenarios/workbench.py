@@ -22,7 +22,7 @@ from fedkseed.data.prompts import (
     iterate_batches,
     pad_token_id,
 )
-from fedkseed.evaluation import (
+from fedkseed.data.scores import (
     exact_match,
     generate_greedy,
     majority_answer_scores,

@@ -15,9 +15,9 @@ import torch
 from torch import multiprocessing
 
 from fedkseed.federation.messages import Broadcast
-from fedkseed.hosting import ClientRun, InProcessHost, Task
 from fedkseed.model.packed import SharedTensors
 from fedkseed.model.working_copy import WorkingCopy
+from fedkseed.simulation.host import ClientRun, InProcessHost, Task
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -80,7 +80,7 @@ class WorkerPool:
             raise
 
     def run(self, messages: Mapping[int, bytes], on_step: Callable[[], None]) -> dict[int, ClientRun]:
-        """See `fedkseed.hosting.Host.run`.
+        """See `fedkseed.simulation.host.Host.run`.
 
         Raises:
             WorkerError: a worker died.

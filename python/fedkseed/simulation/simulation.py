@@ -17,14 +17,15 @@ from fedkseed._checks import check_count
 from fedkseed.federation.client import BatchT
 from fedkseed.federation.config import Sampling, ServerConfig, Weighting
 from fedkseed.federation.server import Server
-from fedkseed.hosting import ClientRun, ExampleT, Host, InProcessHost, Task
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.model.identity import frozen_indices
 from fedkseed.model.manifest import manifest_parameters
 from fedkseed.model.packed import SharedTensors
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.model.working_copy import WorkingCopy
-from fedkseed.run_folder import (
+from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
+from fedkseed.simulation.host import ClientRun, ExampleT, Host, InProcessHost, Task
+from fedkseed.simulation.run_folder import (
     CLIENTS,
     LEDGER,
     METRICS,
@@ -33,9 +34,8 @@ from fedkseed.run_folder import (
     check_client_settings,
     write_client_settings,
 )
-from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
+from fedkseed.simulation.worker_pool import WorkerPool
 from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
-from fedkseed.worker_pool import WorkerPool
 
 
 class RoundFailedError(RuntimeError):
