@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from fedkseed import ZOSGD, Streamed
-from fedkseed.storage.units import partition
+from fedkseed.storage.streamed.units import partition
 
 
 class ReadsHeadWeight(LanguageModel):

@@ -8,7 +8,7 @@
 
 Integers and floats are little-endian. The metadata's "checksum" is the SHA-256, in hex, of the file as it is
 without that entry. A reader writes what it has read anew and compares all bytes, so a file that differs in
-one bit from what a writer wrote is refused. What the entries of the metadata mean is `fedkseed.ledger.ledger`'s.
+one bit from what a writer wrote is refused. `fedkseed.ledger.fields` says what the metadata's entries mean.
 
 The safetensors library reads these files. It does not write them: it puts the metadata in another order at
 every run (seen in 0.8.0), and the same ledger has to be the same bytes.

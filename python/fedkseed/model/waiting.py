@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from fedkseed.storage.perturbed import PerturbedWeights
 
-_watched: weakref.WeakSet[PerturbedWeights] = weakref.WeakSet()
+class Waiting(Protocol):
+    """Weights that may stand perturbed between two steps."""
+
+    #: The weights themselves.
+    tensors: Sequence[torch.Tensor]
+    #: Whether they stand perturbed now, for a step to come.
+    is_waiting: bool
+
+    def flush(self) -> None:
+        """Puts clean weights back if they wait; several threads may call this at once."""
 
 
-def flush_before_reads(model: nn.Module, weights: PerturbedWeights, owner: object) -> None:
+_watched: weakref.WeakSet[Waiting] = weakref.WeakSet()
+
+
+def flush_before_reads(model: nn.Module, weights: Waiting, owner: object) -> None:
     """Has the weights flushed by whatever reads or replaces them through the model, as long as `owner` lives.
 
     That is: a forward, ``state_dict`` or ``load_state_dict`` of the model or of any of its modules. A copy or
@@ -50,7 +61,7 @@ def flush_waiting(tensors: Iterable[torch.Tensor]) -> None:
             weights.flush()
 
 
-def _end(weights: PerturbedWeights, handles: list[RemovableHandle]) -> None:
+def _end(weights: Waiting, handles: list[RemovableHandle]) -> None:
     try:
         weights.flush()
     finally:
@@ -61,7 +72,7 @@ def _end(weights: PerturbedWeights, handles: list[RemovableHandle]) -> None:
 class _FlushHook:
     """Flushes the weights before the read that it is a hook of."""
 
-    def __init__(self, weights: PerturbedWeights) -> None:
+    def __init__(self, weights: Waiting) -> None:
         self._weights = weakref.ref(weights)
 
     def __call__(self, *_: Any) -> None:

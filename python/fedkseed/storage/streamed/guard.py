@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fedkseed.storage.perturbation import Weight
+from fedkseed.storage.streamed.copies import Weight
 
 # Operators that take a tensor for its shape, dtype and device alone.
 _METADATA_PREFIXES, _METADATA_SUFFIXES = ("new_",), ("_like",)

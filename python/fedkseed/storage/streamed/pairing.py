@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from fedkseed.storage.stand_ins import ReadGuard
+from fedkseed.storage.streamed.guard import ReadGuard
+from fedkseed.storage.streamed.units import Unit
 from fedkseed.storage.structures import map_tensors
-from fedkseed.storage.units import Unit
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 

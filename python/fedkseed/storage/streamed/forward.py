@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fedkseed.storage.pairing import Pairing
-from fedkseed.storage.perturbation import Copies, Perturbation, Weight
 from fedkseed.storage.scratch import Scratch, bytes_needed
-from fedkseed.storage.stand_ins import ReadGuard, StandIns
+from fedkseed.storage.streamed.copies import Copies, Perturbation, Weight
+from fedkseed.storage.streamed.guard import ReadGuard, StandIns
+from fedkseed.storage.streamed.pairing import Pairing
+from fedkseed.storage.streamed.units import Unit, partition
 from fedkseed.storage.structures import map_tensors
-from fedkseed.storage.units import Unit, partition
 from fedkseed.storage.updates import interrupts_held
 
 

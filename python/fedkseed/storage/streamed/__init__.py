@@ -10,9 +10,9 @@ import torch
 
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
-from fedkseed.storage.perturbation import Perturbation, Weight
-from fedkseed.storage.perturbed_model import PerturbedModel
 from fedkseed.storage.rounding import RoundingSeeds, check_rounding
+from fedkseed.storage.streamed.copies import Perturbation, Weight
+from fedkseed.storage.streamed.forward import PerturbedModel
 from fedkseed.storage.unsupported import check_servable
 from fedkseed.storage.updates import GroupedWeights, interrupts_held
 
@@ -33,10 +33,10 @@ class Streamed:
 
     Args:
         paired: one call of the closure for both sides: it runs a batch doubled along dimension 0 and returns
-            two losses, of the first half and of the second (`fedkseed.optim.paired`). Each unit runs on the first
-            half with w + eps z, then on the second with w - eps z. One generation of the noise instead of two
-            for the evaluations; memory of twice the largest unit, and of the doubled batch. The model has to
-            keep the batch in dimension 0, and to draw no random numbers.
+            two losses, of the first half and of the second (`fedkseed.optim.paired`). Each unit runs on the
+            first half with w + eps z, then on the second with w - eps z. One generation of the noise instead
+            of two for the evaluations; memory of twice the largest unit, and of the doubled batch. The model
+            has to keep the batch in dimension 0, and to draw no random numbers.
         compensated: keeps what rounding the update to 16 bits would lose, in 2 bytes a parameter more
             (contract, section 6.5). The perturbed forward passes read it too; other reads of the weights see
             them rounded. fp32 and fp64 weights have no such thing. Whoever writes to the weights between
