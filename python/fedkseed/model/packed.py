@@ -1,13 +1,36 @@
-"""Tensors that several processes of one machine see: one piece of shared memory for a whole model."""
+"""Tensors side by side in one buffer: scratch of one process, or memory that several processes see."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-_ALIGNMENT = 64  # bytes: a cache line, and more than any dtype needs
+#: Bytes. Tensors begin at multiples of it: a cache line, as far as torch's own allocators align.
+_ALIGNMENT = 64
+
+
+def packed_bytes(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]) -> int:
+    """Size of the buffer that tensors of these shapes and dtypes take, each aligned."""
+    return sum(_aligned(_num_bytes(shape, dtype)) for shape, dtype in zip(shapes, dtypes, strict=True))
+
+
+def packed_views(
+    buffer: torch.Tensor, shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype]
+) -> list[torch.Tensor]:
+    """Views of a buffer as tensors of these shapes and dtypes, in order.
+
+    Args:
+        buffer: uint8, of at least `packed_bytes`.
+    """
+    views, start = [], 0
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        size = _num_bytes(shape, dtype)
+        views.append(buffer[start : start + size].view(dtype).view(tuple(shape)))
+        start += _aligned(size)
+    return views
 
 
 @dataclass(frozen=True)
@@ -30,21 +53,18 @@ class SharedTensors:
         """Room for tensors like these; the content is zero."""
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
         dtypes = tuple(tensor.dtype for tensor in tensors)
-        size = sum(_room(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
-        buffer = torch.zeros(size, dtype=torch.uint8)
+        buffer = torch.zeros(packed_bytes(shapes, dtypes), dtype=torch.uint8)
         buffer.share_memory_()  # type: ignore[no-untyped-call]
         return cls(buffer, shapes, dtypes)
 
     def tensors(self) -> list[torch.Tensor]:
         """Views of the buffer, in order."""
-        views, start = [], 0
-        for shape, dtype in zip(self.shapes, self.dtypes, strict=True):
-            stop = start + torch.Size(shape).numel() * dtype.itemsize
-            views.append(self.buffer[start:stop].view(dtype).view(shape))
-            start += _room(shape, dtype)
-        return views
+        return packed_views(self.buffer, self.shapes, self.dtypes)
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    size = torch.Size(shape).numel() * dtype.itemsize
-    return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+def _num_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

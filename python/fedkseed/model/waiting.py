@@ -14,10 +14,12 @@ from torch.utils.hooks import RemovableHandle
 class Waiting(Protocol):
     """Weights that may stand perturbed between two steps."""
 
-    #: The weights themselves.
-    tensors: Sequence[torch.Tensor]
     #: Whether they stand perturbed now, for a step to come.
     is_waiting: bool
+
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """The weights themselves."""
 
     def flush(self) -> None:
         """Puts clean weights back if they wait; several threads may call this at once."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+
 from fedkseed.storage.inplace import Inplace
 from fedkseed.storage.interface import (
     Direction,
@@ -11,7 +15,6 @@ from fedkseed.storage.interface import (
     StorageOptions,
     TunedWeights,
 )
-from fedkseed.storage.modes import DEFAULT_STORAGE, STORAGE_MODES, storage_mode
 from fedkseed.storage.streamed import Streamed
 
 __all__ = [
@@ -27,3 +30,25 @@ __all__ = [
     "TunedWeights",
     "storage_mode",
 ]
+
+DEFAULT_STORAGE: StorageOptions = Inplace()
+
+#: Those that a closure with one loss serves; the paired ones need a closure of their own.
+STORAGE_MODES: Mapping[str, StorageOptions] = {
+    "inplace": DEFAULT_STORAGE,
+    "chained": Inplace(chained=True),
+    "streamed": Streamed(),
+    "streamed-fp32": Streamed(compute_dtype=torch.float32),
+    "compensated": Streamed(compensated=True),
+}
+
+
+def storage_mode(name: str) -> StorageOptions:
+    """The mode called ``name``.
+
+    Raises:
+        ValueError: there is none; says which there are.
+    """
+    if name not in STORAGE_MODES:
+        raise ValueError(f"expected a storage mode out of {list(STORAGE_MODES)}, got {name!r}")
+    return STORAGE_MODES[name]

@@ -10,11 +10,10 @@ import torch
 
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
-from fedkseed.storage.rounding import RoundingSeeds, check_rounding
 from fedkseed.storage.streamed.copies import Perturbation, Weight
 from fedkseed.storage.streamed.forward import PerturbedModel
-from fedkseed.storage.unsupported import check_servable
-from fedkseed.storage.updates import GroupedWeights, interrupts_held
+from fedkseed.storage.streamed.units import check_servable
+from fedkseed.storage.updates import GroupedWeights, RoundingSeeds, check_rounding, interrupts_held
 
 _SHORT = (torch.bfloat16, torch.float16)
 
@@ -79,7 +78,7 @@ class StreamedStorage:
     """Evaluates on copies; one pass in place for the update, w <- alpha w - sum_i (lr g_i) / n z_i.
 
     Raises:
-        TypeError: no model, or one that cannot be served (`unsupported`).
+        TypeError: no model, or one that cannot be served (`units.check_servable`).
         ValueError: a tensor that no unit of the model reads, an embedding with max_norm.
     """
 

@@ -1,4 +1,4 @@
-"""w +- eps z beside the stored weights: of whole tensors, of both sides, of rows of an embedding."""
+"""w +- eps z beside the stored weights: the perturbed copies, and the scratch memory that holds them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fedkseed_kernels
+from fedkseed.model.packed import packed_bytes, packed_views
 
 
 @dataclass(eq=False)
@@ -85,6 +86,46 @@ class Perturbation:
         if weight.is_widened:
             found += _widened(weight, flat)
         return found.view(shape)
+
+
+class Scratch:
+    """A stack of tensors in one buffer, which is allocated when it is first needed and kept.
+
+    Args:
+        num_bytes: of the buffer. What does not fit gets memory of its own for as long as it is in use.
+        device: of the tensors.
+
+    Attributes:
+        num_bytes: as given.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self.num_bytes = num_bytes
+        self._device = device
+        self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
+        #: Bytes in use; setting it back to an earlier value frees what was taken since.
+        self.level = 0
+
+    def take(self, shapes: Sequence[torch.Size], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Tensors with undefined values, valid until `level` is set back."""
+        num_bytes = packed_bytes(shapes, dtypes)
+        if self._buffer.numel() < self.num_bytes:
+            self._buffer = torch.empty(self.num_bytes, dtype=torch.uint8, device=self._device)
+        start = self.level
+        self.level += num_bytes
+        if self.level <= self.num_bytes:
+            memory = self._buffer[start : self.level]
+        else:
+            memory = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        return packed_views(memory, shapes, dtypes)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a piece of the buffer, and changes when that is used again."""
+        return (
+            tensor.layout is torch.strided
+            and self._buffer.numel() > 0
+            and tensor.untyped_storage().data_ptr() == self._buffer.untyped_storage().data_ptr()
+        )
 
 
 class Copies:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fedkseed.storage.scratch import Scratch, bytes_needed
-from fedkseed.storage.streamed.copies import Copies, Perturbation, Weight
+from fedkseed.model.packed import packed_bytes
+from fedkseed.storage.streamed.copies import Copies, Perturbation, Scratch, Weight
 from fedkseed.storage.streamed.guard import ReadGuard, StandIns
-from fedkseed.storage.streamed.pairing import Pairing
+from fedkseed.storage.streamed.pairing import Pairing, map_tensors
 from fedkseed.storage.streamed.units import Unit, partition
-from fedkseed.storage.structures import map_tensors
 from fedkseed.storage.updates import interrupts_held
 
 
@@ -184,7 +183,7 @@ class PerturbedModel:
         copies = self._copies.get(key)
         if copies is not None:
             for scratch in scratches:
-                scratch.level += bytes_needed(shapes, dtypes)
+                scratch.level += packed_bytes(shapes, dtypes)
             return copies
         sides = [scratch.take(shapes, dtypes) for scratch in scratches]
         copies = Copies(weights, sides, self._perturbation.family)
@@ -253,7 +252,7 @@ def _largest_need(units: Sequence[Unit], weights: Mapping[int, Weight]) -> int:
     needs = {}
     for unit in units:
         entered = [weights[id(parameter)] for parameter in unit.parameters]
-        needs[unit] = bytes_needed([w.stored.shape for w in entered], [w.dtype for w in entered])
+        needs[unit] = packed_bytes([w.stored.shape for w in entered], [w.dtype for w in entered])
     around = {
         unit: sum(
             needs[outer]
