@@ -22,7 +22,7 @@ install: $(INSTALLED) $(LIBRARY) ## create .venv with this checkout in it, edita
 
 .PHONY: demo
 demo: fetch ## tune a pretrained language model with seeds and scalars
-	$(PY) -m fedkseed.scenarios.demo $(DEMO_ARGS)
+	$(PY) -m fedkseed.cli simulate $(DEMO_ARGS)
 
 .PHONY: test
 test: fetch ## run all tests

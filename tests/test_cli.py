@@ -13,7 +13,7 @@ from tiny_language_model import make_model, make_task
 from fedkseed import Ledger, ModelIdentity, cli
 from fedkseed.data import FetchError, ModelError
 from fedkseed.data.models import load_causal_lm_weights
-from fedkseed.scenarios import demo, instruction_run
+from fedkseed.scenarios import instruction_run
 from fedkseed.scenarios.settings import QUICK, RunSettings, SettingsError, make_settings, read_toml
 from fedkseed.simulation.run_folder import LEDGER, METRICS, TIMINGS
 
@@ -137,9 +137,9 @@ def test_an_expected_error_is_one_line(
         raise error
 
     monkeypatch.setattr(instruction_run, "make_workbench", fail)
-    assert demo.main([*SMALL[:-2], "--out", str(tmp_path / "run")]) == 2
+    assert cli.main(["simulate", *SMALL[:-2], "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"fedkseed simulate: {error}\n"
-    assert demo.main([*SMALL[:-2], "--out", str(tmp_path / "again"), "--verbose"]) == 2
+    assert cli.main(["simulate", *SMALL[:-2], "--out", str(tmp_path / "again"), "--verbose"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 

@@ -6,7 +6,6 @@ import argparse
 import statistics
 from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -14,13 +13,12 @@ from tqdm import tqdm
 import fedkseed_kernels
 from fedkseed_kernels import dispatch
 
-if TYPE_CHECKING:
-    from fedkseed.cli._types import Commands
-
 _SEED, _SCALE = 1, 1e-3
 
 
-def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
+def add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], parents: list[argparse.ArgumentParser]
+) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser(
         "bench",

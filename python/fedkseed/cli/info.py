@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import fedkseed_kernels
 
-if TYPE_CHECKING:
-    from fedkseed.cli._types import Commands
 
-
-def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
+def add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], parents: list[argparse.ArgumentParser]
+) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser(
         "info",

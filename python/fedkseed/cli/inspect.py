@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from fedkseed.cli._types import Commands
 
 
-def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
+def add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], parents: list[argparse.ArgumentParser]
+) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser(
         "inspect",

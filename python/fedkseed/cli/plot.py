@@ -6,15 +6,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedkseed.simulation.run_folder import METRICS, RunFolderError
 
-if TYPE_CHECKING:
-    from fedkseed.cli._types import Commands
 
-
-def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
+def add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], parents: list[argparse.ArgumentParser]
+) -> None:
     """Adds the subcommand."""
     parser = commands.add_parser(
         "plot",

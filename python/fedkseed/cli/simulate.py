@@ -6,16 +6,15 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from fedkseed.cli._types import Commands
+from typing import Any
 
 _RUNS = Path("runs")
 _SETTINGS = "settings.json"
 
 
-def add(commands: Commands, parents: list[argparse.ArgumentParser]) -> None:
+def add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], parents: list[argparse.ArgumentParser]
+) -> None:
     """Adds the subcommand."""
     from fedkseed.scenarios.settings import add_flags
 

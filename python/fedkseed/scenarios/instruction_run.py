@@ -23,9 +23,9 @@ from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import Manifest
 from fedkseed.scenarios.settings import RunSettings
 from fedkseed.scenarios.workbench import Scores, Workbench, scores_table
-from fedkseed.simulation.host import Task
 from fedkseed.simulation.run_folder import LEDGER, METRICS
 from fedkseed.simulation.simulation import RoundResult, Simulation
+from fedkseed.simulation.task import Task
 
 SUMMARY = "summary.json"
 
