@@ -84,7 +84,7 @@ def test_merge_adds_what_the_formula_says(weighting: str) -> None:
 def test_merge_has_the_bits_of_the_formula_one_addition_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fedkseed.federation.server._SCALARS_AT_ONCE", 100)  # many passes
+    monkeypatch.setattr("fedkseed.federation.round._SCALARS_AT_ONCE", 100)  # many passes
     server = make_server(num_clients=90, clients_per_round=90, num_local_steps=3)
     sizes = [10 + client for client in server.clients]
     sums = [0.0] * 16

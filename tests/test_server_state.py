@@ -188,7 +188,7 @@ def test_a_folder_without_a_state_and_one_with_another_s(tmp_path: Path) -> None
         server.save(tmp_path / "second")
         with make_server() as other, pytest.raises(StateError):
             other.save(tmp_path / "first")
-        assert (tmp_path / "first" / StateFolder.FILE).read_bytes() == server._state().to_bytes()
+        assert (tmp_path / "first" / StateFolder.FILE).read_bytes() == server._state(server.round).to_bytes()
 
 
 def hold(folder: Path, ready: Any, done: Any) -> None:

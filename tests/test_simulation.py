@@ -31,9 +31,10 @@ from fedkseed import (
 from fedkseed.federation.messages import BROADCAST_OVERHEAD, REPLY_OVERHEAD
 from fedkseed.federation.state import StateError
 from fedkseed.files import FolderInUseError
-from fedkseed.simulation.host import LocalBatches, Task
+from fedkseed.simulation.host import LocalBatches
 from fedkseed.simulation.run_folder import CLIENTS, LEDGER, METRICS, TIMINGS, RunFolderError
 from fedkseed.simulation.simulation import RoundFailedError
+from fedkseed.simulation.task import Task
 from fedkseed.simulation.worker_pool import WorkerError
 
 

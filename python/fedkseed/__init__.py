@@ -20,8 +20,8 @@ from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.optimizers import ZOSGD, FedKSeedSGD
 from fedkseed.optim.paired import paired_losses
 from fedkseed.seeds import SeedPool
-from fedkseed.simulation.host import Task
 from fedkseed.simulation.simulation import RoundResult, Simulation, SimulationConfig
+from fedkseed.simulation.task import Task
 from fedkseed.storage import Inplace, Streamed
 
 __all__ = [

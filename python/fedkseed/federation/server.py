@@ -13,25 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.federation.config import ServerConfig
-from fedkseed.federation.messages import (
-    DTYPE_CODES,
-    RUN_ID_BYTES,
-    Broadcast,
-    BroadcastWriter,
-    MessageError,
-    ProtocolError,
-    Reply,
-    ReplyHeader,
-    read_reply_header,
-    read_scalars,
-)
+from fedkseed.federation.messages import DTYPE_CODES, RUN_ID_BYTES, ProtocolError, Reply, read_scalars
+from fedkseed.federation.round import Round
 from fedkseed.federation.significance import SeedSignificance
 from fedkseed.federation.state import ServerState, StateError, StateFolder
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.seeds import MAX_ROUNDS, SeedPool
 
-#: Scalars that are widened and added in one pass: bounds the memory beside the replies themselves.
-_SCALARS_AT_ONCE = 1 << 18
 _FP32_MAX = float(np.finfo(np.float32).max)
 
 
@@ -59,8 +47,6 @@ class Server:
     Attributes:
         identity, pool: as given.
         config: as given, with its run id.
-        round: number of the round that is open, from 0.
-        clients: who is invited to it, ascending.
         coefficients: fp64 [K], the sums a before they are rounded for the wire.
         significance: what FedKSeed-Pro draws from; None with uniform sampling.
 
@@ -79,10 +65,10 @@ class Server:
         self.coefficients: NDArray[np.float64] = np.zeros(pool.num_seeds)
         self.significance = SeedSignificance.empty(pool.num_seeds) if config.sampling == "pro" else None
         self._folder: StateFolder | None = None
-        self._open_round(0)
         if config.run_id is None:
-            run_id = hashlib.sha256(self._state().to_bytes()).digest()[:RUN_ID_BYTES]
+            run_id = hashlib.sha256(self._state(0).to_bytes()).digest()[:RUN_ID_BYTES]
             self.config = dataclasses.replace(config, run_id=run_id)
+        self._open_round(0)
 
     @classmethod
     def resume(
@@ -126,7 +112,7 @@ class Server:
         if self._folder is None or self._folder.path != Path(folder).resolve():
             self._take(folder)
         assert self._folder is not None, "a folder was taken"
-        self._folder.write(self._state())
+        self._folder.write(self._state(self.round))
 
     def close(self) -> None:
         """Gives the folder of the saved state back; the server itself stays usable."""
@@ -141,6 +127,16 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def round(self) -> int:
+        """Number of the round that is open, from 0."""
+        return self._open.number
+
+    @property
+    def clients(self) -> tuple[int, ...]:
+        """Who is invited to the open round, ascending."""
+        return self._open.clients
 
     @property
     def wire_coefficients(self) -> NDArray[np.float32]:
@@ -159,8 +155,7 @@ class Server:
         Raises:
             ProtocolError: the client is not invited to this round.
         """
-        schedule: NDArray[np.uint16] = self._round_schedules()[self._row(client)]
-        return schedule
+        return self._open.schedule(client)
 
     def broadcast(self, client: int) -> bytes:
         """The open round's message to one of its clients; the same bytes at every call.
@@ -168,7 +163,7 @@ class Server:
         Raises:
             ProtocolError: the client is not invited to this round.
         """
-        return self._round_writer().message(client, self.schedule(client))
+        return self._open.message(client)
 
     def check(self, client: int, message: bytes) -> Reply:
         """The reply of one client, if `merge` would take it: to drop a bad one as it arrives.
@@ -178,8 +173,8 @@ class Server:
             ProtocolError: a client that is not invited; a reply of another round, client or number of steps,
                 or to another broadcast; a scalar that is NaN, infinite or beyond the bound.
         """
-        self._read(client, message)
-        self._check_scalars(np.array([client]), read_scalars([message]))
+        self._open.read(client, message)
+        self._open.check_scalars([client], read_scalars([message]))
         return Reply.from_bytes(message)
 
     def merge(self, replies: Iterable[tuple[int, bytes]]) -> None:
@@ -193,7 +188,7 @@ class Server:
         """
         given: dict[int, bytes] = {}
         for client, message in replies:
-            self._row(client)
+            self._open.row(client)
             if client in given:
                 raise ProtocolError(f"expected one reply of client {client}, got two")
             given[client] = message
@@ -202,9 +197,7 @@ class Server:
                 f"expected at least one reply of round {self.round}, got none; skip_round() goes on without"
             )
         self._check_rounds_left()
-        clients = sorted(given)
-        sizes = [self._read(client, given[client]).data_size for client in clients]
-        sums, significance = self._add(clients, [given[client] for client in clients], sizes)
+        sums, significance = self._open.add(given)
         coefficients = self.coefficients - self.config.lr * sums
         if not (np.abs(coefficients) <= _FP32_MAX).all():
             raise ProtocolError("expected sums within fp32, got some beyond it; lr or max_abs_g is too large")
@@ -220,112 +213,18 @@ class Server:
         self._check_rounds_left()
         self._open_round(self.round + 1)
 
-    def _add(
-        self, clients: list[int], messages: list[bytes], sizes: list[int]
-    ) -> tuple[NDArray[np.float64], SeedSignificance | None]:
-        """b of the class's formula, and the significance after the round; raises for a g out of bounds."""
-        sums = np.zeros(self.pool.num_seeds)
-        significance = None if self.significance is None else self.significance.copy()
-        shares = np.array(
-            sizes if self.config.weighting == "data_size" else [1] * len(sizes), dtype=np.float64
-        )
-        weights = shares / shares.sum()
-        rows = [self._rows[client] for client in clients]
-        at_once = max(1, _SCALARS_AT_ONCE // self.config.num_local_steps)
-        for start in range(0, len(clients), at_once):
-            part = slice(start, start + at_once)
-            scalars = read_scalars(messages[part])
-            self._check_scalars(np.array(clients[part]), scalars)
-            wide = scalars.astype(np.float64)
-            indices = self._round_schedules()[rows[part]].reshape(-1).astype(np.intp)
-            if significance is not None:
-                significance.record_(indices, wide.reshape(-1))
-            # One after the other, unlike a bincount of each part.
-            np.add.at(sums, indices, (weights[part, None] * wide).reshape(-1))
-        return sums, significance
-
-    def _read(self, client: int, message: bytes) -> ReplyHeader:
-        row = self._row(client)
-        try:
-            header = read_reply_header(message)
-        except MessageError as error:
-            raise MessageError(f"client {client}: {error}") from error
-        found = (header.round, header.client, header.num_steps)
-        wanted = (self.round, client, self.config.num_local_steps)
-        if found != wanted:
-            raise ProtocolError(
-                f"expected a reply of (round, client, number of steps) {wanted}, got one of {found}"
-            )
-        if header.digest != self._round_writer().digest(client, self._round_schedules()[row]):
-            raise ProtocolError(
-                f"expected client {client} to answer this run's broadcast of round {self.round}, got an "
-                "answer to another: of another run, model or configuration"
-            )
-        return header
-
-    def _check_scalars(self, clients: NDArray[np.int64], scalars: NDArray[np.float32]) -> None:
-        """Raises unless |g| <= the bound for all of [len(clients), tau]; NaN is not."""
-        bound = np.float32(self.config.max_abs_g)
-        # A NaN stays NaN in both reductions, and then the comparison is false.
-        if scalars.max() <= bound and scalars.min() >= -bound:
-            return
-        rows, steps = np.nonzero(~(np.abs(scalars) <= bound))
-        raise ProtocolError(
-            f"expected |g| of at most {bound} from client {clients[rows[0]]}, "
-            f"got {scalars[rows[0], steps[0]]} at step {steps[0]}"
+    def _open_round(self, number: int) -> None:
+        self._open = Round(
+            number, self.identity, self.pool, self.config, self.wire_coefficients, self.significance
         )
 
-    def _row(self, client: int) -> int:
-        """The client's place among those invited."""
-        row = self._rows.get(client)
-        if row is None:
-            raise ProtocolError(
-                f"expected one of the {len(self.clients)} clients of round {self.round}, got {client!r}"
-            )
-        return row
-
-    def _open_round(self, round: int) -> None:
-        self.round = round
-        config = self.config
-        self.clients = self.pool.sample_clients(round, config.num_clients, config.clients_per_round)
-        self._rows = {client: row for row, client in enumerate(self.clients)}
-        # Made when first needed, dropped with the round.
-        self._schedules: NDArray[np.uint16] | None = None
-        self._writer: BroadcastWriter | None = None
-
-    def _round_schedules(self) -> NDArray[np.uint16]:
-        if self._schedules is None:
-            probabilities = None if self.significance is None else self.significance.probabilities()
-            steps = self.config.num_local_steps
-            self._schedules = self.pool.schedules(self.round, self.clients, steps, probabilities)
-        return self._schedules
-
-    def _round_writer(self) -> BroadcastWriter:
-        if self._writer is None:
-            assert self.config.run_id is not None, "the constructor sets one"
-            template = Broadcast(
-                round=self.round,
-                client=self.clients[0],
-                run_id=self.config.run_id,
-                identity=self.identity,
-                base_seed=self.pool.base_seed,
-                lr=self.config.lr,
-                eps=self.config.eps,
-                max_abs_g=self.config.max_abs_g,
-                coefficients=self.wire_coefficients,
-                schedule=self._round_schedules()[0],
-                family=self.config.family,
-            )
-            self._writer = BroadcastWriter(template)
-        return self._writer
-
-    def _state(self) -> ServerState:
+    def _state(self, round: int) -> ServerState:
         return ServerState(
             self.identity,
             self.pool.base_seed,
             self.pool.num_seeds,
             self.config,
-            self.round,
+            round,
             self.coefficients,
             self.significance,
         )

@@ -1,4 +1,4 @@
-"""Clients that one machine hosts: what they train (`Task`), and their rounds in this process.
+"""Clients that one machine hosts, and their rounds in this process.
 
 `worker_pool` runs them in several processes.
 """
@@ -7,59 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol
 
 import numpy as np
-from torch import nn
 
 from fedkseed.federation.client import BatchT, Client, LocalRun
 from fedkseed.model.working_copy import WorkingCopy
-from fedkseed.optim.optimizers import Loss
 from fedkseed.seeds import SeedPool
+from fedkseed.simulation.task import ExampleT, Task
 from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
-
-ExampleT = TypeVar("ExampleT")
-
-
-@dataclass(frozen=True)
-class Task(Generic[ExampleT, BatchT]):
-    """What a federation trains: a model, and the rows of each client.
-
-    Attributes:
-        model: its weights as they stand are w0. Tuned in place.
-        datasets: the training rows of each client, at least one each.
-        collate: a batch from some rows.
-        loss: of the model on a batch, a number or a tensor of one element.
-        data_sizes: of each client, its weight if clients are weighted by data size; its number of rows if
-            None.
-        evaluate: named scores of the model after a round, from (model, round), called without gradients; None
-            to leave it out.
-
-    Raises:
-        ValueError: a client without data, or not one data size a client.
-    """
-
-    model: nn.Module
-    datasets: Sequence[Sequence[ExampleT]]
-    collate: Callable[[Sequence[ExampleT]], BatchT]
-    loss: Callable[[nn.Module, BatchT], Loss]
-    data_sizes: Sequence[int] | None = None
-    evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
-
-    def __post_init__(self) -> None:
-        for client, rows in enumerate(self.datasets):
-            if len(rows) == 0:
-                raise ValueError(
-                    f"expected training rows of every client, got none of client {client}; leave it out"
-                )
-        if self.data_sizes is not None and len(self.data_sizes) != len(self.datasets):
-            raise ValueError(
-                f"expected one data size for each of {len(self.datasets)} clients, got {len(self.data_sizes)}"
-            )
-
-    def data_size(self, client: int) -> int:
-        """What the client's reply weighs."""
-        return len(self.datasets[client]) if self.data_sizes is None else self.data_sizes[client]
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from fedkseed.model.packed import SharedTensors
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
-from fedkseed.simulation.host import ClientRun, ExampleT, Host, InProcessHost, Task
+from fedkseed.simulation.host import ClientRun, Host, InProcessHost
 from fedkseed.simulation.run_folder import (
     CLIENTS,
     LEDGER,
@@ -34,6 +34,7 @@ from fedkseed.simulation.run_folder import (
     check_client_settings,
     write_client_settings,
 )
+from fedkseed.simulation.task import ExampleT, Task
 from fedkseed.simulation.worker_pool import WorkerPool
 from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
 

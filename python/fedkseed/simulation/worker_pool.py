@@ -17,7 +17,8 @@ from torch import multiprocessing
 from fedkseed.federation.messages import Broadcast
 from fedkseed.model.packed import SharedTensors
 from fedkseed.model.working_copy import WorkingCopy
-from fedkseed.simulation.host import ClientRun, InProcessHost, Task
+from fedkseed.simulation.host import ClientRun, InProcessHost
+from fedkseed.simulation.task import Task
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
