@@ -5,23 +5,33 @@ Qin et al., ICML 2024, arXiv 2312.06353. All noise and all passes over weights a
 
 from __future__ import annotations
 
-from fedkseed.federation.client import Client, LocalRun
-from fedkseed.federation.config import ServerConfig
-from fedkseed.federation.messages import Broadcast, MessageError, ProtocolError, Reply
-from fedkseed.federation.server import Server
-from fedkseed.federation.significance import SeedSignificance
-from fedkseed.federation.state import StateError
-from fedkseed.ledger.format import LedgerError
-from fedkseed.ledger.ledger import Ledger
-from fedkseed.ledger.tuned_model import load
-from fedkseed.model.identity import IdentityError, ModelIdentity
-from fedkseed.model.manifest import Manifest, manifest_parameters
-from fedkseed.model.working_copy import WorkingCopy
-from fedkseed.optim.optimizers import ZOSGD, FedKSeedSGD
-from fedkseed.optim.paired import paired_losses
+from fedkseed._extras import MissingExtraError
+from fedkseed.federation import (
+    Broadcast,
+    Client,
+    LocalRun,
+    MessageError,
+    ProtocolError,
+    Reply,
+    SeedSignificance,
+    Server,
+    ServerConfig,
+    StateError,
+)
+from fedkseed.files import FolderInUseError
+from fedkseed.ledger import Ledger, LedgerError, SigningKeyError, load
+from fedkseed.model import IdentityError, Manifest, ModelIdentity, WorkingCopy, manifest_parameters
+from fedkseed.optim import ZOSGD, FedKSeedSGD, paired_losses
 from fedkseed.seeds import SeedPool
-from fedkseed.simulation.simulation import RoundResult, Simulation, SimulationConfig
-from fedkseed.simulation.task import Task
+from fedkseed.simulation import (
+    RoundFailedError,
+    RoundResult,
+    RunFolderError,
+    Simulation,
+    SimulationConfig,
+    Task,
+    WorkerError,
+)
 from fedkseed.storage import Inplace, Streamed
 
 __all__ = [
@@ -29,6 +39,7 @@ __all__ = [
     "Broadcast",
     "Client",
     "FedKSeedSGD",
+    "FolderInUseError",
     "IdentityError",
     "Inplace",
     "Ledger",
@@ -36,19 +47,24 @@ __all__ = [
     "LocalRun",
     "Manifest",
     "MessageError",
+    "MissingExtraError",
     "ModelIdentity",
     "ProtocolError",
     "Reply",
+    "RoundFailedError",
     "RoundResult",
+    "RunFolderError",
     "SeedPool",
     "SeedSignificance",
     "Server",
     "ServerConfig",
+    "SigningKeyError",
     "Simulation",
     "SimulationConfig",
     "StateError",
     "Streamed",
     "Task",
+    "WorkerError",
     "WorkingCopy",
     "load",
     "manifest_parameters",

@@ -1,1 +1,21 @@
 """A fine-tuned model as a file of K coefficients, and how it becomes a model again."""
+
+from __future__ import annotations
+
+from fedkseed.ledger.describe import describe
+from fedkseed.ledger.format import LedgerContractError, LedgerDamagedError, LedgerError
+from fedkseed.ledger.ledger import Ledger, open_ledger
+from fedkseed.ledger.signature import SigningKeyError
+from fedkseed.ledger.tuned_model import load, write_tuned_model
+
+__all__ = [
+    "Ledger",
+    "LedgerContractError",
+    "LedgerDamagedError",
+    "LedgerError",
+    "SigningKeyError",
+    "describe",
+    "load",
+    "open_ledger",
+    "write_tuned_model",
+]

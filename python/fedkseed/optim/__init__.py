@@ -1,1 +1,10 @@
-"""Zeroth-order optimizers: ZOSGD, FedKSeedSGD and what they measure."""
+"""Zeroth-order optimizers: `ZOSGD` and, with a seed pool, `FedKSeedSGD`."""
+
+from __future__ import annotations
+
+from fedkseed.optim.base import Loss
+from fedkseed.optim.optimizers import ZOSGD, FedKSeedSGD
+from fedkseed.optim.paired import doubled, paired_losses
+from fedkseed.optim.parameters import Params
+
+__all__ = ["ZOSGD", "FedKSeedSGD", "Loss", "Params", "doubled", "paired_losses"]
