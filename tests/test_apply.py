@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.unchanged import Watch
 from torch import Tensor, nn
-from unchanged import Watch
 
 import fedkseed
 import fedkseed_kernels

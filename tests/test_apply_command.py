@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from data_samples import save_model
-from messages import make_replies, make_server
+from support.data_samples import save_model
+from support.messages import make_replies, make_server
 
 from fedkseed import Ledger, ModelIdentity, SeedPool, WorkingCopy
 from fedkseed.data import load_causal_lm_weights

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES
+from support.architectures import ARCHITECTURES
 from torch import distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture
-from storage_reference import (
+from support.architectures import ARCHITECTURES, Architecture
+from support.storage_reference import (
     ChainedReference,
     CompensatedFloatReference,
     CompensatedReference,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.unchanged import ALL, OUT_OF_PLACE, Watch, call, pair_of_tensors
 from torch import Tensor
-from unchanged import ALL, OUT_OF_PLACE, Watch, call, pair_of_tensors
 
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from inplace_passes import CHAINED, EPS, Passes, walked
-from small_model import largest_difference, make_closure, make_model, same_bytes, weights_of
+from support.inplace_passes import CHAINED, EPS, Passes, walked
+from support.small_model import largest_difference, make_closure, make_model, same_bytes, weights_of
 from torch import nn
 
 from fedkseed import ZOSGD, ModelIdentity, SeedPool, WorkingCopy

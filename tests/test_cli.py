@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import make_tokenizer
-from tiny_language_model import make_model, make_task
+from support.data_samples import make_tokenizer
+from support.tiny_language_model import make_model, make_task
 
 from fedkseed import Ledger, ModelIdentity, cli
 from fedkseed.data import FetchError, ModelError

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from messages import patched
+from support.messages import patched
 from torch import nn
 
 import fedkseed_kernels

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from data_samples import make_tokenizer, make_wheel
+from support.data_samples import make_tokenizer, make_wheel
 
 from fedkseed.data import instructions, prompts
 from fedkseed.data import models as data_models

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import CONFIG, Batch, Row, make_model, make_task
-from federation import loss as loss_in_fp64
-from messages import make_broadcast, patched
+from support.federation import CONFIG, Batch, Row, make_model, make_task
+from support.federation import loss as loss_in_fp64
+from support.messages import make_broadcast, patched
 from torch import nn
 
 import fedkseed_kernels

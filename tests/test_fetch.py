@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_samples import make_wheel, refuse_pip, save_model
+from support.data_samples import make_wheel, refuse_pip, save_model
 
 from fedkseed.data import fetch
 from fedkseed.data import models as data_models

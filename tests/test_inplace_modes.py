@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from inplace_passes import CHAINED, EPS, Passes, walked
-from kernel_calls import watch_calls
-from small_model import largest_difference, make_closure, make_model, same_bytes, weights_of
+from support.inplace_passes import CHAINED, EPS, Passes, walked
+from support.kernel_calls import watch_calls
+from support.small_model import largest_difference, make_closure, make_model, same_bytes, weights_of
 from torch import nn
 
 import fedkseed_kernels

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ledgers import COEFFICIENTS, IDENTITY, SIGNATURE, entries_of, large, sealed, small
 from safetensors import safe_open
+from support.ledgers import COEFFICIENTS, IDENTITY, SIGNATURE, entries_of, large, sealed, small
 
 from fedkseed import Ledger, LedgerError, ModelIdentity
 from fedkseed.ledger import fields as ledger_fields

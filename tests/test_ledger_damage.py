@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ledgers import COEFFICIENTS, SIGNATURE, entries_of, large, sealed, small
-from unchanged import stored_bytes
+from support.ledgers import COEFFICIENTS, SIGNATURE, entries_of, large, sealed, small
+from support.unchanged import stored_bytes
 
 import fedkseed
 from fedkseed import Ledger, LedgerError, SeedPool

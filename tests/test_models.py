@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_samples import save_model
+from support.data_samples import save_model
 
 from fedkseed.data import models as data_models
 from fedkseed.data.models import ModelError

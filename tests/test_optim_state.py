@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import make_closure, make_model, same_bytes, weights_of
+from support.small_model import make_closure, make_model, same_bytes, weights_of
 from torch import nn
 
 from fedkseed import ZOSGD, FedKSeedSGD, SeedPool

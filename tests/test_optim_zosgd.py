@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_model import largest_difference, make_closure, make_model, same_bytes, weights_of
+from support.small_model import largest_difference, make_closure, make_model, same_bytes, weights_of
 from torch import nn
 
 import fedkseed_kernels

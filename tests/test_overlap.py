@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.unchanged import ALL, Watch, call
 from torch import Tensor
-from unchanged import ALL, Watch, call
 
 import fedkseed_kernels as fk
 from fedkseed_kernels.arguments.overlap import _has_solution, overlaps_itself

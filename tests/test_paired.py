@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, Architecture
+from support.architectures import ARCHITECTURES, Architecture
 from torch import nn
 from transformers import (
     BatchEncoding,

@@ -7,8 +7,8 @@ from itertools import accumulate
 
 import numpy as np
 import pytest
-from messages import make_reply, make_server
 from scipy import stats
+from support.messages import make_reply, make_server
 
 from fedkseed import Reply, SeedPool, SeedSignificance, Server
 from fedkseed_kernels.contract import derived

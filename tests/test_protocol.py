@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from messages import (
+from support.messages import (
     BROADCAST_HEADER,
     IDENTITY,
     REPLY_HEADER,

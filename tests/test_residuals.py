@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from support.unchanged import Watch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from unchanged import Watch
 
 import fedkseed_kernels as fk
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federation import run
+from support.federation import run
 
 from fedkseed.simulation.run_folder import LEDGER, METRICS
 
 _NUM_ROUNDS = 150
-_SCRIPT = Path(__file__).with_name("federation.py")
+_SCRIPT = Path(__file__).parent / "support" / "federation.py"
 _KEPT = (LEDGER, METRICS, "server.state")
 _SECONDS = 120
 

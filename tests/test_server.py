@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from messages import CONFIG, IDENTITY, POOL, make_replies, make_reply, make_server, patched
+from support.messages import CONFIG, IDENTITY, POOL, make_replies, make_reply, make_server, patched
 
 from fedkseed import (
     Broadcast,

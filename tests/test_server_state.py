@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from killed_server import NUM_ROUNDS, play
-from messages import CONFIG, IDENTITY, POOL, make_replies, make_server
+from support.killed_server import NUM_ROUNDS, play
+from support.messages import CONFIG, IDENTITY, POOL, make_replies, make_server
 from test_protocol import fields_of_the_page
 
 from fedkseed import IdentityError, ModelIdentity, SeedPool, Server, ServerConfig, StateError
@@ -261,9 +261,9 @@ def test_a_real_limit_on_file_sizes_leaves_the_old_state(tmp_path: Path) -> None
 def test_killed_at_any_instant_it_ends_in_the_same_state(tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     play(str(straight))
-    script = Path(__file__).with_name("killed_server.py")
+    script = Path(__file__).parent / "support" / "killed_server.py"
     command = [sys.executable, str(script), str(killed), "30"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     num_killed, num_states = map(int, done.stdout.split())

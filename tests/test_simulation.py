@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import federation
 import numpy as np
 import pytest
 import torch
-from federation import CONFIG, Batch, Row, collate, loss, make_datasets, make_model, make_task
+from support import federation
+from support.federation import CONFIG, Batch, Row, collate, loss, make_datasets, make_model, make_task
 
 from fedkseed import (
     Client,

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import CONFIG, Batch, loss, make_model, make_task
-from messages import make_broadcast
+from support.federation import CONFIG, Batch, loss, make_model, make_task
+from support.messages import make_broadcast
 from torch import nn
 
 import fedkseed_kernels

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import same_bytes, weights_of
-from streamed_models import LanguageModel, TiedModel, build, loss_of, make_ids, side_losses
+from support.small_model import same_bytes, weights_of
+from support.streamed_models import LanguageModel, TiedModel, build, loss_of, make_ids, side_losses
 from torch import Tensor, nn
 
 import fedkseed_kernels

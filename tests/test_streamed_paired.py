@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from kernel_calls import watch_calls
-from small_model import same_bytes, weights_of
-from streamed_models import (
+from support.kernel_calls import watch_calls
+from support.small_model import same_bytes, weights_of
+from support.streamed_models import (
     BATCH,
     LENGTH,
     SERVED,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_model import make_closure, make_model, same_bytes, weights_of
-from streamed_models import SERVED, WIDTH, Block, LanguageModel, TiedModel, build, loss_of, make_ids
+from support.small_model import make_closure, make_model, same_bytes, weights_of
+from support.streamed_models import SERVED, WIDTH, Block, LanguageModel, TiedModel, build, loss_of, make_ids
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-LISTED = (Path(__file__).parent / "torch_api.txt").read_text().split()
+LISTED = (ROOT / "tests" / "support" / "torch_api.txt").read_text().split()
 
 
 def chain(node: ast.AST) -> str | None:

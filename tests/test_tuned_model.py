@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_samples import make_tokenizer, save_model
 from safetensors.torch import load_file
+from support.data_samples import make_tokenizer, save_model
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import fedkseed

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from messages import CONFIG, IDENTITY, POOL, make_replies
 
 from fedkseed import Server, ServerConfig
 from fedkseed.federation.state import StateFolder
+from support.messages import CONFIG, IDENTITY, POOL, make_replies
 
 NUM_ROUNDS = 150
 

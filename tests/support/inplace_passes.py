@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from small_model import make_closure, weights_of
 from torch import nn
 
 import fedkseed_kernels
 from fedkseed import ZOSGD
 from fedkseed.storage import Inplace
 from fedkseed_kernels.contract import derived
+from support.small_model import make_closure, weights_of
 
 EPS = float(np.float32(1e-2))
 CHAINED = Inplace(chained=True)

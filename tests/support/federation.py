@@ -1,6 +1,6 @@
 """A small federation that any process can make: five clients fit a line, as a script or as a module.
 
-`python tests/federation.py FOLDER --workers N [--resume]` runs it and prints a line a round.
+`python tests/support/federation.py FOLDER --workers N [--resume]` runs it and prints a line a round.
 """
 
 from __future__ import annotations
