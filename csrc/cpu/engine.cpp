@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "float_mode.h"
-#include "schedule.h"
+#include "terms.h"
 
 namespace {
 

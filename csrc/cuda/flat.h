@@ -3,7 +3,7 @@
 // Tiles are aligned to the noise, not to memory: a tile may begin before its tensor or end after it.
 #pragma once
 
-#include "piece.h"
+#include "octet.h"
 
 constexpr int kThreads = 256;
 // Few terms: a loop over pieces with the keys in registers. A thread does kFewPieces at once.

@@ -4,7 +4,7 @@
 // long.
 #pragma once
 
-#include "piece.h"
+#include "octet.h"
 
 constexpr int kStridedThreads = 256;
 constexpr int kStridedChunk = 64;

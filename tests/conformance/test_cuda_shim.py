@@ -393,7 +393,7 @@ def test_mixed_dtypes_in_one_list(bench: Bench) -> None:
         ("include/normal.h", "FK_SIN_1 -0x1.16011ap-3f", "FK_SIN_1 -0x1.16011cp-3f"),
         ("cuda/flat.h", "(int32_t)(tensor.numel - at)", "(int32_t)(tensor.numel - at) / kPiece * kPiece"),
         (
-            "cuda/piece.h",
+            "cuda/octet.h",
             "write_piece<Storage>(memory, memory.residual_out, memory.in_stride, residuals);",
             "",
         ),

@@ -1,4 +1,4 @@
-#include "schedule.h"
+#include "terms.h"
 
 #include <stdlib.h>
 
