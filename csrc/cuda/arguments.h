@@ -33,7 +33,7 @@ struct FlatTensor {
   uint32_t first_tile;
 };
 
-// Any other tensor: rows of consecutive elements, each covered by a fixed number of slots (one piece of noise
+// Any other tensor: rows of consecutive elements, each covered by a fixed number of slots (one octet of noise
 // each).
 struct StridedTensor {
   fk_tensor tensor;

@@ -60,8 +60,8 @@ template <int kTerms> struct FewTerms {
   FK_DEVICE float coefficient(int k) const { return fk_float_from_bits(keys[k].w[19]); }
 };
 
-template <typename Family> FK_DEVICE uint64_t piece_product(uint32_t first_group, uint32_t piece) {
-  return low_product(first_group + (piece >> (Family::kGroupShift - kPieceShift)));
+template <typename Family> FK_DEVICE uint64_t octet_product(uint32_t first_group, uint32_t octet) {
+  return low_product(first_group + (octet >> (Family::kGroupShift - kOctetShift)));
 }
 
 // value, negated where bit e of signs is set.
@@ -69,11 +69,11 @@ FK_DEVICE float with_sign(float value, uint32_t signs, int e) {
   return fk_float_from_bits(fk_bits_from_float(value) ^ (signs << (31 - e) & 0x80000000u));
 }
 
-// Sums of one piece. product: low_product of its group. kAllTerms: none is to be skipped.
+// Sums of one octet. product: low_product of its group. kAllTerms: none is to be skipped.
 template <bool kAllTerms, int kTerms> FK_DEVICE void
-sum_terms(Gaussian, float (&acc)[kPiece], uint64_t product, uint32_t, const FewTerms<kTerms> &terms) {
+sum_terms(Gaussian, float (&acc)[kOctet], uint64_t product, uint32_t, const FewTerms<kTerms> &terms) {
 #pragma unroll
-  for (int e = 0; e < kPiece; ++e) acc[e] = -0.0f;
+  for (int e = 0; e < kOctet; ++e) acc[e] = -0.0f;
 #pragma unroll
   for (int k = 0; k < kTerms; ++k) {
     if (kAllTerms || terms.coefficient(k) != 0.0f) {
@@ -82,33 +82,33 @@ sum_terms(Gaussian, float (&acc)[kPiece], uint64_t product, uint32_t, const FewT
   }
 }
 
-template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kPiece], uint64_t product,
-                                                   uint32_t piece, const FewTerms<1> &terms) {
+template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kOctet], uint64_t product,
+                                                   uint32_t octet, const FewTerms<1> &terms) {
   if (!kAllTerms && terms.coefficient(0) == 0.0f) {
 #pragma unroll
-    for (int e = 0; e < kPiece; ++e) acc[e] = -0.0f;
+    for (int e = 0; e < kOctet; ++e) acc[e] = -0.0f;
     return;
   }
-  const uint32_t signs = piece_signs(folded_philox(product, terms.keys[0]), piece);
+  const uint32_t signs = octet_signs(folded_philox(product, terms.keys[0]), octet);
 #pragma unroll
-  for (int e = 0; e < kPiece; ++e) acc[e] = with_sign(terms.coefficient(0), signs, e);
+  for (int e = 0; e < kOctet; ++e) acc[e] = with_sign(terms.coefficient(0), signs, e);
 }
 
-template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kPiece], uint64_t product,
-                                                   uint32_t piece, const FewTerms<2> &terms) {
+template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kOctet], uint64_t product,
+                                                   uint32_t octet, const FewTerms<2> &terms) {
   if (!kAllTerms && terms.coefficient(0) == 0.0f && terms.coefficient(1) == 0.0f) {
 #pragma unroll
-    for (int e = 0; e < kPiece; ++e) acc[e] = -0.0f;
+    for (int e = 0; e < kOctet; ++e) acc[e] = -0.0f;
     return;
   }
-  const uint32_t first = piece_signs(folded_philox(product, terms.keys[0]), piece);
-  const uint32_t unequal = first ^ piece_signs(folded_philox(product, terms.keys[1]), piece);
+  const uint32_t first = octet_signs(folded_philox(product, terms.keys[0]), octet);
+  const uint32_t unequal = first ^ octet_signs(folded_philox(product, terms.keys[1]), octet);
   // A sum that is 0 is +0 whatever the signs.
   uint32_t signs = first;
   if (terms.sums.equal == 0.0f) signs &= unequal;
   if (terms.sums.unequal == 0.0f) signs &= ~unequal;
 #pragma unroll
-  for (int e = 0; e < kPiece; ++e) {
+  for (int e = 0; e < kOctet; ++e) {
     acc[e] = with_sign(unequal & 1u << e ? terms.sums.unequal : terms.sums.equal, signs, e);
   }
 }
@@ -144,68 +144,68 @@ __global__ void __launch_bounds__(kThreads, few_blocks<Family, kTerms>())
   const bool stochastic = Storage::kRounds && launch.terms.stochastic;
   const uint32_t first_group = group_low(tile.first_element, Family::kGroupShift);
 
-  // The short way: steps of kFewPieces whole pieces a thread, when nothing is asked for that it leaves out.
-  constexpr int32_t kStep = kPiece * kThreads * kFewPieces; // elements
+  // The short way: steps of kFewOctets whole octets a thread, when nothing is asked for that it leaves out.
+  constexpr int32_t kStep = kOctet * kThreads * kFewOctets; // elements
   const bool plain = tile.memory.whole && tile.memory.in && !tile.memory.out_minus && all_terms &&
                      !stochastic &&
                      (kCompensated ? tile.memory.residual_out != 0 : tile.memory.residual == 0);
   const int32_t whole_first = plain ? (tile.memory.begin + kStep - 1) / kStep : 0;
   const int32_t whole_last = plain ? tile.memory.end / kStep : 0;
   constexpr int32_t kStepBytes = kStep * (int32_t)sizeof(typename Storage::Element);
-  const int64_t thread_bytes = (int64_t)(threadIdx.x * kPiece * sizeof(typename Storage::Element));
+  const int64_t thread_bytes = (int64_t)(threadIdx.x * kOctet * sizeof(typename Storage::Element));
   const char *in = tile.memory.in + whole_first * (int64_t)kStepBytes + thread_bytes;
   char *out = tile.memory.out + whole_first * (int64_t)kStepBytes + thread_bytes;
   char *residual = tile.memory.residual_out + whole_first * (int64_t)kStepBytes + thread_bytes;
 #pragma unroll 1
   for (int32_t step = whole_first; step < whole_last;
        ++step, in += kStepBytes, out += kStepBytes, residual += kStepBytes) {
-    typename Storage::Piece weights[kFewPieces], residuals[kFewPieces];
+    typename Storage::Octet weights[kFewOctets], residuals[kFewOctets];
 #pragma unroll
-    for (int p = 0; p < kFewPieces; ++p) {
-      weights[p] = read_whole<Storage>(in + p * (kStepBytes / kFewPieces));
-      if (kCompensated) residuals[p] = read_whole<Storage>(residual + p * (kStepBytes / kFewPieces));
+    for (int p = 0; p < kFewOctets; ++p) {
+      weights[p] = read_whole<Storage>(in + p * (kStepBytes / kFewOctets));
+      if (kCompensated) residuals[p] = read_whole<Storage>(residual + p * (kStepBytes / kFewOctets));
     }
 #pragma unroll
-    for (int p = 0; p < kFewPieces; ++p) {
-      const uint32_t piece = (uint32_t)(step * kFewPieces + p) * kThreads + threadIdx.x;
-      float acc[kPiece];
-      sum_terms<true>(Family(), acc, piece_product<Family>(first_group, piece), piece, terms);
+    for (int p = 0; p < kFewOctets; ++p) {
+      const uint32_t octet = (uint32_t)(step * kFewOctets + p) * kThreads + threadIdx.x;
+      float acc[kOctet];
+      sum_terms<true>(Family(), acc, octet_product<Family>(first_group, octet), octet, terms);
       if constexpr (kCompensated) {
         add_values<Storage>(acc, alpha, weights[p], residuals[p]);
         Storage::split(acc, weights[p], residuals[p]);
-        write_whole<Storage>(residual + p * (kStepBytes / kFewPieces), residuals[p]);
+        write_whole<Storage>(residual + p * (kStepBytes / kFewOctets), residuals[p]);
       } else {
         add_weights<Storage>(acc, alpha, weights[p]);
         Storage::round_nearest(acc, weights[p]);
       }
-      write_whole<Storage>(out + p * (kStepBytes / kFewPieces), weights[p]);
+      write_whole<Storage>(out + p * (kStepBytes / kFewOctets), weights[p]);
     }
   }
 
   // Without them it needs fewer registers.
   constexpr bool kHasResiduals = kCompensated || kTerms != 1;
-  // The long way, a piece a thread at a time: what those steps leave of the tile.
-  constexpr int32_t kRow = kPiece * kThreads; // elements
+  // The long way, an octet a thread at a time: what those steps leave of the tile.
+  constexpr int32_t kRow = kOctet * kThreads; // elements
   const bool unchanged = tile.memory.in && !any_term && alpha == 1.0f;
   const int32_t last_row = (tile.memory.end + kRow - 1) / kRow;
 #pragma unroll 1
   for (int32_t row = tile.memory.begin / kRow; row < last_row; ++row) {
-    if (row >= whole_first * kFewPieces && row < whole_last * kFewPieces) continue;
-    const uint32_t piece = (uint32_t)row * kThreads + threadIdx.x;
-    PieceMemory memory = piece_memory<Storage>(tile, (int32_t)piece);
+    if (row >= whole_first * kFewOctets && row < whole_last * kFewOctets) continue;
+    const uint32_t octet = (uint32_t)row * kThreads + threadIdx.x;
+    OctetMemory memory = octet_memory<Storage>(tile, (int32_t)octet);
     if (!kHasResiduals) memory.residual = memory.residual_out = 0;
-    const typename Storage::Piece weights = read_piece<Storage>(memory);
+    const typename Storage::Octet weights = read_octet<Storage>(memory);
     if (unchanged) {
-      copy_piece<Storage>(memory, weights);
+      copy_octet<Storage>(memory, weights);
       continue;
     }
-    float acc[kPiece];
-    sum_terms<false>(Family(), acc, piece_product<Family>(first_group, piece), piece, terms);
-    const uint64_t noise_piece = (tile.first_element >> kPieceShift) + piece;
+    float acc[kOctet];
+    sum_terms<false>(Family(), acc, octet_product<Family>(first_group, octet), octet, terms);
+    const uint64_t noise_octet = (tile.first_element >> kOctetShift) + octet;
     RoundingNoise noise;
     noise.stochastic = stochastic;
     if (stochastic)
-      noise.words = folded_philox(low_product((uint32_t)noise_piece), load_keys(shared.rounding));
-    write_sums<Storage, Family>(memory, weights, alpha, acc, noise, launch.terms, tile.stream, noise_piece);
+      noise.words = folded_philox(low_product((uint32_t)noise_octet), load_keys(shared.rounding));
+    write_sums<Storage, Family>(memory, weights, alpha, acc, noise, launch.terms, tile.stream, noise_octet);
   }
 }

@@ -56,4 +56,4 @@ template <typename Storage> int32_t load_with_compensated() {
 #define FK_STRIDED(Storage)                                                                                  \
   {launch_strided<strided<Storage, Gaussian>>, launch_strided<strided<Storage, Rademacher>>}
 #define FK_FEW_TILE {kFewTile, kFewTile}
-#define FK_MANY_TILE(Storage) {ManyPieces<Storage::Arithmetic>::kTile, kRademacherTile}
+#define FK_MANY_TILE(Storage) {ManyOctets<Storage::Arithmetic>::kTile, kRademacherTile}

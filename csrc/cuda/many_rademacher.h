@@ -11,7 +11,7 @@
 
 constexpr int kTermBlock = kThreads; // terms whose keys and digits are prepared at once, one by each thread
 constexpr int kWordChunk = 64;       // terms whose words are made between two barriers
-constexpr int kRademacherTile = kPiece * kThreads;
+constexpr int kRademacherTile = kOctet * kThreads;
 constexpr int kTileGroups = kRademacherTile >> FK_RADEMACHER_GROUP_SHIFT;
 constexpr int kThreadsOfTerm = kThreads / kWordChunk;
 constexpr int kProductsOfThread = 16; // matrix products of a warp for its 256 elements
@@ -94,10 +94,10 @@ template <typename Arithmetic> FK_DEVICE void add_products(MatrixSums (&sums)[kP
   }
 }
 
-// S of the eight elements of the calling thread's piece, the last step of a sum over digits: a thread holds
+// S of the eight elements of the calling thread's octet, the last step of a sum over digits: a thread holds
 // two digits of all 32 elements of a word, and four threads share it. Each ends with a quarter of the elements.
 template <typename Unsigned>
-FK_DEVICE void join_digits(Unsigned (&joined)[kPiece], const MatrixSums (&sums)[kProductsOfThread]) {
+FK_DEVICE void join_digits(Unsigned (&joined)[kOctet], const MatrixSums (&sums)[kProductsOfThread]) {
   constexpr bool kAllColumns = sizeof(Unsigned) == 8; // else columns 4 to 7 repeat 0 to 3
   const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
   const unsigned shift = 16 * (threadIdx.x & (kAllColumns ? 3u : 1u));
@@ -109,7 +109,7 @@ FK_DEVICE void join_digits(Unsigned (&joined)[kPiece], const MatrixSums (&sums)[
     return ((Unsigned)(int64_t)(low >> bit) + ((Unsigned)(int64_t)(high >> bit) << 8)) << shift;
   };
 #pragma unroll
-  for (int bit = 0; bit < kPiece; ++bit) {
+  for (int bit = 0; bit < kOctet; ++bit) {
     Unsigned quarter[2];
 #pragma unroll
     for (int byte = 0; byte < 2; ++byte) {
@@ -158,12 +158,12 @@ template <typename Storage> __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if (own_total) add_total(shared.total, own_total);
-  Unsigned joined[kPiece];
+  Unsigned joined[kOctet];
   join_digits(joined, sums);
   __syncthreads();
-  Arithmetic acc[1][kPiece];
+  Arithmetic acc[1][kOctet];
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) {
+  for (int i = 0; i < kOctet; ++i) {
     acc[0][i] =
         tile.any_term ? unscaled_sum((Integer)(shared.total - 2 * joined[i]), scale) : (Arithmetic)-0.0;
   }

@@ -1,4 +1,4 @@
-// Noise of one piece: the eight elements 8 p .. 8 p + 7. Two ways to the same words:
+// Noise of one octet: the eight elements 8 p .. 8 p + 7. Two ways to the same words:
 //   folded: the stream, the high half of the group and the seed are the same for a whole tile, so what follows
 //           from them alone in Philox's first rounds is worked out once a tile and shared (FoldedKeys);
 //   direct: nothing is shared (fk_group_words).
@@ -10,8 +10,8 @@
 #include "rademacher.h"
 #include "target.h"
 
-constexpr int kPieceShift = 3;
-constexpr int kPiece = 1 << kPieceShift;
+constexpr int kOctetShift = 3;
+constexpr int kOctet = 1 << kOctetShift;
 
 struct Gaussian {
   static constexpr uint32_t kTag = FK_TAG_GAUSSIAN;
@@ -99,7 +99,7 @@ FK_DEVICE void add_product(float &acc, float factor, float z) { acc = fk_fma(fac
 FK_DEVICE void add_product(double &acc, double factor, double z) { acc = fk_fma64(factor, z, acc); }
 
 template <typename Arithmetic>
-FK_DEVICE void add_gaussian(Arithmetic (&acc)[kPiece], const fk_words &words, Arithmetic coefficient) {
+FK_DEVICE void add_gaussian(Arithmetic (&acc)[kOctet], const fk_words &words, Arithmetic coefficient) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const fk_normal_pair z = fk_normal_from_word(words.w[j]);
@@ -108,11 +108,11 @@ FK_DEVICE void add_gaussian(Arithmetic (&acc)[kPiece], const fk_words &words, Ar
   }
 }
 
-// The sign bits of a piece, the lowest its first element's. piece: its index, of which the low bits choose
+// The sign bits of an octet, the lowest its first element's. octet: its index, of which the low bits choose
 // within the group.
-FK_DEVICE uint32_t piece_signs(const fk_words &words, uint32_t piece) {
-  const uint32_t j = piece >> 2 & 3u;
+FK_DEVICE uint32_t octet_signs(const fk_words &words, uint32_t octet) {
+  const uint32_t j = octet >> 2 & 3u;
   const uint32_t low = j & 1u ? words.w[1] : words.w[0];
   const uint32_t high = j & 1u ? words.w[3] : words.w[2];
-  return (j & 2u ? high : low) >> (8u * (piece & 3u));
+  return (j & 2u ? high : low) >> (8u * (octet & 3u));
 }

@@ -1,10 +1,10 @@
-// A piece in memory: reading its weights, y = alpha w + acc, writing one or both sides.
+// An octet in memory: reading its weights, y = alpha w + acc, writing one or both sides.
 #pragma once
 
 #include "storage.h"
 #include "term_scale.h"
 
-struct PieceMemory {
+struct OctetMemory {
   const char *in; // where lane 0 would be: it may lie before the tensor. NULL: the noise itself is written
   char *out;
   char *out_minus;
@@ -15,22 +15,22 @@ struct PieceMemory {
   bool whole;                                      // all eight do, contiguous and on 16-byte boundaries
 };
 
-// Pointers that went through shared memory, told to be global again: 16-byte accesses of a whole piece.
-template <typename Storage> FK_DEVICE typename Storage::Piece read_whole(const char *from) {
+// Pointers that went through shared memory, told to be global again: 16-byte accesses of a whole octet.
+template <typename Storage> FK_DEVICE typename Storage::Octet read_whole(const char *from) {
   FK_ASSUME_GLOBAL(from);
-  typename Storage::Piece piece;
+  typename Storage::Octet octet;
 #pragma unroll
-  for (int v = 0; v < (int)(sizeof piece / sizeof(uint4)); ++v) {
-    ((uint4 *)piece.w)[v] = ((const uint4 *)from)[v];
+  for (int v = 0; v < (int)(sizeof octet / sizeof(uint4)); ++v) {
+    ((uint4 *)octet.w)[v] = ((const uint4 *)from)[v];
   }
-  return piece;
+  return octet;
 }
 
-template <typename Storage> FK_DEVICE void write_whole(char *to, const typename Storage::Piece &piece) {
+template <typename Storage> FK_DEVICE void write_whole(char *to, const typename Storage::Octet &octet) {
   FK_ASSUME_GLOBAL(to);
 #pragma unroll
-  for (int v = 0; v < (int)(sizeof piece / sizeof(uint4)); ++v) {
-    ((uint4 *)to)[v] = ((const uint4 *)piece.w)[v];
+  for (int v = 0; v < (int)(sizeof octet / sizeof(uint4)); ++v) {
+    ((uint4 *)to)[v] = ((const uint4 *)octet.w)[v];
   }
 }
 
@@ -45,80 +45,80 @@ template <typename Element> FK_DEVICE void write_element(Element *to, Element bi
 }
 
 // Eight elements of `from`; `otherwise` where there is no such memory or element.
-template <typename Storage> FK_DEVICE typename Storage::Piece
-read_elements(const PieceMemory &memory, const char *from, typename Storage::Element otherwise) {
+template <typename Storage> FK_DEVICE typename Storage::Octet
+read_elements(const OctetMemory &memory, const char *from, typename Storage::Element otherwise) {
   using Element = typename Storage::Element;
   if (memory.whole && from) return read_whole<Storage>(from);
-  typename Storage::Piece piece = {};
+  typename Storage::Octet octet = {};
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) {
+  for (int i = 0; i < kOctet; ++i) {
     Element bits = otherwise;
     if (from && i >= memory.begin && i < memory.end) {
       bits = read_element((const Element *)from + i * memory.in_stride);
     }
-    Storage::set(piece, i, bits);
+    Storage::set(octet, i, bits);
   }
-  return piece;
+  return octet;
 }
 
 // The weights; where there are none, -0: with alpha = 1 it leaves every sum as it is, zeros of both signs
 // too.
-template <typename Storage> FK_DEVICE typename Storage::Piece read_piece(const PieceMemory &memory) {
+template <typename Storage> FK_DEVICE typename Storage::Octet read_octet(const OctetMemory &memory) {
   return read_elements<Storage>(memory, memory.in, Storage::kNegativeZero);
 }
 
-template <typename Storage> FK_DEVICE void write_piece(const PieceMemory &memory, char *to, int64_t stride,
-                                                       const typename Storage::Piece &piece) {
+template <typename Storage> FK_DEVICE void write_octet(const OctetMemory &memory, char *to, int64_t stride,
+                                                       const typename Storage::Octet &octet) {
   if (memory.whole) {
-    write_whole<Storage>(to, piece);
+    write_whole<Storage>(to, octet);
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) {
+  for (int i = 0; i < kOctet; ++i) {
     if (i >= memory.begin && i < memory.end) {
-      write_element((typename Storage::Element *)to + i * stride, Storage::get(piece, i));
+      write_element((typename Storage::Element *)to + i * stride, Storage::get(octet, i));
     }
   }
 }
 
 // y = alpha w + acc in place of acc.
-template <typename Storage> FK_DEVICE void add_weights(typename Storage::Arithmetic (&acc)[kPiece],
+template <typename Storage> FK_DEVICE void add_weights(typename Storage::Arithmetic (&acc)[kOctet],
                                                        typename Storage::Arithmetic alpha,
-                                                       const typename Storage::Piece &weights) {
+                                                       const typename Storage::Octet &weights) {
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) add_product(acc[i], alpha, Storage::widen(weights, i));
+  for (int i = 0; i < kOctet; ++i) add_product(acc[i], alpha, Storage::widen(weights, i));
 }
 
 // The same of compensated weights (contract 6.5).
-template <typename Storage> FK_DEVICE void add_values(float (&acc)[kPiece], float alpha,
-                                                      const typename Storage::Piece &weights,
-                                                      const typename Storage::Piece &residuals) {
+template <typename Storage> FK_DEVICE void add_values(float (&acc)[kOctet], float alpha,
+                                                      const typename Storage::Octet &weights,
+                                                      const typename Storage::Octet &residuals) {
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) add_product(acc[i], alpha, Storage::value(weights, residuals, i));
+  for (int i = 0; i < kOctet; ++i) add_product(acc[i], alpha, Storage::value(weights, residuals, i));
 }
 
-// Words of the rounding seed for a piece; rounding is to nearest where there are none.
+// Words of the rounding seed for an octet; rounding is to nearest where there are none.
 struct RoundingNoise {
   fk_words words;
   bool stochastic;
 };
 
 template <typename Storage>
-FK_DEVICE void write_side(const PieceMemory &memory, char *to, int64_t stride,
-                          const typename Storage::Piece &weights, typename Storage::Arithmetic alpha,
-                          const typename Storage::Arithmetic (&acc)[kPiece], const RoundingNoise &noise) {
-  typename Storage::Arithmetic y[kPiece];
+FK_DEVICE void write_side(const OctetMemory &memory, char *to, int64_t stride,
+                          const typename Storage::Octet &weights, typename Storage::Arithmetic alpha,
+                          const typename Storage::Arithmetic (&acc)[kOctet], const RoundingNoise &noise) {
+  typename Storage::Arithmetic y[kOctet];
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) y[i] = acc[i];
-  typename Storage::Piece rounded = {};
+  for (int i = 0; i < kOctet; ++i) y[i] = acc[i];
+  typename Storage::Octet rounded = {};
   if constexpr (Storage::kRounds) {
     if (memory.residual) {
-      typename Storage::Piece residuals = read_elements<Storage>(memory, memory.residual, 0);
+      typename Storage::Octet residuals = read_elements<Storage>(memory, memory.residual, 0);
       add_values<Storage>(y, alpha, weights, residuals);
       if (memory.residual_out) {
         Storage::split(y, rounded, residuals);
-        write_piece<Storage>(memory, memory.residual_out, memory.in_stride, residuals);
-        write_piece<Storage>(memory, to, stride, rounded);
+        write_octet<Storage>(memory, memory.residual_out, memory.in_stride, residuals);
+        write_octet<Storage>(memory, to, stride, rounded);
         return;
       }
     } else {
@@ -132,91 +132,91 @@ FK_DEVICE void write_side(const PieceMemory &memory, char *to, int64_t stride,
   } else {
     Storage::round_nearest(y, rounded);
   }
-  write_piece<Storage>(memory, to, stride, rounded);
+  write_octet<Storage>(memory, to, stride, rounded);
 }
 
 // Both outputs as they came in (contract 6.1: no term remains and alpha is 1).
 template <typename Storage>
-FK_DEVICE void copy_piece(const PieceMemory &memory, const typename Storage::Piece &weights) {
-  write_piece<Storage>(memory, memory.out, memory.out_stride, weights);
+FK_DEVICE void copy_octet(const OctetMemory &memory, const typename Storage::Octet &weights) {
+  write_octet<Storage>(memory, memory.out, memory.out_stride, weights);
   if (memory.out_minus) {
-    write_piece<Storage>(memory, memory.out_minus, memory.out_minus_stride, weights);
+    write_octet<Storage>(memory, memory.out_minus, memory.out_minus_stride, weights);
   }
 }
 
-// The sums of one piece while terms are added, and what a term is to them: for Gaussian noise numbers and the
+// The sums of one octet while terms are added, and what a term is to them: for Gaussian noise numbers and the
 // coefficient, for Rademacher noise integers and the scaled coefficient.
-template <typename Family, typename Arithmetic> struct PieceSums;
+template <typename Family, typename Arithmetic> struct OctetSums;
 
-template <typename Arithmetic> struct PieceSums<Gaussian, Arithmetic> {
+template <typename Arithmetic> struct OctetSums<Gaussian, Arithmetic> {
   using Factor = Arithmetic;
-  Arithmetic acc[kPiece];
+  Arithmetic acc[kOctet];
 
   FK_DEVICE void clear() {
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i) acc[i] = (Arithmetic)-0.0;
+    for (int i = 0; i < kOctet; ++i) acc[i] = (Arithmetic)-0.0;
   }
   FK_DEVICE void add(const fk_words &words, uint32_t, Factor coefficient) {
     add_gaussian(acc, words, coefficient);
   }
 };
 
-template <typename Arithmetic> struct PieceSums<Rademacher, Arithmetic> {
+template <typename Arithmetic> struct OctetSums<Rademacher, Arithmetic> {
   using Factor = typename Integers<Arithmetic>::Type;
-  Factor acc[kPiece];
+  Factor acc[kOctet];
 
   FK_DEVICE void clear() {
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i) acc[i] = 0;
+    for (int i = 0; i < kOctet; ++i) acc[i] = 0;
   }
-  FK_DEVICE void add(const fk_words &words, uint32_t piece, Factor q) {
-    const uint32_t signs = piece_signs(words, piece);
+  FK_DEVICE void add(const fk_words &words, uint32_t octet, Factor q) {
+    const uint32_t signs = octet_signs(words, octet);
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i) acc[i] += signs & 1u << i ? -q : q;
+    for (int i = 0; i < kOctet; ++i) acc[i] += signs & 1u << i ? -q : q;
   }
 };
 
 // Sums of the minus side (contract 6.2). Rademacher noise: -acc, except that a zero is the same on both.
-template <typename Arithmetic> FK_DEVICE void negated_sums(Rademacher, Arithmetic (&minus)[kPiece],
-                                                           const Arithmetic (&acc)[kPiece],
+template <typename Arithmetic> FK_DEVICE void negated_sums(Rademacher, Arithmetic (&minus)[kOctet],
+                                                           const Arithmetic (&acc)[kOctet],
                                                            const TermArguments &, uint32_t, uint64_t) {
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) minus[i] = acc[i] == (Arithmetic)0 ? acc[i] : -acc[i];
+  for (int i = 0; i < kOctet; ++i) minus[i] = acc[i] == (Arithmetic)0 ? acc[i] : -acc[i];
 }
 
 // Gaussian noise: -acc, except that zeros need not mirror. Those are rare; they are summed anew, from the
-// negated coefficients and directly. piece: its index in the noise.
+// negated coefficients and directly. octet: its index in the noise.
 template <typename Arithmetic>
-FK_DEVICE void negated_sums(Gaussian, Arithmetic (&minus)[kPiece], const Arithmetic (&acc)[kPiece],
-                            const TermArguments &terms, uint32_t stream, uint64_t piece) {
+FK_DEVICE void negated_sums(Gaussian, Arithmetic (&minus)[kOctet], const Arithmetic (&acc)[kOctet],
+                            const TermArguments &terms, uint32_t stream, uint64_t octet) {
   bool has_zero = false;
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) {
+  for (int i = 0; i < kOctet; ++i) {
     minus[i] = -acc[i];
     has_zero |= acc[i] == (Arithmetic)0;
   }
   if (!has_zero) return;
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) minus[i] = (Arithmetic)-0.0;
+  for (int i = 0; i < kOctet; ++i) minus[i] = (Arithmetic)-0.0;
 #pragma unroll 1
   for (int64_t k = 0; k < terms.count; ++k) {
     bool skipped;
     const Arithmetic c = term_coefficient<Gaussian, Arithmetic>(terms, k, skipped);
     if (c == (Arithmetic)0) continue;
-    add_gaussian(minus, fk_group_words(term_seed(terms, k), stream, piece, FK_TAG_GAUSSIAN), -c);
+    add_gaussian(minus, fk_group_words(term_seed(terms, k), stream, octet, FK_TAG_GAUSSIAN), -c);
   }
 }
 
-// Writes one piece with its sums, on both sides where two are wanted.
+// Writes one octet with its sums, on both sides where two are wanted.
 template <typename Storage, typename Family>
-FK_DEVICE void write_sums(const PieceMemory &memory, const typename Storage::Piece &weights,
+FK_DEVICE void write_sums(const OctetMemory &memory, const typename Storage::Octet &weights,
                           typename Storage::Arithmetic alpha,
-                          const typename Storage::Arithmetic (&acc)[kPiece], const RoundingNoise &noise,
-                          const TermArguments &terms, uint32_t stream, uint64_t piece) {
+                          const typename Storage::Arithmetic (&acc)[kOctet], const RoundingNoise &noise,
+                          const TermArguments &terms, uint32_t stream, uint64_t octet) {
   write_side<Storage>(memory, memory.out, memory.out_stride, weights, alpha, acc, noise);
   if (memory.out_minus) {
-    typename Storage::Arithmetic minus[kPiece];
-    negated_sums(Family(), minus, acc, terms, stream, piece);
+    typename Storage::Arithmetic minus[kOctet];
+    negated_sums(Family(), minus, acc, terms, stream, octet);
     write_side<Storage>(memory, memory.out_minus, memory.out_minus_stride, weights, alpha, minus, noise);
   }
 }

@@ -122,8 +122,8 @@ int32_t append_strided(Plan &plan, const fk_tensor &t) {
   strided.tensor = t;
   strided.row_length = has_rows ? t.sizes[last] : 1;
   strided.first_dim = has_rows ? last : t.ndim;
-  // Pieces that so many consecutive elements can touch, wherever they begin.
-  strided.slots_per_row = (strided.row_length + 2 * kPiece - 2) / kPiece;
+  // Octets that so many consecutive elements can touch, wherever they begin.
+  strided.slots_per_row = (strided.row_length + 2 * kOctet - 2) / kOctet;
   strided.num_slots = t.numel / strided.row_length * strided.slots_per_row;
   return append<StridedLaunch, StridedTensor, kMaxStridedTensors>(
       plan, plan.strided, strided, (strided.num_slots + plan.strided_tile - 1) / plan.strided_tile);
