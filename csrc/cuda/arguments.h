@@ -37,8 +37,8 @@ struct FlatTensor {
 // each).
 struct StridedTensor {
   fk_tensor tensor;
-  int64_t row_length;
-  int64_t slots_per_row;
+  int64_t run_length;
+  int64_t slots_per_run;
   int64_t num_slots;
   uint32_t first_tile;
   int32_t first_dim; // the dimensions before it count rows; the one at it, if any, is the row

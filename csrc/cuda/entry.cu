@@ -77,10 +77,10 @@ __global__ void normal_digest(const DigestTest test) {
 uint32_t num_blocks(int64_t count) { return (uint32_t)((count + kTestThreads - 1) / kTestThreads); }
 
 template <typename Test> int32_t run_test(void (*kernel)(const Test), uint32_t blocks, const Test &test,
-                                          int32_t device, void *stream) {
+                                          int32_t device, void *cuda_stream) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return (int32_t)guard.error();
-  if (blocks) FK_LAUNCH(kernel, blocks, kTestThreads, stream, test);
+  if (blocks) FK_LAUNCH(kernel, blocks, kTestThreads, cuda_stream, test);
   return (int32_t)cudaGetLastError();
 }
 
@@ -124,25 +124,26 @@ FK_EXPORT int32_t fk_cuda_load(int32_t device) {
 
 FK_EXPORT int32_t fk_cuda_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
                                     int64_t num_source_rows, const fk_cuda_terms *terms, int32_t device,
-                                    void *stream) {
+                                    void *cuda_stream) {
   if (!known_codes(tensors, num_tensors, *terms)) return FK_ERROR_ARGUMENT;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return (int32_t)guard.error();
-  return fk_cuda_run(tensors, num_tensors, rows, num_source_rows, terms, stream);
+  return fk_cuda_run(tensors, num_tensors, rows, num_source_rows, terms, cuda_stream);
 }
 
 FK_EXPORT int32_t fk_cuda_philox_words(const uint32_t *counters, const uint32_t *keys, uint32_t *out,
-                                       int64_t count, int32_t device, void *stream) {
-  return run_test(philox_words, num_blocks(count), WordsTest{counters, keys, out, count}, device, stream);
+                                       int64_t count, int32_t device, void *cuda_stream) {
+  return run_test(philox_words, num_blocks(count), WordsTest{counters, keys, out, count}, device,
+                  cuda_stream);
 }
 
 FK_EXPORT int32_t fk_cuda_normal_from_words(const uint32_t *words, float *out, int64_t count, int32_t device,
-                                            void *stream) {
-  return run_test(normal_from_words, num_blocks(count), NormalsTest{words, out, count}, device, stream);
+                                            void *cuda_stream) {
+  return run_test(normal_from_words, num_blocks(count), NormalsTest{words, out, count}, device, cuda_stream);
 }
 
 FK_EXPORT int32_t fk_cuda_normal_digest(uint64_t first, uint64_t count, uint64_t *digest, int32_t device,
-                                        void *stream) {
+                                        void *cuda_stream) {
   const uint32_t blocks = count < (1u << 20) ? num_blocks((int64_t)count) : 4096u;
-  return run_test(normal_digest, blocks, DigestTest{first, count, digest}, device, stream);
+  return run_test(normal_digest, blocks, DigestTest{first, count, digest}, device, cuda_stream);
 }

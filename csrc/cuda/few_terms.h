@@ -185,13 +185,13 @@ __global__ void __launch_bounds__(kThreads, few_blocks<Family, kTerms>())
   // Without them it needs fewer registers.
   constexpr bool kHasResiduals = kCompensated || kTerms != 1;
   // The long way, an octet a thread at a time: what those steps leave of the tile.
-  constexpr int32_t kRow = kOctet * kThreads; // elements
+  constexpr int32_t kPass = kOctet * kThreads; // elements
   const bool unchanged = tile.memory.in && !any_term && alpha == 1.0f;
-  const int32_t last_row = (tile.memory.end + kRow - 1) / kRow;
+  const int32_t end_pass = (tile.memory.end + kPass - 1) / kPass;
 #pragma unroll 1
-  for (int32_t row = tile.memory.begin / kRow; row < last_row; ++row) {
-    if (row >= whole_first * kFewOctets && row < whole_last * kFewOctets) continue;
-    const uint32_t octet = (uint32_t)row * kThreads + threadIdx.x;
+  for (int32_t pass = tile.memory.begin / kPass; pass < end_pass; ++pass) {
+    if (pass >= whole_first * kFewOctets && pass < whole_last * kFewOctets) continue;
+    const uint32_t octet = (uint32_t)pass * kThreads + threadIdx.x;
     OctetMemory memory = octet_memory<Storage>(tile, (int32_t)octet);
     if (!kHasResiduals) memory.residual = memory.residual_out = 0;
     const typename Storage::Octet weights = read_octet<Storage>(memory);
@@ -202,10 +202,10 @@ __global__ void __launch_bounds__(kThreads, few_blocks<Family, kTerms>())
     float acc[kOctet];
     sum_terms<false>(Family(), acc, octet_product<Family>(first_group, octet), octet, terms);
     const uint64_t noise_octet = (tile.first_element >> kOctetShift) + octet;
-    RoundingNoise noise;
-    noise.stochastic = stochastic;
+    RoundingBits bits;
+    bits.stochastic = stochastic;
     if (stochastic)
-      noise.words = folded_philox(low_product((uint32_t)noise_octet), load_keys(shared.rounding));
-    write_sums<Storage, Family>(memory, weights, alpha, acc, noise, launch.terms, tile.stream, noise_octet);
+      bits.words = folded_philox(low_product((uint32_t)noise_octet), load_keys(shared.rounding));
+    write_sums<Storage, Family>(memory, weights, alpha, acc, bits, launch.terms, tile.stream, noise_octet);
   }
 }

@@ -8,13 +8,13 @@
 #include "strided.h"
 
 template <void (*kernel)(const FlatLaunch)>
-void launch_flat(const FlatLaunch &launch, uint32_t num_tiles, void *stream) {
-  FK_LAUNCH(kernel, num_tiles, kThreads, stream, launch);
+void launch_flat(const FlatLaunch &launch, uint32_t num_tiles, void *cuda_stream) {
+  FK_LAUNCH(kernel, num_tiles, kThreads, cuda_stream, launch);
 }
 
 template <void (*kernel)(const StridedLaunch)>
-void launch_strided(const StridedLaunch &launch, uint32_t num_tiles, void *stream) {
-  FK_LAUNCH(kernel, num_tiles, kStridedThreads, stream, launch);
+void launch_strided(const StridedLaunch &launch, uint32_t num_tiles, void *cuda_stream) {
+  FK_LAUNCH(kernel, num_tiles, kStridedThreads, cuda_stream, launch);
 }
 
 template <typename Kernel> void load_kernel(Kernel kernel, cudaError_t &error) {

@@ -141,8 +141,8 @@ template <typename Storage> __global__ void __launch_bounds__(kThreads, 2)
   Unsigned own_total = 0;
   const uint32_t group = group_low(tile.tile.first_element, FK_RADEMACHER_GROUP_SHIFT);
   for (int64_t block = 0; block < launch.terms.count; block += kTermBlock) {
-    const int64_t left = launch.terms.count - block;
-    const int in_block = left < kTermBlock ? (int)left : kTermBlock;
+    const int64_t remaining = launch.terms.count - block;
+    const int in_block = remaining < kTermBlock ? (int)remaining : kTermBlock;
     prepare_terms(launch.terms, block, tile.tile, scale, shared, own_total);
     __syncthreads();
 #pragma unroll 1

@@ -98,7 +98,7 @@ template <typename Storage> FK_DEVICE void add_values(float (&acc)[kOctet], floa
 }
 
 // Words of the rounding seed for an octet; rounding is to nearest where there are none.
-struct RoundingNoise {
+struct RoundingBits {
   fk_words words;
   bool stochastic;
 };
@@ -106,7 +106,7 @@ struct RoundingNoise {
 template <typename Storage>
 FK_DEVICE void write_side(const OctetMemory &memory, char *to, int64_t stride,
                           const typename Storage::Octet &weights, typename Storage::Arithmetic alpha,
-                          const typename Storage::Arithmetic (&acc)[kOctet], const RoundingNoise &noise) {
+                          const typename Storage::Arithmetic (&acc)[kOctet], const RoundingBits &bits) {
   typename Storage::Arithmetic y[kOctet];
 #pragma unroll
   for (int i = 0; i < kOctet; ++i) y[i] = acc[i];
@@ -127,8 +127,8 @@ FK_DEVICE void write_side(const OctetMemory &memory, char *to, int64_t stride,
   } else {
     add_weights<Storage>(y, alpha, weights);
   }
-  if (noise.stochastic) {
-    Storage::round_stochastic(y, noise.words, rounded);
+  if (bits.stochastic) {
+    Storage::round_stochastic(y, bits.words, rounded);
   } else {
     Storage::round_nearest(y, rounded);
   }
@@ -211,12 +211,12 @@ FK_DEVICE void negated_sums(Gaussian, Arithmetic (&minus)[kOctet], const Arithme
 template <typename Storage, typename Family>
 FK_DEVICE void write_sums(const OctetMemory &memory, const typename Storage::Octet &weights,
                           typename Storage::Arithmetic alpha,
-                          const typename Storage::Arithmetic (&acc)[kOctet], const RoundingNoise &noise,
+                          const typename Storage::Arithmetic (&acc)[kOctet], const RoundingBits &bits,
                           const TermArguments &terms, uint32_t stream, uint64_t octet) {
-  write_side<Storage>(memory, memory.out, memory.out_stride, weights, alpha, acc, noise);
+  write_side<Storage>(memory, memory.out, memory.out_stride, weights, alpha, acc, bits);
   if (memory.out_minus) {
     typename Storage::Arithmetic minus[kOctet];
     negated_sums(Family(), minus, acc, terms, stream, octet);
-    write_side<Storage>(memory, memory.out_minus, memory.out_minus_stride, weights, alpha, minus, noise);
+    write_side<Storage>(memory, memory.out_minus, memory.out_minus_stride, weights, alpha, minus, bits);
   }
 }

@@ -56,7 +56,7 @@ TermArguments make_terms(const fk_cuda_terms &terms, bool fp64) {
 template <typename Launch> struct Table {
   Launch launch;
   int64_t num_tiles;
-  void (*run)(const Launch &launch, uint32_t num_tiles, void *stream);
+  void (*run)(const Launch &launch, uint32_t num_tiles, void *cuda_stream);
 };
 
 // The launches of one dtype.
@@ -66,14 +66,14 @@ struct Plan {
   int64_t flat_tile, strided_tile;
   bool never_flat;
   int32_t *num_skipped; // until a launch has taken it
-  void *stream;
+  void *cuda_stream;
 };
 
 template <typename Launch> void flush(Plan &plan, Table<Launch> &table) {
   if (table.num_tiles > 0) {
     table.launch.terms.num_skipped = plan.num_skipped;
     plan.num_skipped = 0;
-    table.run(table.launch, (uint32_t)table.num_tiles, plan.stream);
+    table.run(table.launch, (uint32_t)table.num_tiles, plan.cuda_stream);
   }
   table.launch.num_tensors = 0;
   table.num_tiles = 0;
@@ -117,14 +117,14 @@ fk_tensor as_strided(const fk_tensor &flat) {
 
 int32_t append_strided(Plan &plan, const fk_tensor &t) {
   const int32_t last = t.ndim - 1;
-  const bool has_rows = t.element_strides[last] == 1 && !(plan.strided.launch.rows && last == 0);
+  const bool has_runs = t.element_strides[last] == 1 && !(plan.strided.launch.rows && last == 0);
   StridedTensor strided = {};
   strided.tensor = t;
-  strided.row_length = has_rows ? t.sizes[last] : 1;
-  strided.first_dim = has_rows ? last : t.ndim;
+  strided.run_length = has_runs ? t.sizes[last] : 1;
+  strided.first_dim = has_runs ? last : t.ndim;
   // Octets that so many consecutive elements can touch, wherever they begin.
-  strided.slots_per_row = (strided.row_length + 2 * kOctet - 2) / kOctet;
-  strided.num_slots = t.numel / strided.row_length * strided.slots_per_row;
+  strided.slots_per_run = (strided.run_length + 2 * kOctet - 2) / kOctet;
+  strided.num_slots = t.numel / strided.run_length * strided.slots_per_run;
   return append<StridedLaunch, StridedTensor, kMaxStridedTensors>(
       plan, plan.strided, strided, (strided.num_slots + plan.strided_tile - 1) / plan.strided_tile);
 }
@@ -149,9 +149,9 @@ void begin(Plan &plan, int32_t dtype, bool compensated, const fk_cuda_terms &ter
 } // namespace
 
 int32_t fk_cuda_run(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
-                    int64_t num_source_rows, const fk_cuda_terms *terms, void *stream) {
+                    int64_t num_source_rows, const fk_cuda_terms *terms, void *cuda_stream) {
   Plan plan = {};
-  plan.stream = stream;
+  plan.cuda_stream = cuda_stream;
   plan.num_skipped = terms->num_skipped;
   // Tensors with residuals have launches of their own.
   for (int32_t kind = 0; kind < 2 * (FK_FP64 + 1); ++kind) {

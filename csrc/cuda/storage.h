@@ -117,11 +117,11 @@ struct Bf16 : Half {
 #pragma unroll
     for (int j = 0; j < 4; ++j) octet.w[j] = pack_bf16(y[2 * j], y[2 * j + 1]);
   }
-  FK_DEVICE static void round_stochastic(const float (&y)[kOctet], const fk_words &noise, Octet &octet) {
+  FK_DEVICE static void round_stochastic(const float (&y)[kOctet], const fk_words &bits, Octet &octet) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      octet.w[j] = fk_bf16_stochastic(y[2 * j], noise.w[j] & 0xFFFFu) |
-                   (uint32_t)fk_bf16_stochastic(y[2 * j + 1], noise.w[j] >> 16) << 16;
+      octet.w[j] = fk_bf16_stochastic(y[2 * j], bits.w[j] & 0xFFFFu) |
+                   (uint32_t)fk_bf16_stochastic(y[2 * j + 1], bits.w[j] >> 16) << 16;
     }
   }
 };
@@ -145,11 +145,11 @@ struct Fp16 : Half {
 #pragma unroll
     for (int j = 0; j < 4; ++j) octet.w[j] = pack_fp16(y[2 * j], y[2 * j + 1]);
   }
-  FK_DEVICE static void round_stochastic(const float (&y)[kOctet], const fk_words &noise, Octet &octet) {
+  FK_DEVICE static void round_stochastic(const float (&y)[kOctet], const fk_words &bits, Octet &octet) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      octet.w[j] = fk_fp16_stochastic(y[2 * j], noise.w[j] & 0xFFFFu) |
-                   (uint32_t)fk_fp16_stochastic(y[2 * j + 1], noise.w[j] >> 16) << 16;
+      octet.w[j] = fk_fp16_stochastic(y[2 * j], bits.w[j] & 0xFFFFu) |
+                   (uint32_t)fk_fp16_stochastic(y[2 * j + 1], bits.w[j] >> 16) << 16;
     }
   }
 };

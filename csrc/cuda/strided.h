@@ -68,8 +68,8 @@ template <typename Storage> FK_DEVICE Slot find_slot(const StridedTensor &stride
                                                      int64_t num_source_rows, int64_t slot) {
   constexpr int64_t kSize = sizeof(typename Storage::Element);
   const fk_tensor &tensor = strided.tensor;
-  const int64_t row = slot / strided.slots_per_row;
-  int64_t rest = row, element = tensor.first_element, in_at = 0, out_at = 0, minus_at = 0;
+  const int64_t run = slot / strided.slots_per_run;
+  int64_t rest = run, element = tensor.first_element, in_at = 0, out_at = 0, minus_at = 0;
   Slot found;
   found.no_source = false;
   for (int d = strided.first_dim - 1; d >= 0; --d) {
@@ -86,15 +86,15 @@ template <typename Storage> FK_DEVICE Slot find_slot(const StridedTensor &stride
     minus_at += i * tensor.out_minus_strides[d];
   }
   if (found.no_source) element = 0;
-  const int64_t lane = element & (kOctet - 1);
-  // Of lane 0 of this slot, from the row's first element.
-  const int64_t at = (slot - row * strided.slots_per_row) * kOctet - lane;
+  const int64_t place = element & (kOctet - 1); // of the element within its octet
+  // Where the octet begins, counted in elements from the first of the run.
+  const int64_t at = (slot - run * strided.slots_per_run) * kOctet - place;
   found.octet = (uint64_t)(element + at) >> kOctetShift;
   OctetMemory &memory = found.memory;
-  const bool has_row = strided.first_dim < tensor.ndim;
-  memory.in_stride = has_row ? tensor.in_strides[strided.first_dim] : 1;
-  memory.out_stride = has_row ? tensor.out_strides[strided.first_dim] : 1;
-  memory.out_minus_stride = has_row ? tensor.out_minus_strides[strided.first_dim] : 1;
+  const bool has_run = strided.first_dim < tensor.ndim;
+  memory.in_stride = has_run ? tensor.in_strides[strided.first_dim] : 1;
+  memory.out_stride = has_run ? tensor.out_strides[strided.first_dim] : 1;
+  memory.out_minus_stride = has_run ? tensor.out_minus_strides[strided.first_dim] : 1;
   memory.in =
       tensor.in && !found.no_source ? (const char *)tensor.in + (in_at + at * memory.in_stride) * kSize : 0;
   const int64_t residual_at = (in_at + at * memory.in_stride) * (int64_t)sizeof(int16_t);
@@ -104,8 +104,8 @@ template <typename Storage> FK_DEVICE Slot find_slot(const StridedTensor &stride
   memory.out_minus =
       tensor.out_minus ? (char *)tensor.out_minus + (minus_at + at * memory.out_minus_stride) * kSize : 0;
   memory.begin = at < 0 ? (int32_t)-at : 0;
-  const int64_t left = strided.row_length - at;
-  memory.end = left < kOctet ? (left < 0 ? 0 : (int32_t)left) : kOctet;
+  const int64_t remaining = strided.run_length - at;
+  memory.end = remaining < kOctet ? (remaining < 0 ? 0 : (int32_t)remaining) : kOctet;
   const bool contiguous =
       memory.in_stride == 1 && memory.out_stride == 1 && (!memory.out_minus || memory.out_minus_stride == 1);
   const uint64_t addresses =
@@ -170,11 +170,11 @@ template <typename Storage, typename Family> __global__ void __launch_bounds__(k
     copy_octet<Storage>(memory, weights);
     return;
   }
-  RoundingNoise noise;
-  noise.stochastic = Storage::kRounds && terms.stochastic;
-  if (noise.stochastic) {
-    noise.words = fk_group_words(term_rounding_seed(terms), tensor.tensor.stream,
-                                 found.octet >> (FK_ROUNDING_GROUP_SHIFT - kOctetShift), FK_TAG_ROUNDING);
+  RoundingBits bits;
+  bits.stochastic = Storage::kRounds && terms.stochastic;
+  if (bits.stochastic) {
+    bits.words = fk_group_words(term_rounding_seed(terms), tensor.tensor.stream,
+                                found.octet >> (FK_ROUNDING_GROUP_SHIFT - kOctetShift), FK_TAG_ROUNDING);
   }
-  write_sums<Storage, Family>(memory, weights, alpha, acc, noise, terms, tensor.tensor.stream, found.octet);
+  write_sums<Storage, Family>(memory, weights, alpha, acc, bits, terms, tensor.tensor.stream, found.octet);
 }

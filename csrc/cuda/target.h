@@ -4,8 +4,8 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
-#define FK_LAUNCH(kernel, blocks, threads, stream, argument)                                                 \
-  kernel<<<(unsigned)(blocks), (unsigned)(threads), 0, (cudaStream_t)(stream)>>>(argument)
+#define FK_LAUNCH(kernel, blocks, threads, cuda_stream, argument)                                            \
+  kernel<<<(unsigned)(blocks), (unsigned)(threads), 0, (cudaStream_t)(cuda_stream)>>>(argument)
 #else
 #include <cuda_shim.h>
 #endif

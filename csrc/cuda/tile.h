@@ -42,11 +42,10 @@ FK_DEVICE void end_tile(const FlatLaunch &launch, const TileShared &shared,
       continue;
     }
     const uint64_t noise_octet = (tile.first_element >> kOctetShift) + (uint32_t)octet;
-    RoundingNoise noise;
-    noise.stochastic = stochastic;
+    RoundingBits bits;
+    bits.stochastic = stochastic;
     if (stochastic)
-      noise.words = folded_philox(low_product((uint32_t)noise_octet), load_keys(shared.rounding));
-    write_sums<Storage, Family>(memory, weights, alpha, acc[p], noise, launch.terms, tile.stream,
-                                noise_octet);
+      bits.words = folded_philox(low_product((uint32_t)noise_octet), load_keys(shared.rounding));
+    write_sums<Storage, Family>(memory, weights, alpha, acc[p], bits, launch.terms, tile.stream, noise_octet);
   }
 }

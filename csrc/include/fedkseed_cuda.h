@@ -45,14 +45,16 @@ int32_t fk_cuda_load(int32_t device);
 // rows: NULL, or sizes[0] device indices used by every tensor of the list; num_source_rows: what they count.
 // An index outside [0, num_source_rows) is not followed: its output row is NaN.
 int32_t fk_cuda_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
-                          int64_t num_source_rows, const fk_cuda_terms *terms, int32_t device, void *stream);
+                          int64_t num_source_rows, const fk_cuda_terms *terms, int32_t device,
+                          void *cuda_stream);
 
 // Test-only, on device memory: as their namesakes of fedkseed.h. The digest is added to *digest.
 int32_t fk_cuda_philox_words(const uint32_t *counters, const uint32_t *keys, uint32_t *out, int64_t count,
-                             int32_t device, void *stream);
+                             int32_t device, void *cuda_stream);
 int32_t fk_cuda_normal_from_words(const uint32_t *words, float *out, int64_t count, int32_t device,
-                                  void *stream);
-int32_t fk_cuda_normal_digest(uint64_t first, uint64_t count, uint64_t *digest, int32_t device, void *stream);
+                                  void *cuda_stream);
+int32_t fk_cuda_normal_digest(uint64_t first, uint64_t count, uint64_t *digest, int32_t device,
+                              void *cuda_stream);
 
 #if defined(__cplusplus)
 }

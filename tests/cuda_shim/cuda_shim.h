@@ -79,8 +79,8 @@ static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, const void
 
 static inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *) { return cudaSuccess; }
 
-#define FK_LAUNCH(kernel, blocks, threads, stream, argument)                                                 \
+#define FK_LAUNCH(kernel, blocks, threads, cuda_stream, argument)                                            \
   do {                                                                                                       \
-    (void)(stream);                                                                                          \
+    (void)(cuda_stream);                                                                                     \
     fk_shim_run((unsigned)(blocks), (unsigned)(threads), [&] { kernel(argument); });                         \
   } while (0)
