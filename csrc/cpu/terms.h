@@ -4,13 +4,13 @@
 
 #include "kernels.h"
 
-typedef struct fk_schedules {
-  fk_schedule plus;
-  fk_schedule minus; // every coefficient negated; for Gaussian noise only
+typedef struct fk_ready_sides {
+  fk_ready_terms plus;
+  fk_ready_terms minus; // every coefficient negated; for Gaussian noise only
   void *memory;
-} fk_schedules;
+} fk_ready_sides;
 
 // fp64: keep fp64 coefficients; otherwise round each to fp32. lookup_terms: as fk_kernels has it. Returns 0 or
 // FK_ERROR_MEMORY.
-int32_t fk_make_schedules(const fk_terms *terms, int fp64, int64_t lookup_terms, fk_schedules *out);
-void fk_free_schedules(fk_schedules *schedules);
+int32_t fk_make_ready_terms(const fk_terms *terms, int fp64, int64_t lookup_terms, fk_ready_sides *out);
+void fk_free_ready_terms(fk_ready_sides *sides);
