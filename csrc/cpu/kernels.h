@@ -7,6 +7,8 @@
 #include "fedkseed.h"
 #include "philox4x32.h"
 
+#define FK_MEMBER inline __attribute__((always_inline))
+
 // Elements a block spans at most. Its sums stay in the first-level cache; 16 Rademacher groups.
 #define FK_BLOCK 2048
 // Sum buffers are this much longer: kernels work on whole vectors of groups (16 groups of 8 elements).

@@ -142,4 +142,7 @@ struct Vec {
   }
 };
 
+typedef Vec::F F;
+typedef Vec::I I;
+
 } // namespace

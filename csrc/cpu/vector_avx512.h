@@ -153,4 +153,7 @@ struct Vec {
   }
 };
 
+typedef Vec::F F;
+typedef Vec::I I;
+
 } // namespace
