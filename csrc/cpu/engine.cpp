@@ -8,11 +8,11 @@
 
 namespace {
 
-// Elements a chunk spans: the unit handed to threads. The bits depend on neither value.
+// Elements of a chunk, the unit handed to threads. Results do not depend on them.
 const int64_t kChunkFewTerms = 1 << 14;
 const int64_t kChunkManyTerms = 1 << 13;
 const int64_t kFewTerms = 8;
-// Elements times terms below which waking other threads costs more than it saves (some 20 us of one core).
+// Elements times terms below which waking other threads costs more than it saves (about 20 us of one core).
 const int64_t kWorkForThreads = 1 << 15;
 
 struct Job {
@@ -26,7 +26,7 @@ struct Job {
   const fk_kernels *kernels;
 };
 
-// One of the two outputs of a run: base pointer and stride in memory.
+// One of the two outputs of a run.
 struct Side {
   char *base;
   int64_t stride;
@@ -80,7 +80,8 @@ struct Buffers {
   int16_t residuals[FK_BLOCK];
 };
 
-// Sums of one block of groups, and how many elements of the first group lie before the run.
+// Computes the sums of the groups that hold n elements from `element` on. Returns how many elements of the first
+// group come before `element`.
 int64_t block_sums(const Job &job, const fk_tensor &t, const fk_ready_terms &terms, uint64_t element,
                    int64_t n, float *acc, double *acc64) {
   const bool gaussian = job.terms->family == FK_GAUSSIAN;
@@ -97,9 +98,10 @@ int64_t block_sums(const Job &job, const fk_tensor &t, const fk_ready_terms &ter
   return skip;
 }
 
-// The minus side is -acc, except that a zero need not mirror: an exact cancellation gives +0 on both sides, no
-// term at all -0 (section 6.2). A zero of an integer sum is one of these; so is a zero of an fp32 sum of no term.
-// Other zeros of an fp32 sum may be underflows: then false, and they are computed anew from negated coefficients.
+// Sums of the minus side from those of the plus side: -acc, except for zeros. Terms that cancel exactly give +0 on
+// both sides, and no term at all gives -0 (contract section 6.2): a zero of an integer sum is always one of these.
+// A zero of a Gaussian sum may also be an underflow. A single product mirrors even then; for any other number of
+// terms the function returns false, and the caller computes the sums anew from negated coefficients.
 template <typename T> bool mirror(const T *acc, T *minus, int64_t n, int32_t family, int64_t count) {
   if (family == FK_RADEMACHER) {
     for (int64_t i = 0; i < n; ++i) minus[i] = acc[i] == (T)0 ? acc[i] : -acc[i];
@@ -154,7 +156,7 @@ void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done
   }
 }
 
-// What lets whole groups go straight into the stored weights; NULL where they cannot.
+// The kernel that writes the sums of whole groups straight into the weights; NULL if the run needs the buffers.
 fk_into_kernel into_kernel(const Job &job, const fk_tensor &t, const Run &run) {
   const bool gaussian = job.terms->family == FK_GAUSSIAN, has_one_term = job.fp32->plus.count == 1;
   const bool in_lines = run.in && run.in_stride == 1 && run.out.stride == 1 &&
@@ -238,7 +240,7 @@ void compute_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t en
     return;
   }
   const int last = t.ndim - 1;
-  // Neighbours along the last dimension are neighbours in the noise, unless it is gathered or strided there.
+  // Elements along the last dimension are consecutive in the noise, unless it is gathered or strided.
   const bool has_runs = t.element_strides[last] == 1 && !(job.rows && last == 0);
   for (int64_t position = begin; position < end;) {
     int64_t rest = position, element = t.first_element, in_at = 0, out_at = 0, minus_at = 0, in_last = 0;
@@ -299,7 +301,7 @@ int32_t fk_run_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const in
   int64_t *first_chunk = (int64_t *)malloc(sizeof(int64_t) * (size_t)(num_tensors + 1));
   bool has_fp32 = false, has_fp64 = false;
   for (int64_t i = 0; i < num_tensors; ++i) *(tensors[i].dtype == FK_FP64 ? &has_fp64 : &has_fp32) = true;
-  // Coefficients are rounded here: in the contract's mode, not the caller's.
+  // Making terms ready rounds coefficients: in the contract's floating-point mode, not the caller's.
   const fk_float_mode mode = fk_enter_float_mode();
   int32_t error = first_chunk ? 0 : FK_ERROR_MEMORY;
   if (!error && has_fp32) error = fk_make_ready_terms(terms, 0, kernels->lookup_terms, &fp32);

@@ -6,17 +6,17 @@
 
 namespace {
 
-// Kernels load keys and coefficients by whole vectors of up to 16 terms.
+// Number of terms that arrays have room for: kernels load keys and coefficients in whole vectors of up to 16 terms.
 int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
-// A coefficient in the class's arithmetic, 0 for a term that does not count.
+// The coefficient of term k in the class's arithmetic; 0 for a term that does not count.
 double counted(const fk_terms *terms, int64_t k, int fp64) {
   const double c = fp64 ? terms->coeffs[k] : (double)(float)terms->coeffs[k];
   if (terms->family == FK_GAUSSIAN) return c;
   return (fp64 ? fk_sum_counts64(c) : fk_sum_counts((float)c)) ? c : 0.0;
 }
 
-// Fills lookups (fp32) for terms with these coefficients; the scale.
+// Fills the lookups of the fp32 class; returns the scale.
 double fill_lookups(int32_t *lookups, const float *coeffs, int64_t count, double largest,
                     int64_t lookup_terms) {
   const int32_t shift = fk_sum_shift(count, (float)largest);
@@ -30,6 +30,7 @@ double fill_lookups(int32_t *lookups, const float *coeffs, int64_t count, double
   return fk_sum_scale(shift);
 }
 
+// Fills the integers of the fp64 class; returns the scale.
 double fill_integers64(int64_t *integers, const double *coeffs, int64_t count, double largest) {
   const int32_t shift = fk_sum_shift64(count, largest);
   for (int64_t k = 0; k < count; ++k) integers[k] = fk_sum_term64(coeffs[k], shift);

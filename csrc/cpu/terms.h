@@ -1,5 +1,5 @@
-// Terms of a call, made ready for the kernels of one dtype class: coefficients rounded to the class's
-// arithmetic, terms that do not count dropped, round keys unfolded. One allocation of about 110 bytes a term.
+// The terms of a call made ready for the kernels of one dtype class: coefficients rounded to the class's
+// arithmetic, terms that do not count dropped, round keys computed. One allocation of about 110 bytes a term.
 #pragma once
 
 #include "kernels.h"
@@ -10,7 +10,7 @@ typedef struct fk_ready_sides {
   void *memory;
 } fk_ready_sides;
 
-// fp64: keep fp64 coefficients; otherwise round each to fp32. lookup_terms: as fk_kernels has it. Returns 0 or
-// FK_ERROR_MEMORY.
+// fp64: coefficients stay fp64; otherwise each is rounded to fp32. lookup_terms: that of the fk_kernels which will
+// take the terms. Returns 0 or FK_ERROR_MEMORY.
 int32_t fk_make_ready_terms(const fk_terms *terms, int fp64, int64_t lookup_terms, fk_ready_sides *out);
 void fk_free_ready_terms(fk_ready_sides *sides);

@@ -57,10 +57,10 @@ struct Vec {
   FK_HD I xor3(I a, I b, I c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
   FK_HD I join(I even, I odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
 
-  // In: rows[i] holds element i of each lane's group. Out: rows[i] holds the 8 elements of one group, the
-  // kElementOfRow[i]-th of all 64 and the next.
+  // In: rows[i] holds element i of each lane's octet. Out: rows[i] holds the 8 elements of one octet, beginning
+  // with element kElementOfRow[i] of all 64.
   static constexpr int kElementOfRow[8] = {0, 16, 32, 48, 8, 24, 40, 56};
-  FK_HD void transpose_groups(F rows[8]) {
+  FK_HD void transpose_octets(F rows[8]) {
     F t[8], u[8];
     for (int i = 0; i < 4; ++i) {
       t[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
@@ -79,8 +79,8 @@ struct Vec {
     }
   }
 
-  // Four vectors of 16-byte groups in memory order <-> vector j with word j of each lane's group: the 4 x 4
-  // transposition of every 128-bit lane, which undoes itself.
+  // Octets of 16-bit numbers: four vectors in memory order <-> vector j with the j-th pair of each lane's octet.
+  // It transposes 4 x 4 words in every 128 bits and is its own inverse.
   FK_HD void transpose_pairs(I v[4]) {
     const I a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
     const I c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);

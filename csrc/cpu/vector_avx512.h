@@ -63,11 +63,11 @@ struct Vec {
   FK_HD I xor3(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
   FK_HD I join(I even, I odd) { return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CDAB); }
 
-  // In: rows[i] holds element i of each lane's group. Out: rows[i] holds two groups, 16 elements from the
-  // kElementOfRow[i]-th of all 128 on. Two in-lane steps give rows of four elements; with groups dealt to
-  // lanes as kGroupOfLane says, one two-source permutation then completes two whole neighbouring groups.
+  // In: rows[i] holds element i of each lane's octet. Out: rows[i] holds two octets, 16 elements beginning with
+  // element kElementOfRow[i] of all 128. Two steps inside 128-bit lanes give rows of four elements. As groups are
+  // dealt to lanes by kGroupOfLane, one two-source permutation then completes two whole neighbouring octets.
   static constexpr int kElementOfRow[8] = {0, 32, 64, 96, 16, 48, 80, 112};
-  FK_HD void transpose_groups(F rows[8]) {
+  FK_HD void transpose_octets(F rows[8]) {
     F t[8], u[8];
     for (int i = 0; i < 4; ++i) {
       t[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
@@ -80,7 +80,7 @@ struct Vec {
         u[4 * half + 2 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
       }
     }
-    // u[i] (elements 0..3) and u[4 + i] (4..7): 128-bit lane q belongs to group 4 i + q.
+    // 128-bit lane q of u[i] holds elements 0..3 of octet 4 i + q, that of u[4 + i] its elements 4..7.
     const I front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const I back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     for (int i = 0; i < 4; ++i) {
@@ -89,8 +89,8 @@ struct Vec {
     }
   }
 
-  // Four vectors of 16-byte groups in memory order <-> vector j with word j of each lane's group: the 4 x 4
-  // transposition of every 128-bit lane, which undoes itself.
+  // Octets of 16-bit numbers: four vectors in memory order <-> vector j with the j-th pair of each lane's octet.
+  // It transposes 4 x 4 words in every 128 bits and is its own inverse.
   FK_HD void transpose_pairs(I v[4]) {
     const I a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpacklo_epi32(v[2], v[3]);
     const I c = _mm512_unpackhi_epi32(v[0], v[1]), d = _mm512_unpackhi_epi32(v[2], v[3]);
