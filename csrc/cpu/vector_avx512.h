@@ -6,11 +6,11 @@
 #include "kernels.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
-// gcc before 13 takes the deliberately undefined operand inside its own intrinsics for a mistake (PR 105593).
+// gcc before 13 warns of the deliberately undefined operand inside its own intrinsics (PR 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-namespace { // internal linkage: each instruction set has a Vec of its own
+namespace { // internal linkage: Vec is another type for each instruction set
 
 struct Vec {
   static constexpr int kLanes = 16;
@@ -45,18 +45,18 @@ struct Vec {
   template <int n> FK_HD I shift_right(I v) { return _mm512_srli_epi32(v, n); }
   template <int n> FK_HD I shift_left(I v) { return _mm512_slli_epi32(v, n); }
   template <int n> FK_HD I shift_right_signed(I v) { return _mm512_srai_epi32(v, n); }
-  FK_HD I nearest_int(F v) { return _mm512_cvtps_epi32(v); } // 2^31 where there is none
-  FK_HD F quiet(F v) { // the same, and one pattern for every NaN, its low half 0
+  FK_HD I nearest_int(F v) { return _mm512_cvtps_epi32(v); } // 2^31 for NaN and out of range
+  FK_HD F quiet(F v) { // v, with every NaN made one pattern whose low half is 0
     return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), as_f(set_i(0x7FC00000u)));
   }
-  // Low halves of 32-bit lanes from one, high halves from the other.
+  // 32-bit lanes whose low halves are those of low, and whose high halves are those of high.
   FK_HD I join_halves(I low, I high) { return _mm512_mask_blend_epi16(0xAAAAAAAAu, low, high); }
   FK_HD I load_int16(const int16_t *p) {
     return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)p));
   }
   FK_HD void store_low_halves(void *p, I v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(v)); }
 
-  // Philox: products of the low halves of 64-bit lanes; what the high halves hold does not matter.
+  // For Philox: products of the low halves of 64-bit lanes. The high halves of a and b may hold anything.
   FK_HD I multiply(I a, I b) { return _mm512_mul_epu32(a, b); }
   FK_HD I high_half(I v) { return _mm512_srli_epi64(v, 32); }
   FK_HD I xor2(I a, I b) { return _mm512_xor_si512(a, b); }
@@ -100,16 +100,16 @@ struct Vec {
     v[3] = _mm512_unpackhi_epi64(c, d);
   }
 
-  static constexpr int kVectorsPerWord = 2; // elements of a Rademacher word, by vectors
-  // Lane l: bit kLanes v + l of bits set ? -c : c
+  static constexpr int kVectorsPerWord = 2; // vectors of the 32 elements of a Rademacher word
+  // Lane l: -c if bit kLanes v + l of bits is set, else c.
   FK_HD F signed_by(uint32_t bits, int v, F c) {
     const I minus = xor2(as_i(c), set_i(0x80000000u));
     return _mm512_mask_blend_ps((__mmask16)(bits >> (16 * v)), c, as_f(minus));
   }
 
-  // Four Rademacher words of neighbouring lanes -> the four bits of each element e, the first lane's lowest, at
-  // bit 4 (e / 4) of lane e mod 4. First pairs (bits e of two lanes: even e in the first, odd e in the second),
-  // then pairs of pairs.
+  // In: four Rademacher words in neighbouring lanes. Out: the four bits of each element e, that of the first word
+  // lowest, from bit 4 (e / 4) of lane e mod 4 on. Two steps make pairs (bits e of two words: even e in the first lane,
+  // odd e in the second), then pairs of pairs.
   static constexpr int kLookupTerms = 4;
   FK_HD I select(I mask, I set, I clear) { return _mm512_ternarylogic_epi32(mask, set, clear, 0xCA); }
   FK_HD I shuffle_bits(I v) {
@@ -124,7 +124,7 @@ struct Vec {
   }
   typedef __m512i Table; // sixteen sums
   FK_HD Table load_table(const uint32_t *p) { return load_i(p); }
-  // Of four shuffled lanes: the index of element l at the low bits of lane l, of element 16 + l 16 bits higher.
+  // From four shuffled lanes: the index of element l in the low bits of lane l, that of element 16 + l 16 bits higher.
   FK_HD I load_index(const uint32_t *p) {
     const I all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p));
     return _mm512_srlv_epi32(all, _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
@@ -134,8 +134,8 @@ struct Vec {
   FK_HD F load_bf16(const uint16_t *p) {
     return as_f(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
   }
-  // bf16 of y in the high half of each lane. A NaN needs no care: finite coefficients and stored bf16 weights
-  // make none but the processor's own and quieted weights, whose low halves are zero and carry nothing.
+  // y as bf16, in the high half of each lane. A NaN needs no care: with finite coefficients and stored bf16 weights
+  // it is the processor's own or that of a weight, made quiet. The low half of these is 0, so rounding carries nothing.
   FK_HD I bf16_in_high_half(F y) {
     const I bits = as_i(y);
     const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set_i(1));

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kTestThreads = 256;
 
-// The device of a call for as long as it lasts; the caller's afterwards.
+// Makes a device the current one for as long as the guard lives, and the caller's device afterwards.
 class DeviceGuard {
 public:
   explicit DeviceGuard(int32_t device) : before_(-1), error_(cudaGetDevice(&before_)) {
@@ -61,7 +61,7 @@ __global__ void normal_from_words(const NormalsTest test) {
   test.out[2 * i + 1] = z.odd;
 }
 
-// A thread folds every num_threads-th word; sums of unsigned integers do not depend on their order.
+// Each thread takes every num_threads-th word; a sum of unsigned integers does not depend on the order.
 __global__ void normal_digest(const DigestTest test) {
   const uint64_t num_threads = (uint64_t)gridDim.x * kTestThreads;
   uint64_t sum = 0;
@@ -90,7 +90,7 @@ bool known_codes(const fk_tensor *tensors, int64_t num_tensors, const fk_cuda_te
   if (terms.count < 0 || (!terms.on_device && terms.count > FK_CUDA_MAX_TERMS_BY_VALUE)) return false;
   for (int64_t i = 0; i < num_tensors; ++i) {
     if (tensors[i].dtype < FK_FP32 || tensors[i].dtype > FK_FP64) return false;
-    if (tensors[i].out_dtype != tensors[i].dtype) return false; // wide outputs are not written here
+    if (tensors[i].out_dtype != tensors[i].dtype) return false; // wide outputs are widened before the call
     if (tensors[i].ndim < 0 || tensors[i].ndim > FK_MAX_DIMS) return false;
   }
   return true;
@@ -110,12 +110,13 @@ FK_EXPORT int32_t fk_cuda_runtime_version(int32_t *version) {
 
 FK_EXPORT const char *fk_cuda_error_string(int32_t error) { return cudaGetErrorString((cudaError_t)error); }
 
-// Loading is no work of a stream: a capture that is going on in this thread need not forbid it.
+// Loading kernels is no work in a CUDA stream, so this thread may load them while it captures a graph: hence the
+// relaxed capture mode.
 FK_EXPORT int32_t fk_cuda_load(int32_t device) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return (int32_t)guard.error();
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode); // mode: now the one before
+  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode); // mode now holds the previous one
   if (error != cudaSuccess) return (int32_t)error;
   const int32_t loaded = fk_cuda_load_kernels();
   error = cudaThreadExchangeStreamCaptureMode(&mode);

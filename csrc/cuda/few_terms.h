@@ -1,11 +1,10 @@
-// One or two terms: bound by memory, or nearly. Round keys stay in registers; weights are read before the
-// noise is made, so that the one hides the other.
+// The kernel for one or two terms, which memory bounds, or nearly so. Round keys stay in registers. Weights are read
+// before the noise is made, so that computing hides the wait for memory.
 #pragma once
 
 #include "flat.h"
 
-// What two terms of Rademacher noise come to where their signs are equal (both +) and where they are not (the
-// first +).
+// The sums of two terms of Rademacher noise: where both signs are +, and where the first is + and the second is -.
 struct TwoTermSums {
   float equal, unequal;
 };
@@ -27,8 +26,8 @@ FK_DEVICE TwoTermSums sum_two_terms(float first, float second) {
   return {unscaled_sum(p + q, scale), unscaled_sum(p - q, scale)};
 }
 
-// By the first thread of each warp: warp 0 finds the tile, warps 1.. prepare one term each, the next the
-// rounding.
+// Fills shared, by the first thread of each warp: warp 0 finds the tile, each of warps 1 .. kTerms prepares a term, and
+// the next one prepares the rounding.
 template <typename Storage, typename Family, int kTerms>
 FK_DEVICE void prepare_few(const FlatLaunch &launch, FewShared<kTerms> &shared) {
   constexpr unsigned kWarp = 32;
@@ -53,7 +52,7 @@ FK_DEVICE void prepare_few(const FlatLaunch &launch, FewShared<kTerms> &shared) 
   }
 }
 
-// The keys of all terms, in registers.
+// The keys and coefficients of all terms, in registers.
 template <int kTerms> struct FewTerms {
   FoldedKeys keys[kTerms];
   TwoTermSums sums;
@@ -64,12 +63,12 @@ template <typename Family> FK_DEVICE uint64_t octet_product(uint32_t first_group
   return low_product(first_group + (octet >> (Family::kGroupShift - kOctetShift)));
 }
 
-// value, negated where bit e of signs is set.
+// value, negated if bit e of signs is set.
 FK_DEVICE float with_sign(float value, uint32_t signs, int e) {
   return fk_float_from_bits(fk_bits_from_float(value) ^ (signs << (31 - e) & 0x80000000u));
 }
 
-// Sums of one octet. product: low_product of its group. kAllTerms: none is to be skipped.
+// The sums of one octet. product: low_product of its group. kAllTerms: all terms count.
 template <bool kAllTerms, int kTerms> FK_DEVICE void
 sum_terms(Gaussian, float (&acc)[kOctet], uint64_t product, uint32_t, const FewTerms<kTerms> &terms) {
 #pragma unroll
@@ -113,7 +112,7 @@ template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kOct
   }
 }
 
-// Blocks on a multiprocessor at once: as many as need no spills.
+// Blocks that a multiprocessor runs at once: as many as registers allow without spills.
 template <typename Family, int kTerms> constexpr int few_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return 2;
@@ -122,8 +121,8 @@ template <typename Family, int kTerms> constexpr int few_blocks() {
 #endif
 }
 
-// kCompensated: weights with residuals; the short way is the one in place. One term without it is for weights that
-// have none; two terms take those that have some the long way.
+// kCompensated: the weights have residuals, and the short way updates them in place. It is instantiated for one term
+// only; two terms with residuals take the long way. One term without kCompensated serves weights without residuals.
 template <typename Storage, typename Family, int kTerms, bool kCompensated>
 __global__ void __launch_bounds__(kThreads, few_blocks<Family, kTerms>())
     few_terms(const __grid_constant__ FlatLaunch launch) {
@@ -144,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, few_blocks<Family, kTerms>())
   const bool stochastic = Storage::kRounds && launch.terms.stochastic;
   const uint32_t first_group = group_low(tile.first_element, Family::kGroupShift);
 
-  // The short way: steps of kFewOctets whole octets a thread, when nothing is asked for that it leaves out.
+  // The short way, for whole octets and the most usual arguments: in each step a thread computes kFewOctets octets.
   constexpr int32_t kStep = kOctet * kThreads * kFewOctets; // elements
   const bool plain = tile.memory.whole && tile.memory.in && !tile.memory.out_minus && all_terms &&
                      !stochastic &&
@@ -182,9 +181,10 @@ __global__ void __launch_bounds__(kThreads, few_blocks<Family, kTerms>())
     }
   }
 
-  // Without them it needs fewer registers.
+  // Dropping the residual pointers saves registers.
   constexpr bool kHasResiduals = kCompensated || kTerms != 1;
-  // The long way, an octet a thread at a time: what those steps leave of the tile.
+  // The long way, for everything else in the tile: in each pass a thread computes one octet. A step above covers
+  // kFewOctets passes.
   constexpr int32_t kPass = kOctet * kThreads; // elements
   const bool unchanged = tile.memory.in && !any_term && alpha == 1.0f;
   const int32_t end_pass = (tile.memory.end + kPass - 1) / kPass;

@@ -1,16 +1,16 @@
-// Kernels over tensors that are contiguous in the order of their elements. A block does one tile: the
-// elements [n T, (n + 1) T) of a tensor's noise for one n, so that the high half of its groups is one number.
+// Kernels over flat tensors, which are contiguous in the order of their elements. A block computes one tile: the
+// elements [n T, (n + 1) T) of a tensor's noise, for one n, so that all its groups have the same high half.
 // Tiles are aligned to the noise, not to memory: a tile may begin before its tensor or end after it.
 #pragma once
 
 #include "octet.h"
 
 constexpr int kThreads = 256;
-// Few terms: a loop over octets with the keys in registers. A thread does kFewOctets at once.
+// Few terms: a loop over octets, with the keys in registers. A thread computes kFewOctets at once.
 constexpr int kFewOctets = 2;
 constexpr int kFewIterations = 4;
 constexpr int kFewTile = kOctet * kThreads * kFewOctets * kFewIterations;
-// Many terms: a loop over terms with the sums in registers.
+// Many terms: a loop over terms, with the sums in registers.
 template <typename Arithmetic> struct ManyOctets {
   static constexpr int kCount = sizeof(Arithmetic) == 8 ? 2 : 4;
   static constexpr int kTile = kOctet * kThreads * kCount;
@@ -30,7 +30,7 @@ template <typename Storage> FK_DEVICE FlatTile find_tile(const FlatLaunch &launc
   tile.first_element = (tensor.first_element & ~(uint64_t)(tile_elements - 1)) +
                        (uint64_t)(blockIdx.x - tensor.first_tile) * (uint64_t)tile_elements;
   tile.stream = tensor.stream;
-  // Of the tile's first element within the tensor; negative where the tile begins before it.
+  // Place of the tile's first element within the tensor; negative if the tile begins before the tensor.
   const int64_t at = (int64_t)(tile.first_element - tensor.first_element);
   const int64_t bytes = at * (int64_t)sizeof(typename Storage::Element);
   OctetMemory &memory = tile.memory;
@@ -48,7 +48,7 @@ template <typename Storage> FK_DEVICE FlatTile find_tile(const FlatLaunch &launc
   return tile;
 }
 
-// Memory of one octet of a tile.
+// The memory of one octet of a tile.
 template <typename Storage> FK_DEVICE OctetMemory octet_memory(const FlatTile &tile, int32_t octet) {
   const int64_t bytes = (int64_t)octet * (int64_t)(kOctet * sizeof(typename Storage::Element));
   OctetMemory memory;

@@ -1,4 +1,4 @@
-// Instantiates the kernels of one dtype; included by one source for each, so that they compile in parallel.
+// Instantiates the kernels of one dtype. Each dtype has a source that includes this, so that they compile in parallel.
 #pragma once
 
 #include "few_terms.h"

@@ -1,16 +1,16 @@
-// The kernels of one dtype, as the plan (plan.h) launches them.
+// The kernels of one dtype, as a table from which the plan (plan.h) launches them.
 #pragma once
 
 #include "arguments.h"
 #include "target.h"
 
-// Which loop a flat launch runs.
+// The kernels for flat tensors, by number of terms.
 enum Loop { kOneTerm, kTwoTerms, kManyTerms, kNumLoops };
 
 struct Kernels {
   void (*flat[kNumLoops][2])(const FlatLaunch &launch, uint32_t num_tiles,
                              void *cuda_stream); // by Loop, fk_family
-  // By fk_family: one term, weights with residuals. NULL: the dtype has none.
+  // By fk_family: one term, compensated weights. NULL if the dtype has no residuals.
   void (*compensated[2])(const FlatLaunch &launch, uint32_t num_tiles, void *cuda_stream);
   void (*strided[2])(const StridedLaunch &launch, uint32_t num_tiles, void *cuda_stream); // by fk_family
   int64_t flat_tile[kNumLoops][2]; // elements of a tile

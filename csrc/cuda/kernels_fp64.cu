@@ -1,4 +1,4 @@
-// fp64 tensors are rare: every number of terms goes through the loop for many.
+// fp64 tensors are rare: the kernels for many terms serve every number of terms.
 #include "instantiate.h"
 
 const Kernels kFp64Kernels = {

@@ -1,18 +1,18 @@
-// Any number of terms with Gaussian noise: bound by arithmetic. Sums stay in registers while the terms pass by
-// in chunks, prepared in shared memory by the whole block between two barriers.
+// The kernel for any number of terms of Gaussian noise, which arithmetic bounds. Sums stay in registers. The terms
+// come in chunks, which the whole block prepares in shared memory between two barriers.
 #pragma once
 
 #include "tile.h"
 
-constexpr int kGaussianChunk = 64;
+constexpr int kGaussianChunk = 64; // terms
 
 template <typename Arithmetic> struct TermChunk {
-  FoldedKeys keys[kGaussianChunk]; // word 19: the coefficient, when the arithmetic is fp32
+  FoldedKeys keys[kGaussianChunk]; // word 19: the coefficient, if the arithmetic is fp32
   Arithmetic coeffs[kGaussianChunk];
 };
 
-// Terms first .. first + kGaussianChunk - 1 into shared memory, by one thread each; begins and ends with a barrier.
-// Returns how many there are.
+// Prepares terms first .. first + kGaussianChunk - 1 in shared memory, one by each thread. Begins and ends with a
+// barrier. Returns how many terms there are.
 template <typename Arithmetic> FK_DEVICE int prepare_chunk(const TermArguments &terms, int64_t first,
                                                            const FlatTile &tile, TermChunk<Arithmetic> &chunk,
                                                            uint32_t &any_term) {
@@ -45,7 +45,7 @@ template <typename Arithmetic, int kOctets> FK_DEVICE void clear_sums(Arithmetic
   }
 }
 
-// Blocks on a multiprocessor at once. On sm_100 a third one of weights that may have residuals would spill.
+// Blocks that a multiprocessor runs at once. On sm_100 three blocks would spill where weights may have residuals.
 template <typename Storage> constexpr int gaussian_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   if (Storage::kRounds) return 2;

@@ -1,6 +1,6 @@
-// Noise of one octet: the eight elements 8 p .. 8 p + 7. Two ways to the same words:
-//   folded: the stream, the high half of the group and the seed are the same for a whole tile, so what follows
-//           from them alone in Philox's first rounds is worked out once a tile and shared (FoldedKeys);
+// Noise of one octet: the elements 8 n .. 8 n + 7, for one n. There are two ways to the same words:
+//   folded: seed, stream and the high half of the group are the same in a whole tile, so what Philox's first rounds
+//           make of these alone is computed once a tile and shared (FoldedKeys);
 //   direct: nothing is shared (fk_group_words).
 #pragma once
 
@@ -26,8 +26,8 @@ struct Rademacher {
   FK_DEVICE static bool counts(double c) { return fk_sum_counts64(c); }
 };
 
-// Words 0..18: round keys of one seed with the constant parts of the counter folded in. Word 19: free for the
-// coefficient in fp32. 16-byte loads.
+// Words 0..18: round keys of one seed with the constant parts of the counter folded in. Word 19 is free, for an fp32
+// coefficient. Aligned for 16-byte loads.
 struct alignas(16) FoldedKeys {
   uint32_t w[20];
 };
@@ -66,7 +66,7 @@ FK_DEVICE FoldedKeys load_keys(const FoldedKeys &shared) {
 
 FK_DEVICE uint64_t low_product(uint32_t group_low) { return (uint64_t)FK_PHILOX_M0 * group_low; }
 
-// The words of the group with low_product(group low).
+// The words of a group. product: low_product of its low half.
 FK_DEVICE fk_words folded_philox(uint64_t product, const FoldedKeys &keys) {
   uint32_t x0, x1, x2, x3;
   {
@@ -94,7 +94,7 @@ FK_DEVICE fk_words folded_philox(uint64_t product, const FoldedKeys &keys) {
   return words;
 }
 
-// One fma in the arithmetic of acc; z (or a weight) is widened to it, which is exact.
+// One fma in the arithmetic of acc. z (or a weight) is widened to it, which is exact.
 FK_DEVICE void add_product(float &acc, float factor, float z) { acc = fk_fma(factor, z, acc); }
 FK_DEVICE void add_product(double &acc, double factor, double z) { acc = fk_fma64(factor, z, acc); }
 
@@ -108,7 +108,7 @@ FK_DEVICE void add_gaussian(Arithmetic (&acc)[kOctet], const fk_words &words, Ar
   }
 }
 
-// The sign bits of an octet, the lowest its first element's. octet: its index, of which the low bits choose
+// The sign bits of an octet, the lowest that of its first element. octet: its index, whose low bits give its place
 // within the group.
 FK_DEVICE uint32_t octet_signs(const fk_words &words, uint32_t octet) {
   const uint32_t j = octet >> 2 & 3u;

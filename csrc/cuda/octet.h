@@ -1,21 +1,22 @@
-// An octet in memory: reading its weights, y = alpha w + acc, writing one or both sides.
+// An octet in memory: its weights are read, y = alpha w + acc is computed, one or both sides are written.
 #pragma once
 
 #include "storage.h"
 #include "term_scale.h"
 
 struct OctetMemory {
-  const char *in; // where lane 0 would be: it may lie before the tensor. NULL: the noise itself is written
+  const char
+      *in; // of the octet's first element, which may lie before the tensor. NULL: the noise itself is written
   char *out;
   char *out_minus;
-  const char *residual; // of the weights, with their stride; NULL: none
-  char *residual_out;   // equal to residual where results are split; NULL: not written
+  const char *residual;                            // with the stride of the weights; NULL: none
+  char *residual_out;                              // equal to residual where y is split; NULL: not written
   int64_t in_stride, out_stride, out_minus_stride; // elements
-  int32_t begin, end;                              // lanes that belong to the tensor
-  bool whole;                                      // all eight do, contiguous and on 16-byte boundaries
+  int32_t begin, end;                              // places in the octet that belong to the tensor
+  bool whole;                                      // all eight do, contiguous and aligned to 16 bytes
 };
 
-// Pointers that went through shared memory, told to be global again: 16-byte accesses of a whole octet.
+// 16-byte accesses of a whole octet. Its pointers may come from shared memory, hence FK_ASSUME_GLOBAL.
 template <typename Storage> FK_DEVICE typename Storage::Octet read_whole(const char *from) {
   FK_ASSUME_GLOBAL(from);
   typename Storage::Octet octet;
@@ -44,7 +45,7 @@ template <typename Element> FK_DEVICE void write_element(Element *to, Element bi
   *to = bits;
 }
 
-// Eight elements of `from`; `otherwise` where there is no such memory or element.
+// The eight elements at `from`; `otherwise` for those that the tensor lacks, or for all if `from` is NULL.
 template <typename Storage> FK_DEVICE typename Storage::Octet
 read_elements(const OctetMemory &memory, const char *from, typename Storage::Element otherwise) {
   using Element = typename Storage::Element;
@@ -61,8 +62,7 @@ read_elements(const OctetMemory &memory, const char *from, typename Storage::Ele
   return octet;
 }
 
-// The weights; where there are none, -0: with alpha = 1 it leaves every sum as it is, zeros of both signs
-// too.
+// The weights; -0 where there are none: with alpha = 1 it leaves every sum as it is, a zero of either sign too.
 template <typename Storage> FK_DEVICE typename Storage::Octet read_octet(const OctetMemory &memory) {
   return read_elements<Storage>(memory, memory.in, Storage::kNegativeZero);
 }
@@ -81,7 +81,7 @@ template <typename Storage> FK_DEVICE void write_octet(const OctetMemory &memory
   }
 }
 
-// y = alpha w + acc in place of acc.
+// Replaces acc by y = alpha w + acc.
 template <typename Storage> FK_DEVICE void add_weights(typename Storage::Arithmetic (&acc)[kOctet],
                                                        typename Storage::Arithmetic alpha,
                                                        const typename Storage::Octet &weights) {
@@ -89,7 +89,7 @@ template <typename Storage> FK_DEVICE void add_weights(typename Storage::Arithme
   for (int i = 0; i < kOctet; ++i) add_product(acc[i], alpha, Storage::widen(weights, i));
 }
 
-// The same of compensated weights (contract 6.5).
+// Replaces acc by y of compensated weights (contract section 6.5).
 template <typename Storage> FK_DEVICE void add_values(float (&acc)[kOctet], float alpha,
                                                       const typename Storage::Octet &weights,
                                                       const typename Storage::Octet &residuals) {
@@ -97,7 +97,7 @@ template <typename Storage> FK_DEVICE void add_values(float (&acc)[kOctet], floa
   for (int i = 0; i < kOctet; ++i) add_product(acc[i], alpha, Storage::value(weights, residuals, i));
 }
 
-// Words of the rounding seed for an octet; rounding is to nearest where there are none.
+// Random bits of an octet for stochastic rounding: words of the rounding seed. Otherwise rounding is to nearest.
 struct RoundingBits {
   fk_words words;
   bool stochastic;
@@ -135,7 +135,7 @@ FK_DEVICE void write_side(const OctetMemory &memory, char *to, int64_t stride,
   write_octet<Storage>(memory, to, stride, rounded);
 }
 
-// Both outputs as they came in (contract 6.1: no term remains and alpha is 1).
+// Writes the weights unchanged to one or both outputs (contract section 6.1: no term counts, and alpha is 1).
 template <typename Storage>
 FK_DEVICE void copy_octet(const OctetMemory &memory, const typename Storage::Octet &weights) {
   write_octet<Storage>(memory, memory.out, memory.out_stride, weights);
@@ -144,7 +144,7 @@ FK_DEVICE void copy_octet(const OctetMemory &memory, const typename Storage::Oct
   }
 }
 
-// The sums of one octet while terms are added, and what a term is to them: for Gaussian noise numbers and the
+// The sums of one octet while terms are added, and the factor of a term: for Gaussian noise they are numbers and the
 // coefficient, for Rademacher noise integers and the scaled coefficient.
 template <typename Family, typename Arithmetic> struct OctetSums;
 
@@ -176,7 +176,8 @@ template <typename Arithmetic> struct OctetSums<Rademacher, Arithmetic> {
   }
 };
 
-// Sums of the minus side (contract 6.2). Rademacher noise: -acc, except that a zero is the same on both.
+// Sums of the minus side (contract section 6.2). For Rademacher noise: -acc, except that a zero is the same on both
+// sides.
 template <typename Arithmetic> FK_DEVICE void negated_sums(Rademacher, Arithmetic (&minus)[kOctet],
                                                            const Arithmetic (&acc)[kOctet],
                                                            const TermArguments &, uint32_t, uint64_t) {
@@ -184,8 +185,8 @@ template <typename Arithmetic> FK_DEVICE void negated_sums(Rademacher, Arithmeti
   for (int i = 0; i < kOctet; ++i) minus[i] = acc[i] == (Arithmetic)0 ? acc[i] : -acc[i];
 }
 
-// Gaussian noise: -acc, except that zeros need not mirror. Those are rare; they are summed anew, from the
-// negated coefficients and directly. octet: its index in the noise.
+// For Gaussian noise: -acc, except that zeros need not mirror. They are rare: an octet that has one is summed anew,
+// from negated coefficients and without shared keys. octet: its index in the noise.
 template <typename Arithmetic>
 FK_DEVICE void negated_sums(Gaussian, Arithmetic (&minus)[kOctet], const Arithmetic (&acc)[kOctet],
                             const TermArguments &terms, uint32_t stream, uint64_t octet) {
@@ -207,7 +208,7 @@ FK_DEVICE void negated_sums(Gaussian, Arithmetic (&minus)[kOctet], const Arithme
   }
 }
 
-// Writes one octet with its sums, on both sides where two are wanted.
+// Writes one octet from its sums, on both sides where two are wanted. octet: its index in the noise.
 template <typename Storage, typename Family>
 FK_DEVICE void write_sums(const OctetMemory &memory, const typename Storage::Octet &weights,
                           typename Storage::Arithmetic alpha,

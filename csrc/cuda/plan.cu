@@ -6,9 +6,9 @@
 
 namespace {
 
-constexpr int64_t kMaxTiles = 0x7FFFFFFF; // of a grid
-// Beyond this number of terms the products of many_rademacher could leave their 32 bits; the loop for strided
-// tensors has no such limit.
+constexpr int64_t kMaxTiles = 0x7FFFFFFF; // blocks of a grid
+// With more terms than this the 32-bit sums of many_rademacher could overflow. The kernel for strided tensors, which
+// has no such limit, then serves flat ones too.
 constexpr int64_t kMaxProductTerms = 1 << 16;
 
 const Kernels &kernels_of(int32_t dtype) {
@@ -24,8 +24,8 @@ const Kernels &kernels_of(int32_t dtype) {
   }
 }
 
-// Terms by value lose those that do not count here, in the arithmetic of the dtype; those on the device are looked at
-// there.
+// The terms of a launch. Of those by value only the ones that count are kept, in the arithmetic of the dtype; the
+// kernels themselves skip such terms on the device.
 TermArguments make_terms(const fk_cuda_terms &terms, bool fp64) {
   TermArguments made = {};
   made.device_alpha = terms.device_alpha;
@@ -65,7 +65,7 @@ struct Plan {
   Table<StridedLaunch> strided;
   int64_t flat_tile, strided_tile;
   bool never_flat;
-  int32_t *num_skipped; // until a launch has taken it
+  int32_t *num_skipped; // given to the first launch, then NULL
   void *cuda_stream;
 };
 
@@ -79,7 +79,7 @@ template <typename Launch> void flush(Plan &plan, Table<Launch> &table) {
   table.num_tiles = 0;
 }
 
-// Appends a tensor, after a launch of what is there if it does not fit.
+// Appends a tensor to a table; if it does not fit, launches the table first.
 template <typename Launch, typename Tensor, int32_t kMaxTensors>
 int32_t append(Plan &plan, Table<Launch> &table, Tensor &tensor, int64_t num_tiles) {
   if (num_tiles > kMaxTiles) return FK_ERROR_ARGUMENT;
@@ -106,7 +106,7 @@ int32_t append_flat(Plan &plan, const fk_tensor &t) {
                                                          (int64_t)(last / tile - first / tile) + 1);
 }
 
-// A flat tensor as one of a single dimension.
+// A flat tensor as a strided one of one dimension.
 fk_tensor as_strided(const fk_tensor &flat) {
   fk_tensor t = flat;
   t.ndim = 1;
@@ -122,7 +122,7 @@ int32_t append_strided(Plan &plan, const fk_tensor &t) {
   strided.tensor = t;
   strided.run_length = has_runs ? t.sizes[last] : 1;
   strided.first_dim = has_runs ? last : t.ndim;
-  // Octets that so many consecutive elements can touch, wherever they begin.
+  // The most octets that a run can touch, wherever it begins.
   strided.slots_per_run = (strided.run_length + 2 * kOctet - 2) / kOctet;
   strided.num_slots = t.numel / strided.run_length * strided.slots_per_run;
   return append<StridedLaunch, StridedTensor, kMaxStridedTensors>(
@@ -153,7 +153,7 @@ int32_t fk_cuda_run(const fk_tensor *tensors, int64_t num_tensors, const int64_t
   Plan plan = {};
   plan.cuda_stream = cuda_stream;
   plan.num_skipped = terms->num_skipped;
-  // Tensors with residuals have launches of their own.
+  // Tensors with residuals are launched apart.
   for (int32_t kind = 0; kind < 2 * (FK_FP64 + 1); ++kind) {
     const int32_t dtype = kind / 2;
     const bool compensated = kind % 2;

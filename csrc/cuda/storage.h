@@ -1,5 +1,4 @@
-// How the eight weights of an octet are held, widened and rounded, by dtype. An octet travels as 32-bit
-// registers.
+// How the eight weights of an octet are held, widened and rounded, by dtype. An octet is held in 32-bit registers.
 #pragma once
 
 #include "compensated.h"
@@ -11,7 +10,8 @@ template <int kWords> struct Registers {
   uint32_t w[kWords];
 };
 
-// Two fp32 to two 16-bit numbers in one register, to nearest even: one instruction on a GPU. A NaN stays one.
+// Two fp32 values as two 16-bit ones in one register, rounded to nearest even: one instruction on a GPU. A NaN stays
+// a NaN.
 FK_DEVICE uint32_t pack_bf16(float low, float high) {
 #if defined(__CUDA_ARCH__)
   uint32_t packed;
@@ -34,9 +34,9 @@ FK_DEVICE uint32_t pack_fp16(float low, float high) {
 
 FK_DEVICE float widen_fp16(uint32_t half) {
 #if defined(__CUDA_ARCH__)
-  float wide;
-  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low; }" : "=f"(wide) : "r"(half));
-  return wide;
+  float widened;
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %1; cvt.f32.f16 %0, low; }" : "=f"(widened) : "r"(half));
+  return widened;
 #else
   return fk_float_from_fp16((uint16_t)half);
 #endif
@@ -46,7 +46,7 @@ struct Fp32 {
   using Arithmetic = float;
   using Element = uint32_t;
   using Octet = Registers<8>;
-  static constexpr bool kRounds = false; // nor has it residuals
+  static constexpr bool kRounds = false; // and no residuals
   static constexpr Element kNegativeZero = 0x80000000u;
   FK_DEVICE static float widen(const Octet &octet, int i) { return fk_float_from_bits(octet.w[i]); }
   FK_DEVICE static void round_nearest(const float (&y)[kOctet], Octet &octet) {

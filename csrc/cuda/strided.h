@@ -1,7 +1,7 @@
-// Every tensor that is not flat: slices, transposed memory, gathered rows. The tensor is a number of rows of
-// elements that are consecutive in the noise; a thread does one slot: the part of one octet of noise that
-// lies in one row. Correct for everything; the index arithmetic is paid once in eight elements where rows are
-// long.
+// The kernel for strided tensors, which are all that are not flat: slices, transposed memory, gathered rows. Such a
+// tensor is a number of runs, each of elements that are consecutive in the noise and evenly spaced in memory. A thread
+// computes one slot: the part of a run in one octet of noise. This serves every tensor; where runs are long, the
+// arithmetic of indices is done once for eight elements.
 #pragma once
 
 #include "octet.h"
@@ -17,7 +17,7 @@ template <typename Family, typename Arithmetic> struct StridedShared {
   uint32_t any_term;
 };
 
-// What a term is to the sums. Gaussian noise: the coefficient.
+// The factor of term k in the sums (OctetSums): the coefficient for Gaussian noise.
 template <typename Arithmetic> FK_DEVICE Arithmetic term_factor(Gaussian, const TermArguments &terms,
                                                                 int64_t k, const TermSurvey<Arithmetic> &) {
   return counted_coefficient<Gaussian, Arithmetic>(terms, k);
@@ -29,7 +29,7 @@ term_factor(Rademacher, const TermArguments &terms, int64_t k, const TermSurvey<
   return scaled_coefficient(term_coefficient<Rademacher, Arithmetic>(terms, k, skipped), scale_of(survey));
 }
 
-// Before the sums. Gaussian noise needs nothing. Ends, if at all, with a barrier.
+// Prepares the sums by a first look at all terms, which Gaussian noise does not need.
 template <typename Arithmetic>
 FK_DEVICE void look_at_terms(Gaussian, const TermArguments &, StridedShared<Gaussian, Arithmetic> &) {}
 
@@ -40,7 +40,7 @@ template <typename Arithmetic> FK_DEVICE void look_at_terms(Rademacher, const Te
   if (threadIdx.x == 0) shared.any_term = shared.survey.num_terms;
 }
 
-// After them: the sums as numbers.
+// The finished sums, as numbers.
 template <typename Arithmetic> FK_DEVICE void finish_sums(Arithmetic (&acc)[kOctet],
                                                           const OctetSums<Gaussian, Arithmetic> &sums,
                                                           const StridedShared<Gaussian, Arithmetic> &) {
@@ -61,7 +61,7 @@ FK_DEVICE void finish_sums(Arithmetic (&acc)[kOctet], const OctetSums<Rademacher
 struct Slot {
   OctetMemory memory;
   uint64_t octet;
-  bool no_source; // its row index is out of range
+  bool no_source; // the index of its gathered row is out of range
 };
 
 template <typename Storage> FK_DEVICE Slot find_slot(const StridedTensor &strided, const int64_t *rows,

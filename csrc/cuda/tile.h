@@ -1,4 +1,4 @@
-// What the kernels for many terms do before and after their sums.
+// The beginning and end of the kernels for many terms, around their sums.
 #pragma once
 
 #include "flat.h"
@@ -9,7 +9,7 @@ struct TileShared {
   uint32_t any_term;
 };
 
-// By the first thread; a barrier must follow.
+// Called by all threads; the first one fills shared. A barrier must follow.
 template <typename Storage>
 FK_DEVICE void begin_tile(const FlatLaunch &launch, int64_t tile_elements, TileShared &shared) {
   if (threadIdx.x) return;
@@ -22,7 +22,7 @@ FK_DEVICE void begin_tile(const FlatLaunch &launch, int64_t tile_elements, TileS
   }
 }
 
-// Rounds and writes the octets of a thread; octets[p] is octet_of(p) of the tile.
+// Rounds and writes the octets of a thread: acc[p] are the sums of octet octet_of(p) of the tile.
 template <typename Storage, typename Family, int kOctets, typename OctetOf>
 FK_DEVICE void end_tile(const FlatLaunch &launch, const TileShared &shared,
                         const typename Storage::Arithmetic (&acc)[kOctets][kOctet], const OctetOf &octet_of) {

@@ -1,5 +1,5 @@
 // fp32 -> bf16 / fp16, to nearest even and stochastically (contract sections 7 and 8), as bit patterns.
-// Integer code only: the same on every device, untouched by flush-to-zero modes.
+// Integer code alone: the same on every device, whatever its flush-to-zero modes.
 // NaN stays a quiet NaN of the same sign; its payload is outside the contract.
 #pragma once
 
