@@ -38,8 +38,8 @@ struct Run { // consecutive elements of the noise, evenly spaced in memory
   const char *in;
   int64_t in_stride;
   Side out, out_minus;
-  const int16_t *residual; // beside in
-  int16_t *residual_out;   // beside out
+  const int16_t *residual; // with the stride of in
+  int16_t *residual_out;   // with the stride of out
 };
 
 bool is_wide(const fk_tensor &t) { return t.out_dtype != t.dtype; }
@@ -169,7 +169,7 @@ fk_into_kernel into_kernel(const Job &job, const fk_tensor &t, const Run &run) {
 void compute_run(const Job &job, const fk_tensor &t, const Run &run, Buffers &buffers) {
   const fk_ready_sides &ready = t.dtype == FK_FP64 ? *job.fp64 : *job.fp32;
   const size_t size = element_size(t.dtype), out_size = element_size(t.out_dtype);
-  if (run.in && ready.plus.count == 0 && job.terms->alpha == 1.0 && !is_wide(t)) { // the bytes stay
+  if (run.in && ready.plus.count == 0 && job.terms->alpha == 1.0 && !is_wide(t)) { // bytes stay
     if (run.out.base != run.in)
       copy_elements(run.in, run.in_stride, run.out.base, run.out.stride, run.n, size);
     if (run.out_minus.base && run.out_minus.base != run.in) {

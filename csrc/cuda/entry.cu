@@ -90,7 +90,7 @@ bool known_codes(const fk_tensor *tensors, int64_t num_tensors, const fk_cuda_te
   if (terms.count < 0 || (!terms.on_device && terms.count > FK_CUDA_MAX_TERMS_BY_VALUE)) return false;
   for (int64_t i = 0; i < num_tensors; ++i) {
     if (tensors[i].dtype < FK_FP32 || tensors[i].dtype > FK_FP64) return false;
-    if (tensors[i].out_dtype != tensors[i].dtype) return false; // wide outputs are widened before the call
+    if (tensors[i].out_dtype != tensors[i].dtype) return false; // wide outputs: the caller widens first
     if (tensors[i].ndim < 0 || tensors[i].ndim > FK_MAX_DIMS) return false;
   }
   return true;

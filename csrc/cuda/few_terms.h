@@ -1,5 +1,5 @@
-// The kernel for one or two terms, which memory bounds, or nearly so. Round keys stay in registers. Weights are read
-// before the noise is made, so that computing hides the wait for memory.
+// The kernel for one or two terms, whose speed memory limits, or nearly so. Round keys stay in registers. Weights are
+// read before the noise is made, so that computing hides the wait for memory.
 #pragma once
 
 #include "flat.h"
@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(kThreads, few_blocks<Family, kTerms>())
   const bool stochastic = Storage::kRounds && launch.terms.stochastic;
   const uint32_t first_group = group_low(tile.first_element, Family::kGroupShift);
 
-  // The short way, for whole octets and the most usual arguments: in each step a thread computes kFewOctets octets.
+  // The short way, for whole octets that are updated on one side and rounded to nearest, if all terms count: in each
+  // step a thread computes kFewOctets octets.
   constexpr int32_t kStep = kOctet * kThreads * kFewOctets; // elements
   const bool plain = tile.memory.whole && tile.memory.in && !tile.memory.out_minus && all_terms &&
                      !stochastic &&

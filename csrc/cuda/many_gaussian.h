@@ -1,5 +1,5 @@
-// The kernel for any number of terms of Gaussian noise, which arithmetic bounds. Sums stay in registers. The terms
-// come in chunks, which the whole block prepares in shared memory between two barriers.
+// The kernel for any number of terms of Gaussian noise, whose speed arithmetic limits. Sums stay in registers. The
+// terms come in chunks, which the whole block prepares in shared memory between two barriers.
 #pragma once
 
 #include "tile.h"

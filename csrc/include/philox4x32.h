@@ -1,6 +1,6 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11),
 // and how the noise contract fills its key and counter (docs/noise-contract.md, sections 2 and 3).
-// tests/conformance hold it to the known-answer vectors of Random123.
+// tests/conformance holds it to the known-answer vectors of Random123.
 #pragma once
 
 #include "platform.h"
