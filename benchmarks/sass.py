@@ -47,7 +47,7 @@ _MATRIX = re.compile(r"IMMA")  # of 16 elements and 32 terms, by 32 threads
 _ELEMENTS_OF_MATRIX = 16
 
 #: Elements of a thread times terms in one turn of the loops around the matrix products of many_rademacher, as
-#: csrc/cuda/many_rademacher.h has them: kPiece times kWordChunk and times kTermBlock.
+#: csrc/cuda/many_rademacher.h has them: kOctet times kWordChunk and times kTermBlock.
 TURNS_AROUND_MATRICES = (8 * 64, 8 * 256)
 
 

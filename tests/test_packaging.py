@@ -182,8 +182,8 @@ def test_compiler_without_avx512(build: ModuleType, monkeypatch: pytest.MonkeyPa
     assert list(toolchain.isas) == ["baseline", "avx2"]
     assert "avx512 is left out" in toolchain.reason
     assert toolchain.flags(Path("kernels_avx512.cpp")) is None
-    assert "-DFK_HAVE_AVX512=1" not in toolchain.flags(Path("dispatch.cpp"))
-    assert "-DFK_HAVE_AVX2=1" in toolchain.flags(Path("dispatch.cpp"))
+    assert "-DFK_HAVE_AVX512=1" not in toolchain.flags(Path("entry.cpp"))
+    assert "-DFK_HAVE_AVX2=1" in toolchain.flags(Path("entry.cpp"))
     monkeypatch.setenv("FEDKSEED_REQUIRE_CPU", "1")
     with pytest.raises(build.CompileError, match="avx512 is left out"):
         build.find_toolchain()

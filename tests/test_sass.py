@@ -172,10 +172,10 @@ def test_turns_around_matrices_are_those_of_the_source() -> None:
     assert "kTermBlock = kThreads;" in source
     found = {
         name: int(number)
-        for name, number in re.findall(r"constexpr int (kThreads|kWordChunk|kPieceShift) = (\d+);", source)
+        for name, number in re.findall(r"constexpr int (kThreads|kWordChunk|kOctetShift) = (\d+);", source)
     }
-    piece = 2 ** found["kPieceShift"]
-    assert (piece * found["kWordChunk"], piece * found["kThreads"]) == sass.TURNS_AROUND_MATRICES
+    octet = 2 ** found["kOctetShift"]
+    assert (octet * found["kWordChunk"], octet * found["kThreads"]) == sass.TURNS_AROUND_MATRICES
 
 
 def test_rules_of_cuda_kernels() -> None:

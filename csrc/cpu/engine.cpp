@@ -4,15 +4,15 @@
 #include <string.h>
 
 #include "float_mode.h"
-#include "schedule.h"
+#include "terms.h"
 
 namespace {
 
-// Elements a chunk spans: the unit handed to threads. The bits depend on neither value.
+// Elements of a chunk, the unit handed to threads. Results do not depend on them.
 const int64_t kChunkFewTerms = 1 << 14;
 const int64_t kChunkManyTerms = 1 << 13;
 const int64_t kFewTerms = 8;
-// Elements times terms below which waking other threads costs more than it saves (some 20 us of one core).
+// Elements times terms below which waking other threads costs more than it saves (about 20 us of one core).
 const int64_t kWorkForThreads = 1 << 15;
 
 struct Job {
@@ -22,11 +22,11 @@ struct Job {
   int64_t chunk;
   const int64_t *rows;
   const fk_terms *terms;
-  const fk_schedules *fp32, *fp64;
+  const fk_ready_sides *fp32, *fp64;
   const fk_kernels *kernels;
 };
 
-// One of the two outputs of a run: base pointer and stride in memory.
+// One of the two outputs of a run.
 struct Side {
   char *base;
   int64_t stride;
@@ -38,8 +38,8 @@ struct Run { // consecutive elements of the noise, evenly spaced in memory
   const char *in;
   int64_t in_stride;
   Side out, out_minus;
-  const int16_t *residual; // beside in
-  int16_t *residual_out;   // beside out
+  const int16_t *residual; // with the stride of in
+  int16_t *residual_out;   // with the stride of out
 };
 
 bool is_wide(const fk_tensor &t) { return t.out_dtype != t.dtype; }
@@ -75,13 +75,14 @@ struct Buffers {
     float minus[FK_BLOCK + FK_BLOCK_PAD];
     double minus64[FK_BLOCK + FK_BLOCK_PAD];
   };
-  uint32_t noise[FK_BLOCK_WORDS + 4 * 16];
+  uint32_t random_words[FK_BLOCK_WORDS + 4 * 16];
   double gathered[FK_BLOCK], written[FK_BLOCK];
   int16_t residuals[FK_BLOCK];
 };
 
-// Sums of one block of groups, and how many elements of the first group lie before the run.
-int64_t block_sums(const Job &job, const fk_tensor &t, const fk_schedule &schedule, uint64_t element,
+// Computes the sums of the groups that hold n elements from `element` on. Returns how many elements of the first
+// group come before `element`.
+int64_t block_sums(const Job &job, const fk_tensor &t, const fk_ready_terms &terms, uint64_t element,
                    int64_t n, float *acc, double *acc64) {
   const bool gaussian = job.terms->family == FK_GAUSSIAN;
   const int shift = gaussian ? FK_GAUSSIAN_GROUP_SHIFT : FK_RADEMACHER_GROUP_SHIFT;
@@ -89,17 +90,18 @@ int64_t block_sums(const Job &job, const fk_tensor &t, const fk_schedule &schedu
   const int64_t groups = (skip + n + (1 << shift) - 1) >> shift;
   if (t.dtype == FK_FP64) {
     (gaussian ? job.kernels->gaussian_sums64 : job.kernels->rademacher_sums64)(acc64, element >> shift,
-                                                                               groups, t.stream, &schedule);
+                                                                               groups, t.stream, &terms);
   } else {
     (gaussian ? job.kernels->gaussian_sums : job.kernels->rademacher_sums)(acc, element >> shift, groups,
-                                                                           t.stream, &schedule);
+                                                                           t.stream, &terms);
   }
   return skip;
 }
 
-// The minus side is -acc, except that a zero need not mirror: an exact cancellation gives +0 on both sides, no
-// term at all -0 (section 6.2). A zero of an integer sum is one of these; so is a zero of an fp32 sum of no term.
-// Other zeros of an fp32 sum may be underflows: then false, and they are computed anew from negated coefficients.
+// Sums of the minus side from those of the plus side: -acc, except for zeros. Terms that cancel exactly give +0 on
+// both sides, and no term at all gives -0 (contract section 6.2): a zero of an integer sum is always one of these.
+// A zero of a Gaussian sum may also be an underflow. A single product mirrors even then; for any other number of
+// terms the function returns false, and the caller computes the sums anew from negated coefficients.
 template <typename T> bool mirror(const T *acc, T *minus, int64_t n, int32_t family, int64_t count) {
   if (family == FK_RADEMACHER) {
     for (int64_t i = 0; i < n; ++i) minus[i] = acc[i] == (T)0 ? acc[i] : -acc[i];
@@ -129,9 +131,9 @@ void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done
   if (job.terms->rounding == FK_STOCHASTIC && out_size == 2) {
     const uint64_t element = run.first_element + (uint64_t)done;
     const int64_t skip = (int64_t)(element & 7u);
-    job.kernels->group_words(buffers.noise, element >> FK_ROUNDING_GROUP_SHIFT, (skip + n + 7) >> 3, t.stream,
-                             FK_TAG_ROUNDING, job.terms->rounding_seed);
-    apply.noise = (const uint16_t *)buffers.noise + skip; // little-endian: low half first
+    job.kernels->group_words(buffers.random_words, element >> FK_ROUNDING_GROUP_SHIFT, (skip + n + 7) >> 3,
+                             t.stream, FK_TAG_ROUNDING, job.terms->rounding_seed);
+    apply.random_bits = (const uint16_t *)buffers.random_words + skip; // little-endian: low half first
   }
   char *target = (char *)apply.out, *target_residual = (char *)apply.residual_out,
        *rest = (char *)buffers.residuals;
@@ -154,8 +156,8 @@ void apply_side(const Job &job, const fk_tensor &t, const Run &run, int64_t done
   }
 }
 
-// What lets whole groups go straight into the stored weights; NULL where they cannot.
-fk_fused_kernel fused_kernel(const Job &job, const fk_tensor &t, const Run &run) {
+// The kernel that writes the sums of whole groups straight into the weights; NULL if the run needs the buffers.
+fk_into_kernel into_kernel(const Job &job, const fk_tensor &t, const Run &run) {
   const bool gaussian = job.terms->family == FK_GAUSSIAN, has_one_term = job.fp32->plus.count == 1;
   const bool in_lines = run.in && run.in_stride == 1 && run.out.stride == 1 &&
                         (!run.out_minus.base || run.out_minus.stride == 1);
@@ -164,10 +166,10 @@ fk_fused_kernel fused_kernel(const Job &job, const fk_tensor &t, const Run &run)
   return (gaussian ? job.kernels->gaussian_into : job.kernels->rademacher_into)[t.dtype];
 }
 
-void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &buffers) {
-  const fk_schedules &schedules = t.dtype == FK_FP64 ? *job.fp64 : *job.fp32;
+void compute_run(const Job &job, const fk_tensor &t, const Run &run, Buffers &buffers) {
+  const fk_ready_sides &ready = t.dtype == FK_FP64 ? *job.fp64 : *job.fp32;
   const size_t size = element_size(t.dtype), out_size = element_size(t.out_dtype);
-  if (run.in && schedules.plus.count == 0 && job.terms->alpha == 1.0 && !is_wide(t)) { // the bytes stay
+  if (run.in && ready.plus.count == 0 && job.terms->alpha == 1.0 && !is_wide(t)) { // bytes stay
     if (run.out.base != run.in)
       copy_elements(run.in, run.in_stride, run.out.base, run.out.stride, run.n, size);
     if (run.out_minus.base && run.out_minus.base != run.in) {
@@ -176,12 +178,12 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
     return;
   }
   const int shift = job.terms->family == FK_GAUSSIAN ? FK_GAUSSIAN_GROUP_SHIFT : FK_RADEMACHER_GROUP_SHIFT;
-  const fk_fused_kernel fused = fused_kernel(job, t, run);
+  const fk_into_kernel into = into_kernel(job, t, run);
   for (int64_t done = 0; done < run.n;) {
     const uint64_t element = run.first_element + (uint64_t)done;
     const int64_t ahead = (int64_t)(element & ((1u << shift) - 1u));
-    if (fused && ahead == 0 && run.n - done >= FK_FUSED) {
-      const int64_t n = (run.n - done) / FK_FUSED * FK_FUSED;
+    if (into && ahead == 0 && run.n - done >= FK_INTO_MULTIPLE) {
+      const int64_t n = (run.n - done) / FK_INTO_MULTIPLE * FK_INTO_MULTIPLE;
       fk_apply apply = {};
       apply.in = run.in + done * (int64_t)size;
       apply.out = run.out.base + done * (int64_t)out_size;
@@ -191,20 +193,20 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
       apply.residual = run.residual ? run.residual + done : 0;
       apply.residual_out = run.residual_out ? run.residual_out + done : 0;
       apply.wide = is_wide(t);
-      fused(&apply, element >> shift, t.stream, &schedules.plus);
+      into(&apply, element >> shift, t.stream, &ready.plus);
       done += n;
       continue;
     }
-    const int64_t room = (fused && ahead ? 1 << shift : FK_BLOCK) - ahead;
+    const int64_t room = (into && ahead ? 1 << shift : FK_BLOCK) - ahead;
     const int64_t n = run.n - done < room ? run.n - done : room;
-    const int64_t skip = block_sums(job, t, schedules.plus, element, n, buffers.acc, buffers.acc64);
+    const int64_t skip = block_sums(job, t, ready.plus, element, n, buffers.acc, buffers.acc64);
     if (run.out_minus.base) {
       const int32_t family = job.terms->family;
-      const int64_t count = schedules.plus.count;
+      const int64_t count = ready.plus.count;
       const bool mirrored = t.dtype == FK_FP64
                                 ? mirror(buffers.acc64 + skip, buffers.minus64 + skip, n, family, count)
                                 : mirror(buffers.acc + skip, buffers.minus + skip, n, family, count);
-      if (!mirrored) block_sums(job, t, schedules.minus, element, n, buffers.minus, buffers.minus64);
+      if (!mirrored) block_sums(job, t, ready.minus, element, n, buffers.minus, buffers.minus64);
       // The side that overwrites the input goes last.
       if (run.out.base == run.in) {
         apply_side(job, t, run, done, n, run.out_minus, buffers.minus + skip, buffers.minus64 + skip,
@@ -223,7 +225,7 @@ void run_elements(const Job &job, const fk_tensor &t, const Run &run, Buffers &b
 }
 
 // Output elements [begin, end) of a tensor, row-major over its sizes.
-void run_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t end, Buffers &buffers) {
+void compute_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t end, Buffers &buffers) {
   const int64_t size = (int64_t)element_size(t.dtype), out_size = (int64_t)element_size(t.out_dtype);
   if (t.ndim == 0) {
     const Run run = {(uint64_t)(t.first_element + begin),
@@ -234,12 +236,12 @@ void run_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t end, B
                      {t.out_minus ? (char *)t.out_minus + begin * out_size : 0, 1},
                      t.residual ? t.residual + begin : 0,
                      t.residual_out ? t.residual_out + begin : 0};
-    run_elements(job, t, run, buffers);
+    compute_run(job, t, run, buffers);
     return;
   }
   const int last = t.ndim - 1;
-  // Neighbours along the last dimension are neighbours in the noise, unless it is gathered or strided there.
-  const bool whole_rows = t.element_strides[last] == 1 && !(job.rows && last == 0);
+  // Elements along the last dimension are consecutive in the noise, unless it is gathered or strided.
+  const bool has_runs = t.element_strides[last] == 1 && !(job.rows && last == 0);
   for (int64_t position = begin; position < end;) {
     int64_t rest = position, element = t.first_element, in_at = 0, out_at = 0, minus_at = 0, in_last = 0;
     for (int d = last; d >= 0; --d) {
@@ -253,7 +255,7 @@ void run_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t end, B
       minus_at += i * t.out_minus_strides[d];
     }
     int64_t n = 1;
-    if (whole_rows) {
+    if (has_runs) {
       n = t.sizes[last] - in_last;
       if (n > end - position) n = end - position;
     }
@@ -265,12 +267,12 @@ void run_range(const Job &job, const fk_tensor &t, int64_t begin, int64_t end, B
                      {t.out_minus ? (char *)t.out_minus + minus_at * out_size : 0, t.out_minus_strides[last]},
                      t.residual ? t.residual + in_at : 0,
                      t.residual_out ? t.residual_out + out_at : 0};
-    run_elements(job, t, run, buffers);
+    compute_run(job, t, run, buffers);
     position += n;
   }
 }
 
-void run_chunks(int64_t begin, int64_t end, void *context) {
+void compute_chunks(int64_t begin, int64_t end, void *context) {
   const Job &job = *(const Job *)context;
   Buffers buffers;
   const fk_float_mode mode = fk_enter_float_mode();
@@ -284,7 +286,7 @@ void run_chunks(int64_t begin, int64_t end, void *context) {
     const fk_tensor &t = job.tensors[low];
     const int64_t from = (chunk - job.first_chunk[low]) * job.chunk;
     const int64_t to = from + job.chunk < t.numel ? from + job.chunk : t.numel;
-    run_range(job, t, from, to, buffers);
+    compute_range(job, t, from, to, buffers);
   }
   fk_leave_float_mode(mode);
 }
@@ -293,17 +295,17 @@ void run_chunks(int64_t begin, int64_t end, void *context) {
 
 int32_t fk_run_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
                          const fk_terms *terms, const fk_kernels *kernels, fk_parallel_for parallel_for) {
-  fk_schedules fp32, fp64;
+  fk_ready_sides fp32, fp64;
   memset(&fp32, 0, sizeof fp32);
   memset(&fp64, 0, sizeof fp64);
   int64_t *first_chunk = (int64_t *)malloc(sizeof(int64_t) * (size_t)(num_tensors + 1));
   bool has_fp32 = false, has_fp64 = false;
   for (int64_t i = 0; i < num_tensors; ++i) *(tensors[i].dtype == FK_FP64 ? &has_fp64 : &has_fp32) = true;
-  // Coefficients are rounded here: in the contract's mode, not the caller's.
+  // Making terms ready rounds coefficients: in the contract's floating-point mode, not the caller's.
   const fk_float_mode mode = fk_enter_float_mode();
   int32_t error = first_chunk ? 0 : FK_ERROR_MEMORY;
-  if (!error && has_fp32) error = fk_make_schedules(terms, 0, kernels->lookup_terms, &fp32);
-  if (!error && has_fp64) error = fk_make_schedules(terms, 1, kernels->lookup_terms, &fp64);
+  if (!error && has_fp32) error = fk_make_ready_terms(terms, 0, kernels->lookup_terms, &fp32);
+  if (!error && has_fp64) error = fk_make_ready_terms(terms, 1, kernels->lookup_terms, &fp64);
   fk_leave_float_mode(mode);
   if (!error) {
     Job job = {tensors, first_chunk, num_tensors, 0, rows, terms, &fp32, &fp64, kernels};
@@ -317,13 +319,13 @@ int32_t fk_run_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const in
     const int64_t chunks = first_chunk[num_tensors];
     const bool worth_threads = elements > kWorkForThreads / (terms->count > 1 ? terms->count : 1);
     if (chunks > 1 && worth_threads && parallel_for) {
-      parallel_for(0, chunks, 1, run_chunks, &job);
+      parallel_for(0, chunks, 1, compute_chunks, &job);
     } else if (chunks > 0) {
-      run_chunks(0, chunks, &job);
+      compute_chunks(0, chunks, &job);
     }
   }
-  fk_free_schedules(&fp32);
-  fk_free_schedules(&fp64);
+  fk_free_ready_terms(&fp32);
+  fk_free_ready_terms(&fp64);
   free(first_chunk);
   return error;
 }

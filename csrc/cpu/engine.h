@@ -1,5 +1,5 @@
-// The walk over a list of tensors, shared by every instruction set: chunks for the thread pool, blocks of
-// noise groups inside a chunk, strides and views, flush-to-zero modes. Knows no vector code.
+// The loop over a list of tensors, shared by all instruction sets: chunks for the thread pool, runs and blocks inside
+// a chunk, strides and views, flush-to-zero modes. It holds no vector code.
 #pragma once
 
 #include "kernels.h"

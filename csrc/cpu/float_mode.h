@@ -1,5 +1,5 @@
-// The contract keeps subnormals and rounds to nearest whatever the caller's thread has set: each worker
-// enters the default floating-point mode and leaves with the mode and the sticky flags that it came with.
+// The contract keeps subnormals and rounds to nearest, whatever mode the caller's thread has set. So each worker
+// enters the default floating-point mode, and restores the mode and sticky flags that it found.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
-// The contract's headers run as they stand: any CPU, no vector code of our own. Without hardware fma the
-// compiler calls libm's exact one (7 to 10 ns an element).
+// The kernels of any CPU: the contract's headers as they are, without vector code. Where the processor has no fma
+// instruction the compiler calls libm's exact function (7 to 10 ns an element).
 #include "compensated.h"
 #include "integer_sums.h"
 #include "kernels.h"
@@ -8,48 +8,48 @@
 
 #include "scalar_paths.inc"
 
-template <typename Acc> static void gaussian(Acc *acc, uint64_t first, int64_t groups, uint32_t stream,
-                                             const fk_schedule *schedule, const Acc *coeffs,
-                                             Acc (*fused)(Acc, Acc, Acc)) {
-  for (int64_t g = 0; g < groups; ++g, acc += 8) {
+template <typename Acc> static void gaussian(Acc *acc, uint64_t first, int64_t octets, uint32_t stream,
+                                             const fk_ready_terms *terms, const Acc *coeffs,
+                                             Acc (*fma)(Acc, Acc, Acc)) {
+  for (int64_t octet = 0; octet < octets; ++octet, acc += 8) {
     for (int i = 0; i < 8; ++i) acc[i] = (Acc)-0.0;
-    for (int64_t k = 0; k < schedule->count; ++k) {
-      const uint64_t seed = (uint64_t)schedule->key_high[k] << 32 | schedule->key_low[k];
-      const fk_words words = fk_group_words(seed, stream, first + (uint64_t)g, FK_TAG_GAUSSIAN);
+    for (int64_t k = 0; k < terms->count; ++k) {
+      const uint64_t seed = (uint64_t)terms->key_high[k] << 32 | terms->key_low[k];
+      const fk_words words = fk_group_words(seed, stream, first + (uint64_t)octet, FK_TAG_GAUSSIAN);
       for (int j = 0; j < 4; ++j) {
         const fk_normal_pair z = fk_normal_from_word(words.w[j]);
-        acc[2 * j] = fused(coeffs[k], (Acc)z.even, acc[2 * j]);
-        acc[2 * j + 1] = fused(coeffs[k], (Acc)z.odd, acc[2 * j + 1]);
+        acc[2 * j] = fma(coeffs[k], (Acc)z.even, acc[2 * j]);
+        acc[2 * j + 1] = fma(coeffs[k], (Acc)z.odd, acc[2 * j + 1]);
       }
     }
   }
 }
 
-static float fused32(float a, float b, float c) { return fk_fma(a, b, c); }
-static double fused64(double a, double b, double c) { return fk_fma64(a, b, c); }
+static float fma32(float a, float b, float c) { return fk_fma(a, b, c); }
+static double fma64(double a, double b, double c) { return fk_fma64(a, b, c); }
 
-static void gaussian_sums(float *acc, uint64_t first, int64_t groups, uint32_t stream,
-                          const fk_schedule *schedule) {
-  gaussian<float>(acc, first, groups, stream, schedule, schedule->coeffs, fused32);
+static void gaussian_sums(float *acc, uint64_t first, int64_t octets, uint32_t stream,
+                          const fk_ready_terms *terms) {
+  gaussian<float>(acc, first, octets, stream, terms, terms->coeffs, fma32);
 }
 
-static void gaussian_sums64(double *acc, uint64_t first, int64_t groups, uint32_t stream,
-                            const fk_schedule *schedule) {
-  gaussian<double>(acc, first, groups, stream, schedule, schedule->coeffs64, fused64);
+static void gaussian_sums64(double *acc, uint64_t first, int64_t octets, uint32_t stream,
+                            const fk_ready_terms *terms) {
+  gaussian<double>(acc, first, octets, stream, terms, terms->coeffs64, fma64);
 }
 
 static void rademacher_sums(float *acc, uint64_t first, int64_t groups, uint32_t stream,
-                            const fk_schedule *schedule) {
+                            const fk_ready_terms *terms) {
   for (int64_t g = 0; g < groups; ++g, acc += 128) {
     int32_t sums[128] = {0};
-    for (int64_t k = 0; k < schedule->count; ++k) {
-      const uint64_t seed = (uint64_t)schedule->key_high[k] << 32 | schedule->key_low[k];
+    for (int64_t k = 0; k < terms->count; ++k) {
+      const uint64_t seed = (uint64_t)terms->key_high[k] << 32 | terms->key_low[k];
       const fk_words words = fk_group_words(seed, stream, first + (uint64_t)g, FK_TAG_RADEMACHER);
-      const int32_t *either = schedule->lookups + 2 * k;
+      const int32_t *either = terms->lookups + 2 * k;
       for (uint32_t lane = 0; lane < 128; ++lane) sums[lane] += either[fk_rademacher_bit(words.w, lane)];
     }
     for (int lane = 0; lane < 128; ++lane) {
-      acc[lane] = schedule->count ? fk_sum_value(sums[lane], (float)schedule->scale) : -0.0f;
+      acc[lane] = terms->count ? fk_sum_value(sums[lane], (float)terms->scale) : -0.0f;
     }
   }
 }

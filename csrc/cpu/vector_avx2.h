@@ -5,7 +5,7 @@
 
 #include "kernels.h"
 
-namespace { // internal linkage: each instruction set has a Vec of its own
+namespace { // internal linkage: Vec is another type for each instruction set
 
 struct Vec {
   static constexpr int kLanes = 8;
@@ -37,11 +37,11 @@ struct Vec {
   template <int n> FK_HD I shift_right(I v) { return _mm256_srli_epi32(v, n); }
   template <int n> FK_HD I shift_left(I v) { return _mm256_slli_epi32(v, n); }
   template <int n> FK_HD I shift_right_signed(I v) { return _mm256_srai_epi32(v, n); }
-  FK_HD I nearest_int(F v) { return _mm256_cvtps_epi32(v); } // 2^31 where there is none
-  FK_HD F quiet(F v) { // the same, and one pattern for every NaN, its low half 0
+  FK_HD I nearest_int(F v) { return _mm256_cvtps_epi32(v); } // 2^31 for NaN and out of range
+  FK_HD F quiet(F v) { // v, with every NaN made one pattern whose low half is 0
     return _mm256_blendv_ps(v, as_f(set_i(0x7FC00000u)), _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   }
-  // Low halves of 32-bit lanes from one, high halves from the other.
+  // 32-bit lanes whose low halves are those of low, and whose high halves are those of high.
   FK_HD I join_halves(I low, I high) { return _mm256_blend_epi16(low, high, 0xAA); }
   FK_HD I load_int16(const int16_t *p) { return _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)p)); }
   FK_HD void store_low_halves(void *p, I v) {
@@ -50,17 +50,17 @@ struct Vec {
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(packed));
   }
 
-  // Philox: products of the low halves of 64-bit lanes; what the high halves hold does not matter.
+  // For Philox: products of the low halves of 64-bit lanes. The high halves of a and b may hold anything.
   FK_HD I multiply(I a, I b) { return _mm256_mul_epu32(a, b); }
   FK_HD I high_half(I v) { return _mm256_srli_epi64(v, 32); }
   FK_HD I xor2(I a, I b) { return _mm256_xor_si256(a, b); }
   FK_HD I xor3(I a, I b, I c) { return _mm256_xor_si256(a, _mm256_xor_si256(b, c)); }
   FK_HD I join(I even, I odd) { return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA); }
 
-  // In: rows[i] holds element i of each lane's group. Out: rows[i] holds the 8 elements of one group, the
-  // kElementOfRow[i]-th of all 64 and the next.
+  // In: rows[i] holds element i of each lane's octet. Out: rows[i] holds the 8 elements of one octet, beginning
+  // with element kElementOfRow[i] of all 64.
   static constexpr int kElementOfRow[8] = {0, 16, 32, 48, 8, 24, 40, 56};
-  FK_HD void transpose_groups(F rows[8]) {
+  FK_HD void transpose_octets(F rows[8]) {
     F t[8], u[8];
     for (int i = 0; i < 4; ++i) {
       t[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
@@ -79,8 +79,8 @@ struct Vec {
     }
   }
 
-  // Four vectors of 16-byte groups in memory order <-> vector j with word j of each lane's group: the 4 x 4
-  // transposition of every 128-bit lane, which undoes itself.
+  // Octets of 16-bit numbers: four vectors in memory order <-> vector j with the j-th pair of each lane's octet.
+  // It transposes 4 x 4 words in every 128 bits and is its own inverse.
   FK_HD void transpose_pairs(I v[4]) {
     const I a = _mm256_unpacklo_epi32(v[0], v[1]), b = _mm256_unpacklo_epi32(v[2], v[3]);
     const I c = _mm256_unpackhi_epi32(v[0], v[1]), d = _mm256_unpackhi_epi32(v[2], v[3]);
@@ -90,16 +90,16 @@ struct Vec {
     v[3] = _mm256_unpackhi_epi64(c, d);
   }
 
-  static constexpr int kVectorsPerWord = 4; // elements of a Rademacher word, by vectors
-  // Lane l: bit kLanes v + l of bits set ? -c : c
+  static constexpr int kVectorsPerWord = 4; // vectors of the 32 elements of a Rademacher word
+  // Lane l: -c if bit kLanes v + l of bits is set, else c.
   FK_HD F signed_by(uint32_t bits, int v, F c) {
     const I shift = _mm256_setr_epi32(31 - 8 * v, 30 - 8 * v, 29 - 8 * v, 28 - 8 * v, 27 - 8 * v, 26 - 8 * v,
                                       25 - 8 * v, 24 - 8 * v);
     return _mm256_xor_ps(c, as_f(and2(_mm256_sllv_epi32(set_i(bits), shift), set_i(0x80000000u))));
   }
 
-  // Two Rademacher words a and b of neighbouring lanes -> the pairs (bit e of a, bit e of b): those of even e at
-  // bits e, e + 1 of the first lane, those of odd e at bits e - 1, e of the second.
+  // In: two Rademacher words a and b in neighbouring lanes. Out: the pairs (bit e of a, bit e of b); those of even e
+  // are bits e and e + 1 of the first lane, those of odd e are bits e - 1 and e of the second.
   static constexpr int kLookupTerms = 2;
   FK_HD I shuffle_bits(I v) {
     const I stay = _mm256_set1_epi64x((int64_t)0xAAAAAAAA55555555), down = _mm256_set1_epi64x(0xAAAAAAAA),
@@ -110,7 +110,7 @@ struct Vec {
   }
   typedef __m256 Table; // four sums, twice
   FK_HD Table load_table(const uint32_t *p) { return _mm256_broadcast_ps((const __m128 *)(const void *)p); }
-  // Of two shuffled lanes: the index of element l at the low bits of lane l, of element 8 + l 8 bits higher, ...
+  // From two shuffled lanes: the index of element l in the low bits of lane l, that of element 8 + l 8 bits higher, ...
   FK_HD I load_index(const uint32_t *p) {
     long long both;
     __builtin_memcpy(&both, p, sizeof both);
@@ -121,8 +121,8 @@ struct Vec {
   FK_HD F load_bf16(const uint16_t *p) {
     return as_f(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
   }
-  // bf16 of y in the high half of each lane. A NaN needs no care: finite coefficients and stored bf16 weights
-  // make none but the processor's own and quieted weights, whose low halves are zero and carry nothing.
+  // y as bf16, in the high half of each lane. A NaN needs no care: with finite coefficients and stored bf16 weights
+  // it is the processor's own or that of a weight, made quiet. The low half of these is 0, so rounding carries nothing.
   FK_HD I bf16_in_high_half(F y) {
     const I bits = as_i(y);
     const I odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), set_i(1));
@@ -141,5 +141,8 @@ struct Vec {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
   }
 };
+
+typedef Vec::F F;
+typedef Vec::I I;
 
 } // namespace

@@ -6,11 +6,11 @@
 #include "kernels.h"
 
 #if defined(__GNUC__) && !defined(__clang__)
-// gcc before 13 takes the deliberately undefined operand inside its own intrinsics for a mistake (PR 105593).
+// gcc before 13 warns of the deliberately undefined operand inside its own intrinsics (PR 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
 
-namespace { // internal linkage: each instruction set has a Vec of its own
+namespace { // internal linkage: Vec is another type for each instruction set
 
 struct Vec {
   static constexpr int kLanes = 16;
@@ -45,29 +45,29 @@ struct Vec {
   template <int n> FK_HD I shift_right(I v) { return _mm512_srli_epi32(v, n); }
   template <int n> FK_HD I shift_left(I v) { return _mm512_slli_epi32(v, n); }
   template <int n> FK_HD I shift_right_signed(I v) { return _mm512_srai_epi32(v, n); }
-  FK_HD I nearest_int(F v) { return _mm512_cvtps_epi32(v); } // 2^31 where there is none
-  FK_HD F quiet(F v) { // the same, and one pattern for every NaN, its low half 0
+  FK_HD I nearest_int(F v) { return _mm512_cvtps_epi32(v); } // 2^31 for NaN and out of range
+  FK_HD F quiet(F v) { // v, with every NaN made one pattern whose low half is 0
     return _mm512_mask_mov_ps(v, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), as_f(set_i(0x7FC00000u)));
   }
-  // Low halves of 32-bit lanes from one, high halves from the other.
+  // 32-bit lanes whose low halves are those of low, and whose high halves are those of high.
   FK_HD I join_halves(I low, I high) { return _mm512_mask_blend_epi16(0xAAAAAAAAu, low, high); }
   FK_HD I load_int16(const int16_t *p) {
     return _mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i *)p));
   }
   FK_HD void store_low_halves(void *p, I v) { _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(v)); }
 
-  // Philox: products of the low halves of 64-bit lanes; what the high halves hold does not matter.
+  // For Philox: products of the low halves of 64-bit lanes. The high halves of a and b may hold anything.
   FK_HD I multiply(I a, I b) { return _mm512_mul_epu32(a, b); }
   FK_HD I high_half(I v) { return _mm512_srli_epi64(v, 32); }
   FK_HD I xor2(I a, I b) { return _mm512_xor_si512(a, b); }
   FK_HD I xor3(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0x96); }
   FK_HD I join(I even, I odd) { return _mm512_mask_shuffle_epi32(even, 0xAAAA, odd, _MM_PERM_CDAB); }
 
-  // In: rows[i] holds element i of each lane's group. Out: rows[i] holds two groups, 16 elements from the
-  // kElementOfRow[i]-th of all 128 on. Two in-lane steps give rows of four elements; with groups dealt to
-  // lanes as kGroupOfLane says, one two-source permutation then completes two whole neighbouring groups.
+  // In: rows[i] holds element i of each lane's octet. Out: rows[i] holds two octets, 16 elements beginning with
+  // element kElementOfRow[i] of all 128. Two steps inside 128-bit lanes give rows of four elements. As groups are
+  // dealt to lanes by kGroupOfLane, one two-source permutation then completes two whole neighbouring octets.
   static constexpr int kElementOfRow[8] = {0, 32, 64, 96, 16, 48, 80, 112};
-  FK_HD void transpose_groups(F rows[8]) {
+  FK_HD void transpose_octets(F rows[8]) {
     F t[8], u[8];
     for (int i = 0; i < 4; ++i) {
       t[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
@@ -80,7 +80,7 @@ struct Vec {
         u[4 * half + 2 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(lo, hi));
       }
     }
-    // u[i] (elements 0..3) and u[4 + i] (4..7): 128-bit lane q belongs to group 4 i + q.
+    // 128-bit lane q of u[i] holds elements 0..3 of octet 4 i + q, that of u[4 + i] its elements 4..7.
     const I front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const I back = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     for (int i = 0; i < 4; ++i) {
@@ -89,8 +89,8 @@ struct Vec {
     }
   }
 
-  // Four vectors of 16-byte groups in memory order <-> vector j with word j of each lane's group: the 4 x 4
-  // transposition of every 128-bit lane, which undoes itself.
+  // Octets of 16-bit numbers: four vectors in memory order <-> vector j with the j-th pair of each lane's octet.
+  // It transposes 4 x 4 words in every 128 bits and is its own inverse.
   FK_HD void transpose_pairs(I v[4]) {
     const I a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpacklo_epi32(v[2], v[3]);
     const I c = _mm512_unpackhi_epi32(v[0], v[1]), d = _mm512_unpackhi_epi32(v[2], v[3]);
@@ -100,16 +100,16 @@ struct Vec {
     v[3] = _mm512_unpackhi_epi64(c, d);
   }
 
-  static constexpr int kVectorsPerWord = 2; // elements of a Rademacher word, by vectors
-  // Lane l: bit kLanes v + l of bits set ? -c : c
+  static constexpr int kVectorsPerWord = 2; // vectors of the 32 elements of a Rademacher word
+  // Lane l: -c if bit kLanes v + l of bits is set, else c.
   FK_HD F signed_by(uint32_t bits, int v, F c) {
     const I minus = xor2(as_i(c), set_i(0x80000000u));
     return _mm512_mask_blend_ps((__mmask16)(bits >> (16 * v)), c, as_f(minus));
   }
 
-  // Four Rademacher words of neighbouring lanes -> the four bits of each element e, the first lane's lowest, at
-  // bit 4 (e / 4) of lane e mod 4. First pairs (bits e of two lanes: even e in the first, odd e in the second),
-  // then pairs of pairs.
+  // In: four Rademacher words in neighbouring lanes. Out: the four bits of each element e, that of the first word
+  // lowest, from bit 4 (e / 4) of lane e mod 4 on. Two steps make pairs (bits e of two words: even e in the first lane,
+  // odd e in the second), then pairs of pairs.
   static constexpr int kLookupTerms = 4;
   FK_HD I select(I mask, I set, I clear) { return _mm512_ternarylogic_epi32(mask, set, clear, 0xCA); }
   FK_HD I shuffle_bits(I v) {
@@ -124,7 +124,7 @@ struct Vec {
   }
   typedef __m512i Table; // sixteen sums
   FK_HD Table load_table(const uint32_t *p) { return load_i(p); }
-  // Of four shuffled lanes: the index of element l at the low bits of lane l, of element 16 + l 16 bits higher.
+  // From four shuffled lanes: the index of element l in the low bits of lane l, that of element 16 + l 16 bits higher.
   FK_HD I load_index(const uint32_t *p) {
     const I all = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)p));
     return _mm512_srlv_epi32(all, _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
@@ -134,8 +134,8 @@ struct Vec {
   FK_HD F load_bf16(const uint16_t *p) {
     return as_f(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
   }
-  // bf16 of y in the high half of each lane. A NaN needs no care: finite coefficients and stored bf16 weights
-  // make none but the processor's own and quieted weights, whose low halves are zero and carry nothing.
+  // y as bf16, in the high half of each lane. A NaN needs no care: with finite coefficients and stored bf16 weights
+  // it is the processor's own or that of a weight, made quiet. The low half of these is 0, so rounding carries nothing.
   FK_HD I bf16_in_high_half(F y) {
     const I bits = as_i(y);
     const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set_i(1));
@@ -152,5 +152,8 @@ struct Vec {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 };
+
+typedef Vec::F F;
+typedef Vec::I I;
 
 } // namespace

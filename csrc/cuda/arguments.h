@@ -1,18 +1,18 @@
-// What a launch is handed, as kernel parameters: the terms, and as many tensors as fit beside them.
+// The parameters of a launch: the terms, and as many tensors as fit beside them.
 #pragma once
 
 #include "fedkseed_cuda.h"
 #include "target.h"
 
-// A kernel's parameters hold at most this many bytes: within the 32,764 that every GPU served here allows.
+// The most bytes that the parameters of a kernel take; every GPU served here allows 32,764.
 #define FK_PARAMETER_BYTES 24000
 
 struct TermArguments {
-  const uint64_t *seeds; // device memory, or NULL: those by value
+  const uint64_t *seeds; // device memory; NULL: seeds_by_value and coeffs_by_value
   const double *coeffs;
   const double *device_alpha;
   const uint64_t *device_rounding_seed;
-  int32_t *num_skipped; // NULL unless this launch is the one that counts
+  int32_t *num_skipped; // NULL but in the one launch of a call that counts skipped terms
   int64_t count;
   double alpha;
   uint64_t rounding_seed;
@@ -21,7 +21,7 @@ struct TermArguments {
   double coeffs_by_value[FK_CUDA_MAX_TERMS_BY_VALUE];
 };
 
-// A tensor whose memory is contiguous in the order of its elements.
+// A flat tensor: contiguous in the order of its elements.
 struct FlatTensor {
   const char *in;
   char *out, *out_minus;
@@ -33,15 +33,15 @@ struct FlatTensor {
   uint32_t first_tile;
 };
 
-// Any other tensor: rows of consecutive elements, each covered by a fixed number of slots (one piece of noise
-// each).
+// A strided tensor, which is any other: runs of consecutive elements. A fixed number of slots covers each run; a slot
+// is the part of a run in one octet of noise.
 struct StridedTensor {
   fk_tensor tensor;
-  int64_t row_length;
-  int64_t slots_per_row;
+  int64_t run_length;
+  int64_t slots_per_run;
   int64_t num_slots;
   uint32_t first_tile;
-  int32_t first_dim; // the dimensions before it count rows; the one at it, if any, is the row
+  int32_t first_dim; // dimensions before it number the runs; the one at it, if there is one, is the run
 };
 
 constexpr int32_t kMaxFlatTensors =
@@ -66,7 +66,7 @@ struct StridedLaunch {
 static_assert(sizeof(FlatLaunch) <= FK_PARAMETER_BYTES, "the flat table outgrows its parameter");
 static_assert(sizeof(StridedLaunch) <= FK_PARAMETER_BYTES, "the strided table outgrows its parameter");
 
-// The last tensor whose tiles begin at or before `tile`.
+// The tensor that a tile belongs to: the last one whose tiles begin at or before it.
 template <typename Tensor>
 FK_DEVICE const Tensor &tensor_of_tile(const Tensor *tensors, int32_t num_tensors, uint32_t tile) {
   int32_t low = 0, high = num_tensors;

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kTestThreads = 256;
 
-// The device of a call for as long as it lasts; the caller's afterwards.
+// Makes a device the current one for as long as the guard lives, and the caller's device afterwards.
 class DeviceGuard {
 public:
   explicit DeviceGuard(int32_t device) : before_(-1), error_(cudaGetDevice(&before_)) {
@@ -61,7 +61,7 @@ __global__ void normal_from_words(const NormalsTest test) {
   test.out[2 * i + 1] = z.odd;
 }
 
-// A thread folds every num_threads-th word; sums of unsigned integers do not depend on their order.
+// Each thread takes every num_threads-th word; a sum of unsigned integers does not depend on the order.
 __global__ void normal_digest(const DigestTest test) {
   const uint64_t num_threads = (uint64_t)gridDim.x * kTestThreads;
   uint64_t sum = 0;
@@ -77,10 +77,10 @@ __global__ void normal_digest(const DigestTest test) {
 uint32_t num_blocks(int64_t count) { return (uint32_t)((count + kTestThreads - 1) / kTestThreads); }
 
 template <typename Test> int32_t run_test(void (*kernel)(const Test), uint32_t blocks, const Test &test,
-                                          int32_t device, void *stream) {
+                                          int32_t device, void *cuda_stream) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return (int32_t)guard.error();
-  if (blocks) FK_LAUNCH(kernel, blocks, kTestThreads, stream, test);
+  if (blocks) FK_LAUNCH(kernel, blocks, kTestThreads, cuda_stream, test);
   return (int32_t)cudaGetLastError();
 }
 
@@ -90,7 +90,7 @@ bool known_codes(const fk_tensor *tensors, int64_t num_tensors, const fk_cuda_te
   if (terms.count < 0 || (!terms.on_device && terms.count > FK_CUDA_MAX_TERMS_BY_VALUE)) return false;
   for (int64_t i = 0; i < num_tensors; ++i) {
     if (tensors[i].dtype < FK_FP32 || tensors[i].dtype > FK_FP64) return false;
-    if (tensors[i].out_dtype != tensors[i].dtype) return false; // wide outputs are not written here
+    if (tensors[i].out_dtype != tensors[i].dtype) return false; // wide outputs: the caller widens first
     if (tensors[i].ndim < 0 || tensors[i].ndim > FK_MAX_DIMS) return false;
   }
   return true;
@@ -110,12 +110,13 @@ FK_EXPORT int32_t fk_cuda_runtime_version(int32_t *version) {
 
 FK_EXPORT const char *fk_cuda_error_string(int32_t error) { return cudaGetErrorString((cudaError_t)error); }
 
-// Loading is no work of a stream: a capture that is going on in this thread need not forbid it.
+// Loading kernels is no work in a CUDA stream, so this thread may load them while it captures a graph: hence the
+// relaxed capture mode.
 FK_EXPORT int32_t fk_cuda_load(int32_t device) {
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return (int32_t)guard.error();
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
-  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode); // mode: now the one before
+  cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode); // mode now holds the previous one
   if (error != cudaSuccess) return (int32_t)error;
   const int32_t loaded = fk_cuda_load_kernels();
   error = cudaThreadExchangeStreamCaptureMode(&mode);
@@ -124,25 +125,26 @@ FK_EXPORT int32_t fk_cuda_load(int32_t device) {
 
 FK_EXPORT int32_t fk_cuda_seed_axpy(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
                                     int64_t num_source_rows, const fk_cuda_terms *terms, int32_t device,
-                                    void *stream) {
+                                    void *cuda_stream) {
   if (!known_codes(tensors, num_tensors, *terms)) return FK_ERROR_ARGUMENT;
   const DeviceGuard guard(device);
   if (guard.error() != cudaSuccess) return (int32_t)guard.error();
-  return fk_cuda_run(tensors, num_tensors, rows, num_source_rows, terms, stream);
+  return fk_cuda_run(tensors, num_tensors, rows, num_source_rows, terms, cuda_stream);
 }
 
 FK_EXPORT int32_t fk_cuda_philox_words(const uint32_t *counters, const uint32_t *keys, uint32_t *out,
-                                       int64_t count, int32_t device, void *stream) {
-  return run_test(philox_words, num_blocks(count), WordsTest{counters, keys, out, count}, device, stream);
+                                       int64_t count, int32_t device, void *cuda_stream) {
+  return run_test(philox_words, num_blocks(count), WordsTest{counters, keys, out, count}, device,
+                  cuda_stream);
 }
 
 FK_EXPORT int32_t fk_cuda_normal_from_words(const uint32_t *words, float *out, int64_t count, int32_t device,
-                                            void *stream) {
-  return run_test(normal_from_words, num_blocks(count), NormalsTest{words, out, count}, device, stream);
+                                            void *cuda_stream) {
+  return run_test(normal_from_words, num_blocks(count), NormalsTest{words, out, count}, device, cuda_stream);
 }
 
 FK_EXPORT int32_t fk_cuda_normal_digest(uint64_t first, uint64_t count, uint64_t *digest, int32_t device,
-                                        void *stream) {
+                                        void *cuda_stream) {
   const uint32_t blocks = count < (1u << 20) ? num_blocks((int64_t)count) : 4096u;
-  return run_test(normal_digest, blocks, DigestTest{first, count, digest}, device, stream);
+  return run_test(normal_digest, blocks, DigestTest{first, count, digest}, device, cuda_stream);
 }

@@ -1,11 +1,10 @@
-// One or two terms: bound by memory, or nearly. Round keys stay in registers; weights are read before the
-// noise is made, so that the one hides the other.
+// The kernel for one or two terms, whose speed memory limits, or nearly so. Round keys stay in registers. Weights are
+// read before the noise is made, so that computing hides the wait for memory.
 #pragma once
 
 #include "flat.h"
 
-// What two terms of Rademacher noise come to where their signs are equal (both +) and where they are not (the
-// first +).
+// The sums of two terms of Rademacher noise: where both signs are +, and where the first is + and the second is -.
 struct TwoTermSums {
   float equal, unequal;
 };
@@ -27,8 +26,8 @@ FK_DEVICE TwoTermSums sum_two_terms(float first, float second) {
   return {unscaled_sum(p + q, scale), unscaled_sum(p - q, scale)};
 }
 
-// By the first thread of each warp: warp 0 finds the tile, warps 1.. prepare one term each, the next the
-// rounding.
+// Fills shared, by the first thread of each warp: warp 0 finds the tile, each of warps 1 .. kTerms prepares a term, and
+// the next one prepares the rounding.
 template <typename Storage, typename Family, int kTerms>
 FK_DEVICE void prepare_few(const FlatLaunch &launch, FewShared<kTerms> &shared) {
   constexpr unsigned kWarp = 32;
@@ -53,27 +52,27 @@ FK_DEVICE void prepare_few(const FlatLaunch &launch, FewShared<kTerms> &shared) 
   }
 }
 
-// The keys of all terms, in registers.
+// The keys and coefficients of all terms, in registers.
 template <int kTerms> struct FewTerms {
   FoldedKeys keys[kTerms];
   TwoTermSums sums;
   FK_DEVICE float coefficient(int k) const { return fk_float_from_bits(keys[k].w[19]); }
 };
 
-template <typename Family> FK_DEVICE uint64_t piece_product(uint32_t first_group, uint32_t piece) {
-  return low_product(first_group + (piece >> (Family::kGroupShift - kPieceShift)));
+template <typename Family> FK_DEVICE uint64_t octet_product(uint32_t first_group, uint32_t octet) {
+  return low_product(first_group + (octet >> (Family::kGroupShift - kOctetShift)));
 }
 
-// value, negated where bit e of signs is set.
+// value, negated if bit e of signs is set.
 FK_DEVICE float with_sign(float value, uint32_t signs, int e) {
   return fk_float_from_bits(fk_bits_from_float(value) ^ (signs << (31 - e) & 0x80000000u));
 }
 
-// Sums of one piece. product: low_product of its group. kAllTerms: none is to be skipped.
+// The sums of one octet. product: low_product of its group. kAllTerms: all terms count.
 template <bool kAllTerms, int kTerms> FK_DEVICE void
-sum_terms(Gaussian, float (&acc)[kPiece], uint64_t product, uint32_t, const FewTerms<kTerms> &terms) {
+sum_terms(Gaussian, float (&acc)[kOctet], uint64_t product, uint32_t, const FewTerms<kTerms> &terms) {
 #pragma unroll
-  for (int e = 0; e < kPiece; ++e) acc[e] = -0.0f;
+  for (int e = 0; e < kOctet; ++e) acc[e] = -0.0f;
 #pragma unroll
   for (int k = 0; k < kTerms; ++k) {
     if (kAllTerms || terms.coefficient(k) != 0.0f) {
@@ -82,38 +81,38 @@ sum_terms(Gaussian, float (&acc)[kPiece], uint64_t product, uint32_t, const FewT
   }
 }
 
-template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kPiece], uint64_t product,
-                                                   uint32_t piece, const FewTerms<1> &terms) {
+template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kOctet], uint64_t product,
+                                                   uint32_t octet, const FewTerms<1> &terms) {
   if (!kAllTerms && terms.coefficient(0) == 0.0f) {
 #pragma unroll
-    for (int e = 0; e < kPiece; ++e) acc[e] = -0.0f;
+    for (int e = 0; e < kOctet; ++e) acc[e] = -0.0f;
     return;
   }
-  const uint32_t signs = piece_signs(folded_philox(product, terms.keys[0]), piece);
+  const uint32_t signs = octet_signs(folded_philox(product, terms.keys[0]), octet);
 #pragma unroll
-  for (int e = 0; e < kPiece; ++e) acc[e] = with_sign(terms.coefficient(0), signs, e);
+  for (int e = 0; e < kOctet; ++e) acc[e] = with_sign(terms.coefficient(0), signs, e);
 }
 
-template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kPiece], uint64_t product,
-                                                   uint32_t piece, const FewTerms<2> &terms) {
+template <bool kAllTerms> FK_DEVICE void sum_terms(Rademacher, float (&acc)[kOctet], uint64_t product,
+                                                   uint32_t octet, const FewTerms<2> &terms) {
   if (!kAllTerms && terms.coefficient(0) == 0.0f && terms.coefficient(1) == 0.0f) {
 #pragma unroll
-    for (int e = 0; e < kPiece; ++e) acc[e] = -0.0f;
+    for (int e = 0; e < kOctet; ++e) acc[e] = -0.0f;
     return;
   }
-  const uint32_t first = piece_signs(folded_philox(product, terms.keys[0]), piece);
-  const uint32_t unequal = first ^ piece_signs(folded_philox(product, terms.keys[1]), piece);
+  const uint32_t first = octet_signs(folded_philox(product, terms.keys[0]), octet);
+  const uint32_t unequal = first ^ octet_signs(folded_philox(product, terms.keys[1]), octet);
   // A sum that is 0 is +0 whatever the signs.
   uint32_t signs = first;
   if (terms.sums.equal == 0.0f) signs &= unequal;
   if (terms.sums.unequal == 0.0f) signs &= ~unequal;
 #pragma unroll
-  for (int e = 0; e < kPiece; ++e) {
+  for (int e = 0; e < kOctet; ++e) {
     acc[e] = with_sign(unequal & 1u << e ? terms.sums.unequal : terms.sums.equal, signs, e);
   }
 }
 
-// Blocks on a multiprocessor at once: as many as need no spills.
+// Blocks that a multiprocessor runs at once: as many as registers allow without spills.
 template <typename Family, int kTerms> constexpr int few_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return 2;
@@ -122,8 +121,8 @@ template <typename Family, int kTerms> constexpr int few_blocks() {
 #endif
 }
 
-// kCompensated: weights with residuals; the short way is the one in place. One term without it is for weights that
-// have none; two terms take those that have some the long way.
+// kCompensated: the weights have residuals, and the short way updates them in place. It is instantiated for one term
+// only; two terms with residuals take the long way. One term without kCompensated serves weights without residuals.
 template <typename Storage, typename Family, int kTerms, bool kCompensated>
 __global__ void __launch_bounds__(kThreads, few_blocks<Family, kTerms>())
     few_terms(const __grid_constant__ FlatLaunch launch) {
@@ -144,68 +143,70 @@ __global__ void __launch_bounds__(kThreads, few_blocks<Family, kTerms>())
   const bool stochastic = Storage::kRounds && launch.terms.stochastic;
   const uint32_t first_group = group_low(tile.first_element, Family::kGroupShift);
 
-  // The short way: steps of kFewPieces whole pieces a thread, when nothing is asked for that it leaves out.
-  constexpr int32_t kStep = kPiece * kThreads * kFewPieces; // elements
+  // The short way, for whole octets that are updated on one side and rounded to nearest, if all terms count: in each
+  // step a thread computes kFewOctets octets.
+  constexpr int32_t kStep = kOctet * kThreads * kFewOctets; // elements
   const bool plain = tile.memory.whole && tile.memory.in && !tile.memory.out_minus && all_terms &&
                      !stochastic &&
                      (kCompensated ? tile.memory.residual_out != 0 : tile.memory.residual == 0);
   const int32_t whole_first = plain ? (tile.memory.begin + kStep - 1) / kStep : 0;
   const int32_t whole_last = plain ? tile.memory.end / kStep : 0;
   constexpr int32_t kStepBytes = kStep * (int32_t)sizeof(typename Storage::Element);
-  const int64_t thread_bytes = (int64_t)(threadIdx.x * kPiece * sizeof(typename Storage::Element));
+  const int64_t thread_bytes = (int64_t)(threadIdx.x * kOctet * sizeof(typename Storage::Element));
   const char *in = tile.memory.in + whole_first * (int64_t)kStepBytes + thread_bytes;
   char *out = tile.memory.out + whole_first * (int64_t)kStepBytes + thread_bytes;
   char *residual = tile.memory.residual_out + whole_first * (int64_t)kStepBytes + thread_bytes;
 #pragma unroll 1
   for (int32_t step = whole_first; step < whole_last;
        ++step, in += kStepBytes, out += kStepBytes, residual += kStepBytes) {
-    typename Storage::Piece weights[kFewPieces], residuals[kFewPieces];
+    typename Storage::Octet weights[kFewOctets], residuals[kFewOctets];
 #pragma unroll
-    for (int p = 0; p < kFewPieces; ++p) {
-      weights[p] = read_whole<Storage>(in + p * (kStepBytes / kFewPieces));
-      if (kCompensated) residuals[p] = read_whole<Storage>(residual + p * (kStepBytes / kFewPieces));
+    for (int p = 0; p < kFewOctets; ++p) {
+      weights[p] = read_whole<Storage>(in + p * (kStepBytes / kFewOctets));
+      if (kCompensated) residuals[p] = read_whole<Storage>(residual + p * (kStepBytes / kFewOctets));
     }
 #pragma unroll
-    for (int p = 0; p < kFewPieces; ++p) {
-      const uint32_t piece = (uint32_t)(step * kFewPieces + p) * kThreads + threadIdx.x;
-      float acc[kPiece];
-      sum_terms<true>(Family(), acc, piece_product<Family>(first_group, piece), piece, terms);
+    for (int p = 0; p < kFewOctets; ++p) {
+      const uint32_t octet = (uint32_t)(step * kFewOctets + p) * kThreads + threadIdx.x;
+      float acc[kOctet];
+      sum_terms<true>(Family(), acc, octet_product<Family>(first_group, octet), octet, terms);
       if constexpr (kCompensated) {
         add_values<Storage>(acc, alpha, weights[p], residuals[p]);
         Storage::split(acc, weights[p], residuals[p]);
-        write_whole<Storage>(residual + p * (kStepBytes / kFewPieces), residuals[p]);
+        write_whole<Storage>(residual + p * (kStepBytes / kFewOctets), residuals[p]);
       } else {
         add_weights<Storage>(acc, alpha, weights[p]);
         Storage::round_nearest(acc, weights[p]);
       }
-      write_whole<Storage>(out + p * (kStepBytes / kFewPieces), weights[p]);
+      write_whole<Storage>(out + p * (kStepBytes / kFewOctets), weights[p]);
     }
   }
 
-  // Without them it needs fewer registers.
+  // Dropping the residual pointers saves registers.
   constexpr bool kHasResiduals = kCompensated || kTerms != 1;
-  // The long way, a piece a thread at a time: what those steps leave of the tile.
-  constexpr int32_t kRow = kPiece * kThreads; // elements
+  // The long way, for everything else in the tile: in each pass a thread computes one octet. A step above covers
+  // kFewOctets passes.
+  constexpr int32_t kPass = kOctet * kThreads; // elements
   const bool unchanged = tile.memory.in && !any_term && alpha == 1.0f;
-  const int32_t last_row = (tile.memory.end + kRow - 1) / kRow;
+  const int32_t end_pass = (tile.memory.end + kPass - 1) / kPass;
 #pragma unroll 1
-  for (int32_t row = tile.memory.begin / kRow; row < last_row; ++row) {
-    if (row >= whole_first * kFewPieces && row < whole_last * kFewPieces) continue;
-    const uint32_t piece = (uint32_t)row * kThreads + threadIdx.x;
-    PieceMemory memory = piece_memory<Storage>(tile, (int32_t)piece);
+  for (int32_t pass = tile.memory.begin / kPass; pass < end_pass; ++pass) {
+    if (pass >= whole_first * kFewOctets && pass < whole_last * kFewOctets) continue;
+    const uint32_t octet = (uint32_t)pass * kThreads + threadIdx.x;
+    OctetMemory memory = octet_memory<Storage>(tile, (int32_t)octet);
     if (!kHasResiduals) memory.residual = memory.residual_out = 0;
-    const typename Storage::Piece weights = read_piece<Storage>(memory);
+    const typename Storage::Octet weights = read_octet<Storage>(memory);
     if (unchanged) {
-      copy_piece<Storage>(memory, weights);
+      copy_octet<Storage>(memory, weights);
       continue;
     }
-    float acc[kPiece];
-    sum_terms<false>(Family(), acc, piece_product<Family>(first_group, piece), piece, terms);
-    const uint64_t noise_piece = (tile.first_element >> kPieceShift) + piece;
-    RoundingNoise noise;
-    noise.stochastic = stochastic;
+    float acc[kOctet];
+    sum_terms<false>(Family(), acc, octet_product<Family>(first_group, octet), octet, terms);
+    const uint64_t noise_octet = (tile.first_element >> kOctetShift) + octet;
+    RoundingBits bits;
+    bits.stochastic = stochastic;
     if (stochastic)
-      noise.words = folded_philox(low_product((uint32_t)noise_piece), load_keys(shared.rounding));
-    write_sums<Storage, Family>(memory, weights, alpha, acc, noise, launch.terms, tile.stream, noise_piece);
+      bits.words = folded_philox(low_product((uint32_t)noise_octet), load_keys(shared.rounding));
+    write_sums<Storage, Family>(memory, weights, alpha, acc, bits, launch.terms, tile.stream, noise_octet);
   }
 }

@@ -1,25 +1,25 @@
-// Kernels over tensors that are contiguous in the order of their elements. A block does one tile: the
-// elements [n T, (n + 1) T) of a tensor's noise for one n, so that the high half of its groups is one number.
+// Kernels over flat tensors, which are contiguous in the order of their elements. A block computes one tile: the
+// elements [n T, (n + 1) T) of a tensor's noise, for one n, so that all its groups have the same high half.
 // Tiles are aligned to the noise, not to memory: a tile may begin before its tensor or end after it.
 #pragma once
 
-#include "piece.h"
+#include "octet.h"
 
 constexpr int kThreads = 256;
-// Few terms: a loop over pieces with the keys in registers. A thread does kFewPieces at once.
-constexpr int kFewPieces = 2;
+// Few terms: a loop over octets, with the keys in registers. A thread computes kFewOctets at once.
+constexpr int kFewOctets = 2;
 constexpr int kFewIterations = 4;
-constexpr int kFewTile = kPiece * kThreads * kFewPieces * kFewIterations;
-// Many terms: a loop over terms with the sums in registers.
-template <typename Arithmetic> struct ManyPieces {
+constexpr int kFewTile = kOctet * kThreads * kFewOctets * kFewIterations;
+// Many terms: a loop over terms, with the sums in registers.
+template <typename Arithmetic> struct ManyOctets {
   static constexpr int kCount = sizeof(Arithmetic) == 8 ? 2 : 4;
-  static constexpr int kTile = kPiece * kThreads * kCount;
+  static constexpr int kTile = kOctet * kThreads * kCount;
   static constexpr int kBlocks =
       sizeof(Arithmetic) == 8 ? 2 : 3; // on a multiprocessor at once, without spills
 };
 
 struct FlatTile {
-  PieceMemory memory; // of the tile's first piece; begin, end: elements of the tile that belong to the tensor
+  OctetMemory memory; // of the tile's first octet; begin, end: elements of the tile that belong to the tensor
   uint64_t first_element;
   uint32_t stream;
 };
@@ -30,10 +30,10 @@ template <typename Storage> FK_DEVICE FlatTile find_tile(const FlatLaunch &launc
   tile.first_element = (tensor.first_element & ~(uint64_t)(tile_elements - 1)) +
                        (uint64_t)(blockIdx.x - tensor.first_tile) * (uint64_t)tile_elements;
   tile.stream = tensor.stream;
-  // Of the tile's first element within the tensor; negative where the tile begins before it.
+  // Place of the tile's first element within the tensor; negative if the tile begins before the tensor.
   const int64_t at = (int64_t)(tile.first_element - tensor.first_element);
   const int64_t bytes = at * (int64_t)sizeof(typename Storage::Element);
-  PieceMemory &memory = tile.memory;
+  OctetMemory &memory = tile.memory;
   memory.in = tensor.in ? tensor.in + bytes : 0;
   memory.out = tensor.out + bytes;
   memory.out_minus = tensor.out_minus ? tensor.out_minus + bytes : 0;
@@ -48,19 +48,19 @@ template <typename Storage> FK_DEVICE FlatTile find_tile(const FlatLaunch &launc
   return tile;
 }
 
-// Memory of one piece of a tile.
-template <typename Storage> FK_DEVICE PieceMemory piece_memory(const FlatTile &tile, int32_t piece) {
-  const int64_t bytes = (int64_t)piece * (int64_t)(kPiece * sizeof(typename Storage::Element));
-  PieceMemory memory;
+// The memory of one octet of a tile.
+template <typename Storage> FK_DEVICE OctetMemory octet_memory(const FlatTile &tile, int32_t octet) {
+  const int64_t bytes = (int64_t)octet * (int64_t)(kOctet * sizeof(typename Storage::Element));
+  OctetMemory memory;
   memory.in = tile.memory.in ? tile.memory.in + bytes : 0;
   memory.out = tile.memory.out + bytes;
   memory.out_minus = tile.memory.out_minus ? tile.memory.out_minus + bytes : 0;
   memory.residual = tile.memory.residual ? tile.memory.residual + bytes : 0;
   memory.residual_out = tile.memory.residual_out ? tile.memory.residual_out + bytes : 0;
   memory.in_stride = memory.out_stride = memory.out_minus_stride = 1;
-  memory.begin = tile.memory.begin - piece * kPiece;
-  memory.end = tile.memory.end - piece * kPiece;
-  memory.whole = tile.memory.whole && memory.begin <= 0 && memory.end >= kPiece;
+  memory.begin = tile.memory.begin - octet * kOctet;
+  memory.end = tile.memory.end - octet * kOctet;
+  memory.whole = tile.memory.whole && memory.begin <= 0 && memory.end >= kOctet;
   return memory;
 }
 

@@ -1,4 +1,4 @@
-#include "kernels_of.h"
+#include "instantiate.h"
 
 const Kernels kBf16Kernels = {
     {FK_FEW(Bf16, 1), FK_FEW(Bf16, 2), FK_MANY(Bf16)}, FK_COMPENSATED(Bf16), FK_STRIDED(Bf16),

@@ -1,4 +1,4 @@
-#include "kernels_of.h"
+#include "instantiate.h"
 
 const Kernels kFp16Kernels = {
     {FK_FEW(Fp16, 1), FK_FEW(Fp16, 2), FK_MANY(Fp16)}, FK_COMPENSATED(Fp16), FK_STRIDED(Fp16),

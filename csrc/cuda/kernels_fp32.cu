@@ -1,4 +1,4 @@
-#include "kernels_of.h"
+#include "instantiate.h"
 
 const Kernels kFp32Kernels = {
     {FK_FEW(Fp32, 1), FK_FEW(Fp32, 2), FK_MANY(Fp32)}, {0, 0},          FK_STRIDED(Fp32),

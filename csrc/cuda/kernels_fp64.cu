@@ -1,5 +1,5 @@
-// fp64 tensors are rare: every number of terms goes through the loop for many.
-#include "kernels_of.h"
+// fp64 tensors are rare: the kernels for many terms serve every number of terms.
+#include "instantiate.h"
 
 const Kernels kFp64Kernels = {
     {FK_MANY(Fp64), FK_MANY(Fp64), FK_MANY(Fp64)},

@@ -1,18 +1,18 @@
-// Any number of terms with Gaussian noise: bound by arithmetic. Sums stay in registers while the terms pass by
-// in chunks, prepared in shared memory by the whole block between two barriers.
+// The kernel for any number of terms of Gaussian noise, whose speed arithmetic limits. Sums stay in registers. The
+// terms come in chunks, which the whole block prepares in shared memory between two barriers.
 #pragma once
 
 #include "tile.h"
 
-constexpr int kGaussianChunk = 64;
+constexpr int kGaussianChunk = 64; // terms
 
 template <typename Arithmetic> struct TermChunk {
-  FoldedKeys keys[kGaussianChunk]; // word 19: the coefficient, when the arithmetic is fp32
+  FoldedKeys keys[kGaussianChunk]; // word 19: the coefficient, if the arithmetic is fp32
   Arithmetic coeffs[kGaussianChunk];
 };
 
-// Terms first .. first + kGaussianChunk - 1 into shared memory, by one thread each; begins and ends with a barrier.
-// Returns how many there are.
+// Prepares terms first .. first + kGaussianChunk - 1 in shared memory, one by each thread. Begins and ends with a
+// barrier. Returns how many terms there are.
 template <typename Arithmetic> FK_DEVICE int prepare_chunk(const TermArguments &terms, int64_t first,
                                                            const FlatTile &tile, TermChunk<Arithmetic> &chunk,
                                                            uint32_t &any_term) {
@@ -37,33 +37,33 @@ FK_DEVICE float chunk_coefficient(const FoldedKeys &keys, const float *) {
 }
 FK_DEVICE double chunk_coefficient(const FoldedKeys &, const double *coefficient) { return *coefficient; }
 
-template <typename Arithmetic, int kPieces> FK_DEVICE void clear_sums(Arithmetic (&acc)[kPieces][kPiece]) {
+template <typename Arithmetic, int kOctets> FK_DEVICE void clear_sums(Arithmetic (&acc)[kOctets][kOctet]) {
 #pragma unroll
-  for (int p = 0; p < kPieces; ++p) {
+  for (int p = 0; p < kOctets; ++p) {
 #pragma unroll
-    for (int e = 0; e < kPiece; ++e) acc[p][e] = (Arithmetic)-0.0;
+    for (int e = 0; e < kOctet; ++e) acc[p][e] = (Arithmetic)-0.0;
   }
 }
 
-// Blocks on a multiprocessor at once. On sm_100 a third one of weights that may have residuals would spill.
+// Blocks that a multiprocessor runs at once. On sm_100 three blocks would spill where weights may have residuals.
 template <typename Storage> constexpr int gaussian_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   if (Storage::kRounds) return 2;
 #endif
-  return ManyPieces<typename Storage::Arithmetic>::kBlocks;
+  return ManyOctets<typename Storage::Arithmetic>::kBlocks;
 }
 
 template <typename Storage> __global__ void __launch_bounds__(kThreads, gaussian_blocks<Storage>())
     many_gaussian(const __grid_constant__ FlatLaunch launch) {
   using Arithmetic = typename Storage::Arithmetic;
-  constexpr int kPieces = ManyPieces<Arithmetic>::kCount;
+  constexpr int kOctets = ManyOctets<Arithmetic>::kCount;
   __shared__ TileShared shared;
   __shared__ TermChunk<Arithmetic> chunk;
-  begin_tile<Storage>(launch, ManyPieces<Arithmetic>::kTile, shared);
+  begin_tile<Storage>(launch, ManyOctets<Arithmetic>::kTile, shared);
   __syncthreads();
   const FlatTile &tile = shared.tile;
   const uint32_t group = group_low(tile.first_element, FK_GAUSSIAN_GROUP_SHIFT) + threadIdx.x;
-  Arithmetic acc[kPieces][kPiece];
+  Arithmetic acc[kOctets][kOctet];
   clear_sums(acc);
   for (int64_t first = 0; first < launch.terms.count; first += kGaussianChunk) {
     const int num_terms = prepare_chunk(launch.terms, first, tile, chunk, shared.any_term);
@@ -73,7 +73,7 @@ template <typename Storage> __global__ void __launch_bounds__(kThreads, gaussian
       const Arithmetic c = chunk_coefficient(keys, &chunk.coeffs[k]);
       if (c == (Arithmetic)0) continue;
 #pragma unroll
-      for (int p = 0; p < kPieces; ++p) {
+      for (int p = 0; p < kOctets; ++p) {
         add_gaussian(acc[p], folded_philox(low_product(group + p * kThreads), keys), c);
       }
     }

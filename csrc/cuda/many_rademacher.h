@@ -1,9 +1,9 @@
-// Any number of terms with Rademacher noise. Its sums (contract 6.3) are products of a matrix of bits,
-// elements by terms, with the scaled coefficients q: matrices of bytes for the tensor cores. A q is written in
-// digits of 8 bits, -128 to 127, a column each. A bit needs no shift to become a byte: bit i of a byte stays
-// where it is, so its row of the product comes out 2^i times as large.
+// The kernel for any number of terms of Rademacher noise. Its sums (contract section 6.3) are products of a matrix of
+// bits, elements by terms, with the scaled coefficients q; the tensor cores multiply them as matrices of bytes. A q is
+// written in digits of 8 bits, -128 to 127, each in a column of its own. Bits are masked, not shifted: bit i of a byte
+// stays in its place, so its row of the product is 2^i times too large, and is shifted at the end.
 //
-// With S the sum of the q whose bits are set (z = -1) and Q the sum of all, A = Q - 2 S.
+// With S the sum of the q whose bits are set (z = -1), and Q the sum of all q, the sum is A = Q - 2 S.
 #pragma once
 
 #include "matrix.h"
@@ -11,7 +11,7 @@
 
 constexpr int kTermBlock = kThreads; // terms whose keys and digits are prepared at once, one by each thread
 constexpr int kWordChunk = 64;       // terms whose words are made between two barriers
-constexpr int kRademacherTile = kPiece * kThreads;
+constexpr int kRademacherTile = kOctet * kThreads;
 constexpr int kTileGroups = kRademacherTile >> FK_RADEMACHER_GROUP_SHIFT;
 constexpr int kThreadsOfTerm = kThreads / kWordChunk;
 constexpr int kProductsOfThread = 16; // matrix products of a warp for its 256 elements
@@ -21,13 +21,13 @@ template <typename Arithmetic> struct RademacherShared {
   typename Integers<Arithmetic>::Unsigned total; // Q
   FoldedKeys keys[kTermBlock];
   uint32_t digits[kTermBlock / kMatrixTerms][2][32]; // as the threads of a warp hold them
-  uint4 words[kWordChunk][kTileGroups + 2];          // two more: other banks for the next term
+  uint4 words[kWordChunk][kTileGroups + 2];          // two more than groups: the next term is in other banks
 };
 
-// 0x80 in every byte. With it added, the bytes of a number are its digits plus 128.
+// 0x80 in every byte. The bytes of a number plus this are its digits, each plus 128.
 template <typename Unsigned> constexpr Unsigned kCarries = ~(Unsigned)0 / 0xFF * 0x80;
 
-// Keys and digits of a block of terms. Digits beyond the last term are zeros; its words then do not matter.
+// Prepares the keys and digits of a block of terms. Beyond the last term digits are zeros, so that words do not matter.
 // own_total: Q of the calling thread's terms.
 template <typename Arithmetic>
 FK_DEVICE void prepare_terms(const TermArguments &terms, int64_t first, const FlatTile &tile,
@@ -44,16 +44,17 @@ FK_DEVICE void prepare_terms(const TermArguments &terms, int64_t first, const Fl
               group_high(tile.first_element, FK_RADEMACHER_GROUP_SHIFT), FK_TAG_RADEMACHER);
   }
   own_total += q;
-  // Term t + 4 i of a half: byte i of the words of the threads with t as their place in four.
+  // Term t + 4 i of a half (16 terms) is byte i of the words that threads 4 g + t hold.
   uint8_t *bytes = (uint8_t *)shared.digits[k / kMatrixTerms][k % kMatrixTerms / 16] + k % 4 * 4 + k % 16 / 4;
 #pragma unroll
   for (unsigned column = 0; column < kMatrixColumns; ++column) {
-    const unsigned digit = column % sizeof(Arithmetic); // beyond the last they begin again
+    const unsigned digit = column % sizeof(Arithmetic); // columns beyond the last digit repeat the digits
     bytes[column * 16] = (uint8_t)((q + kCarries<Unsigned>) >> 8 * digit) ^ 0x80u;
   }
 }
 
-// Words of the chunk that begins with term `first` of the block: each by the threads of its term in turn.
+// Makes the words of the chunk that begins with term `first` of the block. The kThreadsOfTerm threads of a term take
+// its groups in turn.
 template <typename Arithmetic>
 FK_DEVICE void make_words(uint32_t group, int first, int num_terms, RademacherShared<Arithmetic> &shared) {
   const int k = (int)threadIdx.x / kThreadsOfTerm;
@@ -67,12 +68,12 @@ FK_DEVICE void make_words(uint32_t group, int first, int num_terms, RademacherSh
   }
 }
 
-// 32 terms, from `first` of the chunk on, added to the products of a warp. digits: theirs.
+// Adds 32 terms to the products of a warp, beginning with term `first` of the chunk. digits: those of the terms.
 template <typename Arithmetic> FK_DEVICE void add_products(MatrixSums (&sums)[kProductsOfThread], int first,
                                                            const uint32_t (&digits)[2][32],
                                                            const RademacherShared<Arithmetic> &shared) {
   const unsigned lane = threadIdx.x % 32;
-  // Eight words a warp, one for each four threads; of it, eight terms for each of these.
+  // A warp has eight words of each term, four threads share one, and each of these takes eight of the terms.
   const unsigned own_word = threadIdx.x / 4, place = lane % 4;
   ByteMatrix bits[2];
 #pragma unroll
@@ -94,14 +95,14 @@ template <typename Arithmetic> FK_DEVICE void add_products(MatrixSums (&sums)[kP
   }
 }
 
-// S of the eight elements of the calling thread's piece, the last step of a sum over digits: a thread holds
-// two digits of all 32 elements of a word, and four threads share it. Each ends with a quarter of the elements.
+// S of the eight elements of the calling thread's octet, summed over the digits. Four threads share a word: each holds
+// two digits of all its 32 elements, and ends with all digits of a quarter of them.
 template <typename Unsigned>
-FK_DEVICE void join_digits(Unsigned (&joined)[kPiece], const MatrixSums (&sums)[kProductsOfThread]) {
+FK_DEVICE void join_digits(Unsigned (&joined)[kOctet], const MatrixSums (&sums)[kProductsOfThread]) {
   constexpr bool kAllColumns = sizeof(Unsigned) == 8; // else columns 4 to 7 repeat 0 to 3
   const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
   const unsigned shift = 16 * (threadIdx.x & (kAllColumns ? 3u : 1u));
-  // Of one element, from the products of byte or, for the other pair of threads, byte + 2.
+  // Two digits of one element, from the products of `byte`; if later, from those of byte + 2.
   const auto value = [&](int byte, int bit, bool later) {
     const int32_t (&w)[4] = sums[byte * 4 + bit / 2].w, (&later_w)[4] = sums[byte * 4 + 8 + bit / 2].w;
     const int32_t low = later ? later_w[bit % 2 * 2] : w[bit % 2 * 2];
@@ -109,7 +110,7 @@ FK_DEVICE void join_digits(Unsigned (&joined)[kPiece], const MatrixSums (&sums)[
     return ((Unsigned)(int64_t)(low >> bit) + ((Unsigned)(int64_t)(high >> bit) << 8)) << shift;
   };
 #pragma unroll
-  for (int bit = 0; bit < kPiece; ++bit) {
+  for (int bit = 0; bit < kOctet; ++bit) {
     Unsigned quarter[2];
 #pragma unroll
     for (int byte = 0; byte < 2; ++byte) {
@@ -141,8 +142,8 @@ template <typename Storage> __global__ void __launch_bounds__(kThreads, 2)
   Unsigned own_total = 0;
   const uint32_t group = group_low(tile.tile.first_element, FK_RADEMACHER_GROUP_SHIFT);
   for (int64_t block = 0; block < launch.terms.count; block += kTermBlock) {
-    const int64_t left = launch.terms.count - block;
-    const int in_block = left < kTermBlock ? (int)left : kTermBlock;
+    const int64_t remaining = launch.terms.count - block;
+    const int in_block = remaining < kTermBlock ? (int)remaining : kTermBlock;
     prepare_terms(launch.terms, block, tile.tile, scale, shared, own_total);
     __syncthreads();
 #pragma unroll 1
@@ -158,12 +159,12 @@ template <typename Storage> __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if (own_total) add_total(shared.total, own_total);
-  Unsigned joined[kPiece];
+  Unsigned joined[kOctet];
   join_digits(joined, sums);
   __syncthreads();
-  Arithmetic acc[1][kPiece];
+  Arithmetic acc[1][kOctet];
 #pragma unroll
-  for (int i = 0; i < kPiece; ++i) {
+  for (int i = 0; i < kOctet; ++i) {
     acc[0][i] =
         tile.any_term ? unscaled_sum((Integer)(shared.total - 2 * joined[i]), scale) : (Arithmetic)-0.0;
   }

@@ -1,20 +1,22 @@
-// Matrix products of bytes by a warp, and what moves between its threads.
+// Matrix products of bytes by a warp, and exchanges between its threads.
 #pragma once
 
 #include "target.h"
 
-constexpr int kMatrixTerms = 32; // that one product sums over
+constexpr int kMatrixTerms = 32; // terms that one product sums over
 constexpr int kMatrixColumns = 8;
 
-// What a thread holds of a product of 16 rows and 8 columns. Of the threads 4 g + t of a warp: w[0] and w[1] are
-// row g, columns 2 t and 2 t + 1; w[2] and w[3] those of row g + 8.
+// The part of a product of 16 rows and 8 columns that a thread holds. In thread 4 g + t of a warp, w[0] and w[1] are
+// columns 2 t and 2 t + 1 of row g, and w[2] and w[3] the same columns of row g + 8.
 struct MatrixSums {
   int32_t w[4];
 };
 
-// sums += rows columns. Thread 4 g + t holds, with the terms as bytes: rows[0], terms 4 t .. 4 t + 3 of row g
-// (unsigned); rows[1], of row g + 8; rows[2] and rows[3], the same of terms 16 + 4 t ..; columns[0] and
-// columns[1], those terms of column g (signed). Sums wrap.
+// sums += rows columns. Each byte of an argument is a term, unsigned in rows, signed in columns. Thread 4 g + t holds
+//   rows[0]: terms 4 t .. 4 t + 3 of row g;     rows[1]: the same terms of row g + 8;
+//   rows[2]: terms 16 + 4 t .. of row g;        rows[3]: the same terms of row g + 8;
+//   columns[0]: terms 4 t .. of column g;       columns[1]: terms 16 + 4 t .. of column g.
+// Sums wrap.
 FK_DEVICE void multiply_accumulate(MatrixSums &sums, const uint32_t (&rows)[4],
                                    const uint32_t (&columns)[2]) {
 #if defined(__CUDACC__)
@@ -46,7 +48,7 @@ FK_DEVICE void add_total(uint64_t &total, uint64_t value) {
   atomicAdd((unsigned long long *)&total, (unsigned long long)value);
 }
 
-// Bytes selected from the eight of low and high, the first by the selector's lowest digit.
+// Four of the eight bytes of low and high: hexadecimal digit i of the selector is the number of byte i.
 FK_DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
 #if defined(__CUDA_ARCH__)
   return __byte_perm(low, high, selector);

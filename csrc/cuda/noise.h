@@ -1,6 +1,6 @@
-// Noise of one piece: the eight elements 8 p .. 8 p + 7. Two ways to the same words:
-//   folded: the stream, the high half of the group and the seed are the same for a whole tile, so what follows
-//           from them alone in Philox's first rounds is worked out once a tile and shared (FoldedKeys);
+// Noise of one octet: the elements 8 n .. 8 n + 7, for one n. There are two ways to the same words:
+//   folded: seed, stream and the high half of the group are the same in a whole tile, so what Philox's first rounds
+//           make of these alone is computed once a tile and shared (FoldedKeys);
 //   direct: nothing is shared (fk_group_words).
 #pragma once
 
@@ -10,8 +10,8 @@
 #include "rademacher.h"
 #include "target.h"
 
-constexpr int kPieceShift = 3;
-constexpr int kPiece = 1 << kPieceShift;
+constexpr int kOctetShift = 3;
+constexpr int kOctet = 1 << kOctetShift;
 
 struct Gaussian {
   static constexpr uint32_t kTag = FK_TAG_GAUSSIAN;
@@ -26,8 +26,8 @@ struct Rademacher {
   FK_DEVICE static bool counts(double c) { return fk_sum_counts64(c); }
 };
 
-// Words 0..18: round keys of one seed with the constant parts of the counter folded in. Word 19: free for the
-// coefficient in fp32. 16-byte loads.
+// Words 0..18: round keys of one seed with the constant parts of the counter folded in. Word 19 is free, for an fp32
+// coefficient. Aligned for 16-byte loads.
 struct alignas(16) FoldedKeys {
   uint32_t w[20];
 };
@@ -66,7 +66,7 @@ FK_DEVICE FoldedKeys load_keys(const FoldedKeys &shared) {
 
 FK_DEVICE uint64_t low_product(uint32_t group_low) { return (uint64_t)FK_PHILOX_M0 * group_low; }
 
-// The words of the group with low_product(group low).
+// The words of a group. product: low_product of its low half.
 FK_DEVICE fk_words folded_philox(uint64_t product, const FoldedKeys &keys) {
   uint32_t x0, x1, x2, x3;
   {
@@ -94,12 +94,12 @@ FK_DEVICE fk_words folded_philox(uint64_t product, const FoldedKeys &keys) {
   return words;
 }
 
-// One fma in the arithmetic of acc; z (or a weight) is widened to it, which is exact.
+// One fma in the arithmetic of acc. z (or a weight) is widened to it, which is exact.
 FK_DEVICE void add_product(float &acc, float factor, float z) { acc = fk_fma(factor, z, acc); }
 FK_DEVICE void add_product(double &acc, double factor, double z) { acc = fk_fma64(factor, z, acc); }
 
 template <typename Arithmetic>
-FK_DEVICE void add_gaussian(Arithmetic (&acc)[kPiece], const fk_words &words, Arithmetic coefficient) {
+FK_DEVICE void add_gaussian(Arithmetic (&acc)[kOctet], const fk_words &words, Arithmetic coefficient) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const fk_normal_pair z = fk_normal_from_word(words.w[j]);
@@ -108,11 +108,11 @@ FK_DEVICE void add_gaussian(Arithmetic (&acc)[kPiece], const fk_words &words, Ar
   }
 }
 
-// The sign bits of a piece, the lowest its first element's. piece: its index, of which the low bits choose
+// The sign bits of an octet, the lowest that of its first element. octet: its index, whose low bits give its place
 // within the group.
-FK_DEVICE uint32_t piece_signs(const fk_words &words, uint32_t piece) {
-  const uint32_t j = piece >> 2 & 3u;
+FK_DEVICE uint32_t octet_signs(const fk_words &words, uint32_t octet) {
+  const uint32_t j = octet >> 2 & 3u;
   const uint32_t low = j & 1u ? words.w[1] : words.w[0];
   const uint32_t high = j & 1u ? words.w[3] : words.w[2];
-  return (j & 2u ? high : low) >> (8u * (piece & 3u));
+  return (j & 2u ? high : low) >> (8u * (octet & 3u));
 }

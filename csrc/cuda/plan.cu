@@ -6,9 +6,9 @@
 
 namespace {
 
-constexpr int64_t kMaxTiles = 0x7FFFFFFF; // of a grid
-// Beyond this number of terms the products of many_rademacher could leave their 32 bits; the loop for strided
-// tensors has no such limit.
+constexpr int64_t kMaxTiles = 0x7FFFFFFF; // blocks of a grid
+// With more terms than this the 32-bit sums of many_rademacher could overflow. The kernel for strided tensors, which
+// has no such limit, then serves flat ones too.
 constexpr int64_t kMaxProductTerms = 1 << 16;
 
 const Kernels &kernels_of(int32_t dtype) {
@@ -24,8 +24,8 @@ const Kernels &kernels_of(int32_t dtype) {
   }
 }
 
-// Terms by value lose those that do not count here, in the arithmetic of the dtype; those on the device are looked at
-// there.
+// The terms of a launch. Of those by value only the ones that count are kept, in the arithmetic of the dtype; the
+// kernels themselves skip such terms on the device.
 TermArguments make_terms(const fk_cuda_terms &terms, bool fp64) {
   TermArguments made = {};
   made.device_alpha = terms.device_alpha;
@@ -56,7 +56,7 @@ TermArguments make_terms(const fk_cuda_terms &terms, bool fp64) {
 template <typename Launch> struct Table {
   Launch launch;
   int64_t num_tiles;
-  void (*run)(const Launch &launch, uint32_t num_tiles, void *stream);
+  void (*run)(const Launch &launch, uint32_t num_tiles, void *cuda_stream);
 };
 
 // The launches of one dtype.
@@ -65,21 +65,21 @@ struct Plan {
   Table<StridedLaunch> strided;
   int64_t flat_tile, strided_tile;
   bool never_flat;
-  int32_t *num_skipped; // until a launch has taken it
-  void *stream;
+  int32_t *num_skipped; // given to the first launch, then NULL
+  void *cuda_stream;
 };
 
 template <typename Launch> void flush(Plan &plan, Table<Launch> &table) {
   if (table.num_tiles > 0) {
     table.launch.terms.num_skipped = plan.num_skipped;
     plan.num_skipped = 0;
-    table.run(table.launch, (uint32_t)table.num_tiles, plan.stream);
+    table.run(table.launch, (uint32_t)table.num_tiles, plan.cuda_stream);
   }
   table.launch.num_tensors = 0;
   table.num_tiles = 0;
 }
 
-// Appends a tensor, after a launch of what is there if it does not fit.
+// Appends a tensor to a table; if it does not fit, launches the table first.
 template <typename Launch, typename Tensor, int32_t kMaxTensors>
 int32_t append(Plan &plan, Table<Launch> &table, Tensor &tensor, int64_t num_tiles) {
   if (num_tiles > kMaxTiles) return FK_ERROR_ARGUMENT;
@@ -106,7 +106,7 @@ int32_t append_flat(Plan &plan, const fk_tensor &t) {
                                                          (int64_t)(last / tile - first / tile) + 1);
 }
 
-// A flat tensor as one of a single dimension.
+// A flat tensor as a strided one of one dimension.
 fk_tensor as_strided(const fk_tensor &flat) {
   fk_tensor t = flat;
   t.ndim = 1;
@@ -117,14 +117,14 @@ fk_tensor as_strided(const fk_tensor &flat) {
 
 int32_t append_strided(Plan &plan, const fk_tensor &t) {
   const int32_t last = t.ndim - 1;
-  const bool has_rows = t.element_strides[last] == 1 && !(plan.strided.launch.rows && last == 0);
+  const bool has_runs = t.element_strides[last] == 1 && !(plan.strided.launch.rows && last == 0);
   StridedTensor strided = {};
   strided.tensor = t;
-  strided.row_length = has_rows ? t.sizes[last] : 1;
-  strided.first_dim = has_rows ? last : t.ndim;
-  // Pieces that so many consecutive elements can touch, wherever they begin.
-  strided.slots_per_row = (strided.row_length + 2 * kPiece - 2) / kPiece;
-  strided.num_slots = t.numel / strided.row_length * strided.slots_per_row;
+  strided.run_length = has_runs ? t.sizes[last] : 1;
+  strided.first_dim = has_runs ? last : t.ndim;
+  // The most octets that a run can touch, wherever it begins.
+  strided.slots_per_run = (strided.run_length + 2 * kOctet - 2) / kOctet;
+  strided.num_slots = t.numel / strided.run_length * strided.slots_per_run;
   return append<StridedLaunch, StridedTensor, kMaxStridedTensors>(
       plan, plan.strided, strided, (strided.num_slots + plan.strided_tile - 1) / plan.strided_tile);
 }
@@ -149,11 +149,11 @@ void begin(Plan &plan, int32_t dtype, bool compensated, const fk_cuda_terms &ter
 } // namespace
 
 int32_t fk_cuda_run(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
-                    int64_t num_source_rows, const fk_cuda_terms *terms, void *stream) {
+                    int64_t num_source_rows, const fk_cuda_terms *terms, void *cuda_stream) {
   Plan plan = {};
-  plan.stream = stream;
+  plan.cuda_stream = cuda_stream;
   plan.num_skipped = terms->num_skipped;
-  // Tensors with residuals have launches of their own.
+  // Tensors with residuals are launched apart.
   for (int32_t kind = 0; kind < 2 * (FK_FP64 + 1); ++kind) {
     const int32_t dtype = kind / 2;
     const bool compensated = kind % 2;

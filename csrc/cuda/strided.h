@@ -1,23 +1,23 @@
-// Every tensor that is not flat: slices, transposed memory, gathered rows. The tensor is a number of rows of
-// elements that are consecutive in the noise; a thread does one slot: the part of one piece of noise that
-// lies in one row. Correct for everything; the index arithmetic is paid once in eight elements where rows are
-// long.
+// The kernel for strided tensors, which are all that are not flat: slices, transposed memory, gathered rows. Such a
+// tensor is a number of runs, each of elements that are consecutive in the noise and evenly spaced in memory. A thread
+// computes one slot: the part of a run in one octet of noise. This serves every tensor; where runs are long, the
+// arithmetic of indices is done once for eight elements.
 #pragma once
 
-#include "piece.h"
+#include "octet.h"
 
 constexpr int kStridedThreads = 256;
 constexpr int kStridedChunk = 64;
 
 template <typename Family, typename Arithmetic> struct StridedShared {
   uint64_t seeds[kStridedChunk];
-  typename PieceSums<Family, Arithmetic>::Factor factors[kStridedChunk];
+  typename OctetSums<Family, Arithmetic>::Factor factors[kStridedChunk];
   TermSurvey<Arithmetic> survey; // for Rademacher noise
   int32_t tensor;
   uint32_t any_term;
 };
 
-// What a term is to the sums. Gaussian noise: the coefficient.
+// The factor of term k in the sums (OctetSums): the coefficient for Gaussian noise.
 template <typename Arithmetic> FK_DEVICE Arithmetic term_factor(Gaussian, const TermArguments &terms,
                                                                 int64_t k, const TermSurvey<Arithmetic> &) {
   return counted_coefficient<Gaussian, Arithmetic>(terms, k);
@@ -29,7 +29,7 @@ term_factor(Rademacher, const TermArguments &terms, int64_t k, const TermSurvey<
   return scaled_coefficient(term_coefficient<Rademacher, Arithmetic>(terms, k, skipped), scale_of(survey));
 }
 
-// Before the sums. Gaussian noise needs nothing. Ends, if at all, with a barrier.
+// Prepares the sums by a first look at all terms, which Gaussian noise does not need.
 template <typename Arithmetic>
 FK_DEVICE void look_at_terms(Gaussian, const TermArguments &, StridedShared<Gaussian, Arithmetic> &) {}
 
@@ -40,36 +40,36 @@ template <typename Arithmetic> FK_DEVICE void look_at_terms(Rademacher, const Te
   if (threadIdx.x == 0) shared.any_term = shared.survey.num_terms;
 }
 
-// After them: the sums as numbers.
-template <typename Arithmetic> FK_DEVICE void finish_sums(Arithmetic (&acc)[kPiece],
-                                                          const PieceSums<Gaussian, Arithmetic> &sums,
+// The finished sums, as numbers.
+template <typename Arithmetic> FK_DEVICE void finish_sums(Arithmetic (&acc)[kOctet],
+                                                          const OctetSums<Gaussian, Arithmetic> &sums,
                                                           const StridedShared<Gaussian, Arithmetic> &) {
 #pragma unroll
-  for (int e = 0; e < kPiece; ++e) acc[e] = sums.acc[e];
+  for (int e = 0; e < kOctet; ++e) acc[e] = sums.acc[e];
 }
 
 template <typename Arithmetic>
-FK_DEVICE void finish_sums(Arithmetic (&acc)[kPiece], const PieceSums<Rademacher, Arithmetic> &sums,
+FK_DEVICE void finish_sums(Arithmetic (&acc)[kOctet], const OctetSums<Rademacher, Arithmetic> &sums,
                            const StridedShared<Rademacher, Arithmetic> &shared) {
   const TermScale<Arithmetic> scale = scale_of(shared.survey);
 #pragma unroll
-  for (int e = 0; e < kPiece; ++e) {
+  for (int e = 0; e < kOctet; ++e) {
     acc[e] = shared.survey.num_terms ? unscaled_sum(sums.acc[e], scale) : (Arithmetic)-0.0;
   }
 }
 
 struct Slot {
-  PieceMemory memory;
-  uint64_t piece;
-  bool no_source; // its row index is out of range
+  OctetMemory memory;
+  uint64_t octet;
+  bool no_source; // the index of its gathered row is out of range
 };
 
 template <typename Storage> FK_DEVICE Slot find_slot(const StridedTensor &strided, const int64_t *rows,
                                                      int64_t num_source_rows, int64_t slot) {
   constexpr int64_t kSize = sizeof(typename Storage::Element);
   const fk_tensor &tensor = strided.tensor;
-  const int64_t row = slot / strided.slots_per_row;
-  int64_t rest = row, element = tensor.first_element, in_at = 0, out_at = 0, minus_at = 0;
+  const int64_t run = slot / strided.slots_per_run;
+  int64_t rest = run, element = tensor.first_element, in_at = 0, out_at = 0, minus_at = 0;
   Slot found;
   found.no_source = false;
   for (int d = strided.first_dim - 1; d >= 0; --d) {
@@ -86,15 +86,15 @@ template <typename Storage> FK_DEVICE Slot find_slot(const StridedTensor &stride
     minus_at += i * tensor.out_minus_strides[d];
   }
   if (found.no_source) element = 0;
-  const int64_t lane = element & (kPiece - 1);
-  // Of lane 0 of this slot, from the row's first element.
-  const int64_t at = (slot - row * strided.slots_per_row) * kPiece - lane;
-  found.piece = (uint64_t)(element + at) >> kPieceShift;
-  PieceMemory &memory = found.memory;
-  const bool has_row = strided.first_dim < tensor.ndim;
-  memory.in_stride = has_row ? tensor.in_strides[strided.first_dim] : 1;
-  memory.out_stride = has_row ? tensor.out_strides[strided.first_dim] : 1;
-  memory.out_minus_stride = has_row ? tensor.out_minus_strides[strided.first_dim] : 1;
+  const int64_t place = element & (kOctet - 1); // of the element within its octet
+  // Where the octet begins, counted in elements from the first of the run.
+  const int64_t at = (slot - run * strided.slots_per_run) * kOctet - place;
+  found.octet = (uint64_t)(element + at) >> kOctetShift;
+  OctetMemory &memory = found.memory;
+  const bool has_run = strided.first_dim < tensor.ndim;
+  memory.in_stride = has_run ? tensor.in_strides[strided.first_dim] : 1;
+  memory.out_stride = has_run ? tensor.out_strides[strided.first_dim] : 1;
+  memory.out_minus_stride = has_run ? tensor.out_minus_strides[strided.first_dim] : 1;
   memory.in =
       tensor.in && !found.no_source ? (const char *)tensor.in + (in_at + at * memory.in_stride) * kSize : 0;
   const int64_t residual_at = (in_at + at * memory.in_stride) * (int64_t)sizeof(int16_t);
@@ -104,20 +104,20 @@ template <typename Storage> FK_DEVICE Slot find_slot(const StridedTensor &stride
   memory.out_minus =
       tensor.out_minus ? (char *)tensor.out_minus + (minus_at + at * memory.out_minus_stride) * kSize : 0;
   memory.begin = at < 0 ? (int32_t)-at : 0;
-  const int64_t left = strided.row_length - at;
-  memory.end = left < kPiece ? (left < 0 ? 0 : (int32_t)left) : kPiece;
+  const int64_t remaining = strided.run_length - at;
+  memory.end = remaining < kOctet ? (remaining < 0 ? 0 : (int32_t)remaining) : kOctet;
   const bool contiguous =
       memory.in_stride == 1 && memory.out_stride == 1 && (!memory.out_minus || memory.out_minus_stride == 1);
   const uint64_t addresses =
       (uint64_t)memory.in | (uint64_t)memory.out | (uint64_t)memory.out_minus | (uint64_t)memory.residual;
-  memory.whole = contiguous && (addresses & 15u) == 0 && memory.begin == 0 && memory.end == kPiece;
+  memory.whole = contiguous && (addresses & 15u) == 0 && memory.begin == 0 && memory.end == kOctet;
   return found;
 }
 
 template <typename Storage, typename Family> __global__ void __launch_bounds__(kStridedThreads, 2)
     strided(const __grid_constant__ StridedLaunch launch) {
   using Arithmetic = typename Storage::Arithmetic;
-  using Factor = typename PieceSums<Family, Arithmetic>::Factor;
+  using Factor = typename OctetSums<Family, Arithmetic>::Factor;
   __shared__ StridedShared<Family, Arithmetic> shared;
   const TermArguments &terms = launch.terms;
   if (threadIdx.x == 0) {
@@ -132,9 +132,9 @@ template <typename Storage, typename Family> __global__ void __launch_bounds__(k
   const bool inside = slot < tensor.num_slots;
   const Slot found =
       find_slot<Storage>(tensor, launch.rows, launch.num_source_rows, inside ? slot : tensor.num_slots - 1);
-  const PieceMemory &memory = found.memory;
+  const OctetMemory &memory = found.memory;
   const bool busy = inside && memory.begin < memory.end;
-  PieceSums<Family, Arithmetic> sums;
+  OctetSums<Family, Arithmetic> sums;
   sums.clear();
   look_at_terms(Family(), terms, shared);
   for (int64_t first = 0; first < terms.count; first += kStridedChunk) {
@@ -153,28 +153,28 @@ template <typename Storage, typename Family> __global__ void __launch_bounds__(k
       const Factor factor = shared.factors[k];
       if (factor == (Factor)0) continue;
       const fk_words words = fk_group_words(shared.seeds[k], tensor.tensor.stream,
-                                            found.piece >> (Family::kGroupShift - kPieceShift), Family::kTag);
-      sums.add(words, (uint32_t)found.piece, factor);
+                                            found.octet >> (Family::kGroupShift - kOctetShift), Family::kTag);
+      sums.add(words, (uint32_t)found.octet, factor);
     }
   }
   if (!busy) return;
-  Arithmetic acc[kPiece];
+  Arithmetic acc[kOctet];
   finish_sums(acc, sums, shared);
   if (found.no_source) { // NaN sums make NaN results
 #pragma unroll
-    for (int e = 0; e < kPiece; ++e) acc[e] = (Arithmetic)fk_float_from_bits(0x7FC00000u);
+    for (int e = 0; e < kOctet; ++e) acc[e] = (Arithmetic)fk_float_from_bits(0x7FC00000u);
   }
   const Arithmetic alpha = memory.in ? term_alpha<Arithmetic>(terms) : (Arithmetic)1;
-  const typename Storage::Piece weights = read_piece<Storage>(memory);
+  const typename Storage::Octet weights = read_octet<Storage>(memory);
   if (memory.in && !shared.any_term && alpha == (Arithmetic)1) {
-    copy_piece<Storage>(memory, weights);
+    copy_octet<Storage>(memory, weights);
     return;
   }
-  RoundingNoise noise;
-  noise.stochastic = Storage::kRounds && terms.stochastic;
-  if (noise.stochastic) {
-    noise.words = fk_group_words(term_rounding_seed(terms), tensor.tensor.stream,
-                                 found.piece >> (FK_ROUNDING_GROUP_SHIFT - kPieceShift), FK_TAG_ROUNDING);
+  RoundingBits bits;
+  bits.stochastic = Storage::kRounds && terms.stochastic;
+  if (bits.stochastic) {
+    bits.words = fk_group_words(term_rounding_seed(terms), tensor.tensor.stream,
+                                found.octet >> (FK_ROUNDING_GROUP_SHIFT - kOctetShift), FK_TAG_ROUNDING);
   }
-  write_sums<Storage, Family>(memory, weights, alpha, acc, noise, terms, tensor.tensor.stream, found.piece);
+  write_sums<Storage, Family>(memory, weights, alpha, acc, bits, terms, tensor.tensor.stream, found.octet);
 }

@@ -1,5 +1,5 @@
-// Sums of Rademacher noise (contract 6.3): integers q that share an exponent, which the block finds from all
-// its terms before it adds any.
+// Sums of Rademacher noise (contract section 6.3): integers q that share an exponent. A block finds the exponent from
+// all terms before it adds any.
 #pragma once
 
 #include "integer_sums.h"
@@ -19,7 +19,7 @@ template <> struct Integers<double> {
 FK_DEVICE uint32_t magnitude_bits(float x) { return fk_bits_from_float(x) & 0x7FFFFFFFu; }
 FK_DEVICE uint64_t magnitude_bits(double x) { return fk_bits_from_double(x) & ~((uint64_t)1 << 63); }
 
-// The terms that count: how many, and the bits of the largest magnitude.
+// A survey of the terms that count: how many, and the bits of the largest magnitude.
 template <typename Arithmetic> struct TermSurvey {
   typename Integers<Arithmetic>::Unsigned largest;
   uint32_t num_terms;
@@ -30,7 +30,8 @@ FK_DEVICE void keep_largest(uint64_t &largest, uint64_t value) {
   atomicMax((unsigned long long *)&largest, (unsigned long long)value);
 }
 
-// By the whole block, of kBlockThreads; survey is cleared before a barrier and complete after the next.
+// Called by all kBlockThreads threads of a block. The survey must be cleared before a barrier, and is complete after
+// the next one.
 template <int kBlockThreads, typename Arithmetic>
 FK_DEVICE void survey_terms(const TermArguments &terms, TermSurvey<Arithmetic> &survey) {
   TermSurvey<Arithmetic> own = {};
@@ -46,7 +47,7 @@ FK_DEVICE void survey_terms(const TermArguments &terms, TermSurvey<Arithmetic> &
   }
 }
 
-// s, of which any number will do if no term counts, and 2^-s.
+// s and 2^-s. If no term counts, any s will do.
 template <typename Arithmetic> struct TermScale {
   int32_t shift;
   Arithmetic unit;
@@ -62,7 +63,7 @@ FK_DEVICE TermScale<double> scale_of(const TermSurvey<double> &survey) {
   return {shift, fk_sum_scale64(shift)};
 }
 
-// q; 0 for a coefficient that is skipped, which is +0 here.
+// q; 0 for a skipped coefficient, which term_coefficient gives as +0.
 FK_DEVICE int32_t scaled_coefficient(float c, const TermScale<float> &scale) {
   return c == 0.0f ? 0 : fk_sum_term(c, scale.shift);
 }

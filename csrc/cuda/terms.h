@@ -1,4 +1,4 @@
-// Terms as the kernels read them: by value or from device memory, NaN and infinite coefficients made zeros.
+// Terms as the kernels read them, by value or from device memory. NaN and infinite coefficients become zeros.
 #pragma once
 
 #include "arguments.h"
@@ -16,7 +16,7 @@ FK_DEVICE bool is_finite(double x) {
   return (fk_bits_from_double(x) & exponent) != exponent;
 }
 
-// The coefficient rounded to the arithmetic, +0 if it is to be skipped.
+// The coefficient of term k rounded to the arithmetic; +0 if the term does not count.
 template <typename Family, typename Arithmetic>
 FK_DEVICE Arithmetic term_coefficient(const TermArguments &terms, int64_t k, bool &skipped) {
   Arithmetic c;
@@ -25,8 +25,8 @@ FK_DEVICE Arithmetic term_coefficient(const TermArguments &terms, int64_t k, boo
   return skipped || !Family::counts(c) ? (Arithmetic)0 : c;
 }
 
-// The same, by the one thread of a launch's first block that prepares the term: counts it if it is NaN or
-// infinite.
+// term_coefficient for the one thread of a block that prepares term k: in the first block of a launch, a NaN or
+// infinite one is counted in num_skipped.
 template <typename Family, typename Arithmetic>
 FK_DEVICE Arithmetic counted_coefficient(const TermArguments &terms, int64_t k) {
   bool skipped;

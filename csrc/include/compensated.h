@@ -9,13 +9,13 @@ typedef struct fk_compensated {
   int16_t residual;
 } fk_compensated;
 
-// An fp32 in two halves, the upper one rounded.
+// bf16: the weight and the residual are the two halves of the fp32 value, the upper one rounded.
 FK_HD float fk_bf16_value(uint16_t weight, int16_t residual) {
   return fk_float_from_bits(((uint32_t)weight << 16) + (uint32_t)(int32_t)residual);
 }
 
 FK_HD fk_compensated fk_bf16_split(float y) {
-  // Of a NaN one pattern whose low half is 0: rounding would carry others into the sign.
+  // Every NaN becomes one pattern, whose low half is 0: rounding would carry that of others into the sign.
   const uint32_t bits = y == y ? fk_bits_from_float(y) : 0x7FC00000u;
   fk_compensated out;
   out.weight = (uint16_t)((bits + 0x8000u) >> 16);
@@ -23,25 +23,25 @@ FK_HD fk_compensated fk_bf16_split(float y) {
   return out;
 }
 
-// Bits of 2^E for a widened fp16, with 2^E <= |weight| < 2^(E + 1), and E = -14 for subnormals. Infinities and NaN,
-// where the contract takes -14 too, have an infinite one: their value and residual are the same.
+// Bits of 2^E for an fp16 weight widened to fp32, with 2^E <= |weight| < 2^(E + 1), and E = -14 for subnormals. For
+// infinities and NaN the contract takes -14 too; here 2^E is infinite, which gives the same value and residual.
 FK_HD uint32_t fk_fp16_exponent(float weight) {
   const uint32_t field = fk_bits_from_float(weight) & 0x7F800000u, least = 113u << 23;
   return field > least ? field : least;
 }
 
-// For a weight that is widened already.
-FK_HD float fk_fp16_value_of(float wide, int16_t residual) {
-  const float unit = fk_float_from_bits(fk_fp16_exponent(wide) - (25u << 23)); // 2^(E - 25)
-  return fk_fma((float)residual, unit, wide);
+// The value of a weight that is widened already, and its residual.
+FK_HD float fk_fp16_value_of(float widened, int16_t residual) {
+  const float unit = fk_float_from_bits(fk_fp16_exponent(widened) - (25u << 23)); // 2^(E - 25)
+  return fk_fma((float)residual, unit, widened);
 }
 
-// What y leaves beside the weight that it is rounded to.
-FK_HD int16_t fk_fp16_residual(float y, float wide) {
-  const uint32_t exponent = fk_fp16_exponent(wide);
+// The residual of y beside the weight that y was rounded to, here widened.
+FK_HD int16_t fk_fp16_residual(float y, float widened) {
+  const uint32_t exponent = fk_fp16_exponent(widened);
   const float per_unit = fk_float_from_bits((279u << 23) - exponent); // 2^(25 - E)
-  const float rest = (y - wide) * per_unit;                           // both exact, at most 2^14
-  // Added to 1.5 2^23, whose last place is 1 and whose bits end in 16 zeros, it is rounded to an integer, ties to even.
+  const float rest = (y - widened) * per_unit;                        // both operations exact; at most 2^14
+  // 1.5 2^23 has last place 1, and its bits end in 16 zeros: adding it rounds rest to an integer, ties to even.
   const uint32_t rounded = fk_bits_from_float(rest + 0x1.8p+23f);
   return (int16_t)(uint16_t)(exponent == 0x7F800000u ? 0u : rounded);
 }

@@ -1,8 +1,8 @@
 // The C ABI of the native libraries. Raw pointers, no torch, no Python, no C++ types.
 // fedkseed_kernels/native.py declares the same structs with ctypes; tests/test_native.py pins their layout.
 //
-// Entries check nothing that the Python wrappers (fedkseed_kernels/ops.py) have checked already: shapes,
-// dtypes, overlaps, finite coefficients. They return 0, or a negative FK_ERROR_*.
+// The functions do not check again what the Python wrappers (fedkseed_kernels/ops.py) have checked: shapes, dtypes,
+// overlaps, finite coefficients. They return 0, or a negative FK_ERROR_*.
 #pragma once
 
 #include <stdint.h>
@@ -16,7 +16,7 @@ extern "C" {
 #define FK_MAX_DIMS 16
 
 #define FK_ERROR_ARGUMENT -1 // a code below is unknown, too many terms, residuals or outputs that do not fit
-#define FK_ERROR_ISA -2      // the instruction set asked for is not there
+#define FK_ERROR_ISA -2      // the requested instruction set was not built, or this machine lacks it
 #define FK_ERROR_MEMORY -3   // a bookkeeping allocation (O(number of tensors + K)) failed
 
 enum fk_dtype { FK_FP32 = 0, FK_BF16 = 1, FK_FP16 = 2, FK_FP64 = 3 };
@@ -33,19 +33,18 @@ typedef struct fk_tensor {
   const void *in;  // NULL: y = acc (used to write the noise itself)
   void *out;       // may equal in
   void *out_minus; // NULL unless both sides are wanted
-  // Compensated weights (bf16, fp16; contract section 6.5): NULL, or the residuals of `in`, which they lie beside
-  // with the same strides.
+  // Compensated weights (bf16, fp16; contract section 6.5): the residuals of `in`, with the same strides; or NULL.
   const int16_t *residual;
-  // NULL: y is rounded into out (and out_minus), the residuals are only read. Else equal to residual, with out equal
-  // to in and out_minus NULL: y is split into weight and residual, which are both written.
+  // NULL: y is rounded into out (and out_minus), and residuals are only read. Otherwise it must equal residual, out
+  // must equal in, and out_minus must be NULL: y is split into weight and residual, and both are written.
   int16_t *residual_out;
   int64_t numel;
   int64_t first_element;
   uint32_t stream;
   int32_t dtype;
   int32_t ndim;
-  int32_t
-      out_dtype; // of out and out_minus: dtype; or FK_FP32 for bf16 and fp16 weights, and y is not rounded
+  // The dtype of out and out_minus: dtype; or FK_FP32 for bf16 and fp16 weights (wide outputs: y is not rounded).
+  int32_t out_dtype;
   int64_t sizes[FK_MAX_DIMS];
   int64_t in_strides[FK_MAX_DIMS];
   int64_t out_strides[FK_MAX_DIMS];
@@ -63,7 +62,7 @@ typedef struct fk_terms {
   uint64_t rounding_seed;
 } fk_terms;
 
-// libtorch's C function torch_parallel_for (torch >= 2.10) has this shape; NULL runs on the calling thread.
+// The type of libtorch's C function torch_parallel_for (torch >= 2.10); NULL runs all on the calling thread.
 typedef int32_t (*fk_parallel_for)(int64_t begin, int64_t end, int64_t grain,
                                    void (*body)(int64_t begin, int64_t end, void *context), void *context);
 
@@ -86,9 +85,8 @@ int32_t fk_cpu_philox_words(const uint32_t *counters, const uint32_t *keys, uint
 // Test-only. The Gaussian transform of chosen words: out[2 * i], out[2 * i + 1] = even, odd of words[i].
 int32_t fk_cpu_normal_from_words(const uint32_t *words, float *out, int64_t count, int32_t isa);
 
-// Test-only. Folds the transform of words first .. first + count - 1 into one 64-bit digest of all output
-// bits, equal for equal bits in every instruction set: sum over words of
-// (bits(even) + 2^32 bits(odd)) * (2 word + 1) mod 2^64.
+// Test-only. A 64-bit digest of the transforms of words first .. first + count - 1, equal wherever all output bits
+// are: the sum over words of (bits(even) + 2^32 bits(odd)) * (2 word + 1) mod 2^64.
 int32_t fk_cpu_normal_digest(uint64_t first, uint64_t count, int32_t isa, uint64_t *digest);
 
 #if defined(__cplusplus)

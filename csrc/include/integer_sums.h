@@ -1,11 +1,11 @@
 // Sums of Rademacher noise: integers that share an exponent, exact in any order (contract section 6.3).
-// fp32 coefficients sum in int32, fp64 ones in int64. Integer code but for the last two operations of a sum, a
-// conversion and a product with a power of two: no library function, nothing that a mode could change.
+// fp32 coefficients sum in int32, fp64 ones in int64. All is integer code but the last two operations of a sum, a
+// conversion and a product with a power of two: no library function, and no result that a floating-point mode changes.
 #pragma once
 
 #include "platform.h"
 
-#define FK_SUM_MAX_TERMS 0x1000000 // 2^24: with so many terms each still has 7 bits
+#define FK_SUM_MAX_TERMS 0x1000000 // 2^24: with this many terms each still has 7 bits
 #define FK_SUM_BITS 30             // no sum is larger than 2^30
 #define FK_SUM_BITS64 62
 #define FK_SUM_SMALLEST 0x0F800000u             // bits of 2^-96: smaller coefficients are skipped
@@ -29,7 +29,7 @@ FK_HD int32_t fk_sum_log2(int64_t n) {
   return log2;
 }
 
-// s of n >= 1 terms, largest: the largest of the coefficients' magnitudes that count, 2^(e-1) <= largest < 2^e.
+// s of n >= 1 terms that count. largest: their largest magnitude, 2^(e-1) <= largest < 2^e.
 FK_HD int32_t fk_sum_shift(int64_t n, float largest) {
   const int32_t e = (int32_t)(fk_bits_from_float(largest) >> 23 & 0xFFu) - 126;
   return FK_SUM_BITS - fk_sum_log2(n) - e;
@@ -40,7 +40,7 @@ FK_HD int32_t fk_sum_shift64(int64_t n, double largest) {
   return FK_SUM_BITS64 - fk_sum_log2(n) - e;
 }
 
-// q: c 2^s rounded to an integer, ties to even, for a c that counts.
+// q of a coefficient that counts: c 2^s rounded to an integer, ties to even.
 FK_HD int32_t fk_sum_term(float c, int32_t s) {
   const uint32_t bits = fk_bits_from_float(c);
   const uint32_t significand = (bits & 0x007FFFFFu) | 0x00800000u;
@@ -49,7 +49,7 @@ FK_HD int32_t fk_sum_term(float c, int32_t s) {
   if (up >= 0) {
     q = significand << up;
   } else {
-    const int32_t down = up < -25 ? 25 : -up; // from 25 places on nothing is left
+    const int32_t down = up < -25 ? 25 : -up; // 25 places and more leave nothing
     q = (significand + ((1u << (down - 1)) - 1u) + (significand >> down & 1u)) >> down;
   }
   return bits >> 31 ? -(int32_t)q : (int32_t)q;
@@ -74,7 +74,7 @@ FK_HD float fk_sum_scale(int32_t s) { return fk_float_from_bits((uint32_t)(127 -
 
 FK_HD double fk_sum_scale64(int32_t s) { return fk_double_from_bits((uint64_t)(1023 - s) << 52); }
 
-// acc of A, the sum of z q: one rounding, in the conversion. A = 0 gives +0.
+// acc, from A, the sum of z q. It is rounded once, in the conversion. A = 0 gives +0.
 FK_HD float fk_sum_value(int32_t sum, float scale) { return (float)sum * scale; }
 
 FK_HD double fk_sum_value64(int64_t sum, double scale) { return (double)sum * scale; }

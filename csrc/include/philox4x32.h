@@ -1,6 +1,6 @@
 // Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC'11),
 // and how the noise contract fills its key and counter (docs/noise-contract.md, sections 2 and 3).
-// Held to the Random123 known-answer vectors by tests/conformance.
+// tests/conformance holds it to the known-answer vectors of Random123.
 #pragma once
 
 #include "platform.h"
@@ -11,13 +11,14 @@
 #define FK_PHILOX_W0 0x9E3779B9u
 #define FK_PHILOX_W1 0xBB67AE85u
 
-// Counter word 3: what the words are for. Values are part of the contract.
+// The tag, word 3 of the counter, says what the words are for. Values are part of the contract.
 #define FK_TAG_GAUSSIAN 1u
 #define FK_TAG_RADEMACHER 2u
 #define FK_TAG_ROUNDING 3u
 #define FK_TAG_DERIVED 4u
 
-// Elements that share one Philox call: element >> shift is the group.
+// A group is the elements whose noise comes from one Philox call; element >> shift is its number. The groups of
+// Gaussian noise and of random bits for rounding are octets (8 elements); one of Rademacher noise has 128 elements.
 #define FK_GAUSSIAN_GROUP_SHIFT 3
 #define FK_RADEMACHER_GROUP_SHIFT 7
 #define FK_ROUNDING_GROUP_SHIFT 3

@@ -1,6 +1,6 @@
-// What a host compiler and nvcc must agree on before the contract can stand once for both:
-// function qualifiers, bit casts, and the two roundings that must be spelled (fma, int -> float).
-// Compile with contraction off (-ffp-contract=off, -fmad=false): every fma here is explicit.
+// What lets the same code of the contract compile with a host compiler and with nvcc: function qualifiers, bit
+// casts, and fma, which rounds once. Compile with contraction off (-ffp-contract=off, -fmad=false): every fma is
+// explicit.
 #pragma once
 
 #include <stdint.h>
@@ -51,7 +51,7 @@ FK_HD uint64_t fk_bits_from_double(double value) {
 #endif
 }
 
-// (x & mask) | base. On a GPU one instruction, which the compiler does not find when both are constants.
+// (x & mask) | base. On a GPU this is one instruction, which the compiler does not find if mask and base are constants.
 FK_HD uint32_t fk_and_or(uint32_t x, uint32_t mask, uint32_t base) {
 #if defined(__CUDA_ARCH__)
   uint32_t result;
@@ -62,7 +62,7 @@ FK_HD uint32_t fk_and_or(uint32_t x, uint32_t mask, uint32_t base) {
 #endif
 }
 
-// One rounding, to nearest even. Without hardware fma the host's libm supplies an exact one.
+// a b + c, rounded once, to nearest even. On a host without an fma instruction, libm has an exact function.
 FK_HD float fk_fma(float a, float b, float c) {
 #if defined(__CUDA_ARCH__)
   return __fmaf_rn(a, b, c);

@@ -1,9 +1,9 @@
-// Rademacher noise: one bit an element, 128 elements a Philox call (contract section 5).
+// Rademacher noise: one bit for each element, 128 elements from one Philox call (contract section 5).
 #pragma once
 
 #include "platform.h"
 
-// 1 where z of one element of a group is -1, 0 where it is 1. lane in [0, 128).
+// 1 if z of an element is -1, 0 if it is 1. words: those of its group; lane in [0, 128): its place in the group.
 FK_HD uint32_t fk_rademacher_bit(const uint32_t words[4], uint32_t lane) {
   return words[lane >> 5] >> (lane & 31u) & 1u;
 }

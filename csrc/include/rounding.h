@@ -1,5 +1,5 @@
 // fp32 -> bf16 / fp16, to nearest even and stochastically (contract sections 7 and 8), as bit patterns.
-// Integer code only: the same on every device, untouched by flush-to-zero modes.
+// Integer code alone: the same on every device, whatever its flush-to-zero modes.
 // NaN stays a quiet NaN of the same sign; its payload is outside the contract.
 #pragma once
 
@@ -78,7 +78,7 @@ FK_HD uint16_t fk_fp16_stochastic(float y, uint32_t r) {
   if (magnitude > 0x7F800000u) return (uint16_t)(sign | 0x7E00u | (magnitude >> 13 & 0x1FFu));
   if (magnitude >= 0x47800000u) return (uint16_t)(sign | 0x7C00u); // 65536 and above
   const fk_fp16_split split = fk_split_for_fp16(magnitude);
-  // The kept last place is worth 2^16 here. n <= 16 extends the significand, n > 16 cuts it.
+  // The kept last place is worth 2^16 here: up to 16 discarded bits, the significand is extended; with more, cut.
   const uint32_t extra = split.discarded - 16u;
   const uint32_t scaled = split.discarded <= 16u ? split.significand << (16u - split.discarded)
                           : extra < 32u          ? split.significand >> extra

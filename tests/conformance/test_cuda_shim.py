@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(cuda_shim.COMPILER is None, reason="needs a C++ 
 OP_CHECKS = [name for name in CHECKS if name not in ("Philox words", "Gaussian transform")]
 all_modes = pytest.mark.parametrize(("dtype", "rounding"), MODES)
 all_families = pytest.mark.parametrize("family", reference.FAMILIES)
-# Around a piece (8), a Rademacher group (128), and a tile of each kernel (2048, 8192, 16384).
+# Around an octet (8), a Rademacher group (128), and a tile of each kernel (2048, 8192, 16384).
 SIZES = [1, 7, 8, 9, 127, 4097, 129, 0, 3]
 
 Call = Callable[[], Sequence[Tensor]]
@@ -389,10 +389,10 @@ def test_mixed_dtypes_in_one_list(bench: Bench) -> None:
     ("file", "text", "broken"),
     [
         ("include/normal.h", "FK_SIN_1 -0x1.16011ap-3f", "FK_SIN_1 -0x1.16011cp-3f"),
-        ("cuda/flat.h", "(int32_t)(tensor.numel - at)", "(int32_t)(tensor.numel - at) / kPiece * kPiece"),
+        ("cuda/flat.h", "(int32_t)(tensor.numel - at)", "(int32_t)(tensor.numel - at) / kOctet * kOctet"),
         (
-            "cuda/piece.h",
-            "write_piece<Storage>(memory, memory.residual_out, memory.in_stride, residuals);",
+            "cuda/octet.h",
+            "write_octet<Storage>(memory, memory.residual_out, memory.in_stride, residuals);",
             "",
         ),
     ],

@@ -1,6 +1,6 @@
-// Threads of a block are fibers on stacks of their own. A turn runs every thread to its next barrier (or its
-// end), in ascending or descending order: a kernel that relies on more than its barriers gives other results
-// in one of the two.
+// The threads of a block are fibers, each on a stack of its own. A turn runs every thread to its next barrier or its
+// end, in ascending or descending order. A kernel that relies on more than its barriers gives different results in the
+// two orders.
 #include "cuda_shim.h"
 
 #include <stdio.h>
@@ -27,7 +27,7 @@ unsigned current;
 const std::function<void()> *running;
 bool descending;
 uint64_t num_launches;
-unsigned first_block, end_block = ~0u; // of the blocks of a launch that are run
+unsigned first_block, end_block = ~0u; // the blocks of a launch that are run
 cudaError_t last_error = cudaSuccess;
 
 void run_fiber() {
@@ -47,7 +47,7 @@ void start(unsigned thread) {
   makecontext(&fiber.context, run_fiber, 0);
 }
 
-// Runs a block; false if some of its threads ended while others wait at a barrier.
+// Runs a block; returns false if some of its threads ended while others wait at a barrier.
 bool run_block(unsigned threads) {
   for (unsigned t = 0; t < threads; ++t) start(t);
   for (unsigned num_done = 0; num_done == 0;) {
@@ -68,8 +68,8 @@ void __syncthreads() { swapcontext(&fibers[current].context, &scheduler); }
 
 namespace {
 
-// What the threads of a block hand each other, in two rooms by turns: a thread may fill the next one while
-// others still read.
+// Values that the threads of a block exchange, in two buffers by turns: a thread may fill the next one while others
+// still read.
 constexpr unsigned kMaxThreads = 1024, kWarp = 32;
 struct Handed {
   uint32_t rows[4], columns[2];
@@ -77,12 +77,12 @@ struct Handed {
 Handed handed[2][kMaxThreads];
 unsigned num_handed[kMaxThreads];
 
-// Hands over and waits for all; the room where the block's things are.
+// Hands over a thread's values, and waits for those of the block: returns the buffer that holds them all.
 const Handed *hand_over(const Handed &own) {
-  Handed *room = handed[num_handed[current]++ % 2];
-  room[current] = own;
+  Handed *buffer = handed[num_handed[current]++ % 2];
+  buffer[current] = own;
   __syncthreads();
-  return room;
+  return buffer;
 }
 
 int32_t byte_of(uint32_t word, int i) { return (int32_t)(word >> 8 * i & 0xFF); }

@@ -1,6 +1,5 @@
 // Stands in for the CUDA runtime where csrc/cuda is compiled for a host: the kernels themselves run, one
-// block after the other, the threads of a block as fibers that switch at barriers. Found by
-// csrc/cuda/target.h.
+// block after the other, the threads of a block as fibers that switch at barriers. csrc/cuda/target.h includes it.
 #pragma once
 
 #include <stdint.h>
@@ -24,7 +23,7 @@ struct alignas(16) uint4 {
 };
 static inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
-// Ends the turn of the running thread until all others of its block stand here too.
+// A barrier: the running thread continues once all threads of its block have called this.
 void __syncthreads();
 
 template <typename T, typename U> static inline T atomicAdd(T *target, U value) {
@@ -79,8 +78,8 @@ static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, const void
 
 static inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *) { return cudaSuccess; }
 
-#define FK_LAUNCH(kernel, blocks, threads, stream, argument)                                                 \
+#define FK_LAUNCH(kernel, blocks, threads, cuda_stream, argument)                                            \
   do {                                                                                                       \
-    (void)(stream);                                                                                          \
+    (void)(cuda_stream);                                                                                     \
     fk_shim_run((unsigned)(blocks), (unsigned)(threads), [&] { kernel(argument); });                         \
   } while (0)

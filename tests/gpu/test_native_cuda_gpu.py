@@ -24,7 +24,7 @@ MODES = [(torch.float32, "nearest"), (torch.float64, "nearest")] + [
 ]
 all_modes = pytest.mark.parametrize(("dtype", "rounding"), MODES)
 all_families = pytest.mark.parametrize("family", reference.FAMILIES)
-# Around a piece, a group, a tile; and one of many tiles.
+# Around an octet, a group, a tile; and one of many tiles.
 SIZES = [1, 7, 8, 9, 129, 0, 4097, 16_384, 100_003]
 INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

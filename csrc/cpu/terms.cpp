@@ -1,4 +1,4 @@
-#include "schedule.h"
+#include "terms.h"
 
 #include <stdlib.h>
 
@@ -6,17 +6,17 @@
 
 namespace {
 
-// Kernels load keys and coefficients by whole vectors of up to 16 terms.
+// Number of terms that arrays have room for: kernels load keys and coefficients in whole vectors of up to 16 terms.
 int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
-// A coefficient in the class's arithmetic, 0 for a term that does not count.
+// The coefficient of term k in the class's arithmetic; 0 for a term that does not count.
 double counted(const fk_terms *terms, int64_t k, int fp64) {
   const double c = fp64 ? terms->coeffs[k] : (double)(float)terms->coeffs[k];
   if (terms->family == FK_GAUSSIAN) return c;
   return (fp64 ? fk_sum_counts64(c) : fk_sum_counts((float)c)) ? c : 0.0;
 }
 
-// Fills lookups (fp32) for terms with these coefficients; the scale.
+// Fills the lookups of the fp32 class; returns the scale.
 double fill_lookups(int32_t *lookups, const float *coeffs, int64_t count, double largest,
                     int64_t lookup_terms) {
   const int32_t shift = fk_sum_shift(count, (float)largest);
@@ -30,6 +30,7 @@ double fill_lookups(int32_t *lookups, const float *coeffs, int64_t count, double
   return fk_sum_scale(shift);
 }
 
+// Fills the integers of the fp64 class; returns the scale.
 double fill_integers64(int64_t *integers, const double *coeffs, int64_t count, double largest) {
   const int32_t shift = fk_sum_shift64(count, largest);
   for (int64_t k = 0; k < count; ++k) integers[k] = fk_sum_term64(coeffs[k], shift);
@@ -38,7 +39,7 @@ double fill_integers64(int64_t *integers, const double *coeffs, int64_t count, d
 
 } // namespace
 
-int32_t fk_make_schedules(const fk_terms *terms, int fp64, int64_t lookup_terms, fk_schedules *out) {
+int32_t fk_make_ready_terms(const fk_terms *terms, int fp64, int64_t lookup_terms, fk_ready_sides *out) {
   int64_t count = 0;
   double largest = 0.0;
   for (int64_t k = 0; k < terms->count; ++k) {
@@ -77,19 +78,19 @@ int32_t fk_make_schedules(const fk_terms *terms, int fp64, int64_t lookup_terms,
     fk_fill_round_keys(terms->seeds[k], round_keys + 2 * FK_PHILOX_ROUNDS * n);
     ++n;
   }
-  fk_schedule schedule = {count, round_keys, key_low, key_high, 0, 0, 0, 0, 0.0};
+  fk_ready_terms ready = {count, round_keys, key_low, key_high, 0, 0, 0, 0, 0.0};
   if (terms->family == FK_RADEMACHER && count > 0) {
     if (fp64) {
-      schedule.integers64 = (const int64_t *)integers;
-      schedule.scale = fill_integers64((int64_t *)integers, (const double *)plus_coeffs, count, largest);
+      ready.integers64 = (const int64_t *)integers;
+      ready.scale = fill_integers64((int64_t *)integers, (const double *)plus_coeffs, count, largest);
     } else {
-      schedule.lookups = (const int32_t *)integers;
-      schedule.scale =
+      ready.lookups = (const int32_t *)integers;
+      ready.scale =
           fill_lookups((int32_t *)integers, (const float *)plus_coeffs, count, largest, lookup_terms);
     }
   }
-  out->plus = schedule;
-  out->minus = schedule;
+  out->plus = ready;
+  out->minus = ready;
   if (fp64) {
     out->plus.coeffs64 = (const double *)plus_coeffs;
     out->minus.coeffs64 = (const double *)minus_coeffs;
@@ -101,7 +102,7 @@ int32_t fk_make_schedules(const fk_terms *terms, int fp64, int64_t lookup_terms,
   return 0;
 }
 
-void fk_free_schedules(fk_schedules *schedules) {
-  free(schedules->memory);
-  schedules->memory = 0;
+void fk_free_ready_terms(fk_ready_sides *sides) {
+  free(sides->memory);
+  sides->memory = 0;
 }

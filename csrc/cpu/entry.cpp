@@ -1,4 +1,5 @@
-// Which kernel table runs: built in (FK_HAVE_*, set by the build), usable on this processor, asked for.
+// The exported functions, and which kernel table they run: one that was built (FK_HAVE_*, set by the build), that
+// this processor can run, and that the caller asked for.
 #include "engine.h"
 #include "float_mode.h"
 #include "integer_sums.h"
@@ -12,8 +13,8 @@
 
 namespace {
 
-// Everything that -march=x86-64-v3 and -v4 let the compiler use, asked of the processor itself:
-// __builtin_cpu_supports has been wrong under some compilers.
+// Instruction sets of this processor: everything that -march=x86-64-v3 and -v4 let the compiler use. It is read from
+// cpuid, because __builtin_cpu_supports has been wrong with some compilers.
 int32_t detect_isas() {
   int32_t isas = 1 << FK_ISA_BASELINE;
 #if defined(__x86_64__)
@@ -35,7 +36,7 @@ int32_t detect_isas() {
   return isas;
 }
 
-// Once, when the library is loaded: cpuid is slow under a hypervisor.
+// Read once, when the library is loaded: cpuid is slow under a hypervisor.
 const int32_t kDetectedIsas = detect_isas();
 
 const fk_kernels *table(int32_t isa) {

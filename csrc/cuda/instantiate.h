@@ -1,4 +1,4 @@
-// Instantiates the kernels of one dtype; included by one source for each, so that they compile in parallel.
+// Instantiates the kernels of one dtype. Each dtype has a source that includes this, so that they compile in parallel.
 #pragma once
 
 #include "few_terms.h"
@@ -8,13 +8,13 @@
 #include "strided.h"
 
 template <void (*kernel)(const FlatLaunch)>
-void launch_flat(const FlatLaunch &launch, uint32_t num_tiles, void *stream) {
-  FK_LAUNCH(kernel, num_tiles, kThreads, stream, launch);
+void launch_flat(const FlatLaunch &launch, uint32_t num_tiles, void *cuda_stream) {
+  FK_LAUNCH(kernel, num_tiles, kThreads, cuda_stream, launch);
 }
 
 template <void (*kernel)(const StridedLaunch)>
-void launch_strided(const StridedLaunch &launch, uint32_t num_tiles, void *stream) {
-  FK_LAUNCH(kernel, num_tiles, kStridedThreads, stream, launch);
+void launch_strided(const StridedLaunch &launch, uint32_t num_tiles, void *cuda_stream) {
+  FK_LAUNCH(kernel, num_tiles, kStridedThreads, cuda_stream, launch);
 }
 
 template <typename Kernel> void load_kernel(Kernel kernel, cudaError_t &error) {
@@ -56,4 +56,4 @@ template <typename Storage> int32_t load_with_compensated() {
 #define FK_STRIDED(Storage)                                                                                  \
   {launch_strided<strided<Storage, Gaussian>>, launch_strided<strided<Storage, Rademacher>>}
 #define FK_FEW_TILE {kFewTile, kFewTile}
-#define FK_MANY_TILE(Storage) {ManyPieces<Storage::Arithmetic>::kTile, kRademacherTile}
+#define FK_MANY_TILE(Storage) {ManyOctets<Storage::Arithmetic>::kTile, kRademacherTile}
