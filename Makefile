@@ -30,8 +30,8 @@ test: fetch ## run all tests
 
 .PHONY: bench
 bench: fetch ## run the kernel benchmarks; results go to benchmarks/results
-	$(PY) -m benchmarks.gate --json benchmarks/results/gate.json
-	$(PY) -m benchmarks.run $(BENCH_ARGS)
+	$(PY) -m benchmarks.machine_code.gate --json benchmarks/results/gate.json
+	$(PY) -m benchmarks.kernels $(BENCH_ARGS)
 
 .PHONY: lint
 lint: install ## check style and types

@@ -1,1 +1,1 @@
-"""Kernel benchmarks. `python -m benchmarks.run` runs all of them and writes benchmarks/results/."""
+"""Kernel benchmarks. `python -m benchmarks.kernels` runs all of them and writes benchmarks/results/."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks import cases, pages, step_contestants
-from benchmarks.environment import REPOSITORY
-from benchmarks.results import RESULTS_FOLDER
+from benchmarks.common import pages
+from benchmarks.common.constants import RESULTS_FOLDER
+from benchmarks.common.environment import REPOSITORY
+from benchmarks.kernels import cases
+from benchmarks.step import contestants as step_contestants
 from fedkseed.files import write_atomically
 
 MARK = "<!-- made by benchmarks.speed_page from results/ -->"

@@ -15,7 +15,11 @@ import pytest
 import torch
 
 import fedkseed_kernels
-from benchmarks import answers, baselines, cases, measure, merge, official, report, results, settings, weights
+from benchmarks.baselines import official, torch_ways
+from benchmarks.common import measure
+from benchmarks.kernels import answers, cases, report, settings, weights
+from benchmarks.kernels import results as results
+from benchmarks.server import __main__ as merge
 from fedkseed.federation.config import Sampling
 from fedkseed_kernels import dispatch
 
@@ -113,23 +117,23 @@ class TestBaselines:
     def test_axpy_is_the_step_written_by_hand(self) -> None:
         named = _named()
         before, noise = _values(named), _noise_by_hand(named, 7)
-        baselines.axpy_([parameter for _, parameter in named], 7, 0.5)
+        torch_ways.axpy_([parameter for _, parameter in named], 7, 0.5)
         for value, z, (_, parameter) in zip(before, noise, named, strict=True):
             torch.testing.assert_close(parameter.data, value + 0.5 * z)
 
     def test_rademacher_axpy_moves_every_weight_by_the_coefficient(self) -> None:
         parameter = torch.nn.Parameter(torch.zeros(4096))
-        baselines.rademacher_axpy_([parameter], 7, 0.5)
+        torch_ways.rademacher_axpy_([parameter], 7, 0.5)
         assert set(parameter.tolist()) == {0.5, -0.5}
         assert abs(parameter.sum().item()) < 0.5 * 4 * 4096**0.5
 
     def test_noise_alone_changes_nothing_but_draws_what_the_others_draw(self) -> None:
         named = _named()
         before = _values(named)
-        baselines.noise([parameter for _, parameter in named], 7)
+        torch_ways.noise([parameter for _, parameter in named], 7)
         state = torch.get_rng_state()
         assert all(torch.equal(value, p.data) for value, (_, p) in zip(before, named, strict=True))
-        baselines.axpy_([parameter for _, parameter in named], 7, 0.5)
+        torch_ways.axpy_([parameter for _, parameter in named], 7, 0.5)
         assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -151,7 +155,7 @@ class TestWeights:
         made = weights.make_weights("tiny", torch.bfloat16)
         before, storages = _values(made.named), [p.data_ptr() for p in made.parameters]
         official.perturb_(made.named, 7, 1, 0.5)
-        baselines.axpy_(made.parameters, 8, 0.5)
+        torch_ways.axpy_(made.parameters, 8, 0.5)
         made.reset_()
         assert all(torch.equal(value, p.data) for value, p in zip(before, made.parameters, strict=True))
         assert [p.data_ptr() for p in made.parameters] == storages
@@ -357,7 +361,7 @@ def _document() -> results.Document:
     memory = {"operation": "perturb", "num_elements": 5, "num_seeds": 1, "dtype": "bf16"}
     return {
         "schema": results.SCHEMA_VERSION,
-        "command": "python -m benchmarks.run",
+        "command": "python -m benchmarks.kernels",
         "environment": environment,
         "settings": {"model": "tiny", "dtype": "bf16", "num_threads": 2},
         "num_parameters": 5,
@@ -422,7 +426,13 @@ class TestReport:
         assert "| Title of rebuild-10 | avx2 | **40x** |" in text, "10 seeds of 64 s against 16 s"
         assert f"| {cases.AS_WRITTEN} (extrapolated) | **40x** | 640 [616, 664] | 3 of one seed |" in text
         assert "| 2 [1.4, 2.6] | 3 | 2 | 50.0% | 4 |" in text, "2 GB/s beside a copy of 4 GB/s, 4 G normals/s"
-        for fact in ("Some CPU (R) 123", "0123456789ab", "2026-01-01", "`python -m benchmarks.run`", "4,096"):
+        for fact in (
+            "Some CPU (R) 123",
+            "0123456789ab",
+            "2026-01-01",
+            "`python -m benchmarks.kernels`",
+            "4,096",
+        ):
             assert fact in text
 
     @pytest.mark.parametrize(
@@ -450,7 +460,7 @@ def test_everything_runs_on_tiny_shapes(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "benchmarks.run",
+        "benchmarks.kernels",
         "--quick",
         "--dtype",
         "fp32",

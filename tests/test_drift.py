@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import drift, drift_report, modes, official, pages, walks, workloads
-from benchmarks.results import RESULTS_FOLDER
+from benchmarks.baselines import official
+from benchmarks.common import pages
+from benchmarks.common.constants import RESULTS_FOLDER
+from benchmarks.drift import __main__ as drift
+from benchmarks.drift import report as drift_report
+from benchmarks.drift import walks
+from benchmarks.models import modes, workloads
 from fedkseed import SeedPool
 from fedkseed.model.manifest import manifest_parameters
 from fedkseed_kernels.contract import reference

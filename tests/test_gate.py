@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gate
+from benchmarks.machine_code import gate
 
 SASS = """
 .L_outer:

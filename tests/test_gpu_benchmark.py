@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_cases, gpu_rows, gpu_tools, step, step_contestants
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import cases as gpu_cases
+from benchmarks.gpu import rows as gpu_rows
+from benchmarks.gpu import tools as gpu_tools
+from benchmarks.step import __main__ as step
+from benchmarks.step import contestants as step_contestants
 
 
 def test_the_weights_are_about_a_model_of_1_4_billion() -> None:
@@ -85,7 +90,7 @@ def test_a_contestant_that_raises_costs_its_own_row_alone(monkeypatch: pytest.Mo
     def fail(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(gpu_cases.baselines, "axpy_", fail)
+    monkeypatch.setattr(gpu_cases.torch_ways, "axpy_", fail)
     rows = _rows()
     failed = [row for row in rows if "error" in row]
     assert {row["contestant"] for row in failed} == {"randn_like + add_"}

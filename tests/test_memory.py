@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import bare_model, memory, step_memory
+from benchmarks.common import memory
+from benchmarks.models import bare
+from benchmarks.step import memory as step_memory
 from fedkseed_kernels.backends import native_cpu
 
 NUM_ELEMENTS = 1 << 26
@@ -35,7 +37,7 @@ def test_the_measurement_sees_a_temporary() -> None:
     assert growth > 2 * NUM_ELEMENTS - memory.LIMIT_BYTES
 
 
-UNIT, RESIDUALS = 2 * bare_model.UNIT_NUMEL, 2 * bare_model.NUMEL
+UNIT, RESIDUALS = 2 * bare.UNIT_NUMEL, 2 * bare.NUMEL
 
 
 @needs_native

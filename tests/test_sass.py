@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine_code, sass
-from benchmarks.machine_code import Function, ToolError, Usage
+from benchmarks.common import environment
+from benchmarks.machine_code import reader, sass
+from benchmarks.machine_code.reader import Function, ToolError, Usage
 
 # A search, then a loop over terms that may skip one, a side way behind the exit, and padding.
 SASS = """
@@ -63,7 +64,7 @@ RULE = sass.Rule("a kernel", "gaussian", 0, 4)
 
 @pytest.fixture
 def functions() -> list[Function]:
-    return machine_code.parse(SASS)
+    return reader.parse(SASS)
 
 
 @pytest.fixture
@@ -75,14 +76,14 @@ def test_functions_loops_and_names(functions: list[Function]) -> None:
     assert [len(function.instructions) for function in functions] == [19, 6]
     assert functions[0].loops() == [(0, 1), (3, 13), (18, 18)]
     assert functions[0].innermost_loops() == [(0, 1), (3, 13)]
-    assert machine_code.readable_name(functions[0].name) == "many_gaussian<Bf16>"
-    assert machine_code.readable_name(functions[1].name) == "straight"
+    assert reader.readable_name(functions[0].name) == "many_gaussian<Bf16>"
+    assert reader.readable_name(functions[1].name) == "straight"
     few = "_Z9few_termsI4Bf1610RademacherLi2EEv10FlatLaunch"
-    assert machine_code.readable_name(few) == "few_terms<Bf16, Rademacher, 2>"
+    assert reader.readable_name(few) == "few_terms<Bf16, Rademacher, 2>"
 
 
 def test_an_outer_loop_is_not_innermost() -> None:
-    function = machine_code.parse(
+    function = reader.parse(
         ".L_a:\n /*0000*/ NOP ;\n.L_b:\n /*0010*/ NOP ;\n /*0020*/ @P0 BRA `(.L_b) ;\n"
         " /*0030*/ @P1 BRA `(.L_a) ;"
     )[0]
@@ -91,16 +92,16 @@ def test_an_outer_loop_is_not_innermost() -> None:
 
 
 def test_the_hot_path_is_the_loop_without_its_side_ways(functions: list[Function]) -> None:
-    path = machine_code.hot_path(functions[0], RULE.makes)
+    path = reader.hot_path(functions[0], RULE.makes)
     assert (path.opcodes, path.num_made, path.is_loop) == (LOOP, 2, True)
 
 
 def test_the_hot_path_of_straight_code(functions: list[Function]) -> None:
-    path = machine_code.hot_path(functions[1], RULE.makes)
+    path = reader.hot_path(functions[1], RULE.makes)
     assert path.opcodes == ["EXIT", "I2F", "MUFU.RSQ", "F2FP.BF16.F32.PACK_AB", "HFMA2.MMA", "EXIT"]
     assert not path.is_loop
     with pytest.raises(ToolError, match="expected DADD in the machine code of straight, got none"):
-        machine_code.hot_path(functions[1], re.compile("DADD"))
+        reader.hot_path(functions[1], re.compile("DADD"))
 
 
 def test_counts_of_a_row(row: sass.Row) -> None:
@@ -134,7 +135,7 @@ def test_counts_of_a_row(row: sass.Row) -> None:
     ],
 )
 def test_classes(opcode: str, name: str) -> None:
-    assert machine_code.classify(opcode) == name
+    assert reader.classify(opcode) == name
 
 
 def test_the_loops_around_matrix_products_are_counted() -> None:
@@ -149,7 +150,7 @@ def test_the_loops_around_matrix_products_are_counted() -> None:
     text += "\n.L_products:\n" + lines(48, [*products, "@P0 BRA `(.L_products)"])
     text += "\n" + lines(56, ["BAR.SYNC 0x0", "@P1 BRA `(.L_words)", "@P2 BRA `(.L_block)"])
     rule = sass.Rule("a kernel", "rademacher", 0, 4, elements_of_turn=0)
-    row = sass.measure(machine_code.parse(text)[0], Usage(32, 0, 0), "sm_90", rule)
+    row = sass.measure(reader.parse(text)[0], Usage(32, 0, 0), "sm_90", rule)
     words_turn, block_turn = sass.TURNS_AROUND_MATRICES
     assert row.instructions_per_element == pytest.approx(8 / 32 + 34 / words_turn + 17 / block_turn, abs=1e-3)
     assert row.barriers_on_hot_path == 0
@@ -159,7 +160,7 @@ def test_the_loops_around_matrix_products_are_counted() -> None:
 def test_a_packed_fma_makes_two_elements() -> None:
     opcodes = ["FFMA2 R4, R4, R6, R8", "FFMA R4, R4, R6, R8", "IADD3 R1, R1, R2", "EXIT"]
     text = "\n".join(f" /*{16 * i:04x}*/ {opcode} ;" for i, opcode in enumerate(opcodes))
-    function = machine_code.parse(".L_x:\n" + text)[0]
+    function = reader.parse(".L_x:\n" + text)[0]
     for num_fmas, per_element in ((1, 4 / 3), (2, 8 / 3)):
         rule = sass.Rule("a kernel", "rademacher", 1, 4, num_fmas)
         row = sass.measure(function, Usage(32, 0, 0), "sm_100", rule)
@@ -167,7 +168,7 @@ def test_a_packed_fma_makes_two_elements() -> None:
 
 
 def test_turns_around_matrices_are_those_of_the_source() -> None:
-    folder = Path(sass.HERE.parent, "csrc", "cuda")
+    folder = Path(environment.REPOSITORY, "csrc", "cuda")
     source = "".join((folder / name).read_text() for name in ("noise.h", "flat.h", "many_rademacher.h"))
     assert "kTermBlock = kThreads;" in source
     found = {

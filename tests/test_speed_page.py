@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import pages, speed_page
+from benchmarks import speed_page
+from benchmarks.common import pages
 
 
 def test_the_readme_shows_the_committed_results() -> None:

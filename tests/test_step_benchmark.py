@@ -12,8 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import memory, mezo, modes, step, step_contestants, step_memory, workloads
-from benchmarks.settings import LEARNING_RATE, ZO_EPS
+from benchmarks.baselines import mezo
+from benchmarks.common import memory
+from benchmarks.common.constants import LEARNING_RATE, ZO_EPS
+from benchmarks.models import modes, workloads
+from benchmarks.step import __main__ as step
+from benchmarks.step import contestants as step_contestants
+from benchmarks.step import memory as step_memory
 from fedkseed import Inplace, Streamed
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

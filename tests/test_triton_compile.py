@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
-from benchmarks import triton_kernels
-from benchmarks.triton_kernels import TARGETS, Variant
+from benchmarks.machine_code import triton_kernels
+from benchmarks.machine_code.triton_kernels import TARGETS, Variant
 
 FEW = (
     Variant("gaussian", "bf16", 1),
@@ -39,12 +39,12 @@ def test_compiles(target: str, variant: Variant) -> None:
 @pytest.mark.slow
 def test_every_fma_is_written_out(tmp_path: Path) -> None:
     """8.5 fma a normal in the loop over terms: 15 of the transform and two sums a word; nothing was fused."""
-    from benchmarks import machine_code, sass
+    from benchmarks.machine_code import reader, sass
 
     compiled = triton_kernels.compile_variant(Variant("gaussian", "fp32", 0), TARGETS["sm_90"])
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    ((function, usage),) = machine_code.read_cubin(cubin)
+    ((function, usage),) = reader.read_cubin(cubin)
     row = sass.measure(function, usage, "sm_90", sass.Rule("loop", "gaussian", 0, 8))
     assert row.classes["FMA"] == 8.5
     assert row.barriers_on_hot_path == row.spills == row.stack == 0

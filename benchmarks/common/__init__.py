@@ -1,0 +1,1 @@
+"""What every question shares: the machine, timing, memory, pages."""

@@ -1,0 +1,14 @@
+"""Numbers and places that several questions share."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.common.environment import REPOSITORY
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RESULTS_FOLDER = REPOSITORY / "benchmarks" / "results"
+
+#: Hyperparameters of a local step in the FedKSeed paper's runs; their values do not change any timing.
+ZO_EPS = 5e-4
+LEARNING_RATE = 3e-7

@@ -1,0 +1,1 @@
+"""What does rounding do to the weights in 200 steps?"""

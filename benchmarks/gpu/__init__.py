@@ -1,0 +1,1 @@
+"""All of a GPU in one command: tests, kernels, whole steps."""

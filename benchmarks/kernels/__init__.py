@@ -1,0 +1,1 @@
+"""How fast is a pass over the weights, beside the official algorithm?"""

@@ -1,0 +1,1 @@
+"""How many instructions do the compiled GPU kernels take?"""

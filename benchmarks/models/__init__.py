@@ -1,0 +1,1 @@
+"""Models and batches that the questions are asked of."""

@@ -1,0 +1,1 @@
+"""How long does a server take to merge a round?"""

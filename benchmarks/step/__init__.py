@@ -1,0 +1,1 @@
+"""How long does a whole local step take, in every storage mode?"""
