@@ -19,7 +19,10 @@ What is built, decided once, before anything is compiled:
         missing, older than CUDA 13, or fails on a source
             FEDKSEED_REQUIRE_CUDA=1 ........ error
             otherwise ...................... warning, no CUDA library
+    something to compile, no package ninja . error
 
+ninja runs the compilers. Objects stay in build/native: the next build, of a wheel or an editable install,
+compiles only what an edit, another compiler or another flag touches. `make clean` removes them.
 MAX_JOBS caps the parallel compilations. CXXFLAGS is ignored: the noise contract's bits depend on the flags.
 The decision is recorded in fedkseed_kernels/_lib/build_info.json, which the package quotes at run time.
 """
@@ -34,8 +37,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -76,6 +78,21 @@ NVCC_LINK_FLAGS = [
     "-Xcompiler=-static-libgcc,-static-libstdc++",
 ]
 NVCC_MIN_MAJOR = 13
+NVCC_VARIABLES = ("NVCC_APPEND_FLAGS", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS")
+
+# The headers that a compiler names in the file of -MF are inputs of the object from then on.
+NINJA_RULES = """\
+builddir = {folder}
+compiler = {compiler}
+
+rule object
+  command = $compiler $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+
+rule library
+  command = $compiler $in $flags -o $out
+"""
 
 
 class Toolchain(NamedTuple):
@@ -92,6 +109,25 @@ class Toolchain(NamedTuple):
             return None
         have = [f"-DFK_HAVE_{name.upper()}=1" for name in self.isas if name in ISA_FLAGS]
         return [*COMPILE_FLAGS, f"-I{INCLUDE}", *have, *ISA_FLAGS.get(isa, [])]
+
+
+class CudaToolchain(NamedTuple):
+    """What compiles the CUDA library. Without ``nvcc`` nothing does, and ``reason`` says why."""
+
+    nvcc: str
+    release: str
+    reason: str
+
+
+class Library(NamedTuple):
+    """What one library is made of: the sources below ``root`` with their flags, and what links them."""
+
+    name: str
+    compiler: Sequence[str]
+    root: Path
+    sources: Mapping[Path, Sequence[str]]
+    link_flags: Sequence[str]
+    variables: Sequence[str] = ()  # of the environment, which the compiler reads beside its command line
 
 
 def enabled(name: str, default: str = "0") -> bool:
@@ -172,8 +208,8 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
-def find_cuda_toolchain() -> tuple[str, str]:
-    """nvcc and its release; "" and the reason if the CUDA library is not built.
+def find_cuda_toolchain() -> CudaToolchain:
+    """Decide by the tree at the top of this file.
 
     Raises:
         CompileError: FEDKSEED_REQUIRE_CUDA=1 and there is none to build it with.
@@ -189,7 +225,7 @@ def find_cuda_toolchain() -> tuple[str, str]:
     else:
         release = re.search(r"release (\d+)\.\d+, V([\d.]+)", run([nvcc, "--version"]))
         if release is not None and int(release.group(1)) >= NVCC_MIN_MAJOR:
-            return nvcc, release.group(2)
+            return CudaToolchain(nvcc, release.group(2), "")
         reason = (
             f"{nvcc} is of CUDA {release.group(2) if release else 'unknown'}, {NVCC_MIN_MAJOR}.0 is needed"
         )
@@ -198,7 +234,7 @@ def find_cuda_toolchain() -> tuple[str, str]:
             f"FEDKSEED_REQUIRE_CUDA=1 expects the native CUDA library, but {reason}; install the CUDA "
             f"toolkit (>= {NVCC_MIN_MAJOR}.0) or unset the switch to build without it"
         )
-    return "", reason
+    return CudaToolchain("", "", reason)
 
 
 def contract_version() -> int:
@@ -209,61 +245,106 @@ def contract_version() -> int:
     return int(found.group(1))
 
 
-def compile_objects(toolchain: Toolchain, folder: Path) -> list[Path]:
-    """Compile csrc/cpu into ``folder``, at most MAX_JOBS files and one per core at a time.
+def cpu_library(toolchain: Toolchain) -> Library:
+    """The library of csrc/cpu, without the instruction sets that are not built."""
+    flags = {source: toolchain.flags(source) for source in find_sources(CPU_SOURCES, "*.cpp")}
+    built = {source: own for source, own in flags.items() if own is not None}
+    return Library(LIBRARY, toolchain.command, CPU_SOURCES, built, LINK_FLAGS)
+
+
+def cuda_library(toolchain: CudaToolchain) -> Library:
+    """The library of csrc/cuda."""
+    flags = [*NVCC_FLAGS, f"-I{INCLUDE}"]
+    sources = dict.fromkeys(find_sources(CUDA_SOURCES, "*.cu"), flags)
+    return Library(CUDA_LIBRARY, [toolchain.nvcc], CUDA_SOURCES, sources, NVCC_LINK_FLAGS, NVCC_VARIABLES)
+
+
+def find_sources(folder: Path, pattern: str) -> list[Path]:
+    """The files below ``folder`` of that name.
 
     Raises:
-        CompileError: a source does not compile, or there is none.
+        CompileError: there is none.
     """
-    flags = {source: toolchain.flags(source) for source in sorted(CPU_SOURCES.glob("*.cpp"))}
-    tasks = {
-        folder / f"{source.stem}.o": [*own, "-c", str(source)]
-        for source, own in flags.items()
-        if own is not None
-    }
-    if not tasks:
-        raise CompileError(f"expected C++ sources in {CPU_SOURCES}, got none; the source tree is incomplete")
-    compile_all({target: [*toolchain.command, *own, "-o", str(target)] for target, own in tasks.items()})
-    return list(tasks)
-
-
-def compile_cuda_objects(nvcc: str, folder: Path) -> list[Path]:
-    """Compile csrc/cuda into ``folder``, as `compile_objects` does with csrc/cpu."""
-    sources = sorted(CUDA_SOURCES.glob("*.cu"))
+    sources = sorted(folder.rglob(pattern))
     if not sources:
+        raise CompileError(f"expected {pattern} in {folder}, got none; the source tree is incomplete")
+    return sources
+
+
+def find_ninja() -> str:
+    """The executable of the Python package ninja.
+
+    Raises:
+        CompileError: it is not installed.
+    """
+    try:
+        import ninja
+    except ImportError:
+        found = None
+    else:
+        # The package finds no folder in pip's isolated builds, which have it on PATH.
+        found = shutil.which("ninja", path=ninja.BIN_DIR or None)
+    if found is None:
         raise CompileError(
-            f"expected CUDA sources in {CUDA_SOURCES}, got none; the source tree is incomplete"
+            "the Python package ninja, which runs the compilers, is not installed; pip install ninja, "
+            "or build without --no-build-isolation so that pip fetches it"
         )
-    tasks = {
-        folder / f"{source.stem}.o": [nvcc, *NVCC_FLAGS, f"-I{INCLUDE}", "-c", str(source)]
-        for source in sources
-    }
-    compile_all({target: [*command, "-o", str(target)] for target, command in tasks.items()})
-    return list(tasks)
+    return found
 
 
-def compile_all(commands: dict[Path, list[str]]) -> None:
-    """Run one command for each target, at most MAX_JOBS and one per core at a time."""
-    for target in commands:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    jobs = max(1, min(int(os.environ.get("MAX_JOBS") or len(commands)), len(os.sched_getaffinity(0))))
-    with ThreadPoolExecutor(jobs) as pool:
-        for warnings in pool.map(run, commands.values()):
-            sys.stderr.write(warnings)
+def compile_library(library: Library, folder: Path) -> Path:
+    """The library, made in ``folder`` from what changed since the last time, by ninja.
+
+    At most MAX_JOBS files and one per core are compiled at a time.
+
+    Raises:
+        CompileError: a source does not compile, the library does not link, or ninja is missing.
+    """
+    # The identity is an input of all: a compiler can change behind an unchanged command line.
+    identity, script = folder / "compiler", folder / "build.ninja"
+    known = run([*library.compiler, "--version"])
+    known += "".join(f"{name}={os.environ[name]}\n" for name in library.variables if name in os.environ)
+    if not identity.exists() or identity.read_text() != known:
+        publish(identity, known)
+    publish(script, ninja_script(library, folder, identity))
+    cores = len(os.sched_getaffinity(0))
+    jobs = max(1, min(int(os.environ.get("MAX_JOBS") or cores), cores))
+    sys.stderr.write(run([find_ninja(), "--quiet", "-f", str(script), f"-j{jobs}"]))
+    return folder / library.name
 
 
-def publish(target: Path, write: Sequence[str] | str) -> None:
-    """Make ``target`` by a command that takes "-o FILE", or from text, in one rename.
+def ninja_script(library: Library, folder: Path, identity: Path) -> str:
+    """The text of the ``build.ninja`` that makes the library in ``folder``."""
+
+    def path(file: Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(file))
+
+    def words(command: Sequence[str]) -> str:
+        return shlex.join(command).replace("$", "$$")
+
+    lines = [NINJA_RULES.format(folder=path(folder), compiler=words(library.compiler))]
+    objects = []
+    for source, flags in library.sources.items():
+        objects.append(path(folder / source.relative_to(library.root).with_suffix(".o")))
+        lines.append(f"build {objects[-1]}: object {path(source)} | {path(identity)}")
+        lines.append(f"  flags = {words(flags)}")
+    lines.append(f"build {path(folder / library.name)}: library {' '.join(objects)} | {path(identity)}")
+    lines.append(f"  flags = {words(library.link_flags)}")
+    return "\n".join(lines) + "\n"
+
+
+def publish(target: Path, content: Path | str) -> None:
+    """Make ``target`` a copy of a file, or a file of this text, in one rename.
 
     A library that a running process has mapped is replaced, never written over.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        if isinstance(write, str):
-            part.write_text(write)
+        if isinstance(content, str):
+            part.write_text(content)
         else:
-            run([*write, "-o", str(part)])
+            shutil.copy(content, part)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -273,7 +354,7 @@ class NativeDistribution(Distribution):
     """A distribution whose wheel is tied to a platform exactly when it holds the native library."""
 
     _toolchain: Toolchain | None = None
-    _cuda_toolchain: tuple[str, str] | None = None
+    _cuda_toolchain: CudaToolchain | None = None
 
     @property
     def toolchain(self) -> Toolchain:
@@ -282,13 +363,13 @@ class NativeDistribution(Distribution):
         return self._toolchain
 
     @property
-    def cuda_toolchain(self) -> tuple[str, str]:
+    def cuda_toolchain(self) -> CudaToolchain:
         if self._cuda_toolchain is None:
             self._cuda_toolchain = find_cuda_toolchain()
         return self._cuda_toolchain
 
     def has_ext_modules(self) -> bool:
-        return bool(self.toolchain.command or self.cuda_toolchain[0])
+        return bool(self.toolchain.command or self.cuda_toolchain.nvcc)
 
 
 class BuildNative(Command):
@@ -297,30 +378,39 @@ class BuildNative(Command):
     description = "build the native libraries"
     user_options: ClassVar = [
         ("build-lib=", None, "folder of the packages"),
-        ("build-temp=", None, "folder of the objects"),
+        ("build-temp=", None, "folder of the objects (default: build/native)"),
+        ("inplace", "i", "put the libraries into the source tree"),
     ]
+    boolean_options: ClassVar = ["inplace"]
     distribution: NativeDistribution
     build_lib: str | None
+    build_base: str | None
     build_temp: str | None
+    inplace: bool
     editable_mode: bool
 
     def initialize_options(self) -> None:
         self.build_lib = None
+        self.build_base = None
         self.build_temp = None
+        self.inplace = False
         self.editable_mode = False
 
     def finalize_options(self) -> None:
-        self.set_undefined_options("build", ("build_lib", "build_lib"), ("build_temp", "build_temp"))
+        self.set_undefined_options("build", ("build_lib", "build_lib"), ("build_base", "build_base"))
+        # Not the build_temp of "build", which an editable install removes again.
+        self.build_temp = self.build_temp or str(Path(self.build_base or "build", "native"))
 
     def run(self) -> None:
+        if self.distribution.has_ext_modules():
+            find_ninja()  # A build that lacks it ends here, also where a failing nvcc would be a warning.
         info = {"cpu": self._build_cpu(), "cuda": self._build_cuda(), "contract": contract_version()}
         publish(self._folder() / BUILD_INFO, json.dumps(info, indent=2) + "\n")
 
     def _build_cpu(self) -> dict[str, Any]:
         toolchain, folder = self.distribution.toolchain, self._folder()
         if toolchain.command:
-            objects = compile_objects(toolchain, Path(self.build_temp or "build", "cpu"))
-            publish(folder / LIBRARY, [*toolchain.command, *map(str, objects), *LINK_FLAGS])
+            publish(folder / LIBRARY, self._compile(cpu_library(toolchain), "cpu"))
         else:
             (folder / LIBRARY).unlink(missing_ok=True)
         if toolchain.reason:
@@ -333,14 +423,12 @@ class BuildNative(Command):
         }
 
     def _build_cuda(self) -> dict[str, Any]:
-        nvcc, release_or_reason = self.distribution.cuda_toolchain
-        target = self._folder() / CUDA_LIBRARY
+        toolchain, target = self.distribution.cuda_toolchain, self._folder() / CUDA_LIBRARY
         target.unlink(missing_ok=True)
-        reason = "" if nvcc else release_or_reason
-        if nvcc:
+        reason = toolchain.reason
+        if toolchain.nvcc:
             try:
-                objects = compile_cuda_objects(nvcc, Path(self.build_temp or "build", "cuda"))
-                publish(target, [nvcc, *map(str, objects), *NVCC_LINK_FLAGS])
+                publish(target, self._compile(cuda_library(toolchain), "cuda"))
             except CompileError as error:
                 if enabled("FEDKSEED_REQUIRE_CUDA"):
                     raise
@@ -350,12 +438,16 @@ class BuildNative(Command):
         return {
             "built": not reason,
             "reason": reason,
-            "nvcc": release_or_reason if nvcc else "",
+            "nvcc": toolchain.release,
             "archs": [] if reason else [f"sm_{arch}" for arch in CUDA_ARCHS],
         }
 
+    def _compile(self, library: Library, name: str) -> Path:
+        return compile_library(library, Path(self.build_temp or "build", name))
+
     def _folder(self) -> Path:
-        return (ROOT if self.editable_mode else Path(self.build_lib or "build")) / LIB_PACKAGE
+        in_source_tree = self.inplace or self.editable_mode
+        return (ROOT if in_source_tree else Path(self.build_lib or "build")) / LIB_PACKAGE
 
     def get_source_files(self) -> list[str]:
         return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]

@@ -381,11 +381,11 @@ DAMAGES = {
     "a constant of Philox": ("noise.py", "PHILOX_KEY_STEP_1)", "PHILOX_KEY_STEP_1 + 1)"),
     "the tail of a tensor": ("tables.py", "    if tail:\n", "    if False:\n"),
     "the last octets of a segment": (
-        "seed_axpy.py",
+        "kernels.py",
         "mask = (position < end)",
         "mask = (position < end - 1)",
     ),
-    "the high word": ("seed_axpy.py", "high = (first_octet >> 32)", "high = (first_octet >> 33)"),
+    "the high word": ("kernels.py", "high = (first_octet >> 32)", "high = (first_octet >> 33)"),
     "a fused multiply-add": ("noise.py", "return tl.fma(-g, half_sin, r)", "return r - g * half_sin"),
 }
 

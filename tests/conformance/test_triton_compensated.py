@@ -215,7 +215,7 @@ DAMAGES = {
     ),
     "subnormals": ("compensated.py", "(127 - 14) << 23", "(127 - 15) << 23"),
     "residuals' strides": (
-        "seed_axpy.py",
+        "kernels.py",
         "residual + source_at[:, None] + position * source_stride",
         "residual + position",
     ),

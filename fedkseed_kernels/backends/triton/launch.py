@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from fedkseed_kernels.backends.triton import noise
 from fedkseed_kernels.backends.triton.interpreter import exact_arithmetic
+from fedkseed_kernels.backends.triton.kernels import runs_kernel, segments_kernel
 from fedkseed_kernels.backends.triton.packing import (
     PackedTerms,
     count_skipped,
@@ -23,7 +24,6 @@ from fedkseed_kernels.backends.triton.packing import (
     pack_host_terms,
     upload,
 )
-from fedkseed_kernels.backends.triton.seed_axpy import runs_kernel, segments_kernel
 from fedkseed_kernels.backends.triton.tables import OCTET, Kind, KindTables, Table, make_tables
 from fedkseed_kernels.operands import Operands, Terms
 
