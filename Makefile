@@ -24,9 +24,20 @@ install: $(INSTALLED) $(LIBRARY) ## create .venv with this checkout in it, edita
 demo: fetch ## tune a pretrained language model with seeds and scalars
 	$(PY) -m fedkseed.cli simulate $(DEMO_ARGS)
 
+# Two processes share the tests; each computes on one thread, so that they do not take the cores from one another.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
+
 .PHONY: test
-test: fetch ## run all tests
-	$(PY) -m pytest $(TEST_ARGS)
+test: fetch ## run the first tier of tests: every test file, minutes
+	$(PYTEST) -m "not slow" $(TEST_ARGS)
+
+.PHONY: test-slow
+test-slow: fetch ## run the second tier
+	$(PYTEST) -m slow $(TEST_ARGS)
+
+.PHONY: test-all
+test-all: fetch ## run all tests
+	$(PYTEST) $(TEST_ARGS)
 
 .PHONY: bench
 bench: fetch ## run the kernel benchmarks; results go to benchmarks/results
@@ -47,7 +58,7 @@ format: install ## lay out all sources
 
 .PHONY: wheel
 wheel: install ## build a wheel into dist
-	rm -rf build dist
+	rm -rf build/lib* build/bdist.* dist
 	$(PY) -m pip wheel --no-deps --wheel-dir dist .
 
 .PHONY: fetch
@@ -61,10 +72,14 @@ clean: ## remove all that was built here (the cache of fetched files stays)
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{ printf "make %-9s %s\n", $$1, $$2 }'
 
-# One recipe makes both: without a compiler the library stays away, and the next run tries again.
-$(INSTALLED) $(LIBRARY) &: pyproject.toml constraints.txt setup.py fedkseed_kernels/_version.py $(shell find csrc)
+$(INSTALLED): pyproject.toml constraints.txt fedkseed_kernels/_version.py
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $(INSTALLED)
+	touch $@
+
+# The installation builds the libraries as well; an edit is compiled without it, and only what it touches. Without a
+# compiler the library stays away, and the next run tries again.
+$(LIBRARY): setup.py $(shell find csrc) | $(INSTALLED)
+	$(PY) setup.py build_native --inplace

@@ -53,7 +53,14 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
 
 
 @pytest.mark.skipif(native_cpu.unavailable() is not None, reason="tests/test_native.py says why")
-@pytest.mark.parametrize("isa", [name for name in ISA_CODES if name != "auto"])
+@pytest.mark.parametrize(
+    "isa",
+    [
+        pytest.param(name, marks=() if name == "avx2" else pytest.mark.slow)
+        for name in ISA_CODES
+        if name != "auto"
+    ],
+)
 def test_a_full_ledger_gives_the_content_of_the_servers_own_model(
     isa: str, tuned: Tuned, tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_a_contestant_that_raises_costs_its_own_row_alone(monkeypatch: pytest.Mo
     assert "randn_like + add_ (perturb)" in run.document["failed"]["weights, bf16"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_has_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "result.json"
     assert gpu.main(["--dry-run", "--dtypes", "bf16,fp32", "--json", str(path)]) == 0
@@ -122,6 +123,7 @@ def test_a_dry_run_has_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "| 2 | rademacher | inplace |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was measured before it is in the file, what comes after it runs, and the exit status says so."""
     path, seen = tmp_path / "result.json", []
@@ -141,6 +143,7 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(document["seconds"])[-1] == "steps, batch 2"
 
 
+@pytest.mark.slow
 def test_no_part_begins_after_the_limit() -> None:
     run = gpu.Run(dataclasses.replace(gpu.DRY_RUN, seconds=0.0), None)
     run.do(run.parts())

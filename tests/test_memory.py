@@ -11,26 +11,28 @@ from fedkseed_kernels.backends import native_cpu
 
 NUM_ELEMENTS = 1 << 26
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not memory.can_measure(), reason="needs Linux's /proc/self/clear_refs"),
-]
+pytestmark = pytest.mark.skipif(not memory.can_measure(), reason="needs Linux's /proc/self/clear_refs")
 needs_native = pytest.mark.skipif(
     native_cpu.unavailable() is not None, reason="the native library is not built"
 )
 
 
 @needs_native
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16"), pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("operation", "num_elements", "num_seeds"),
-    [("perturb", NUM_ELEMENTS, 1), ("rebuild", NUM_ELEMENTS, 16), ("rebuild", 1 << 20, 4096)],
+    [
+        ("perturb", NUM_ELEMENTS, 1),
+        pytest.param("rebuild", NUM_ELEMENTS, 16, marks=pytest.mark.slow),
+        pytest.param("rebuild", 1 << 20, 4096, marks=pytest.mark.slow),
+    ],
 )
 def test_grows_by_less_than_a_megabyte(operation: str, num_elements: int, num_seeds: int, dtype: str) -> None:
     growth = memory.measure(operation, num_elements, num_seeds=num_seeds, dtype=dtype)
     assert 0 <= growth < memory.LIMIT_BYTES
 
 
+@pytest.mark.slow
 def test_the_measurement_sees_a_temporary() -> None:
     """The control: randn_like makes one, of the tensor's 2 bytes an element."""
     growth = memory.measure("randn_like", NUM_ELEMENTS, dtype="bf16")
@@ -44,13 +46,15 @@ UNIT, RESIDUALS = 2 * bare.UNIT_NUMEL, 2 * bare.NUMEL
 @pytest.mark.parametrize(
     ("mode", "num_bytes"),
     [
-        ("inplace", 0),
-        ("inplace, chained", 0),
+        pytest.param("inplace", 0, marks=pytest.mark.slow),
+        pytest.param("inplace, chained", 0, marks=pytest.mark.slow),
         ("streamed", UNIT),
-        ("streamed, fp32 forward", 2 * UNIT),
-        ("streamed, paired", 2 * UNIT),
-        ("streamed, compensated", UNIT + RESIDUALS),
-        ("streamed, paired, compensated, fp32 forward", 4 * UNIT + RESIDUALS),
+        pytest.param("streamed, fp32 forward", 2 * UNIT, marks=pytest.mark.slow),
+        pytest.param("streamed, paired", 2 * UNIT, marks=pytest.mark.slow),
+        pytest.param("streamed, compensated", UNIT + RESIDUALS, marks=pytest.mark.slow),
+        pytest.param(
+            "streamed, paired, compensated, fp32 forward", 4 * UNIT + RESIDUALS, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_step_takes_the_largest_unit_and_no_more(mode: str, num_bytes: int) -> None:

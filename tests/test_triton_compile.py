@@ -24,9 +24,11 @@ FEW = (
 FORBIDDEN = r"\.ftz|\.approx|\bmad\.rn\.f|\bmad\.f|sin\.|lg2\.|rsqrt|div\.full"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", FEW, ids=lambda variant: variant.name)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(name, marks=() if name == "sm_90" else pytest.mark.slow) for name in TARGETS],
+)
 def test_compiles(target: str, variant: Variant) -> None:
     compiled = triton_kernels.compile_variant(variant, TARGETS[target])
     if target == "gfx942":

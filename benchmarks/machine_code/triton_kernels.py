@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fedkseed_kernels.backends.triton import launch
-from fedkseed_kernels.backends.triton.seed_axpy import runs_kernel, segments_kernel
+from fedkseed_kernels.backends.triton.kernels import runs_kernel, segments_kernel
 
 MANY_TILES = 1 << 20
 DTYPES = {

@@ -7,6 +7,7 @@ import math
 import noise_checks
 import noise_domain
 import numpy as np
+import pytest
 from noise_samples import long_sample
 from thresholds import Judge
 
@@ -29,6 +30,7 @@ def test_products_of_even_and_odd(judge: Judge) -> None:
     judge("products even x odd", noise_checks.cross_moments(z[0::2], z[1::2]))
 
 
+@pytest.mark.slow
 def test_distribution_function(judge: Judge) -> None:
     z = long_sample()[: 1 << 24]
     judge(
@@ -40,6 +42,7 @@ def test_distribution_function(judge: Judge) -> None:
     )
 
 
+@pytest.mark.slow
 def test_equiprobable_bins(judge: Judge) -> None:
     z = long_sample()[: 1 << 25]
     judge(
