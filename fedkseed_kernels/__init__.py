@@ -4,9 +4,11 @@ The noise contract is docs/noise-contract.md; arguments, dtypes and errors are d
 `fedkseed_kernels.ops`.
 """
 
-from fedkseed_kernels._info import info
 from fedkseed_kernels._version import __version__
-from fedkseed_kernels.operands import CONTRACT_VERSION
+from fedkseed_kernels.contract import derived
+from fedkseed_kernels.contract.derived import candidate_seeds
+from fedkseed_kernels.contract.reference import CONTRACT_VERSION, FAMILIES
+from fedkseed_kernels.dispatch import backend, cpu_isa, info, unavailable
 from fedkseed_kernels.ops import normal, perturb_, seed_axpy, seed_axpy_, seed_axpy_pair
 from fedkseed_kernels.prepared import (
     Prepared,
@@ -19,10 +21,15 @@ from fedkseed_kernels.prepared import (
 
 __all__ = [
     "CONTRACT_VERSION",
+    "FAMILIES",
     "Prepared",
     "PreparedOut",
     "PreparedPair",
     "__version__",
+    "backend",
+    "candidate_seeds",
+    "cpu_isa",
+    "derived",
     "info",
     "normal",
     "perturb_",
@@ -32,4 +39,5 @@ __all__ = [
     "seed_axpy",
     "seed_axpy_",
     "seed_axpy_pair",
+    "unavailable",
 ]

@@ -1,4 +1,4 @@
-"""Which backend serves which device.
+"""Which backend serves which device, and what is installed.
 
 An explicit request that cannot be met raises; a choice made here is logged once, with its reason.
 """
@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
-from fedkseed_kernels.backends import native_cpu, native_cpu_backend, native_cuda_backend, reference, widening
+from fedkseed_kernels._version import __version__
+from fedkseed_kernels.backends import c_abi, native_cpu, native_cuda, reference, widening
 from fedkseed_kernels.backends import triton as triton_backend
+from fedkseed_kernels.contract.reference import CONTRACT_VERSION
 from fedkseed_kernels.operands import ISA_CODES, DeviceTerms, Operands, Terms
 
 logger = logging.getLogger("fedkseed_kernels")
@@ -45,13 +48,13 @@ class Backend(Protocol):
 
 
 BACKENDS: dict[str, Backend] = {
-    "native": native_cpu_backend,
+    "native": native_cpu,
     "triton": triton_backend,
     "reference": reference,
 }
 
 # Backends that are another module for another device type.
-_BACKENDS_OF_DEVICE: dict[tuple[str, str], Backend] = {("native", "cuda"): native_cuda_backend}
+_BACKENDS_OF_DEVICE: dict[tuple[str, str], Backend] = {("native", "cuda"): native_cuda}
 
 _backend_override: ContextVar[str | None] = ContextVar("fedkseed_backend", default=None)
 _isa_override: ContextVar[str | None] = ContextVar("fedkseed_cpu_isa", default=None)
@@ -159,7 +162,19 @@ def _automatic(device_type: str, isa: str) -> str:
 def serves(name: str, device_type: str) -> bool:
     """Whether a backend, where it can be used, takes tensors of a device type."""
     is_interpreted = name == "triton" and triton_backend.is_interpreting()
-    return name in TABLE[device_type] or is_interpreted
+    return name in TABLE.get(device_type, ()) or is_interpreted
+
+
+def unavailable(name: str, device_type: str) -> str | None:
+    """Why a backend cannot serve tensors of a device type here; None when it can.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    _known("backend", name, tuple(BACKENDS))
+    if (reason := backend_of(name, device_type).unavailable()) is not None:
+        return reason
+    return None if serves(name, device_type) else f"it does not serve {device_type} tensors"
 
 
 def select(device_type: str) -> Selection:
@@ -205,3 +220,50 @@ def execute(operands: Operands, terms: Terms | DeviceTerms) -> None:
     if isinstance(terms, DeviceTerms) and terms.num_skipped is not None:
         written = [*written, terms.num_skipped]
     torch.autograd.graph.increment_version(written)
+
+
+def info() -> dict[str, Any]:
+    """Versions, backends with their availability, what serves cpu tensors now and why, and the switches.
+
+    Keys: `version`, `contract_version`, `abi_version`, `torch`, `numpy`; `backends`: for each name
+    `available` and `reason` (why not, else None; `native` is the CPU library); `native_cuda`: the same of the
+    CUDA library; `devices`: the dispatch table; `cpu_backend`: the backend that a call would take now, or the
+    reason why it would fail; `cpu_isa`, `cpu_isas_built`, `cpu_isas_usable`: of the native library (None and
+    empty without it); `num_threads`, `threads`: how many a call may use, and whose they are; `environment`:
+    the switches as they are set, None for unset.
+    """
+    reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    cuda_reason = native_cuda.unavailable()
+    has_native = reasons["native"] is None
+    threaded = has_native and native_cpu.has_threads()
+    try:
+        chosen = select("cpu")
+        cpu_backend, isa = chosen.name, chosen.isa
+    except (RuntimeError, ValueError) as error:
+        cpu_backend, isa = str(error), "auto"
+    usable = native_cpu.usable_isas() if has_native else []
+    if threaded:
+        threads = "torch's pool (torch.set_num_threads)"
+    elif has_native:
+        threads = (
+            f"the calling thread: torch {torch.__version__} lacks torch_parallel_for, torch >= 2.10 has it"
+        )
+    else:
+        threads = "the calling thread"
+    return {
+        "version": __version__,
+        "contract_version": CONTRACT_VERSION,
+        "abi_version": c_abi.ABI_VERSION,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "backends": {name: {"available": r is None, "reason": r} for name, r in reasons.items()},
+        "native_cuda": {"available": cuda_reason is None, "reason": cuda_reason},
+        "devices": {device: list(names) for device, names in TABLE.items()},
+        "cpu_backend": cpu_backend,
+        "cpu_isa": (usable[-1] if isa == "auto" else isa) if has_native else None,
+        "cpu_isas_built": native_cpu.built_isas() if has_native else [],
+        "cpu_isas_usable": usable,
+        "num_threads": torch.get_num_threads() if threaded else 1,
+        "threads": threads,
+        "environment": {name: os.environ.get(name) for name in (BACKEND_VARIABLE, CPU_ISA_VARIABLE)},
+    }

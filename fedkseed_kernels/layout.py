@@ -1,16 +1,10 @@
-"""From checked tensors to the pointer table of the C ABI: memory strides beside element strides."""
+"""Geometry of operands: element indices of a tensor, and its dimensions merged where memory allows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fedkseed_kernels.backends.native_cpu import TABLE_DTYPE
-from fedkseed_kernels.operands import DTYPE_CODES, MAX_DIMS, Operands, View
-
-STRIDE_FIELDS = ("in_strides", "out_strides", "out_minus_strides", "element_strides")
+from fedkseed_kernels.operands import MAX_DIMS, Operands, View
 
 
 def row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
@@ -59,7 +53,9 @@ def collapse(
 
 
 def collapsed_layout(operands: Operands, position: int) -> tuple[int, list[int], list[list[int]]]:
-    """One tensor as the table has it: first element index, sizes, and stride sets (STRIDE_FIELDS).
+    """One tensor as the table has it: first element index, sizes, and the four stride sets.
+
+    Those of the input in memory, the output, the minus output, and of the element indices.
 
     Raises:
         ValueError: more than MAX_DIMS dimensions are left.
@@ -78,47 +74,6 @@ def collapsed_layout(operands: Operands, position: int) -> tuple[int, list[int],
             f"tensors[{position}] (shape {tuple(out.shape)}); pass a contiguous copy"
         )
     return first, sizes, collapsed
-
-
-def _fill_strided(entry: np.void, operands: Operands, position: int) -> None:
-    """Complete the table entry of a tensor that is not simply contiguous (it may collapse to that)."""
-    first, sizes, collapsed = collapsed_layout(operands, position)
-    entry["first_element"] = first
-    if operands.rows is None and len(sizes) <= 1 and all(s in ([], [1]) for s in collapsed):
-        return
-    ndim = len(sizes)
-    entry["ndim"] = ndim
-    entry["sizes"][:ndim] = sizes
-    for name, values in zip(STRIDE_FIELDS, collapsed, strict=True):
-        entry[name][:ndim] = values
-
-
-def pointer_table(operands: Operands) -> NDArray[np.void]:
-    """The table of fk_tensor entries for `native.cpu_seed_axpy`, one for each tensor.
-
-    Raises:
-        ValueError: a tensor has more than MAX_DIMS dimensions after merging.
-    """
-    outs = operands.outs
-    table = np.zeros(len(outs.tensors), dtype=TABLE_DTYPE)
-    if operands.inputs is not None:
-        table["in"] = operands.inputs.addresses
-    table["out"] = outs.addresses
-    if operands.outs_minus is not None:
-        table["out_minus"] = operands.outs_minus.addresses
-    if operands.residuals is not None:
-        table["residual"] = [0 if r is None else r.data_ptr() for r in operands.residuals]
-        if operands.writes_residuals:
-            table["residual_out"] = table["residual"]
-    table["numel"] = outs.numels
-    table["first_element"] = operands.offsets
-    table["stream"] = operands.streams
-    table["out_dtype"] = [DTYPE_CODES[dtype] for dtype in outs.dtypes]
-    table["dtype"] = [DTYPE_CODES[dtype] for dtype in (operands.inputs or outs).dtypes]
-    for position in strided_positions(operands):
-        if outs.numels[position]:
-            _fill_strided(table[position], operands, position)
-    return table
 
 
 def strided_positions(operands: Operands) -> Sequence[int]:

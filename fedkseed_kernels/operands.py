@@ -12,8 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-CONTRACT_VERSION = 1
-
 # Codes of csrc/include/fedkseed.h; tests/test_native.py holds them to the header.
 DTYPE_CODES: dict[torch.dtype, int] = {
     torch.float32: 0,
@@ -48,7 +46,7 @@ class TensorList:
 
 @dataclass(slots=True)
 class Operands:
-    """A list of tensors, checked (`_checks.check_operands`): one device, right shapes, nothing overlaps.
+    """A checked list of tensors (`arguments.tensors.check_operands`): one device, right shapes, no overlap.
 
     Output i is `outs.tensors[i]` (and `outs_minus.tensors[i]`); it may be input i itself. `inputs` is None
     when the noise itself is written. `rows`, if given, gathers along dimension 0 of every input. The element
@@ -67,7 +65,7 @@ class Operands:
     views: Sequence[View | None]
     residuals: Sequence[Tensor | None] | None = None
     writes_residuals: bool = False
-    # The native pointer table, built at the first call that needs it (`_layout.pointer_table`).
+    # The native pointer table, built at the first call that needs it (`backends.c_abi.pointer_table`).
     table: NDArray[np.void] | None = field(default=None, repr=False)
     # What the Triton backend keeps of the list in the device's memory, built likewise.
     device_tables: Any = field(default=None, repr=False)

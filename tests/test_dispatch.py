@@ -13,7 +13,7 @@ import torch
 
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch
-from fedkseed_kernels.backends import native_cpu, native_cuda_backend
+from fedkseed_kernels.backends import c_abi, native_cpu, native_cuda
 from fedkseed_kernels.backends import triton as triton_backend
 from fedkseed_kernels.operands import ISA_CODES
 
@@ -33,7 +33,7 @@ def without_native(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     """A machine on which the library was not built."""
     (tmp_path / "build_info.json").write_text('{"cpu": {"reason": "no C++ compiler was found"}}')
     monkeypatch.setattr(native_cpu, "LIBRARY_PATH", tmp_path / "libfedkseed_cpu.so")
-    monkeypatch.setattr(native_cpu, "BUILD_INFO_PATH", tmp_path / "build_info.json")
+    monkeypatch.setattr(c_abi, "BUILD_INFO_PATH", tmp_path / "build_info.json")
     native_cpu._load.cache_clear()
     yield
     native_cpu._load.cache_clear()
@@ -57,7 +57,7 @@ def test_the_automatic_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> 
 def test_a_second_choice_for_a_gpu_is_said_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native_cuda_backend, "unavailable", lambda: "the NVIDIA driver is too old")
+    monkeypatch.setattr(native_cuda, "unavailable", lambda: "the NVIDIA driver is too old")
     monkeypatch.setattr(dispatch.BACKENDS["triton"], "unavailable", lambda: None)
     with caplog.at_level(logging.INFO, logger="fedkseed_kernels"):
         assert [dispatch.select("cuda").name for _ in range(2)] == ["triton"] * 2
@@ -67,9 +67,9 @@ def test_a_second_choice_for_a_gpu_is_said_with_its_reason(
 
 
 def test_cuda_tensors_have_a_native_backend_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_cuda_backend, "unavailable", lambda: None)
+    monkeypatch.setattr(native_cuda, "unavailable", lambda: None)
     with dispatch.backend("native"), dispatch.cpu_isa("baseline"):
-        assert dispatch.select("cuda").backend is native_cuda_backend
+        assert dispatch.select("cuda").backend is native_cuda
 
 
 @pytest.mark.usefixtures("without_native")

@@ -69,13 +69,8 @@ def test_compensated_weights_of_16_bits_have_cases(dtype: torch.dtype) -> None:
     assert not {"perturb, compensated", "update, compensated"} & set(_cases(torch.float32))
 
 
-class _Unavailable:
-    def unavailable(self) -> str | None:
-        return "it is not here"
-
-
 def test_a_backend_that_cannot_serve_has_rows_that_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_cases.dispatch, "backend_of", lambda *_: _Unavailable())
+    monkeypatch.setattr(gpu_cases.fedkseed_kernels, "unavailable", lambda *_: "it is not here")
     found = [row for row in _rows() if row["contestant"] in ("cuda", "triton")]
     assert {row["refused"] for row in found} == {"it is not here"}
     assert all("it is not here" in gpu_rows.line(row) for row in found)

@@ -15,7 +15,7 @@ import torch
 
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch, operands
-from fedkseed_kernels.backends import native_cpu
+from fedkseed_kernels.backends import c_abi, native_cpu
 from fedkseed_kernels.contract import reference
 
 HEADER = Path(__file__).parents[1] / "csrc" / "include" / "fedkseed.h"
@@ -46,7 +46,7 @@ def test_the_library_is_there() -> None:
 
 @needs_compiler
 def test_structs_are_the_headers(tmp_path: Path) -> None:
-    structs = {"fk_tensor": native_cpu.FkTensor, "fk_terms": native_cpu.FkTerms}
+    structs = {"fk_tensor": c_abi.FkTensor, "fk_terms": c_abi.FkTerms}
     lines = []
     for name, struct in structs.items():
         lines.append(f'printf("{name} %zu\\n", sizeof({name}));')
@@ -71,16 +71,16 @@ def test_structs_are_the_headers(tmp_path: Path) -> None:
 
 
 def test_the_table_has_the_layout_of_the_struct() -> None:
-    assert native_cpu.TABLE_DTYPE.itemsize == ctypes.sizeof(native_cpu.FkTensor)
-    for name, *_ in native_cpu.FkTensor._fields_:
-        dtype, offset = native_cpu.TABLE_DTYPE.fields[name][:2]
-        descriptor = getattr(native_cpu.FkTensor, name)
+    assert c_abi.TABLE_DTYPE.itemsize == ctypes.sizeof(c_abi.FkTensor)
+    for name, *_ in c_abi.FkTensor._fields_:
+        dtype, offset = c_abi.TABLE_DTYPE.fields[name][:2]
+        descriptor = getattr(c_abi.FkTensor, name)
         assert (offset, dtype.itemsize) == (descriptor.offset, descriptor.size)
 
 
 def test_fields_stand_in_the_headers_order() -> None:
     text = re.sub(r"//.*", "", HEADER.read_text())
-    for name, struct in (("fk_tensor", native_cpu.FkTensor), ("fk_terms", native_cpu.FkTerms)):
+    for name, struct in (("fk_tensor", c_abi.FkTensor), ("fk_terms", c_abi.FkTerms)):
         body = re.search(rf"typedef struct {name} {{(.*?)}} {name};", text, re.S)
         assert body is not None
         fields = re.findall(r"(\w+)(?:\[\w+\])?;", body.group(1))
@@ -98,8 +98,8 @@ def header_values() -> dict[str, int]:
 def test_constants_are_the_headers() -> None:
     dtypes = {torch.float32: "FP32", torch.bfloat16: "BF16", torch.float16: "FP16", torch.float64: "FP64"}
     expected = {
-        "FK_ABI_VERSION": native_cpu.ABI_VERSION,
-        "FK_CONTRACT_VERSION": operands.CONTRACT_VERSION,
+        "FK_ABI_VERSION": c_abi.ABI_VERSION,
+        "FK_CONTRACT_VERSION": fk.CONTRACT_VERSION,
         "FK_MAX_DIMS": operands.MAX_DIMS,
         "FK_ERROR_ARGUMENT": native_cpu.ERROR_ARGUMENT,
         "FK_ERROR_ISA": native_cpu.ERROR_ISA,
@@ -114,7 +114,7 @@ def test_constants_are_the_headers() -> None:
 
 
 def test_the_reference_has_the_same_choices() -> None:
-    assert reference.CONTRACT_VERSION == operands.CONTRACT_VERSION
+    assert reference.CONTRACT_VERSION == fk.CONTRACT_VERSION
     assert tuple(operands.FAMILY_CODES) == reference.FAMILIES
     assert tuple(operands.ROUNDING_CODES) == reference.ROUNDINGS
     assert set(reference.DTYPES) == {str(d).removeprefix("torch.") for d in operands.DTYPE_CODES}
@@ -127,7 +127,7 @@ def test_the_reference_has_the_same_choices() -> None:
 def library_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "libfedkseed_cpu.so"
     monkeypatch.setattr(native_cpu, "LIBRARY_PATH", path)
-    monkeypatch.setattr(native_cpu, "BUILD_INFO_PATH", tmp_path / "build_info.json")
+    monkeypatch.setattr(c_abi, "BUILD_INFO_PATH", tmp_path / "build_info.json")
     native_cpu._load.cache_clear()
     yield path
     native_cpu._load.cache_clear()
@@ -147,14 +147,12 @@ def test_not_built_without_a_record(library_path: Path) -> None:
 
 
 def test_not_built_with_the_recorded_reason(library_path: Path) -> None:
-    native_cpu.BUILD_INFO_PATH.write_text(
-        '{"cpu": {"built": false, "reason": "FEDKSEED_BUILD_CPU=0 was set"}}'
-    )
+    c_abi.BUILD_INFO_PATH.write_text('{"cpu": {"built": false, "reason": "FEDKSEED_BUILD_CPU=0 was set"}}')
     reason("was not built at installation: FEDKSEED_BUILD_CPU=0 was set")
 
 
 def test_removed_after_it_was_built(library_path: Path) -> None:
-    native_cpu.BUILD_INFO_PATH.write_text('{"cpu": {"built": true, "reason": ""}}')
+    c_abi.BUILD_INFO_PATH.write_text('{"cpu": {"built": true, "reason": ""}}')
     reason("removed since")
 
 
@@ -175,9 +173,9 @@ def test_another_architecture(library_path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("abi", "contract", "message"),
     [
-        ("return 99;", "return 1;", f"fk_abi_version expected {native_cpu.ABI_VERSION}, got 99"),
-        (f"return {native_cpu.ABI_VERSION};", "return 2;", "fk_contract_version expected 1, got 2"),
-        (f"return {native_cpu.ABI_VERSION};", "return 1;", "lacks an entry"),
+        ("return 99;", "return 1;", f"fk_abi_version expected {c_abi.ABI_VERSION}, got 99"),
+        (f"return {c_abi.ABI_VERSION};", "return 2;", "fk_contract_version expected 1, got 2"),
+        (f"return {c_abi.ABI_VERSION};", "return 1;", "lacks an entry"),
     ],
 )
 def test_another_release(library_path: Path, tmp_path: Path, abi: str, contract: str, message: str) -> None:
@@ -189,7 +187,7 @@ def test_another_release(library_path: Path, tmp_path: Path, abi: str, contract:
 @needs_compiler
 def test_a_library_of_something_else(library_path: Path, tmp_path: Path) -> None:
     compile_c("int other(void) { return 1; }", tmp_path, "-shared", "-fPIC").rename(library_path)
-    reason(f"fk_abi_version expected {native_cpu.ABI_VERSION}, got none")
+    reason(f"fk_abi_version expected {c_abi.ABI_VERSION}, got none")
 
 
 # --- the functions

@@ -15,7 +15,7 @@ import torch
 
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch
-from fedkseed_kernels.backends import native_cpu, native_cuda
+from fedkseed_kernels.backends import c_abi, native_cuda
 
 HEADER = Path(__file__).parents[1] / "csrc" / "include" / "fedkseed_cuda.h"
 COMPILER = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
@@ -54,7 +54,7 @@ def _fresh() -> Iterator[None]:
 def library_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     path = tmp_path / "libfedkseed_cuda.so"
     monkeypatch.setattr(native_cuda, "LIBRARY_PATH", path)
-    monkeypatch.setattr(native_cpu, "BUILD_INFO_PATH", tmp_path / "build_info.json")
+    monkeypatch.setattr(c_abi, "BUILD_INFO_PATH", tmp_path / "build_info.json")
     return path
 
 
@@ -63,7 +63,7 @@ def library_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @needs_compiler
 def test_the_struct_is_the_headers(tmp_path: Path) -> None:
-    struct = native_cuda.FkCudaTerms
+    struct = c_abi.FkCudaTerms
     text = re.sub(r"//.*", "", HEADER.read_text())
     body = re.search(r"typedef struct fk_cuda_terms {(.*?)} fk_cuda_terms;", text, re.S)
     assert body is not None
@@ -104,7 +104,7 @@ def assert_reason(*parts: str) -> None:
 
 def test_not_built(library_path: Path) -> None:
     assert_reason(str(library_path), "the installation left no record", "reinstall")
-    native_cpu.BUILD_INFO_PATH.write_text('{"cuda": {"reason": "nvcc was not found"}}')
+    c_abi.BUILD_INFO_PATH.write_text('{"cuda": {"reason": "nvcc was not found"}}')
     native_cuda._load.cache_clear()
     assert_reason("was not built at installation: nvcc was not found", "install the CUDA toolkit")
 
@@ -120,9 +120,9 @@ def test_not_a_library(library_path: Path) -> None:
 @pytest.mark.parametrize(
     ("versions", "message"),
     [
-        ((99, 1), f"fk_abi_version expected {native_cpu.ABI_VERSION}, got 99"),
-        ((native_cpu.ABI_VERSION, 2), "fk_contract_version expected 1, got 2"),
-        ((native_cpu.ABI_VERSION, 1), "lacks an entry"),
+        ((99, 1), f"fk_abi_version expected {c_abi.ABI_VERSION}, got 99"),
+        ((c_abi.ABI_VERSION, 2), "fk_contract_version expected 1, got 2"),
+        ((c_abi.ABI_VERSION, 1), "lacks an entry"),
     ],
 )
 def test_another_release(library_path: Path, tmp_path: Path, versions: tuple[int, int], message: str) -> None:

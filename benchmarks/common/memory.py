@@ -25,7 +25,7 @@ import fedkseed_kernels
 from benchmarks.baselines import torch_ways
 from benchmarks.common.constants import DTYPES, LEARNING_RATE, ZO_EPS
 from benchmarks.common.environment import REPOSITORY
-from fedkseed_kernels.contract import derived
+from fedkseed_kernels import derived
 
 #: `randn_like` is the control: it must show a temporary of the tensor's size, or nothing is measured.
 OPERATIONS = ("perturb", "rebuild", "randn_like")

@@ -10,7 +10,6 @@ import torch
 
 import fedkseed_kernels
 from benchmarks.baselines import official, torch_ways
-from fedkseed_kernels import dispatch
 
 LR, EPS, G = 1e-6, 1e-3, 0.7
 
@@ -71,7 +70,7 @@ def ours(
     """The call served by "cuda" (CUDA C++) and by "triton", if they serve tensors of the device."""
 
     def run(backend: str) -> None:
-        with dispatch.backend(backend):
+        with fedkseed_kernels.backend(backend):
             call()
 
     return [
@@ -80,17 +79,10 @@ def ours(
             functools.partial(run, backend),
             num_terms,
             num_accesses,
-            refusal=refusal(backend, device_type),
+            refusal=fedkseed_kernels.unavailable(backend, device_type),
         )
         for label, backend in (("cuda", "native"), ("triton", "triton"))
     ]
-
-
-def refusal(backend: str, device_type: str) -> str | None:
-    """Why a backend does not serve tensors of a device; None if it does."""
-    if (reason := dispatch.backend_of(backend, device_type).unavailable()) is not None:
-        return reason
-    return None if dispatch.serves(backend, device_type) else f"it does not serve {device_type} tensors"
 
 
 def cases(
@@ -109,7 +101,7 @@ def cases(
             Pass(
                 "tl.randn",
                 lambda: triton_randn_add_(tensors, 5, EPS),
-                refusal=refusal("triton", device_type),
+                refusal=fedkseed_kernels.unavailable("triton", device_type),
             ),
             Pass("randn_like + add_", lambda: torch_ways.axpy_(weights, 5, EPS)),
         ],

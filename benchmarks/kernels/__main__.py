@@ -11,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import fedkseed_kernels
 from benchmarks.common import environment, memory
 from benchmarks.common.constants import DTYPES, RESULTS_FOLDER
 from benchmarks.kernels import report
 from benchmarks.kernels import results as results
 from benchmarks.kernels.settings import Settings, make_settings
 from benchmarks.kernels.weights import num_parameters
-from fedkseed_kernels.backends import native_cpu
 
 SUITE = "benchmarks/kernels/bench_kernels.py"
 
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help=f"folder of the results (default {RESULTS_FOLDER.name}/)")
     arguments = parser.parse_args()
 
-    if not arguments.quick and (reason := native_cpu.unavailable()) is not None:
+    if not arguments.quick and (reason := fedkseed_kernels.unavailable("native", "cpu")) is not None:
         parser.error(
             f"expected the native library, got none: {reason}; NumPy would take days (--quick runs on it)"
         )

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 import fedkseed_kernels
 from benchmarks.kernels.weights import Weights
-from fedkseed_kernels import dispatch
-from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.contract import reference
 
 #: Elements of each checked slice.
@@ -49,15 +47,17 @@ def own_variants() -> list[str]:
 
     Without the native library only "reference".
     """
-    if native_cpu.unavailable() is not None:
+    usable = fedkseed_kernels.info()["cpu_isas_usable"]
+    if not usable:
         return ["reference"]
-    usable = native_cpu.usable_isas()
     return [usable[-1]] + (["avx2"] if "avx2" in usable[:-1] else [])
 
 
 def forced(variant: str) -> AbstractContextManager[None]:
     """Within the block our kernels use this instruction set, or NumPy for "reference"."""
-    return dispatch.backend("reference") if variant == "reference" else dispatch.cpu_isa(variant)
+    return (
+        fedkseed_kernels.backend("reference") if variant == "reference" else fedkseed_kernels.cpu_isa(variant)
+    )
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from benchmarks.common.measure import Contestant
 from benchmarks.kernels.answers import Terms, own_variants
 from benchmarks.kernels.settings import Settings, num_own_samples
 from benchmarks.kernels.weights import Weights
-from fedkseed_kernels.contract import derived
+from fedkseed_kernels import derived
 
 BASE_SEED = 20260
 

@@ -134,11 +134,11 @@ def cpu_rates() -> dict[str, dict[str, Any]]:
     """
     import torch
 
-    from fedkseed_kernels import dispatch, seed_axpy_
-    from fedkseed_kernels.backends import native_cpu
+    import fedkseed_kernels
 
-    if reason := native_cpu.unavailable():
+    if reason := fedkseed_kernels.unavailable("native", "cpu"):
         return {"native": {"reason": reason}}
+    info = fedkseed_kernels.info()
     rates: dict[str, dict[str, Any]] = {}
     weights = torch.zeros(CPU_NUM_ELEMENTS)
     seeds = list(range(CPU_NUM_SEEDS))
@@ -146,15 +146,15 @@ def cpu_rates() -> dict[str, dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for isa in native_cpu.built_isas():
-            if isa not in native_cpu.usable_isas():
+        for isa in info["cpu_isas_built"]:
+            if isa not in info["cpu_isas_usable"]:
                 rates[isa] = {"reason": "this CPU does not have it"}
                 continue
             seconds = []
-            with dispatch.backend("native"), dispatch.cpu_isa(isa):
+            with fedkseed_kernels.backend("native"), fedkseed_kernels.cpu_isa(isa):
                 for _ in range(CPU_REPEATS):
                     start = time.thread_time()
-                    seed_axpy_([weights], seeds, coefficients)
+                    fedkseed_kernels.seed_axpy_([weights], seeds, coefficients)
                     seconds.append(time.thread_time() - start)
             rate = CPU_NUM_ELEMENTS * CPU_NUM_SEEDS / statistics.median(seconds)
             rates[isa] = {"normals_per_second": round(rate), "threads": 1}

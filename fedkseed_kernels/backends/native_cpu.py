@@ -1,4 +1,4 @@
-"""The native CPU library (csrc/include/fedkseed.h) through ctypes.
+"""The native backend of cpu tensors: the CPU library (csrc/include/fedkseed.h) through ctypes.
 
 It is loaded at the first use, never at import. `unavailable()` says why it cannot be used; nothing here falls
 back to anything else: that choice is made, aloud, in `dispatch`.
@@ -8,30 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import json
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedkseed_kernels.operands import (
-    CONTRACT_VERSION,
-    FAMILY_CODES,
-    ISA_CODES,
-    MAX_DIMS,
-    ROUNDING_CODES,
-    Terms,
-)
+from fedkseed_kernels.backends import c_abi
+from fedkseed_kernels.operands import FAMILY_CODES, ISA_CODES, ROUNDING_CODES, Operands, Terms
 
-ABI_VERSION = 3
+WRITES_FP32 = True
 ERROR_ARGUMENT, ERROR_ISA, ERROR_MEMORY = -1, -2, -3
 
-LIBRARY_PATH = Path(__file__).parents[1] / "_lib" / "libfedkseed_cpu.so"
-BUILD_INFO_PATH = LIBRARY_PATH.with_name("build_info.json")
+LIBRARY_PATH = c_abi.LIBRARY_FOLDER / "libfedkseed_cpu.so"
 
 _REBUILD = "install g++ or clang++ and reinstall (from a checkout: make)"
 # ELF e_machine of the machines that the library is built for.
@@ -41,49 +32,6 @@ _ERRORS = {
     ERROR_ISA: "the instruction set asked for is not there",
     ERROR_MEMORY: "out of memory for its bookkeeping",
 }
-
-_Strides = ctypes.c_int64 * MAX_DIMS
-
-
-class FkTensor(ctypes.Structure):
-    """struct fk_tensor of the header."""
-
-    _fields_ = (
-        ("in", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("out_minus", ctypes.c_void_p),
-        ("residual", ctypes.c_void_p),
-        ("residual_out", ctypes.c_void_p),
-        ("numel", ctypes.c_int64),
-        ("first_element", ctypes.c_int64),
-        ("stream", ctypes.c_uint32),
-        ("dtype", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("out_dtype", ctypes.c_int32),
-        ("sizes", _Strides),
-        ("in_strides", _Strides),
-        ("out_strides", _Strides),
-        ("out_minus_strides", _Strides),
-        ("element_strides", _Strides),
-    )
-
-
-class FkTerms(ctypes.Structure):
-    """struct fk_terms of the header."""
-
-    _fields_ = (
-        ("seeds", ctypes.c_void_p),
-        ("coeffs", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("alpha", ctypes.c_double),
-        ("family", ctypes.c_int32),
-        ("rounding", ctypes.c_int32),
-        ("rounding_seed", ctypes.c_uint64),
-    )
-
-
-# The same layout for NumPy, so that the table of a long list is filled column by column.
-TABLE_DTYPE: np.dtype[Any] = np.dtype(FkTensor)
 
 
 @dataclass(frozen=True)
@@ -103,17 +51,8 @@ def _why_it_does_not_load(error: OSError) -> str:
     return f"{LIBRARY_PATH} does not load: {error}; {_REBUILD}"
 
 
-def recorded_reason(library: str) -> str | None:
-    """Why there is no library "cpu" or "cuda", as the installation recorded it; None if it left no record."""
-    try:
-        reason = str(json.loads(BUILD_INFO_PATH.read_text())[library]["reason"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return reason or "it was removed since"
-
-
 def _why_it_was_not_built() -> str:
-    reason = recorded_reason("cpu")
+    reason = c_abi.recorded_reason("cpu")
     if reason is None:
         return f"{LIBRARY_PATH} is not there: it was not built at installation; {_REBUILD}"
     return f"{LIBRARY_PATH} was not built at installation: {reason}; {_REBUILD}"
@@ -155,13 +94,8 @@ def _load() -> _Library | str:
         handle = ctypes.CDLL(str(LIBRARY_PATH))
     except OSError as error:
         return _why_it_does_not_load(error)
-    for symbol, expected in (("fk_abi_version", ABI_VERSION), ("fk_contract_version", CONTRACT_VERSION)):
-        version = getattr(handle, symbol, None)
-        got = "none" if version is None else version()
-        if got != expected:
-            return (
-                f"{LIBRARY_PATH} is of another release: {symbol} expected {expected}, got {got}; {_REBUILD}"
-            )
+    if (mismatch := c_abi.other_release(handle, LIBRARY_PATH)) is not None:
+        return f"{mismatch}; {_REBUILD}"
     try:
         _declare(handle)
     except AttributeError as error:
@@ -212,13 +146,22 @@ def _check(status: int, isa: str) -> None:
     raise RuntimeError(f"the native CPU library failed: {reason}")
 
 
+def seed_axpy(operands: Operands, terms: Terms, isa: str) -> None:
+    """Write the primitive's result into `operands.outs` (and `outs_minus`): the list in one native call."""
+    if operands.table is None:
+        operands.table = c_abi.pointer_table(operands)
+    if operands.table.size:
+        rows = None if operands.rows is None else operands.rows.numpy()
+        cpu_seed_axpy(operands.table, rows, terms, isa)
+
+
 def cpu_seed_axpy(
     table: NDArray[np.void], rows: NDArray[np.int64] | None, terms: Terms, isa: str = "auto"
 ) -> None:
     """Run the primitive over a pointer table in one native call; nothing is checked here.
 
     Args:
-        table: TABLE_DTYPE [num_tensors]; the memory that it points to must outlive the call.
+        table: c_abi.TABLE_DTYPE [num_tensors]; the memory that it points to must outlive the call.
         rows: int64 [sizes[0] of every tensor], contiguous, or None.
         terms: the sum of noises.
         isa: a name of ISA_CODES.
@@ -227,7 +170,7 @@ def cpu_seed_axpy(
     """
     library = _library()
     seeds, coeffs = terms.seeds, terms.coeffs
-    native_terms = FkTerms(
+    native_terms = c_abi.FkTerms(
         seeds.ctypes.data,
         coeffs.ctypes.data,
         seeds.size,

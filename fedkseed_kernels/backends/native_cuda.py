@@ -1,4 +1,4 @@
-"""The native CUDA library (csrc/include/fedkseed_cuda.h) through ctypes.
+"""The native backend of cuda tensors: the CUDA library (csrc/include/fedkseed_cuda.h) through ctypes.
 
 It is loaded at the first use, never at import, and so is the driver. `unavailable()` says why it cannot be
 used; nothing here falls back to anything else: that choice is made, aloud, in `dispatch`.
@@ -15,33 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkseed_kernels.backends import native_cpu
-from fedkseed_kernels.operands import CONTRACT_VERSION, FAMILY_CODES, ROUNDING_CODES, DeviceTerms, Terms
+from fedkseed_kernels.backends import c_abi
+from fedkseed_kernels.operands import FAMILY_CODES, ROUNDING_CODES, DeviceTerms, Operands, Terms
 
-LIBRARY_PATH = native_cpu.LIBRARY_PATH.with_name("libfedkseed_cuda.so")
+LIBRARY_PATH = c_abi.LIBRARY_FOLDER / "libfedkseed_cuda.so"
+WRITES_FP32 = False
 MAX_TERMS_BY_VALUE = 64
 MIN_COMPUTE_CAPABILITY = (8, 0)
 
 _REBUILD = "install the CUDA toolkit (nvcc) and reinstall (from a checkout: make)"
-
-
-class FkCudaTerms(ctypes.Structure):
-    """struct fk_cuda_terms of the header."""
-
-    _fields_ = (
-        ("seeds", ctypes.c_void_p),
-        ("coeffs", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("alpha", ctypes.c_double),
-        ("device_alpha", ctypes.c_void_p),
-        ("rounding_seed", ctypes.c_uint64),
-        ("device_rounding_seed", ctypes.c_void_p),
-        ("num_skipped", ctypes.c_void_p),
-        ("on_device", ctypes.c_int32),
-        ("family", ctypes.c_int32),
-        ("rounding", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-    )
 
 
 def _declare(handle: ctypes.CDLL) -> None:
@@ -64,20 +46,14 @@ def _declare(handle: ctypes.CDLL) -> None:
 def open_library(path: Path) -> ctypes.CDLL | str:
     """The library in a file, or the reason why it cannot be used. Touches no device and no driver."""
     if not path.exists():
-        reason = native_cpu.recorded_reason("cuda") or "the installation left no record"
+        reason = c_abi.recorded_reason("cuda") or "the installation left no record"
         return f"{path} was not built at installation: {reason}; {_REBUILD}"
     try:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
         return f"{path} does not load: {error}; {_REBUILD}"
-    for symbol, expected in (
-        ("fk_abi_version", native_cpu.ABI_VERSION),
-        ("fk_contract_version", CONTRACT_VERSION),
-    ):
-        version = getattr(handle, symbol, None)
-        got = "none" if version is None else version()
-        if got != expected:
-            return f"{path} is of another release: {symbol} expected {expected}, got {got}; {_REBUILD}"
+    if (mismatch := c_abi.other_release(handle, path)) is not None:
+        return f"{mismatch}; {_REBUILD}"
     try:
         _declare(handle)
     except AttributeError as error:
@@ -172,8 +148,8 @@ def load_kernels(device: int) -> None:
     check(handle, handle.fk_cuda_load(device))
 
 
-def _host_terms(terms: Terms) -> FkCudaTerms:
-    return FkCudaTerms(
+def _host_terms(terms: Terms) -> c_abi.FkCudaTerms:
+    return c_abi.FkCudaTerms(
         terms.seeds.ctypes.data,
         terms.coeffs.ctypes.data,
         terms.seeds.size,
@@ -188,14 +164,14 @@ def _host_terms(terms: Terms) -> FkCudaTerms:
     )
 
 
-def _device_terms(terms: DeviceTerms) -> FkCudaTerms:
+def _device_terms(terms: DeviceTerms) -> c_abi.FkCudaTerms:
     def by_value(value: float | Tensor) -> bool:
         return not isinstance(value, Tensor)
 
     def pointer(value: float | Tensor | None) -> int | None:
         return value.data_ptr() if isinstance(value, Tensor) else None
 
-    return FkCudaTerms(
+    return c_abi.FkCudaTerms(
         terms.seeds.data_ptr(),
         terms.coeffs.data_ptr(),
         terms.seeds.numel(),
@@ -210,7 +186,7 @@ def _device_terms(terms: DeviceTerms) -> FkCudaTerms:
     )
 
 
-def seed_axpy(
+def launch(
     handle: ctypes.CDLL,
     table: NDArray[np.void],
     rows: Tensor | None,
@@ -223,7 +199,7 @@ def seed_axpy(
 
     Args:
         handle: a library from `open_library`.
-        table: native.TABLE_DTYPE [num_tensors]; the memory that it points to must outlive the kernels.
+        table: c_abi.TABLE_DTYPE [num_tensors]; the memory that it points to must outlive the kernels.
         rows: int64 [sizes[0] of every tensor], contiguous, on the device; or None.
         num_source_rows: rows of every input, which `rows` counts.
         terms: the sum of noises; at most MAX_TERMS_BY_VALUE unless on the device.
@@ -243,3 +219,33 @@ def seed_axpy(
         stream,
     )
     check(handle, status)
+
+
+def seed_axpy(operands: Operands, terms: Terms | DeviceTerms, isa: str) -> None:
+    """Write the primitive's result into `operands.outs` (and `outs_minus`); returns before it is there."""
+    if operands.table is None:
+        operands.table = c_abi.pointer_table(operands)
+    if not operands.table.size:
+        return
+    device = operands.outs.tensors[0].device
+    if isinstance(terms, Terms) and terms.seeds.size > MAX_TERMS_BY_VALUE:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"expected at most {MAX_TERMS_BY_VALUE} terms from the host while a CUDA graph "
+                f"is captured, got {terms.seeds.size}; pass seeds and coeffs as tensors on {device}"
+            )
+        terms = terms.to(device)
+    num_source_rows = 0
+    if operands.rows is not None and operands.inputs is not None:
+        num_source_rows = operands.inputs.tensors[0].shape[0]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    load_kernels(index)
+    launch(
+        library(),
+        operands.table,
+        operands.rows,
+        num_source_rows,
+        terms,
+        index,
+        torch.cuda.current_stream(device).cuda_stream,
+    )

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed_kernels.contract import derived
+from fedkseed_kernels import derived
 
 #: An index into the words of a base seed has 64 bits, and this is their layout:
 #:   schedule draws   (purpose 1): round in the top 24 bits, client in the next 24, step in the low 16

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkseed_kernels import layout
-from fedkseed_kernels.backends import native_cuda, native_cuda_backend
+from fedkseed_kernels.backends import c_abi, native_cuda
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.conformance.checks import tensor_of
 from fedkseed_kernels.contract import reference
@@ -60,7 +59,7 @@ def build(folder: Path, sources: Path = SOURCES) -> Path:
 class ShimBackend:
     """The CUDA library's entry with a host's memory as the device's."""
 
-    WRITES_FP32 = native_cuda_backend.WRITES_FP32
+    WRITES_FP32 = native_cuda.WRITES_FP32
 
     def __init__(self, library: Path):
         handle = native_cuda.open_library(library)
@@ -73,13 +72,13 @@ class ShimBackend:
         return None
 
     def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms, isa: str) -> None:
-        table = layout.pointer_table(operands)
+        table = c_abi.pointer_table(operands)
         if isinstance(terms, Terms) and terms.seeds.size > native_cuda.MAX_TERMS_BY_VALUE:
             terms = terms.to(operands.outs.tensors[0].device)
         num_source_rows = 0
         if operands.rows is not None and operands.inputs is not None:
             num_source_rows = operands.inputs.tensors[0].shape[0]
-        native_cuda.seed_axpy(self.handle, table, operands.rows, num_source_rows, terms, 0, 0)
+        native_cuda.launch(self.handle, table, operands.rows, num_source_rows, terms, 0, 0)
 
     def descending(self, on: bool) -> None:
         """Run the threads of a block in descending order, or in ascending."""

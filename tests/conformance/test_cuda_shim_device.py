@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fedkseed_kernels as fk
 from fedkseed_kernels.arguments import tensors as tensor_checks
-from fedkseed_kernels.backends import native_cpu, native_cuda, native_cuda_backend
+from fedkseed_kernels.backends import c_abi, native_cuda
 from fedkseed_kernels.conformance.checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
 from fedkseed_kernels.operands import DeviceTerms, Terms
@@ -115,13 +115,13 @@ def test_rows_out_of_range_give_nan_and_are_not_read(shim: cuda_shim.ShimBackend
 
 
 def test_unknown_codes_are_refused(shim: cuda_shim.ShimBackend) -> None:
-    table = np.zeros(1, native_cpu.TABLE_DTYPE)
+    table = np.zeros(1, c_abi.TABLE_DTYPE)
     table["dtype"] = 9
     with pytest.raises(RuntimeError, match="does not know a code or a size of this call"):
-        native_cuda.seed_axpy(shim.handle, table, None, 0, device_terms([1], [0.5]), 0, 0)
+        native_cuda.launch(shim.handle, table, None, 0, device_terms([1], [0.5]), 0, 0)
     many = Terms(np.zeros(65, np.uint64), np.ones(65), 1.0, "gaussian", "nearest", 0)
     with pytest.raises(RuntimeError, match="does not know a code or a size of this call"):
-        native_cuda.seed_axpy(shim.handle, table[:0], None, 0, many, 0, 0)
+        native_cuda.launch(shim.handle, table[:0], None, 0, many, 0, 0)
 
 
 # --- the backend of cuda tensors, with the host in the place of a GPU
@@ -129,8 +129,8 @@ def test_unknown_codes_are_refused(shim: cuda_shim.ShimBackend) -> None:
 
 @pytest.fixture
 def backend(shim: cuda_shim.ShimBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """`native_cuda_backend` on the shim; `capturing` says whether a graph is being captured."""
-    state = SimpleNamespace(capturing=False, seed_axpy=native_cuda_backend.seed_axpy)
+    """`native_cuda` on the shim; `capturing` says whether a graph is being captured."""
+    state = SimpleNamespace(capturing=False, seed_axpy=native_cuda.seed_axpy)
     monkeypatch.setattr(native_cuda, "_load", lambda: shim.handle)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))

@@ -14,7 +14,7 @@ from test_compensated import inputs, like
 
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch
-from fedkseed_kernels.backends import native_cpu, native_cpu_backend
+from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.conformance import __main__ as conformance
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.conformance.checks import Target, poisoned, stored_of, tensor_of
@@ -179,8 +179,8 @@ def test_backends_that_write_what_they_read(
 
     expected = both_sides()
     calls = []
-    monkeypatch.setattr(native_cpu_backend, "WRITES_FP32", False)
-    monkeypatch.setattr(native_cpu_backend, "seed_axpy", _watched(native_cpu_backend, calls))
+    monkeypatch.setattr(native_cpu, "WRITES_FP32", False)
+    monkeypatch.setattr(native_cpu, "seed_axpy", _watched(native_cpu, calls))
     for got, want in zip(both_sides(), expected, strict=True):
         kind = str(got.dtype).removeprefix("torch.")
         assert golden.same_value(stored_of(got), stored_of(want), kind).all()

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from fedkseed._checks import check_count, check_eps, check_learning_rate, check_max_abs_g
 from fedkseed.federation.messages import RUN_ID_BYTES, moves_within_fp32
 from fedkseed.seeds import MAX_CLIENTS, MAX_STEPS
-from fedkseed_kernels.contract.reference import FAMILIES
+from fedkseed_kernels import FAMILIES
 
 Weighting = Literal["data_size", "equal"]
 Sampling = Literal["uniform", "pro"]

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, MAX_STEPS
-from fedkseed_kernels import CONTRACT_VERSION
-from fedkseed_kernels.contract.reference import FAMILIES
+from fedkseed_kernels import CONTRACT_VERSION, FAMILIES
 
 FORMAT_VERSION = 2
 

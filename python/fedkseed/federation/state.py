@@ -19,8 +19,7 @@ from fedkseed.federation.significance import SeedSignificance
 from fedkseed.files import FileTooLargeError, FolderLock, read_bounded, remove_leftovers, write_atomically
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS, SeedPool
-from fedkseed_kernels import CONTRACT_VERSION
-from fedkseed_kernels.contract.reference import FAMILIES
+from fedkseed_kernels import CONTRACT_VERSION, FAMILIES
 
 FORMAT_VERSION = 1
 

@@ -24,8 +24,7 @@ from fedkseed.ledger.format import LedgerContractError, LedgerDamagedError, Ledg
 from fedkseed.ledger.signature import Signature
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.seeds import MAX_SEEDS
-from fedkseed_kernels import CONTRACT_VERSION
-from fedkseed_kernels.contract.reference import FAMILIES
+from fedkseed_kernels import CONTRACT_VERSION, FAMILIES
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "mixed")
 #: A frozen parameter is one bit in the header.

@@ -40,7 +40,7 @@ from fedkseed.optim.gradient import ProjectedGradient
 from fedkseed.optim.parameters import Params
 from fedkseed.seeds import MAX_STEPS, SeedPool, derived_seed
 from fedkseed.storage import DEFAULT_STORAGE, GroupUpdate, StorageOptions
-from fedkseed_kernels.contract import derived
+from fedkseed_kernels import derived
 
 __all__ = ["ZOSGD", "FedKSeedSGD", "Loss", "Params"]
 

@@ -16,7 +16,7 @@ from fedkseed.data.prompts import PromptStyle
 from fedkseed.federation.config import Sampling, Weighting
 from fedkseed.simulation.simulation import SimulationConfig
 from fedkseed.storage import STORAGE_MODES, storage_mode
-from fedkseed_kernels.contract.reference import FAMILIES
+from fedkseed_kernels import FAMILIES
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
 

@@ -16,7 +16,7 @@ import fedkseed_kernels
 from fedkseed._checks import check_count
 from fedkseed.seeds import derived_seed
 from fedkseed.storage.interface import Direction, GroupUpdate, TunedWeights
-from fedkseed_kernels.contract import derived
+from fedkseed_kernels import derived
 
 
 def check_rounding(rounding: str) -> None:
