@@ -74,7 +74,11 @@ clean: ## remove all that was built here (the cache of fetched files stays)
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{ printf "make %-9s %s\n", $$1, $$2 }'
 
+OLDEST := 3.11
+
 $(INSTALLED): pyproject.toml constraints.txt fedkseed_kernels/_version.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(OLDEST)".split("."))))' || \
+	  { echo "expected Python $(OLDEST) or newer, got $$($(PYTHON) --version 2>&1) ($(PYTHON)); name a newer one: make PYTHON=python3.12" >&2; exit 1; }
 	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@

@@ -1,4 +1,4 @@
-"""The README's table of speeds, made from committed results: `python -m benchmarks.speed_page`."""
+"""The README's tables of speeds, made from committed results: `python -m benchmarks.speed_page`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ from benchmarks.common import pages
 from benchmarks.common.constants import RESULTS_FOLDER
 from benchmarks.common.environment import REPOSITORY
 from benchmarks.kernels import cases
+from benchmarks.models import modes as step_modes
 from benchmarks.step import contestants as step_contestants
 from fedkseed.files import write_atomically
 
 MARK = "<!-- made by benchmarks.speed_page from results/ -->"
 README = REPOSITORY / "README.md"
-#: Of one machine: the kernels alone, and whole local steps.
-KERNELS, STEPS = (
-    RESULTS_FOLDER / f"{what}-amd-epyc-avx2-2t-smollm2-bf16.json" for what in ("kernels", "step")
-)
+#: For each processor, two cores of it: the results of the kernels alone, and of whole local steps.
+PROCESSORS = {
+    "AMD Zen 3 (AVX2)": (
+        "kernels-amd-epyc-avx2-2t-smollm2-bf16.json",
+        "step-amd-epyc-avx2-2t-smollm2-bf16.json",
+    ),
+    "Intel Xeon (AVX-512)": (
+        "kernels-intel-r-xeon-r-processor-avx512-2t-smollm2-bf16.json",
+        "step-intel-xeon-avx512-2t-smollm2-bf16.json",
+    ),
+}
 _CASES = {
     "perturb": "perturb the weights",
     "update": "restore and update them",
@@ -28,30 +36,30 @@ _CASES = {
 Document = dict[str, Any]
 
 
-def table(kernels: Document, steps: Document) -> str:
+def table(processor: str, kernels: Document, steps: Document) -> str:
     """Seconds beside the official algorithm's, and the ratio; of the fastest storage mode for whole steps."""
-    lines = ["| | official | here | |", "|---|---|---|---|"]
+    lines = [f"| {processor} | official | here | |", "|---|---|---|---|"]
     for case, title in _CASES.items():
-        seconds = {
-            row["kind"] if row["kind"] == "ours" else row["contestant"]: row["seconds"]["median"]
-            for row in kernels["rows"]
-            if row["case"] == case
-        }
-        lines.append(_line(title, seconds[cases.AS_WRITTEN], seconds["ours"]))
+        rows = [row for row in kernels["rows"] if row["case"] == case]
+        (official,) = (row["seconds"]["median"] for row in rows if row["contestant"] == cases.AS_WRITTEN)
+        ours = min(row["seconds"]["median"] for row in rows if row["kind"] == "ours")
+        lines.append(_line(title, official, ours))
     official = _steps(steps, "gaussian").pop(step_contestants.OFFICIAL)
     for family in ("gaussian", "rademacher"):
-        ours = {
+        modes = {
             name: seconds
             for name, seconds in _steps(steps, family).items()
             if not name.startswith("two forwards")
             and name not in (step_contestants.OFFICIAL, step_contestants.MEZO)
         }
-        best = min(ours, key=ours.__getitem__)
+        best = min(modes, key=modes.__getitem__)
         noise = "" if family == "gaussian" else ", Rademacher noise"
-        lines.append(_line(f"a whole local step, `{best}`{noise}", official, ours[best]))
+        lines.append(_line(f"a whole local step, `{best}`{noise}", official, modes[best]))
         if family == "gaussian":
-            forwards = _steps(steps, family)[step_contestants.FORWARDS_FP32]
-            lines.append(_line("of which two forward passes in fp32", None, forwards))
+            in_fp32 = step_modes.computes_in_fp32(best)
+            name = step_contestants.FORWARDS_FP32 if in_fp32 else step_contestants.FORWARDS
+            title = "of which two forward passes" + (" in fp32" if in_fp32 else "")
+            lines.append(_line(title, None, _steps(steps, family)[name]))
     return "\n".join(lines)
 
 
@@ -74,12 +82,16 @@ def _seconds(value: float) -> str:
 
 
 def with_result(page: str) -> str:
-    """The page with its table made from the committed results."""
-    return pages.with_part(page, MARK, table(*(json.loads(path.read_bytes()) for path in (KERNELS, STEPS))))
+    """The page with its tables made from the committed results."""
+    tables = []
+    for processor, names in PROCESSORS.items():
+        kernels, steps = (json.loads((RESULTS_FOLDER / name).read_bytes()) for name in names)
+        tables.append(table(processor, kernels, steps))
+    return pages.with_part(page, MARK, "\n\n".join(tables))
 
 
 def main() -> None:
-    """Writes the table into the README."""
+    """Writes the tables into the README."""
     write_atomically(README, with_result(README.read_text()).encode())
 
 

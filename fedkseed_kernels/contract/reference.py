@@ -254,7 +254,8 @@ def accumulate(
             for (seed, _), q in zip(terms, integers, strict=True):
                 sums[chunk] += of_groups(seed, stream, groups)[positions].astype(np.int64) * q
         with ieee_arithmetic():
-            acc = sums.astype(number) * number(2.0**-shift)
+            scale: Any = number(2.0**-shift)
+            acc = sums.astype(number) * scale
         return np.asarray(acc.reshape(shape))
     for start in range(0, flat.size, CHUNK_ELEMENTS):
         chunk = slice(start, start + CHUNK_ELEMENTS)

@@ -68,7 +68,7 @@ def coeffs_from_hex(texts: Iterable[str]) -> NDArray[np.float64]:
 
 def is_nan(stored: NDArray[Any], dtype: str) -> NDArray[np.bool_]:
     """Where stored values are NaN, read from their bits."""
-    without_sign = stored.view(_PATTERN[dtype]) << 1
+    without_sign: NDArray[Any] = stored.view(_PATTERN[dtype]) << 1
     return np.asarray(without_sign > _PATTERN[dtype](2 * _INFINITY[dtype]))
 
 
