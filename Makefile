@@ -15,6 +15,7 @@ CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.inc' -o -
 # Extra arguments of the commands below, e.g. make demo DEMO_ARGS='--quick --seed 1'
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_WORKERS ?= logical
 BENCH_ARGS ?=
 
 .PHONY: install
@@ -24,9 +25,19 @@ install: $(INSTALLED) $(LIBRARY) ## create .venv with this checkout in it, edita
 demo: fetch ## tune a pretrained language model with seeds and scalars
 	$(PY) -m fedkseed.cli simulate $(DEMO_ARGS)
 
+# Test processes beside each other, one for each processor; TEST_WORKERS=0 runs them in one process.
+PYTEST = $(PY) -m pytest --numprocesses $(TEST_WORKERS) --maxprocesses 8 --dist worksteal
+
 .PHONY: test
-test: fetch ## run all tests
-	$(PY) -m pytest $(TEST_ARGS)
+test: fetch ## run the fast tests: every test file, a case of each kind
+	$(PYTEST) -m 'not slow' $(TEST_ARGS)
+
+.PHONY: test-slow
+test-slow: fetch ## run the tests that make test leaves out
+	$(PYTEST) -m slow $(TEST_ARGS)
+
+.PHONY: test-all
+test-all: test test-slow ## run all tests
 
 .PHONY: bench
 bench: fetch ## run the kernel benchmarks; results go to benchmarks/results
@@ -61,7 +72,7 @@ clean: ## remove all that was built here (the cache of fetched files stays)
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | awk -F '\t' '{ printf "make %-9s %s\n", $$1, $$2 }'
 
 # One recipe makes both: without a compiler the library stays away, and the next run tries again.
 $(INSTALLED) $(LIBRARY) &: pyproject.toml constraints.txt setup.py fedkseed_kernels/_version.py $(shell find csrc)

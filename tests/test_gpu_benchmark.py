@@ -141,6 +141,7 @@ def test_a_part_that_fails_loses_no_other(tmp_path: Path, monkeypatch: pytest.Mo
     assert list(document["seconds"])[-1] == "steps, batch 2"
 
 
+@pytest.mark.slow
 def test_no_part_begins_after_the_limit() -> None:
     run = gpu.Run(dataclasses.replace(gpu.DRY_RUN, seconds=0.0), None)
     run.do(run.parts())

@@ -11,15 +11,13 @@ from fedkseed_kernels.backends import native_cpu
 
 NUM_ELEMENTS = 1 << 26
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not memory.can_measure(), reason="needs Linux's /proc/self/clear_refs"),
-]
+pytestmark = pytest.mark.skipif(not memory.can_measure(), reason="needs Linux's /proc/self/clear_refs")
 needs_native = pytest.mark.skipif(
     native_cpu.unavailable() is not None, reason="the native library is not built"
 )
 
 
+@pytest.mark.few(3)
 @needs_native
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize(
@@ -40,6 +38,7 @@ def test_the_measurement_sees_a_temporary() -> None:
 UNIT, RESIDUALS = 2 * bare.UNIT_NUMEL, 2 * bare.NUMEL
 
 
+@pytest.mark.few(2)
 @needs_native
 @pytest.mark.parametrize(
     ("mode", "num_bytes"),

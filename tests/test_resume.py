@@ -47,8 +47,10 @@ def live(folder: Path, num_workers: int, seconds: float | None) -> bool:
     return process.returncode == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("num_workers", "num_kills"), [(1, 10), (4, 4)])
+@pytest.mark.parametrize(
+    ("num_workers", "num_kills"),
+    [(1, 2), pytest.param(1, 10, marks=pytest.mark.slow), pytest.param(4, 4, marks=pytest.mark.slow)],
+)
 def test_killed_at_random_instants(
     num_workers: int, num_kills: int, uninterrupted: Path, tmp_path: Path
 ) -> None:

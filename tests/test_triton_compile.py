@@ -24,7 +24,7 @@ FEW = (
 FORBIDDEN = r"\.ftz|\.approx|\bmad\.rn\.f|\bmad\.f|sin\.|lg2\.|rsqrt|div\.full"
 
 
-@pytest.mark.slow
+@pytest.mark.few(8)
 @pytest.mark.parametrize("variant", FEW, ids=lambda variant: variant.name)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles(target: str, variant: Variant) -> None:

@@ -78,6 +78,7 @@ assert flushed == n, f"{flushed} of {n} flushed after"
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("isa", [target.isa for target in TARGETS if target.isa])
 def test_workers_that_flush(isa: str) -> None:
     if not torch.set_flush_denormal(False):

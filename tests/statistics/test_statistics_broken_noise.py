@@ -130,6 +130,7 @@ BROKEN_SEQUENCES: dict[str, Callable[[Random, int], Noise]] = {
 }
 
 
+@pytest.mark.slow
 def test_sound_noise_is_accepted() -> None:
     z = sound(np.random.default_rng(1), DISTRIBUTION_SAMPLES)
     for checks in (moments, distribution_function, equiprobable_bins, noise_checks.tails):
@@ -137,12 +138,14 @@ def test_sound_noise_is_accepted() -> None:
     assert not violations(sequence_checks(z[:SEQUENCE_SAMPLES]))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", BROKEN_SHAPES)
 def test_wrong_shape_is_rejected(name: str) -> None:
     broken, checks = BROKEN_SHAPES[name]
     assert violations(checks(broken(np.random.default_rng(2), DISTRIBUTION_SAMPLES)))
 
 
+@pytest.mark.slow
 def test_mean_shifted_by_a_thousandth_is_rejected() -> None:
     """At the 2^26 samples of the moments test: 8.2 sigmas."""
     random = np.random.default_rng(3)
@@ -152,6 +155,7 @@ def test_mean_shifted_by_a_thousandth_is_rejected() -> None:
     assert violations(noise_checks.moments("shifted", z, NORMAL_MOMENTS))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", BROKEN_SEQUENCES)
 def test_dependence_inside_a_stream_is_rejected(name: str) -> None:
     z = BROKEN_SEQUENCES[name](np.random.default_rng(4), SEQUENCE_SAMPLES)
@@ -173,6 +177,7 @@ def test_repeated_streams_are_rejected() -> None:
         assert violations(noise_checks.correlations("repeated", streams[1], [streams[2], changed]))
 
 
+@pytest.mark.slow
 def test_wrong_covariance_is_rejected() -> None:
     random = np.random.default_rng(6)
     rows = random.standard_normal((1 << 13, 64))
@@ -217,6 +222,7 @@ def test_avalanche_needs_the_rounds(rounds: int, accepted: bool) -> None:
     assert (not violations(bit_checks.avalanche(words, np.stack(changed)))) == accepted
 
 
+@pytest.mark.slow
 def test_wrong_bits_are_rejected() -> None:
     random = np.random.default_rng(8)
     words = random.integers(0, 2**32, (1 << 14, 4), dtype=np.uint32)

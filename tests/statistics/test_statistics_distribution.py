@@ -7,10 +7,12 @@ import math
 import noise_checks
 import noise_domain
 import numpy as np
+import pytest
 from noise_samples import long_sample
 from thresholds import Judge
 
 
+@pytest.mark.slow
 def test_moments(judge: Judge) -> None:
     z = long_sample()
     both = (noise_domain.EVEN_MOMENTS + noise_domain.ODD_MOMENTS) / 2
@@ -40,6 +42,7 @@ def test_distribution_function(judge: Judge) -> None:
     )
 
 
+@pytest.mark.slow
 def test_equiprobable_bins(judge: Judge) -> None:
     z = long_sample()[: 1 << 25]
     judge(

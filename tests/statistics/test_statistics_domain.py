@@ -44,6 +44,7 @@ def test_radius_table() -> None:
     assert np.mean(radius**4) == pytest.approx(moments[3] + 2.0 * noise_domain.MEAN_SQUARE_PRODUCT, rel=2e-6)
 
 
+@pytest.mark.slow
 def test_angle_lattice_averages_to_zero() -> None:
     """For each radius the 2^15 angles are a full lattice of the circle, on which sine and cosine average to
     0. So the mean of z cannot exceed the largest error of z, 5e-6 r, and does not come near it. Every 64th

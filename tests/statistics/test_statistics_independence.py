@@ -42,6 +42,7 @@ def test_joint_cells_of_neighbours(judge: Judge) -> None:
     judge("cells of neighbours", noise_checks.joint_bins(pairs))
 
 
+@pytest.mark.slow
 def test_streams(judge: Judge) -> None:
     """64 streams of one seed, all pairs: the first 32, and 32 as far apart as a wire format allows."""
     streams = [*range(32), *(2**32 - 1 - 0x07654321 * i for i in range(32))]
@@ -55,6 +56,7 @@ def test_seeds(judge: Judge) -> None:
     judge("128 small seeds, all pairs", noise_checks.column_correlations("seeds", np.ascontiguousarray(z.T)))
 
 
+@pytest.mark.slow
 def test_seeds_of_a_pool(judge: Judge) -> None:
     """Candidate seeds are unlike one another (4096 of 2^64 collide with probability 4.5e-13), and so is
     their noise.
