@@ -46,6 +46,7 @@ def projected(losses: list[float], eps: float) -> float:
     return float(torch.tensor((losses[0] - losses[1]) / (2 * eps), dtype=torch.float64).float())
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("family", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", SERVED)
