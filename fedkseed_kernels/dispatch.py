@@ -36,7 +36,7 @@ CPU_ISA_VARIABLE = "FEDKSEED_CPU_ISA"
 class Backend(Protocol):
     """What the module of a backend provides."""
 
-    #: Whether it writes results of 16-bit tensors to fp32 outputs; for others `_widening` goes before.
+    #: Whether it writes results of 16-bit tensors to fp32 outputs; `backends.widening` does it for others.
     WRITES_FP32: bool
 
     def unavailable(self) -> str | None:

@@ -78,7 +78,7 @@ _TERMS = (
     "str rounding, Tensor? rounding_seed, Tensor(c!)? num_skipped=None"
 )
 # streams, offsets and views are empty for their defaults; the form of views is that of
-# `_arguments.encode_views`; that of residuals is `_arguments.encode_residuals`'s.
+# `encoding.encode_views`; that of residuals is `encoding.encode_residuals`'s.
 SCHEMAS = {
     "normal": "(SymInt[] shape, Tensor seed, int stream, int offset, ScalarType dtype, Device device, "
     "str family) -> Tensor",
