@@ -15,6 +15,7 @@ CXX_FILES = $(shell find csrc benchmarks tests -name '*.h' -o -name '*.inc' -o -
 # Extra arguments of the commands below, e.g. make demo DEMO_ARGS='--quick --seed 1'
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_WORKERS ?= logical
 BENCH_ARGS ?=
 
 .PHONY: install
@@ -24,20 +25,19 @@ install: $(INSTALLED) $(LIBRARY) ## create .venv with this checkout in it, edita
 demo: fetch ## tune a pretrained language model with seeds and scalars
 	$(PY) -m fedkseed.cli simulate $(DEMO_ARGS)
 
-# Two processes share the tests; each computes on one thread, so that they do not take the cores from one another.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses auto --dist worksteal
+# Test processes beside each other, one for each processor; TEST_WORKERS=0 runs them in one process.
+PYTEST = $(PY) -m pytest --numprocesses $(TEST_WORKERS) --maxprocesses 8 --dist worksteal
 
 .PHONY: test
-test: fetch ## run the first tier of tests: every test file, minutes
-	$(PYTEST) -m "not slow" $(TEST_ARGS)
+test: fetch ## run the fast tests: every test file, a case of each kind
+	$(PYTEST) -m 'not slow' $(TEST_ARGS)
 
 .PHONY: test-slow
-test-slow: fetch ## run the second tier
+test-slow: fetch ## run the tests that make test leaves out
 	$(PYTEST) -m slow $(TEST_ARGS)
 
 .PHONY: test-all
-test-all: fetch ## run all tests
-	$(PYTEST) $(TEST_ARGS)
+test-all: test test-slow ## run all tests
 
 .PHONY: bench
 bench: fetch ## run the kernel benchmarks; results go to benchmarks/results

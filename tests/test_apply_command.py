@@ -52,6 +52,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     return Tuned(folder / "base", folder / "ledger", content)
 
 
+@pytest.mark.few(1)
 @pytest.mark.skipif(native_cpu.unavailable() is not None, reason="tests/test_native.py says why")
 @pytest.mark.parametrize(
     "isa",

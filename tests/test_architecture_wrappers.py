@@ -46,7 +46,9 @@ def wrap_within_a_block(model: Any) -> None:
 
 
 def checkpoint_in_train_mode(model: Any) -> None:
-    model.gradient_checkpointing_enable()
+    # Its name from transformers 6 on, which releases of the range have beside the former one or not yet.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable()
     model.train()  # Llama has no dropout
 
 

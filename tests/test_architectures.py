@@ -148,6 +148,7 @@ def stored_array(parameter: torch.Tensor) -> np.ndarray[Any, Any]:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(("mode", "dtype"), MODE_ROWS)
 @pytest.mark.parametrize("row", ARCHITECTURE_ROWS)
 def test_steps_are_those_of_perturbed_copies(
@@ -173,6 +174,7 @@ def test_steps_are_those_of_perturbed_copies(
     assert same_weights(run.model, run.reference.model)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize(
     "mode", [pytest.param(mode, id=str(mode.options)) for mode in MODES if mode.never_perturbs]
 )

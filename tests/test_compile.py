@@ -93,6 +93,7 @@ def terms(k: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("function", [update, out_of_place, both_sides, gathered])

@@ -175,7 +175,7 @@ def test_nothing_of_the_callers_is_kept_by_reference() -> None:
 
 def test_the_format_is_pinned() -> None:
     """Files are out there: whoever changes this digest makes format version 2."""
-    assert ledger_format.FORMAT_VERSION == 1
+    assert ledger_format.LEDGER_FORMAT == 1
     digest = hashlib.sha256(small(signature=SIGNATURE).to_bytes()).hexdigest()
     assert digest == "539febb18308ee0927a9d97351f97b8716aed63f6841863bad2431d2b1955010"
 
@@ -189,5 +189,5 @@ def test_the_page_about_the_format() -> None:
     assert (
         f"at most {ledger_fields.MAX_NOTES} of them, {ledger_fields.MAX_NOTE_CHARACTERS} characters" in page
     )
-    for digits, meaning in ((ledger_format.FORMAT_VERSION, "format_version"), (CONTRACT_VERSION, "contract")):
+    for digits, meaning in ((ledger_format.LEDGER_FORMAT, "format_version"), (CONTRACT_VERSION, "contract")):
         assert re.search(rf"`{meaning}.*`{digits}`", page)

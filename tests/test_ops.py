@@ -112,6 +112,7 @@ def test_normal_on_meta_has_a_shape_only() -> None:
 # --- the primitive, plain
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -429,6 +430,7 @@ def opcheck_cases(dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     }
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", sorted(ops.SCHEMAS))
 def test_opcheck(name: str, dtype: torch.dtype) -> None:

@@ -339,3 +339,11 @@ def test_refused_later() -> None:
     with pytest.raises(ValueError, match="weight_decay 0, got 0.1: a model tuned by FedKSeed"):
         pooled.step(lambda: 1.0)
     assert torch.equal(weight, torch.ones(3))
+
+
+@pytest.mark.parametrize(("plus", "clipped"), [(9.0, 0.5), (-9.0, -0.5), (0.25, 0.125), (-0.25, -0.125)])
+def test_g_is_clipped_on_both_sides(plus: float, clipped: float) -> None:
+    optimizer = ZOSGD(make_model(), 0.0, 1.0, seed=1, max_abs_g=0.5)
+    losses = iter([plus, 0.0])
+    optimizer.step(lambda: next(losses))
+    assert optimizer.projected_grads == (clipped,)

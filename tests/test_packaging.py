@@ -547,7 +547,6 @@ def objects(built_wheel: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_isa_files_share_no_symbols(build: ModuleType, objects: list[Path]) -> None:
     """A weak or unique symbol with AVX code could be the one that the linker keeps for the baseline too."""
     isa_objects = [path for path in objects if path.stem.rpartition("_")[2] in build.ISA_FLAGS]

@@ -41,6 +41,7 @@ def projected(losses: list[float], eps: float) -> float:
     return float(torch.tensor((losses[0] - losses[1]) / (2 * eps), dtype=torch.float64).float())
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("family", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", SERVED)
@@ -297,6 +298,7 @@ def test_rows_of_an_embedding_that_do_not_exist_are_an_error() -> None:
     assert same_bytes(before, weights_of(model))
 
 
+@pytest.mark.few(1)
 @pytest.mark.model
 @pytest.mark.parametrize("storage", [Streamed(), Streamed(compute_dtype=torch.float32)], ids=["bf16", "fp32"])
 def test_g_of_a_pretrained_model_is_that_of_perturbed_copies(storage: Streamed) -> None:

@@ -46,6 +46,7 @@ def projected(losses: list[float], eps: float) -> float:
     return float(torch.tensor((losses[0] - losses[1]) / (2 * eps), dtype=torch.float64).float())
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("family", ["gaussian", "rademacher"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", SERVED)
@@ -342,3 +343,29 @@ def test_rows_of_either_half_are_looked_up() -> None:
     plus, _ = side_losses(model, SEEDS[0], optimizer.eps, lambda m: m(first).square().mean())
     _, minus = side_losses(model, SEEDS[0], optimizer.eps, lambda m: m(second).square().mean())
     assert optimizer.projected_grads == (projected([plus, minus], optimizer.eps),)
+
+
+class VectorModel(LanguageModel):
+    """Gives a block a vector with as many elements as the doubled batch has rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([WithVector()])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.layers[0](self.embed(ids), torch.linspace(0.5, 1.5, 2 * BATCH))
+        logits: Tensor = self.head(self.norm(hidden))
+        return logits
+
+
+class WithVector(Block):
+    def forward(self, hidden: Tensor, vector: Tensor) -> Tensor:
+        return super().forward(hidden) * vector.square().sum()
+
+
+def test_a_vector_has_no_rows_of_the_batch() -> None:
+    model, ids = build(VectorModel), make_ids()
+    optimizer = ZOSGD(model, 0.0, EPS, seed=SEED, storage=PAIRED)
+    optimizer.step(lambda: both_losses(model, ids))
+    losses = side_losses(model, SEEDS[0], optimizer.eps, lambda m: loss_of(m, ids))
+    assert optimizer.projected_grads == (projected(losses, optimizer.eps),)

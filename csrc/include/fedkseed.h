@@ -1,5 +1,5 @@
 // The C ABI of the native libraries. Raw pointers, no torch, no Python, no C++ types.
-// fedkseed_kernels/native.py declares the same structs with ctypes; tests/test_native.py pins their layout.
+// fedkseed_kernels/backends/c_abi.py declares the same structs with ctypes; tests/test_native.py pins their layout.
 //
 // The functions do not check again what the Python wrappers (fedkseed_kernels/ops.py) have checked: shapes, dtypes,
 // overlaps, finite coefficients. They return 0, or a negative FK_ERROR_*.

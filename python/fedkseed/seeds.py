@@ -26,7 +26,8 @@ MAX_SEEDS = 1 << 16
 #: Draws made in one vectorised pass: bounds the memory of drawing many schedules.
 _DRAWS_AT_ONCE = 1 << 16
 
-#: Single seeds are derived this many at a time: one costs as much as a pass over a small model.
+#: Single seeds and indices are made this many at a time and kept: one by itself costs as much as a pass over
+#: a small model.
 _BLOCK = 256
 
 
@@ -77,6 +78,13 @@ class SeedPool:
         """
         schedule: NDArray[np.uint16] = self._draw(round, np.array([client]), num_steps, first_step, None)[0]
         return schedule
+
+    def drawn(self, step: int) -> int:
+        """Index that a run without a server draws for step number ``step``, as client 0 of `schedule`.
+
+        Every MAX_STEPS steps begin another round of the index layout.
+        """
+        return _drawn_block(self, step // _BLOCK)[step % _BLOCK]
 
     def schedules(
         self,
@@ -151,6 +159,13 @@ class SeedPool:
             sampled.append(moved.get(other, other))
             moved[other] = moved.get(position, position)
         return tuple(sorted(sampled))
+
+
+@lru_cache(maxsize=16)
+def _drawn_block(pool: SeedPool, block: int) -> list[int]:
+    round, step = divmod(block * _BLOCK, MAX_STEPS)
+    indices: list[int] = pool.schedule(round, 0, _BLOCK, first_step=step).tolist()
+    return indices
 
 
 def _check_range(name: str, value: int, limit: int) -> None:

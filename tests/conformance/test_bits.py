@@ -58,6 +58,7 @@ def assert_same(got: torch.Tensor, want: NDArray[Any], dtype: str) -> None:
     assert same.all(), f"{(~same).sum()} of {same.size} differ, first {int(np.argmin(same))}"
 
 
+@pytest.mark.few
 @all_families
 @all_modes
 @all_targets
@@ -70,6 +71,7 @@ def test_offsets(target: Target, dtype: str, rounding: str, family: str, first: 
     assert_same(tensor, expected(stored, first, dtype, **chosen), dtype)
 
 
+@pytest.mark.few
 @all_families
 @all_modes
 @native_targets
@@ -207,6 +209,7 @@ def test_mixed_list(target: Target) -> None:
         assert_same(tensor, expected(w, 0, dtype, stream=stream, **chosen), dtype)
 
 
+@pytest.mark.few(1)
 @native_targets
 def test_many_terms(target: Target) -> None:
     """K = 4096 with skipped terms."""

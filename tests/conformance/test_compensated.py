@@ -116,6 +116,7 @@ def assert_weights(got: torch.Tensor, want: NDArray[Any], dtype: str) -> None:
     assert same.all(), f"{(~same).sum()} of {same.size} differ, first {int(np.argmin(same))}"
 
 
+@pytest.mark.few
 @all_families
 @all_dtypes
 @pytest.mark.parametrize(("target", "count"), SIZED, ids=str)
@@ -166,6 +167,7 @@ def test_ties_go_away_from_zero(target: Target, family: str) -> None:
     assert bool((residuals == -0x8000).all())
 
 
+@pytest.mark.few
 @all_dtypes
 @all_targets
 @pytest.mark.parametrize("memory", ["transposed", "every other"])

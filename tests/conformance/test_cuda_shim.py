@@ -94,6 +94,7 @@ def test_raw_words_and_transform(shim: cuda_shim.ShimBackend) -> None:
 # --- against the CPU backend
 
 
+@pytest.mark.few
 @all_families
 @all_modes
 @pytest.mark.parametrize("num_terms", [0, 1, 2, 3, 16, 65, 300])
@@ -113,6 +114,7 @@ def test_number_of_terms(bench: Bench, num_terms: int, dtype: str, rounding: str
     bench.compare(call, dtype)
 
 
+@pytest.mark.few
 @all_families
 @all_modes
 @pytest.mark.parametrize("num_terms", [1, 2, 3])
@@ -129,6 +131,7 @@ def test_whole_tiles(bench: Bench, size: int, num_terms: int, dtype: str, roundi
     bench.compare(call, dtype)
 
 
+@pytest.mark.few
 @all_families
 @pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize("num_terms", [1, 3])
@@ -145,6 +148,7 @@ def test_offsets(bench: Bench, first: int, num_terms: int, dtype: str, family: s
     bench.compare(call, dtype)
 
 
+@pytest.mark.few
 @all_families
 @all_modes
 @pytest.mark.parametrize("num_terms", [0, 1, 2, 5])
@@ -384,7 +388,7 @@ def test_mixed_dtypes_in_one_list(bench: Bench) -> None:
 # --- these tests can fail
 
 
-@pytest.mark.slow
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("file", "text", "broken"),
     [

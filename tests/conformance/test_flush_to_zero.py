@@ -57,7 +57,8 @@ import numpy as np, sys, torch
 torch.set_flush_denormal(True)  # before the pool starts: its threads inherit the mode
 torch.set_num_threads(7)
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch, reference
+from fedkseed_kernels import dispatch
+from fedkseed_kernels.contract import reference
 
 n = 400_001
 normal = torch.full((n,), 2.0**-126)
@@ -78,6 +79,7 @@ assert flushed == n, f"{flushed} of {n} flushed after"
 """
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("isa", [target.isa for target in TARGETS if target.isa])
 def test_workers_that_flush(isa: str) -> None:
     if not torch.set_flush_denormal(False):

@@ -108,6 +108,7 @@ def test_which_terms_count(fp64: bool) -> None:
     assert [seed for seed, _ in left] == [1, 2]
 
 
+@pytest.mark.few
 @all_dtypes
 @all_targets
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 33, 130])

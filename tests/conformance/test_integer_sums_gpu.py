@@ -92,6 +92,7 @@ def check(run: Run, coeffs: list[float], dtype: str, alpha: float, count: int = 
         cuda_shim.assert_same(stored_of(outs[1]), minus, dtype, "minus")
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_terms", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES)
@@ -119,6 +120,7 @@ def test_the_largest_integers(run: Run, dtype: str) -> None:
         cuda_shim.assert_same(stored_of(tensor), expected(stored, terms, dtype), dtype)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_terms", [2, 9])
 def test_any_order_gives_the_same_bits(run: Run, num_terms: int, dtype: str) -> None:

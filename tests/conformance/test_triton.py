@@ -88,6 +88,7 @@ def check_flat(
         assert_same(tensor, want[0], dtype)
 
 
+@pytest.mark.few
 @all_families
 @all_modes
 @pytest.mark.parametrize("num_terms", [0, 1, 2, 3])
@@ -101,6 +102,7 @@ def test_many_terms(dtype: str, rounding: str, family: str) -> None:
     check_flat(dtype, rounding, family, 17, count=64, first=8)
 
 
+@pytest.mark.few
 @all_families
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 128, 131, 520])
 def test_ragged_sizes(family: str, count: int) -> None:
@@ -108,6 +110,7 @@ def test_ragged_sizes(family: str, count: int) -> None:
     check_flat("float32", "nearest", family, 3, count, first=16)
 
 
+@pytest.mark.few
 @all_families
 @pytest.mark.parametrize(
     ("first", "num_terms"),
@@ -126,6 +129,7 @@ def test_offsets(family: str, first: int, num_terms: int) -> None:
     check_flat("bfloat16", "stochastic", family, num_terms, count=120, first=first)
 
 
+@pytest.mark.few
 @all_families
 @all_modes
 @pytest.mark.parametrize("num_terms", [1, 3])
@@ -173,6 +177,7 @@ def test_noise_itself(dtype: str, rounding: str, family: str) -> None:
         assert_same(got, reference.normal_array(-5, STREAM, elements, dtype, family), dtype)
 
 
+@pytest.mark.few
 @all_modes
 @pytest.mark.parametrize(("memory", "family"), [("transposed", "gaussian"), ("every other", "rademacher")])
 def test_strides(dtype: str, rounding: str, family: str, memory: str) -> None:
@@ -186,6 +191,7 @@ def test_strides(dtype: str, rounding: str, family: str, memory: str) -> None:
     assert_same(tensor, expected(stored, elements, dtype, 3, 1, **chosen), dtype)
 
 
+@pytest.mark.slow
 @all_families
 def test_views_equal_the_whole(family: str) -> None:
     """Corners of a matrix and slices of a cube, each a view, equal the whole."""

@@ -79,6 +79,7 @@ def compare(call: Call) -> None:
         assert_same(one, other)
 
 
+@pytest.mark.few
 @all_families
 @all_dtypes
 @pytest.mark.parametrize("num_terms", [0, 1, 2, 4])
@@ -105,6 +106,7 @@ def test_in_place(num_terms: int, dtype: str, family: str) -> None:
     compare(call)
 
 
+@pytest.mark.few
 @all_families
 @all_dtypes
 @pytest.mark.parametrize(
@@ -223,6 +225,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("what", DAMAGES)
 def test_damage_is_seen(what: str, tmp_path: Path) -> None:
     """Each of these changes of a Triton file turns one of the checks above red."""

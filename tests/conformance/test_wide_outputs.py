@@ -43,6 +43,7 @@ def assert_fp32(got: torch.Tensor, want: NDArray[Any]) -> None:
     assert same.all(), f"{(~same).sum()} of {same.size} differ, first {int(np.argmin(same))}"
 
 
+@pytest.mark.few
 @all_families
 @all_dtypes
 @compensated

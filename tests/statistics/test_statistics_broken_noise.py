@@ -138,6 +138,7 @@ def test_sound_noise_is_accepted() -> None:
     assert not violations(sequence_checks(z[:SEQUENCE_SAMPLES]))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", BROKEN_SHAPES)
 def test_wrong_shape_is_rejected(name: str) -> None:
     broken, checks = BROKEN_SHAPES[name]
@@ -154,6 +155,7 @@ def test_mean_shifted_by_a_thousandth_is_rejected() -> None:
     assert violations(noise_checks.moments("shifted", z, NORMAL_MOMENTS))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", BROKEN_SEQUENCES)
 def test_dependence_inside_a_stream_is_rejected(name: str) -> None:
     z = BROKEN_SEQUENCES[name](np.random.default_rng(4), SEQUENCE_SAMPLES)

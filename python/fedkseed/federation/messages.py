@@ -16,19 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed.model.identity import ModelIdentity
+from fedkseed.model.identity import DTYPE_CODES, DTYPES_BY_CODE, ModelIdentity
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, MAX_STEPS
 from fedkseed_kernels import CONTRACT_VERSION, FAMILIES
 
-FORMAT_VERSION = 2
+#: Version of the bytes of both messages; apart from the noise contract's.
+MESSAGE_FORMAT = 2
 
 #: Bytes of a run's name, and of the digest that binds a reply to its broadcast (SHA-256).
 RUN_ID_BYTES, DIGEST_BYTES = 16, 32
 
-#: The dtype of w0 on the wire and in files, by the names that `ModelIdentity` uses.
-DTYPE_CODES = {"mixed": 0, "float32": 1, "bfloat16": 2, "float16": 3, "float64": 4}
-
-_DTYPES = {code: name for name, code in DTYPE_CODES.items()}
 _BROADCAST_MAGIC, _REPLY_MAGIC = b"FKSB", b"FKSR"
 #: Magic, format version, contract version, family, dtype, tau, K, round, eps, lr, base seed, run id,
 #: structure hash, content hash, bound of |g|; the coefficients follow, then client, schedule and checksum.
@@ -108,14 +105,14 @@ class Broadcast:
         _check_length("broadcast", message, BROADCAST_OVERHEAD + 4 * num_seeds + 2 * num_steps)
         _check_checksum("broadcast", message)
         _require(family < len(FAMILIES), f"a noise family below {len(FAMILIES)}", family)
-        _require(dtype in _DTYPES, f"a dtype code out of {sorted(_DTYPES)}", dtype)
+        _require(dtype in DTYPES_BY_CODE, f"a dtype code out of {sorted(DTYPES_BY_CODE)}", dtype)
         after = _BROADCAST.size + 4 * num_seeds
         (client,) = _CLIENT.unpack_from(message, after)
         broadcast = cls(
             round,
             client,
             run_id,
-            ModelIdentity(structure, content, _DTYPES[dtype]),
+            ModelIdentity(structure, content, DTYPES_BY_CODE[dtype]),
             base_seed,
             lr,
             eps,
@@ -179,7 +176,7 @@ class BroadcastWriter:
         self._prefix = (
             _BROADCAST.pack(
                 _BROADCAST_MAGIC,
-                FORMAT_VERSION,
+                MESSAGE_FORMAT,
                 CONTRACT_VERSION,
                 FAMILIES.index(template.family),
                 DTYPE_CODES[template.identity.dtype],
@@ -247,7 +244,7 @@ class Reply:
         _require(1 <= self.data_size < 2**32, "a data size in [1, 2^32)", self.data_size)
         _require(len(self.digest) == DIGEST_BYTES, f"a digest of {DIGEST_BYTES} bytes", len(self.digest))
         _require(bool(np.isfinite(self.scalars).all()), "finite scalars", "NaN or infinity")
-        versions = (_REPLY_MAGIC, FORMAT_VERSION, CONTRACT_VERSION)
+        versions = (_REPLY_MAGIC, MESSAGE_FORMAT, CONTRACT_VERSION)
         start = _REPLY.pack(*versions, num_steps, self.round, self.client, self.data_size, self.digest)
         message = start + self.scalars.astype("<f4").tobytes()
         return message + _CHECKSUM.pack(zlib.crc32(message))
@@ -303,10 +300,10 @@ def _check_frame(kind: str, magic: bytes, message: bytes, shortest: int, longest
     if not shortest <= len(message) <= longest:
         raise MessageError(f"expected a {kind} of {shortest} to {longest} bytes, got {len(message)}")
     found: tuple[Any, ...] = _VERSIONS.unpack_from(message)
-    if found != (magic, FORMAT_VERSION, CONTRACT_VERSION):
+    if found != (magic, MESSAGE_FORMAT, CONTRACT_VERSION):
         if found[0] != magic:
             raise MessageError(f"expected a {kind} that begins with {magic!r}, got {found[0]!r}")
-        versions = zip(("format", "contract"), (FORMAT_VERSION, CONTRACT_VERSION), found[1:], strict=True)
+        versions = zip(("format", "contract"), (MESSAGE_FORMAT, CONTRACT_VERSION), found[1:], strict=True)
         for name, wanted, got in versions:
             _require(got == wanted, f"{name} version {wanted}", f"{got}; both sides need the same release")
 

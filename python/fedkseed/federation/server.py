@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.federation.config import ServerConfig
-from fedkseed.federation.messages import DTYPE_CODES, RUN_ID_BYTES, ProtocolError, Reply, read_scalars
+from fedkseed.federation.messages import RUN_ID_BYTES, ProtocolError, Reply, read_scalars
 from fedkseed.federation.round import Round
 from fedkseed.federation.significance import SeedSignificance
 from fedkseed.federation.state import ServerState, StateError, StateFolder
-from fedkseed.model.identity import ModelIdentity
+from fedkseed.model.identity import DTYPE_CODES, ModelIdentity
 from fedkseed.seeds import MAX_ROUNDS, SeedPool
 
 _FP32_MAX = float(np.finfo(np.float32).max)

@@ -14,17 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.federation.config import Sampling, ServerConfig, Weighting
-from fedkseed.federation.messages import DTYPE_CODES
 from fedkseed.federation.significance import SeedSignificance
 from fedkseed.files import FileTooLargeError, FolderLock, read_bounded, remove_leftovers, write_atomically
-from fedkseed.model.identity import ModelIdentity
+from fedkseed.model.identity import DTYPE_CODES, DTYPES_BY_CODE, ModelIdentity
 from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed_kernels import CONTRACT_VERSION, FAMILIES
 
-FORMAT_VERSION = 1
+#: Version of the bytes of a server's state.
+STATE_FORMAT = 1
 
 _MAGIC = b"FKSS"
-_DTYPES = {code: name for name, code in DTYPE_CODES.items()}
 _WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
 _SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
 #: Magic, format version, contract version, family, dtype, weighting, sampling, K, round, clients, clients per
@@ -65,7 +64,7 @@ class ServerState:
         config = self.config
         header = _HEADER.pack(
             _MAGIC,
-            FORMAT_VERSION,
+            STATE_FORMAT,
             CONTRACT_VERSION,
             FAMILIES.index(config.family),
             DTYPE_CODES[self.identity.dtype],
@@ -103,12 +102,12 @@ class ServerState:
             )
         found, version, contract, family, dtype, weighting, sampling, *rest = _HEADER.unpack_from(data)
         _require(found == _MAGIC, f"a file that begins with {_MAGIC!r}", found)
-        _require(version == FORMAT_VERSION, f"format version {FORMAT_VERSION}", version)
+        _require(version == STATE_FORMAT, f"format version {STATE_FORMAT}", version)
         _require(contract == CONTRACT_VERSION, f"contract version {CONTRACT_VERSION}", contract)
         body = data[:-_DIGEST_BYTES]
         _require(hashlib.sha256(body).digest() == data[-_DIGEST_BYTES:], "the checksum stated", "another one")
         _require(family < len(FAMILIES), f"a noise family below {len(FAMILIES)}", family)
-        _require(dtype in _DTYPES, f"a dtype code out of {sorted(_DTYPES)}", dtype)
+        _require(dtype in DTYPES_BY_CODE, f"a dtype code out of {sorted(DTYPES_BY_CODE)}", dtype)
         _require(weighting < len(_WEIGHTINGS), f"a weighting below {len(_WEIGHTINGS)}", weighting)
         _require(sampling < len(_SAMPLINGS), f"a sampling below {len(_SAMPLINGS)}", sampling)
         num_seeds, round, clients, invited, steps, base_seed, lr, eps, max_abs_g, run_id = rest[:-2]
@@ -119,7 +118,7 @@ class ServerState:
             config = ServerConfig(clients, invited, steps, lr, eps, *options)
         except ValueError as error:
             raise StateError(f"expected a configuration in range, got one that says: {error}") from error
-        identity = ModelIdentity(rest[-2], rest[-1], _DTYPES[dtype])
+        identity = ModelIdentity(rest[-2], rest[-1], DTYPES_BY_CODE[dtype])
         arrays = _read_arrays(body, num_seeds, config.sampling)
         return cls(identity, base_seed, num_seeds, config, round, *arrays)
 

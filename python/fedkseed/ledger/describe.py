@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed._extras import MissingExtraError
-from fedkseed.ledger.format import FORMAT_VERSION
+from fedkseed.ledger.format import LEDGER_FORMAT
 from fedkseed.ledger.ledger import Ledger, open_ledger
 from fedkseed.ledger.signature import PublicKey
 
@@ -34,7 +34,7 @@ def describe(ledger: Ledger | str | os.PathLike[str], *, public_key: PublicKey |
     lines = [
         *where,
         ("size", f"{len(ledger.to_bytes()):,} bytes"),
-        ("versions", f"ledger format {FORMAT_VERSION}, noise contract {ledger.contract_version}"),
+        ("versions", f"ledger format {LEDGER_FORMAT}, noise contract {ledger.contract_version}"),
         ("noise", f"{ledger.family}, base seed {ledger.base_seed}, K = {ledger.num_seeds} candidate seeds"),
         (
             "coefficients",

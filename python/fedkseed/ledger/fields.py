@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 from fedkseed.ledger.format import LedgerContractError, LedgerDamagedError, LedgerError
 from fedkseed.ledger.signature import Signature
-from fedkseed.model.identity import ModelIdentity
+from fedkseed.model.identity import DTYPE_CODES, ModelIdentity
 from fedkseed.seeds import MAX_SEEDS
 from fedkseed_kernels import CONTRACT_VERSION, FAMILIES
 
-DTYPES = ("float32", "bfloat16", "float16", "float64", "mixed")
 #: A frozen parameter is one bit in the header.
 MAX_PARAMETERS = 1 << 16
 #: How many notes there may be, and characters of all of them together, names included. So a signed ledger of
@@ -104,8 +103,8 @@ def check_identity(identity: object) -> None:
             "expected hashes of 32 bytes in the identity, "
             f"got {len(identity.structure)} and {len(identity.content)}"
         )
-    if identity.dtype not in DTYPES:
-        raise LedgerError(f"expected weights in one of {', '.join(DTYPES)}, got {identity.dtype!r}")
+    if identity.dtype not in DTYPE_CODES:
+        raise LedgerError(f"expected weights in one of {', '.join(DTYPE_CODES)}, got {identity.dtype!r}")
 
 
 def check_frozen(frozen: Sequence[int]) -> tuple[int, ...]:

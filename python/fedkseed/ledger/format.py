@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from fedkseed.seeds import MAX_SEEDS
 
 #: Version of the file's layout and of the meaning of its entries; apart from the noise contract's.
-FORMAT_VERSION = 1
+LEDGER_FORMAT = 1
 
 _FORMAT = "fedkseed-ledger"
 _TENSOR = "coefficients"
@@ -75,7 +75,7 @@ def encode(metadata: Mapping[str, str], coefficients: NDArray[np.float32]) -> by
         LedgerTooLargeError: the metadata does not fit into the header.
     """
     body = coefficients.astype("<f4").tobytes()
-    entries = {**metadata, "format": _FORMAT, "format_version": str(FORMAT_VERSION)}
+    entries = {**metadata, "format": _FORMAT, "format_version": str(LEDGER_FORMAT)}
     checksum = hashlib.sha256(_assemble(entries, body)).hexdigest()
     return _assemble({**entries, "checksum": checksum}, body)
 
@@ -94,9 +94,9 @@ def decode(data: bytes) -> tuple[dict[str, str], NDArray[np.float32]]:
     entries = _read_entries(data)
     if entries.get("format") != _FORMAT:
         raise _damaged("a ledger", "a safetensors file of another kind")
-    if entries.get("format_version") != str(FORMAT_VERSION):
+    if entries.get("format_version") != str(LEDGER_FORMAT):
         raise LedgerFormatError(
-            f"expected a ledger of format version {FORMAT_VERSION}, got {entries.get('format_version')!r}; "
+            f"expected a ledger of format version {LEDGER_FORMAT}, got {entries.get('format_version')!r}; "
             "use the release of fedkseed-kernels that it was made with, or a newer one"
         )
     body = data[_LENGTH_BYTES + int.from_bytes(data[:_LENGTH_BYTES], "little") :]

@@ -12,6 +12,10 @@ from torch import nn
 from fedkseed.model.manifest import Manifest, manifest_parameters
 from fedkseed.model.waiting import flush_waiting
 
+#: The dtypes that weights may have, "mixed" if they have several: their codes in messages and states.
+DTYPE_CODES = {"float32": 1, "bfloat16": 2, "float16": 3, "float64": 4, "mixed": 0}
+DTYPES_BY_CODE = {code: name for name, code in DTYPE_CODES.items()}
+
 #: Bytes hashed at a time, so that hashing needs no copy of a large parameter.
 _PIECE = 1 << 24
 
@@ -28,7 +32,7 @@ class ModelIdentity:
         structure: SHA-256 (32 bytes) over each parameter's name, full shape and whether it is tuned, in
             manifest order.
         content: SHA-256 (32 bytes) over each parameter's dtype and its elements, row-major, little-endian.
-        dtype: of the parameters, "float32" for example; "mixed" if they have several.
+        dtype: of the parameters, a name out of `DTYPE_CODES`; "mixed" if they have several.
     """
 
     structure: bytes

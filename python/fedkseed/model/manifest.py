@@ -7,6 +7,7 @@ Noise is a function of (seed, stream, element), and a parameter's stream is its 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class Manifest:
             ValueError: a model without parameters, or one of which a parameter's full shape cannot be told
                 (named).
         """
-        entries = _Walk(model).entries
+        entries = _Traversal(model).entries
         return cls(tuple(name for name, _, _ in entries), tuple(shape for _, _, shape in entries))
 
     def __post_init__(self) -> None:
@@ -92,21 +93,26 @@ def manifest_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     Raises:
         TypeError, ValueError: as `Manifest.of`.
     """
-    return [(name, parameter) for name, parameter, _ in _Walk(model).entries]
+    return [(name, parameter) for name, parameter, _ in _Traversal(model).entries]
 
 
-class _Walk:
+def types_if_imported(table: Iterable[tuple[str, str, str]]) -> list[tuple[type, str]]:
+    """(type, text) of each (module of the type, type, text) whose module has been imported.
+
+    The others have no instance, and importing torch._dynamo to look for one takes a second.
+    """
+    return [
+        (getattr(sys.modules[module], name), text) for module, name, text in table if module in sys.modules
+    ]
+
+
+class _Traversal:
     """The order of named_parameters: depth first, own parameters before the children's, each module once."""
 
     def __init__(self, model: nn.Module) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-        # A type whose module was never imported has no instance, and importing torch._dynamo takes a second.
-        self._wrappers: list[tuple[type[nn.Module], str]] = [
-            (getattr(sys.modules[module], name), attribute)
-            for module, name, attribute in _WRAPPERS
-            if module in sys.modules
-        ]
+        self._wrappers = types_if_imported(_WRAPPERS)
         self._visited: set[int] = set()
         self._full_shapes: dict[int, tuple[int, ...]] = {}
         self.entries: list[tuple[str, nn.Parameter, tuple[int, ...]]] = []

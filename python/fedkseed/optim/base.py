@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedkseed._checks import check_count
+from fedkseed.model.randomness import GeneratorStates, active_dropout
 from fedkseed.optim.gradient import ProjectedGradient
 from fedkseed.optim.parameters import Params, tuned_parameters
 from fedkseed.storage import Direction, GroupUpdate, Storage, StorageOptions, TunedWeights
@@ -20,8 +21,6 @@ logger = logging.getLogger("fedkseed")
 
 #: What a closure returns: the loss of one batch, a number or a tensor of one element.
 Loss = torch.Tensor | float
-
-_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -160,7 +159,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "num_skipped": check_count("num_skipped", own["num_skipped"], 0, 2**63),
         }
 
-    def _walk(
+    def _make_step(
         self,
         seeds: Sequence[int],
         updates: Sequence[GroupUpdate],
@@ -195,16 +194,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         model, self._model_to_check = self._model_to_check, None
         if model is None:
             return
-        found = [
-            f"{name} (p={module.p})"
-            for name, module in model.named_modules()
-            if isinstance(module, _DROPOUT) and module.training and module.p > 0
-        ]
+        found = active_dropout(model)
         if found:
+            name, p = found[0]
             warnings.warn(
-                f"the model is in train mode with dropout: {found[0]}, {len(found)} in all. Both sides of a "
-                "step get the same mask, so a step is sound but follows the loss of a thinned model, with "
-                "more noise; to measure the model itself call model.eval() first",
+                f"the model is in train mode with dropout: {name} (p={p}), {len(found)} in all. Both sides "
+                "of a step get the same mask, so a step is sound but follows the loss of a thinned model, "
+                "with more noise; to measure the model itself call model.eval() first",
                 stacklevel=6,  # the caller of step, past what torch wraps around it
             )
 
@@ -214,16 +210,14 @@ class _Evaluation:
 
     def __init__(self, closure: Callable[[], Any], devices: Sequence[torch.device]) -> None:
         self._closure = closure
-        self._devices = devices
-        states = [torch.get_device_module(device).get_rng_state(device) for device in devices]
-        self._states = [torch.get_rng_state(), *states]
+        self._generators = GeneratorStates(devices)
 
     def side(self) -> float:
-        self._rewind()
+        self._generators.restore()
         return _loss_value(self._closure())
 
     def both(self) -> tuple[float, float]:
-        self._rewind()
+        self._generators.restore()
         losses = self._closure()
         is_sequence = (
             losses.dim() > 0 if isinstance(losses, torch.Tensor) else isinstance(losses, (list, tuple))
@@ -233,11 +227,6 @@ class _Evaluation:
                 f"expected the closure of a paired step to return two losses, (plus, minus), got {losses!r}"
             )
         return _loss_value(losses[0]), _loss_value(losses[1])
-
-    def _rewind(self) -> None:
-        torch.set_rng_state(self._states[0])
-        for device, state in zip(self._devices, self._states[1:], strict=True):
-            torch.get_device_module(device).set_rng_state(state, device)
 
 
 def _loss_value(loss: Any) -> float:

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,7 @@ from fedkseed._checks import check_count, check_learning_rate, check_seed, check
 from fedkseed.optim.base import Loss, ZerothOrderOptimizer
 from fedkseed.optim.gradient import ProjectedGradient
 from fedkseed.optim.parameters import Params
-from fedkseed.seeds import MAX_STEPS, SeedPool, derived_seed
+from fedkseed.seeds import SeedPool, derived_seed
 from fedkseed.storage import DEFAULT_STORAGE, GroupUpdate, StorageOptions
 from fedkseed_kernels import derived
 
@@ -48,9 +47,6 @@ _REBUILD = (
     "a model tuned by FedKSeed is w0 plus one coefficient a seed for all of its parameters, and could not be "
     "rebuilt from seeds and scalars otherwise"
 )
-
-# Schedules are drawn this many steps at a time: one draw costs as much as a pass over a small model.
-_BLOCK = 256
 
 
 class ZOSGD(ZerothOrderOptimizer):
@@ -151,7 +147,7 @@ class ZOSGD(ZerothOrderOptimizer):
             self.projected_grads = tuple(gradients)
 
         next_seed = _seed(self.seed, self._num_drawn + self.num_directions)
-        return self._walk(seeds, self._group_updates(), closure, record, next_seed)
+        return self._make_step(seeds, self._group_updates(), closure, record, next_seed)
 
     def _group_updates(self) -> list[GroupUpdate]:
         return [_decaying_update(group["lr"], group["weight_decay"]) for group in self.param_groups]
@@ -273,7 +269,7 @@ class FedKSeedSGD(ZerothOrderOptimizer):
 
         updates = [GroupUpdate(lr)] * len(self.param_groups)
         next_seed = None if following is None else int(self.seed_pool.seeds[following])
-        return self._walk([int(self.seed_pool.seeds[index])], updates, closure, record, next_seed)
+        return self._make_step([int(self.seed_pool.seeds[index])], updates, closure, record, next_seed)
 
     def _identity(self) -> dict[str, Any]:
         pool = {"base_seed": self.seed_pool.base_seed, "num_seeds": self.seed_pool.num_seeds}
@@ -320,7 +316,7 @@ class FedKSeedSGD(ZerothOrderOptimizer):
 
     def _scheduled_index(self, step: int) -> int:
         if self._schedule is None:
-            return _uniform_schedule(self.seed_pool, step // _BLOCK)[step % _BLOCK]
+            return self.seed_pool.drawn(step)
         if step >= len(self._schedule):
             raise ValueError(
                 f"expected at most {len(self._schedule)} steps, the length of the schedule, got one more; "
@@ -331,14 +327,6 @@ class FedKSeedSGD(ZerothOrderOptimizer):
 
 def _seed(base_seed: int, number: int) -> int:
     return derived_seed(base_seed, derived.PURPOSE_CANDIDATE_SEEDS, number)
-
-
-@lru_cache(maxsize=16)
-def _uniform_schedule(pool: SeedPool, block: int) -> list[int]:
-    # A run of its own is client 0; every MAX_STEPS steps start another round of the index layout.
-    round, step = divmod(block * _BLOCK, MAX_STEPS)
-    schedule: list[int] = pool.schedule(round, 0, _BLOCK, first_step=step).tolist()
-    return schedule
 
 
 def _check_group(options: dict[str, Any]) -> None:

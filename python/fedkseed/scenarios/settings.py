@@ -14,11 +14,12 @@ import torch
 
 from fedkseed.data.prompts import PromptStyle
 from fedkseed.federation.config import Sampling, Weighting
+from fedkseed.model.identity import DTYPE_CODES
 from fedkseed.simulation.simulation import SimulationConfig
 from fedkseed.storage import STORAGE_MODES, storage_mode
 from fedkseed_kernels import FAMILIES
 
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
+DTYPES = {name: getattr(torch, name) for name in DTYPE_CODES if name != "mixed"}
 
 
 class SettingsError(ValueError):

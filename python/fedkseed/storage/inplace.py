@@ -13,7 +13,13 @@ import torch
 import fedkseed_kernels
 from fedkseed.model.waiting import flush_before_reads
 from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
-from fedkseed.storage.updates import GroupedWeights, RoundingSeeds, check_rounding, interrupts_held
+from fedkseed.storage.updates import (
+    GroupedWeights,
+    RoundingSeeds,
+    check_rounding,
+    interrupts_held,
+    rounding_options,
+)
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,7 @@ class PerturbedWeights:
         else:
             seeds, coeffs = [self.seed, seed], [-self.offset, offset]
         with self._pass() as rounding_seed:
-            self._groups.whole.seed_axpy_(seeds, coeffs, **_rounding(rounding_seed))
+            self._groups.whole.seed_axpy_(seeds, coeffs, **rounding_options(rounding_seed))
             self.seed, self.offset = seed, offset
 
     def update(
@@ -198,7 +204,7 @@ class PerturbedWeights:
                     -self.offset,
                     streams=self._streams,
                     family=self._family,
-                    **_rounding(rounding_seed),
+                    **rounding_options(rounding_seed),
                 )
                 self.offset = 0.0
                 self.is_waiting = False
@@ -216,10 +222,3 @@ class PerturbedWeights:
         with interrupts_held():
             yield rounding_seed
             self.rounding_seeds.advance(1)
-
-
-def _rounding(rounding_seed: int | None) -> dict[str, Any]:
-    return {
-        "rounding": "nearest" if rounding_seed is None else "stochastic",
-        "rounding_seed": rounding_seed,
-    }

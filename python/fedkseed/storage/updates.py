@@ -29,6 +29,12 @@ def check_rounding(rounding: str) -> None:
         raise ValueError(f"expected rounding 'nearest' or 'stochastic', got {rounding!r}")
 
 
+def rounding_options(rounding_seed: int | None) -> dict[str, Any]:
+    """Keyword arguments of the kernels' functions: stochastic rounding with this seed, to nearest if None."""
+    rounding = "nearest" if rounding_seed is None else "stochastic"
+    return {"rounding": rounding, "rounding_seed": rounding_seed}
+
+
 class RoundingSeeds:
     """Pass n rounds with seed n of the optimizer's seed and purpose 3 (contract, section 9).
 
@@ -147,16 +153,13 @@ class GroupedWeights:
         if following is not None:
             seeds = [*seeds, following[0]]
             all_coeffs = [[*coeffs, following[1]] for coeffs in all_coeffs]
-        rounding = "nearest" if rounding_seed is None else "stochastic"
         if len(set(updates)) == 1:
             handles = [self.whole]
         else:
             handles = self._groups
             self.check_in_place()  # before the first group is updated
         for handle, update, coeffs in zip(handles, updates, all_coeffs, strict=False):
-            handle.seed_axpy_(
-                seeds, coeffs, alpha=update.alpha, rounding=rounding, rounding_seed=rounding_seed
-            )
+            handle.seed_axpy_(seeds, coeffs, alpha=update.alpha, **rounding_options(rounding_seed))
 
 
 def _coefficients(update: GroupUpdate, gradients: Sequence[float], offset: float) -> list[float]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fedkseed_kernels
 from fedkseed.model.packed import packed_bytes, packed_views
+from fedkseed.storage.updates import rounding_options
 
 
 @dataclass(eq=False)
@@ -57,10 +58,8 @@ class Perturbation:
 
     @property
     def rounding(self) -> dict[str, Any]:
-        """What the kernels' functions take for it."""
-        if self.rounding_seed is None:
-            return {"rounding": "nearest"}
-        return {"rounding": "stochastic", "rounding_seed": self.rounding_seed}
+        """Keyword arguments of the kernels' functions that say how they round."""
+        return rounding_options(self.rounding_seed)
 
     def rows(self, weight: Weight, ids: Tensor, sign: int) -> Tensor:
         """Rows ids of w + sign eps z, of shape [*ids.shape, *w.shape[1:]]; no other row is drawn."""

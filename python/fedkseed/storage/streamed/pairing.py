@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
+from fedkseed.model.randomness import GeneratorStates, active_dropout
 from fedkseed.storage.streamed.guard import ReadGuard
 from fedkseed.storage.streamed.units import Unit
 
@@ -199,17 +200,16 @@ class Pairing:
         guard: AbstractContextManager[Any] = self._guard if self._guard is not None else nullcontext()
         if self._guard is not None:
             self._guard.mark(inputs)
-        devices = {tensor.device for tensor in inputs}
-        before = _generator_states(devices)
+        generators = GeneratorStates({tensor.device for tensor in inputs})
         try:
             with guard:
                 yield
         finally:
             self._num_rows, self._guard = outer
-        if any(not torch.equal(a, b) for a, b in zip(before, _generator_states(devices), strict=True)):
+        if generators.have_changed():
             raise RuntimeError(
                 "expected a forward pass without random numbers in a paired step, for both halves would draw "
-                f"different ones{_active_dropout(self._model)}; call model.eval(), or use "
+                f"different ones{_named_dropout(self._model)}; call model.eval(), or use "
                 "Streamed(paired=False)"
             )
         self._checked.add(num_rows)
@@ -235,18 +235,9 @@ def _doubled_rows(inputs: Sequence[Tensor]) -> int:
     return num_rows
 
 
-def _generator_states(devices: Iterable[torch.device]) -> list[Tensor]:
-    others = [device for device in devices if device.type != "cpu"]
-    return [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in others)]
-
-
-def _active_dropout(model: nn.Module) -> str:
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
-    ]
-    return f" (dropout in train mode: {names[0]}, {len(names)} in all)" if names else ""
+def _named_dropout(model: nn.Module) -> str:
+    found = active_dropout(model)
+    return f" (dropout in train mode: {found[0][0]}, {len(found)} in all)" if found else ""
 
 
 def _refuse_caches(unit: Unit, arguments: Any) -> None:

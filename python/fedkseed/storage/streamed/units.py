@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from fedkseed.model.manifest import types_if_imported
+
 #: What models keep their repeated layers in.
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-#: (module of the type, type, why). A type whose module was never imported has no instance.
+#: (module of the type, type, why), see `types_if_imported`.
 _REFUSED = (
     (
         "torch._dynamo.eval_frame",
@@ -150,11 +151,7 @@ def check_servable(model: nn.Module) -> None:
     Raises:
         TypeError: names the module and what to do instead.
     """
-    refused = [
-        (getattr(sys.modules[module], name), reason)
-        for module, name, reason in _REFUSED
-        if module in sys.modules
-    ]
+    refused = types_if_imported(_REFUSED)
     for name, module in model.named_modules():
         place = f"{name or 'the model itself'} ({type(module).__name__})"
         for kind, reason in refused:
