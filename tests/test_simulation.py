@@ -337,7 +337,6 @@ def broken_task() -> Task[Row, Batch]:
     raise OSError("no data here")
 
 
-@pytest.mark.slow
 def test_a_worker_that_dies_or_cannot_start_is_an_error_that_says_so() -> None:
     config = SimulationConfig(**CONFIG)
     with (
