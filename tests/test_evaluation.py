@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,6 +94,45 @@ def test_shared_prefix_runs_once(model: GPT2LMHeadModel) -> None:
     finally:
         handle.remove()
     assert widths == [(1, 4), (3, 2)]
+
+
+CACHE_NAMES = ("past_key_values", "cache")
+
+
+class OlderName(FullLogits):
+    """The same model with the cache under the name of transformers before 5.24."""
+
+    def forward(
+        self, input_ids: torch.Tensor, past_key_values: Any = None, **options: Any
+    ) -> SimpleNamespace:
+        return self._forward(input_ids, past_key_values, options, "past_key_values")
+
+    def _forward(
+        self, input_ids: torch.Tensor, cache: Any, options: dict[str, Any], name: str
+    ) -> SimpleNamespace:
+        own = CACHE_NAMES["cache" in inspect.signature(self.model.forward).parameters]
+        output = self.model(input_ids, **{own: cache}, **options)
+        return SimpleNamespace(logits=output.logits, **{name: getattr(output, own)})
+
+
+class NewerName(OlderName):
+    """With that of 5.24 and later."""
+
+    def forward(self, input_ids: torch.Tensor, cache: Any = None, **options: Any) -> SimpleNamespace:
+        return self._forward(input_ids, cache, options, "cache")
+
+
+@pytest.mark.parametrize("named", [OlderName, NewerName])
+def test_shared_prefix_by_either_name(model: GPT2LMHeadModel, named: type[OlderName]) -> None:
+    batch = collate([Encoded((5, 6, 7, 8, last, 9), 5) for last in (10, 11, 12)], pad_id=0)
+    wrapped = named(model)
+    expected = scores.response_nll(model, batch, share_prefix=True)
+    widths: list[int] = []
+    wrapped.register_forward_pre_hook(
+        lambda _, __, options: widths.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert scores.response_nll(wrapped, batch, share_prefix=True) == pytest.approx(expected, rel=1e-6)
+    assert widths == [4, 2]
 
 
 class NoCache(FullLogits):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -11,10 +12,10 @@ import pytest
 import torch
 from support.data_samples import make_wheel, refuse_pip, save_model
 
+from fedkseed import MissingExtraError
 from fedkseed.data import fetch
 from fedkseed.data import models as data_models
 from fedkseed.data.fetch import Artifact, FetchError
-from fedkseed.data.models import ModelError
 
 
 def test_cache_dir_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -184,8 +185,8 @@ def test_publish_folder_lost_race(tmp_path: Path) -> None:
 
 
 def test_missing_conversion_package(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        data_models.importlib.util, "find_spec", lambda name: None if name == "gguf" else object()
-    )
-    with pytest.raises(ModelError, match="got no gguf; run: pip install gguf"):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(
+        MissingExtraError, match=r"package gguf, .*; run: pip install 'fedkseed-kernels\[hf\]'"
+    ):
         data_models.smollm2_folder()

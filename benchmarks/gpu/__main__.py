@@ -30,6 +30,7 @@ from benchmarks.gpu import cases as gpu_cases
 from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu import tools as gpu_tools
 from benchmarks.step import __main__ as step
+from fedkseed._extras import require_extra
 from fedkseed.files import write_atomically
 
 Parts = Mapping[str, Callable[[], None]]
@@ -179,6 +180,7 @@ def _describe(device: str) -> dict[str, Any]:
     found = environment.describe(torch.get_num_threads())
     if device == "cpu":
         return found
+    require_extra("bench", "triton")
     import triton
 
     properties = torch.cuda.get_device_properties(0)

@@ -18,6 +18,7 @@ from benchmarks.kernels import report
 from benchmarks.kernels import results as results
 from benchmarks.kernels.settings import Settings, make_settings
 from benchmarks.kernels.weights import num_parameters
+from fedkseed._extras import require_extra
 
 SUITE = "benchmarks/kernels/bench_kernels.py"
 
@@ -27,7 +28,12 @@ _MEMORY_ELEMENTS_MANY_SEEDS = 1 << 20
 
 
 def run_suite(arguments: list[str]) -> list[dict[str, Any]]:
-    """Runs the suite in a process of its own and returns its rows; SystemExit when a test of it fails."""
+    """Runs the suite in a process of its own and returns its rows; SystemExit when a test of it fails.
+
+    Raises:
+        MissingExtraError: the suite's runner, of the extra `bench`, is not installed.
+    """
+    require_extra("bench", "pytest", "pytest_benchmark")
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "pytest-benchmark.json"
         command = [sys.executable, "-m", "pytest", SUITE, "-q", f"--benchmark-json={raw}"]

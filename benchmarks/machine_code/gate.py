@@ -22,13 +22,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata, util
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment
 from benchmarks.machine_code.reader import ToolError as GateError
 from benchmarks.machine_code.reader import find_binary_tool, innermost_loop, read_cubin, run
+from fedkseed._extras import MissingExtraError, require_extra
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE / "gate.cu"
@@ -115,10 +116,9 @@ def count_triton(arch: str) -> Count:
     """Compile the Triton kernel, and count.
 
     Raises:
-        GateError: the package triton is missing.
+        MissingExtraError: the package triton is not installed.
     """
-    if util.find_spec("triton") is None:
-        raise GateError("expected the package triton, got none; pip install triton")
+    require_extra("bench", "triton")
     from benchmarks.machine_code import gate_triton
 
     with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         counts = measure(options.arch)
         rates = cpu_rates()
         result = report(counts, rates)
-    except GateError as error:
+    except (GateError, MissingExtraError) as error:
         print(f"gate: {error}", file=sys.stderr)
         return 2
     print("compiler  arch    groups/thread  instructions/normal  limit  registers  spills")

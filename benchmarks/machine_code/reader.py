@@ -28,7 +28,10 @@ def find_binary_tool(name: str) -> str:
     folders = [str(Path(spec.origin).parent / "backends/nvidia/bin")] if spec and spec.origin else []
     found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
     if found is None:
-        raise ToolError(f"expected {name} on PATH or in the triton package, got none; pip install triton")
+        raise ToolError(
+            f"expected {name} on PATH or in the triton package, got none; "
+            "run: pip install 'fedkseed-kernels[bench]'"
+        )
     return found
 
 

@@ -19,13 +19,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment
 from benchmarks.machine_code import reader
 from benchmarks.machine_code.reader import Function, ToolError, Usage, classify
+from fedkseed._extras import MissingExtraError, require_extra
 
 HERE = Path(__file__).resolve().parent
 BUDGET = HERE / "budget.json"
@@ -209,10 +209,9 @@ def triton_rows(arches: Sequence[str]) -> Iterator[Row]:
     """The Triton kernels, compiled here.
 
     Raises:
-        ToolError: the package triton is missing.
+        MissingExtraError: the package triton is not installed.
     """
-    if util.find_spec("triton") is None:
-        raise ToolError("expected the package triton, got none; pip install triton")
+    require_extra("bench", "triton")
     from benchmarks.machine_code import triton_kernels
 
     moved = {"in place": 2, "pair": 3, "noise": 1, "rows": 2}
@@ -318,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows += cuda_rows(options.library, arches)
         if options.only != "cuda":
             rows += triton_rows(arches)
-    except ToolError as error:
+    except (ToolError, MissingExtraError) as error:
         print(f"sass: {error}", file=sys.stderr)
         return 2
     print_table(rows)

@@ -9,12 +9,13 @@ import traceback
 from collections.abc import Sequence
 
 import fedkseed_kernels
+from fedkseed._extras import MissingExtraError
 from fedkseed.cli import apply, bench, info, inspect, plot, simulate
 
 _COMMANDS = (info, simulate, apply, inspect, plot, bench)
 
 #: What a user can mend: printed as one line. Anything else is a defect and shows where it happened.
-_EXPECTED = (ValueError, OSError, RuntimeError, ModuleNotFoundError)
+_EXPECTED = (ValueError, OSError, RuntimeError, MissingExtraError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedkseed._extras import require_extra
 from fedkseed.simulation.run_folder import METRICS, RunFolderError
 
 
@@ -55,14 +56,11 @@ def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
     """Writes the PNG.
 
     Raises:
-        ModuleNotFoundError: matplotlib is not installed.
+        MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"expected matplotlib to draw, got: {error}; run: pip install 'fedkseed-kernels[plot]'"
-        ) from error
+    require_extra("plot", "matplotlib")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     losses, scores, traffic = figure.subplots(1, 3)
     rounds = [row["round"] + 1 for row in rows]

@@ -54,9 +54,11 @@ def run(options: argparse.Namespace) -> int:
             )
         folder = options.resume
         settings = _saved_settings(folder / _SETTINGS, flags["workers"])
+        place = instruction_run.Place(folder, True, options.tensorboard)
     else:
         settings = make_settings(flags, quick=options.quick, toml=options.config)
         folder = options.out or _free_folder()
+        place = instruction_run.Place(folder, False, options.tensorboard)
         if folder.exists() and any(folder.iterdir()):
             raise SettingsError(
                 f"expected an empty or new folder for the run, got {folder}; "
@@ -65,7 +67,6 @@ def run(options: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         content = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
         write_atomically(folder / _SETTINGS, content.encode())
-    place = instruction_run.Place(folder, options.resume is not None, options.tensorboard)
     instruction_run.run(settings, place)
     return 0
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from fedkseed._extras import MissingExtraError
 from fedkseed.data import fetch
-from fedkseed.data.models import ModelError, smollm2_folder
+from fedkseed.data.models import smollm2_folder
 
 
 def main() -> int:
@@ -13,7 +14,7 @@ def main() -> int:
     try:
         folder = smollm2_folder()
         archive = fetch.fetch(fetch.EVALS)
-    except (fetch.FetchError, ModelError) as error:
+    except (fetch.FetchError, MissingExtraError) as error:
         print(f"fedkseed.data: {error}", file=sys.stderr)
         return 1
     print(f"Model: {folder}\nInstruction data: {archive}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -52,7 +51,8 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
 
     Raises:
         FetchError: the archive cannot be fetched, or the disk is full.
-        ModelError: a package that the conversion needs is missing.
+        ModelError: the converted folder was changed, or is damaged.
+        MissingExtraError: a package of the extra `hf` is not installed.
     """
     return load_causal_lm(smollm2_folder(), dtype)
 
@@ -61,19 +61,13 @@ def smollm2_folder() -> Path:
     """The folder with the converted model; made in one atomic step at the first call.
 
     Raises:
-        FetchError, ModelError: as `load_smollm2`.
+        FetchError, MissingExtraError: as `load_smollm2`.
     """
     cache = fetch.cache_dir()
     target = cache / f"smollm2-135m-instruct-fp32-{fetch.SMOLLM2.sha256[:8]}"
     if target.is_dir():
         return target
-    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ModelError(
-            f"converting {_GGUF}: expected the packages gguf and accelerate, "
-            f"got no {' and no '.join(missing)}; "
-            f"run: pip install {' '.join(missing)}"
-        )
+    require_extra("hf", "transformers", "gguf", "accelerate", "safetensors")
     archive = fetch.fetch(fetch.SMOLLM2, cache)
     print(f"Converting {_GGUF} to safetensors in {target} (once, under a minute)", file=sys.stderr)
     with fetch.staging(cache, _CONVERSION_BYTES, f"converting {_GGUF}") as folder:

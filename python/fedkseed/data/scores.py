@@ -46,12 +46,12 @@ def response_nll(model: torch.nn.Module, batch: Batch, *, share_prefix: bool = F
             "expected at least one response token in the batch, got none: every label is ignored"
         )
     options: dict[str, Any] = {}
+    parameters = inspect.signature(model.forward).parameters
     start = _num_shared(batch, int(columns[0])) if share_prefix else 0
     if start:
-        options["past_key_values"] = _repeated_prefix(
-            model, batch.input_ids[:1, :start], len(batch.input_ids)
-        )
-    parameters = inspect.signature(model.forward).parameters
+        # The name since transformers 5.24; 5.40 takes the older one away.
+        name = "cache" if "cache" in parameters else "past_key_values"
+        options[name] = _repeated_prefix(model, name, batch.input_ids[:1, :start], len(batch.input_ids))
     if "use_cache" in parameters:
         options["use_cache"] = start > 0
     keeps = "logits_to_keep" in parameters
@@ -91,9 +91,9 @@ def _num_shared(batch: Batch, limit: int) -> int:
     return min(limit, int(same.long().cumprod(dim=0).sum()))
 
 
-def _repeated_prefix(model: torch.nn.Module, prefix: torch.Tensor, num_rows: int) -> Any:
-    """The key-value cache after ``prefix`` (1, number of tokens), for ``num_rows`` rows."""
-    cache: Any = getattr(model(input_ids=prefix, use_cache=True), "past_key_values", None)
+def _repeated_prefix(model: torch.nn.Module, name: str, prefix: torch.Tensor, num_rows: int) -> Any:
+    """The key-value cache (``name``) after ``prefix`` (1, number of tokens), for ``num_rows`` rows."""
+    cache: Any = getattr(model(input_ids=prefix, use_cache=True), name, None)
     if not hasattr(cache, "batch_repeat_interleave"):
         raise ValueError(
             f"share_prefix: expected a model with a cache that can be repeated, got {type(cache).__name__} "

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 import fedkseed_kernels
+from fedkseed._extras import require_extra
 from fedkseed.data import load_causal_lm, load_instruction_tasks, load_smollm2
 from fedkseed.data.models import smollm2_folder
 from fedkseed.data.prompts import Batch, Encoded
@@ -70,6 +71,7 @@ def make_workbench(settings: RunSettings) -> Workbench:
 
     Raises:
         DataError, FetchError, ModelError: as the functions of `fedkseed.data`.
+        MissingExtraError: a package of the extra `hf` is not installed.
     """
     dtype = settings.torch_dtype
     model, tokenizer = load_causal_lm(settings.model, dtype) if settings.model else load_smollm2(dtype)
@@ -105,11 +107,18 @@ class Place:
         folder: of the run.
         resume: go on with the run in it.
         tensorboard: also write event files to ``folder``/tensorboard.
+
+    Raises:
+        MissingExtraError: event files are asked for, and the package tensorboard is not installed.
     """
 
     folder: Path
     resume: bool = False
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tensorboard:
+            require_extra("tensorboard", "tensorboard")
 
 
 def run(settings: RunSettings, place: Place) -> dict[str, Any]:
@@ -117,6 +126,7 @@ def run(settings: RunSettings, place: Place) -> dict[str, Any]:
 
     Raises:
         DataError, FetchError, ModelError: model or tasks cannot be had.
+        MissingExtraError: a package of the extra `hf` is not installed.
         StateError, FolderInUseError, RunFolderError, IdentityError: the folder is not what ``place`` says.
         RoundFailedError, WorkerError: a round did not come through; resuming goes on before it.
         OSError: the folder cannot be written.

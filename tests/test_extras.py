@@ -1,0 +1,153 @@
+"""Every optional package that is missing is named where it is used, with the extra that brings it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.drift import report as drift_report
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.kernels import __main__ as kernels
+from benchmarks.machine_code import gate, sass
+from benchmarks.models import workloads
+from fedkseed import MissingExtraError, cli
+from fedkseed.cli import plot
+from fedkseed.data import models
+from fedkseed.data.__main__ import main as fetch_all
+from fedkseed.ledger import signature
+from fedkseed.scenarios.instruction_run import Place
+from fedkseed.simulation.run_folder import LEDGER
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+#: Names in the package index of packages that are imported under another one.
+INDEX_NAMES = {"pytest_benchmark": "pytest-benchmark"}
+#: A run of `fedkseed simulate`, and its model.
+RUN, BASE = (Path(__file__).parent / "data" / "written_by_0_1" / name for name in ("simulate", "base"))
+
+
+@dataclass(frozen=True)
+class Use:
+    """A call that needs a package of an extra."""
+
+    extra: str
+    package: str
+    call: Callable[[], object]
+
+
+def _signature() -> signature.Signature:
+    return signature.Signature(bytes(32), bytes(64))
+
+
+USES = {
+    "load_causal_lm": Use("hf", "transformers", lambda: models.load_causal_lm("owner/name")),
+    "load_causal_lm without safetensors": Use("hf", "safetensors", lambda: models.load_causal_lm("o/n")),
+    "load_causal_lm_weights": Use("hf", "transformers", lambda: models.load_causal_lm_weights("owner/name")),
+    "load_smollm2": Use("hf", "transformers", models.load_smollm2),
+    "smollm2_folder": Use("hf", "gguf", models.smollm2_folder),
+    "smollm2_folder without accelerate": Use("hf", "accelerate", models.smollm2_folder),
+    "random llama": Use("hf", "transformers", lambda: workloads._random_llama("tiny", torch.float32, "cpu")),
+    "sign": Use("sign", "cryptography", lambda: signature.sign(b"", "key.pem")),
+    "public key": Use("sign", "cryptography", lambda: signature.public_key_bytes("key.pem")),
+    "key pair": Use("sign", "cryptography", lambda: signature.make_key_pair("a.pem", "b.pem")),
+    "check a signature": Use("sign", "cryptography", lambda: _signature().is_of(b"")),
+    "plot": Use("plot", "matplotlib", lambda: plot.draw([], Path("plot.png"))),
+    "plot of the drift": Use("plot", "matplotlib", lambda: drift_report.draw({}, Path("drift.png"))),
+    "event files": Use("tensorboard", "tensorboard", lambda: Place(Path("run"), tensorboard=True)),
+    "kernel suite": Use("bench", "pytest_benchmark", lambda: kernels.run_suite([])),
+    "gate": Use("bench", "triton", lambda: gate.count_triton("sm_90")),
+    "machine code": Use("bench", "triton", lambda: list(sass.triton_rows(["sm_90"]))),
+    "GPU benchmark": Use("bench", "triton", lambda: gpu._describe("cuda")),
+}
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not list(tmp_path.iterdir()), "nothing is made before the package is missed"
+
+
+@pytest.fixture
+def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """What makes a package impossible to import, as if it were not installed."""
+    return lambda package: monkeypatch.setitem(sys.modules, package, None)
+
+
+@pytest.mark.parametrize("name", USES)
+def test_the_extra_is_named(name: str, hide: Callable[[str], None]) -> None:
+    use = USES[name]
+    hide(use.package)
+    with pytest.raises(MissingExtraError) as error:
+        use.call()
+    assert f"expected the package {use.package}, " in str(error.value)
+    assert f"pip install 'fedkseed-kernels[{use.extra}]'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("transformers", ["apply", str(RUN / LEDGER), "--base", str(BASE), "--out", "out"]),
+        ("cryptography", ["apply", str(RUN / LEDGER), "--base", "base", "--out", "out", "--public-key", "k"]),
+        ("tensorboard", ["simulate", "--tensorboard", "--out", "run"]),
+        ("tensorboard", ["simulate", "--tensorboard", "--resume", str(RUN)]),
+        ("matplotlib", ["plot", str(RUN), "--out", "plot.png"]),
+    ],
+)
+def test_the_command_says_it_in_one_line(
+    package: str, arguments: list[str], hide: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hide(package)
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"fedkseed {arguments[0]}: expected the package {package}, ")
+
+
+def test_fetching_says_it_in_one_line(
+    hide: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hide("gguf")
+    assert fetch_all() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "fedkseed-kernels[hf]" in line
+
+
+def packages_of(extra: str) -> set[str]:
+    """Names of the packages of an extra, as the package index has them."""
+    found = (re.match(r"[\w-]+", line) for line in PROJECT["optional-dependencies"][extra])
+    return {match[0] for match in found if match is not None}
+
+
+def test_every_optional_import_is_in_the_table() -> None:
+    """Imports of the extras' packages anywhere in fedkseed and benchmarks, types apart; and their extras."""
+    extras = {extra: packages_of(extra) for extra in ("hf", "sign", "plot", "tensorboard", "bench")}
+    for use in USES.values():
+        assert INDEX_NAMES.get(use.package, use.package) in extras[use.extra], use
+    optional = set().union(*extras.values())
+    files = [*(ROOT / "python").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+    found = {package for path in files for package in optional_imports(path, optional)}
+    assert {"transformers", "triton", "cryptography", "tensorboard"} <= found
+    used = {INDEX_NAMES.get(use.package, use.package) for use in USES.values()}
+    assert found - {"pytest"} <= used
+
+
+def optional_imports(path: Path, optional: set[str]) -> set[str]:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.removeprefix("torch.utils."))
+    return {name.partition(".")[0] for name in names} & optional

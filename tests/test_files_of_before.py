@@ -1,0 +1,183 @@
+"""Files of 0.1 (`data/written_by_0_1/`) are read with every field, and written anew to the same bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from support.small_model import same_bytes
+
+from fedkseed import Broadcast, Ledger, LedgerError, ModelIdentity, Reply, Server, load
+from fedkseed.scenarios.settings import RunSettings
+from fedkseed.simulation.run_folder import CLIENTS, LEDGER, METRICS
+
+FOLDER = Path(__file__).parent / "data" / "written_by_0_1"
+FIELDS: dict[str, dict[str, Any]] = json.loads((FOLDER / "fields.json").read_text())
+STATE = "server.state"
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def _writer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("written_by_0_1", FOLDER / "write.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+write = _writer()
+
+
+def test_all_files_are_here() -> None:
+    for room in ("ledgers", "messages", "servers"):
+        assert {path.name for path in (FOLDER / room).iterdir()} == set(FIELDS[room]), room
+    assert {path.stem for path in (FOLDER / "optimizers").iterdir()} == set(write.OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", FIELDS["ledgers"])
+def test_ledgers(name: str, tmp_path: Path) -> None:
+    path = FOLDER / "ledgers" / name
+    ledger = Ledger.load(path)
+    assert write.ledger_fields(ledger) == FIELDS["ledgers"][name]
+    ledger.save(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == path.read_bytes()
+    assert write.ledgers()[name].to_bytes() == path.read_bytes()
+    if "signed" in name:
+        key = bytes.fromhex(FIELDS["ledgers"][name]["signature"][0])
+        assert Ledger.load(path, public_key=key) == ledger
+        with pytest.raises(LedgerError, match="expected a ledger signed by"):
+            Ledger.load(path, public_key=bytes(32))
+
+
+@pytest.mark.parametrize("name", FIELDS["messages"])
+def test_messages(name: str) -> None:
+    data = (FOLDER / "messages" / name).read_bytes()
+    kind = Broadcast if name.endswith(".broadcast") else Reply
+    message = kind.from_bytes(data)
+    assert write.message_fields(message) == FIELDS["messages"][name]
+    assert message.to_bytes() == data
+    assert write.messages()[name].to_bytes() == data
+
+
+@pytest.mark.parametrize("name", FIELDS["servers"])
+def test_server_states(name: str, tmp_path: Path) -> None:
+    """The sums, who is invited, and the open round's messages; also of a server made anew."""
+    saved = (FOLDER / "servers" / name / STATE).read_bytes()
+    (tmp_path / STATE).write_bytes(saved)
+    with Server.resume(tmp_path, write.IDENTITY, write.POOL, write.server_config(name)) as server:
+        assert write.server_fields(server) == FIELDS["servers"][name]
+        (tmp_path / STATE).unlink()
+        server.save(tmp_path)
+    assert (tmp_path / STATE).read_bytes() == saved
+    (tmp_path / "anew").mkdir()
+    with write.server_after_three_rounds(name) as server:
+        server.save(tmp_path / "anew")
+    assert (tmp_path / "anew" / STATE).read_bytes() == saved
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Of states: bit for bit, and of the same types."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and left.shape == right.shape and same_bytes([left], [right])
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(equal, left, right))
+    return bool(left == right)
+
+
+@pytest.mark.parametrize("name", write.OPTIMIZERS)
+def test_optimizer_states(name: str) -> None:
+    """The state loads, is saved anew with the same content, and goes on to the bits that 0.1 came to."""
+    content = torch.load(FOLDER / "optimizers" / f"{name}.pt", weights_only=True)
+    model = write.make_model()
+    optimizer = write.OPTIMIZERS[name](model)
+    with torch.no_grad():
+        for weight, saved in zip(model.parameters(), content["weights"], strict=True):
+            weight.copy_(saved)
+    optimizer.load_state_dict(content["state"])
+    assert equal(optimizer.state_dict(), content["state"])
+    write.walk(model, optimizer, write.STEPS_BEFORE, write.STEPS_AFTER)
+    assert equal(optimizer.state_dict(), content["later_state"])
+    assert same_bytes(write.weights_of(model), content["later_weights"])
+    assert not same_bytes(content["weights"], content["later_weights"])
+    assert equal(write.optimizer_file(name), content)
+
+
+def test_a_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    """One that 0.1 stopped after two rounds, and one made anew, end as the one that 0.1 ran whole."""
+    whole = FOLDER / "run-of-4-rounds"
+    shutil.copytree(FOLDER / "run-of-2-rounds", tmp_path / "resumed")
+    (tmp_path / "anew").mkdir()
+    write.run_line(tmp_path / "resumed", 4, resume=True)
+    write.run_line(tmp_path / "anew", 4)
+    for folder in ("resumed", "anew"):
+        for name in (STATE, LEDGER, METRICS, CLIENTS):
+            assert (tmp_path / folder / name).read_bytes() == (whole / name).read_bytes(), (folder, name)
+        lines = (tmp_path / folder / "timings.jsonl").read_text().splitlines()
+        assert [json.loads(line).keys() for line in lines] == [
+            json.loads(line).keys() for line in (whole / "timings.jsonl").read_text().splitlines()
+        ]
+
+
+@pytest.mark.slow
+def test_the_folder_of_simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed with no round left: the summary is written anew; what the rounds left stays as it was."""
+    old = FOLDER / "simulate"
+    for name in ("base", "simulate"):
+        shutil.copytree(FOLDER / name, tmp_path / name)
+    settings = RunSettings(**json.loads((old / "settings.json").read_text()))
+    anew = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
+    assert anew == (old / "settings.json").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert write.simulate("--resume", "simulate") == 0
+    for path in old.iterdir():
+        if path.name != "summary.json":
+            assert (tmp_path / "simulate" / path.name).read_bytes() == path.read_bytes(), path.name
+    summary, before = (
+        json.loads((at / "simulate" / "summary.json").read_text()) for at in (tmp_path, FOLDER)
+    )
+    assert summary.keys() == before.keys()
+    for name in ("settings", "threads", "model", "bytes"):
+        assert summary[name] == before[name], name
+    assert {row: scores.keys() for row, scores in summary["scores"].items()} == {
+        row: scores.keys() for row, scores in before["scores"].items()
+    }
+    assert summary["content"] == before["content"]
+    model = load(old / LEDGER, FOLDER / "base")
+    assert ModelIdentity.of(model).content.hex() == before["content"]
+
+
+def test_golden_vectors_are_those_of_before() -> None:
+    files = resources.files("fedkseed_kernels.conformance.golden")
+    for name, wanted in json.loads((FOLDER / "golden.json").read_text()).items():
+        assert hashlib.sha256(files.joinpath(name).read_bytes()).hexdigest() == wanted, name
+
+
+@pytest.mark.parametrize("package", ["fedkseed", "fedkseed_kernels"])
+def test_public_names_stay(package: str) -> None:
+    before = json.loads((FOLDER / "names.json").read_text())[package]
+    module = importlib.import_module(package)
+    assert set(before) <= set(module.__all__)
+    for name in module.__all__:
+        assert hasattr(module, name), name
