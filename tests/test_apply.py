@@ -59,7 +59,7 @@ def make_ledger(model: nn.Module) -> Ledger:
 
 
 def rounded(x: Fraction, bits: int) -> Fraction:
-    """To nearest even with so many significant bits; Python's round() of a fraction is exact."""
+    """The value to so many significant bits, to nearest even; Python's round() of a fraction is exact."""
     if x == 0:
         return x
     exponent = abs(x.numerator).bit_length() - x.denominator.bit_length()

@@ -189,7 +189,7 @@ def test_stored_bytes_stay_without_an_update(row: Architecture, mode: Mode) -> N
 
 
 def raise_in_forward(block: nn.Module, num_evaluations: int, patch: pytest.MonkeyPatch) -> None:
-    """Of the ``num_evaluations``-th evaluation, or half of a paired one."""
+    """Makes the ``num_evaluations``-th evaluation raise, or half of a paired one."""
     forward, num_calls = block.forward, 0
 
     def counted(*args: Any, **options: Any) -> Any:

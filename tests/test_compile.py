@@ -1,4 +1,4 @@
-"""Under torch.compile: one graph, the same bits, no recompilation for new seeds, coefficients or alphas."""
+"""The ops compiled by torch: one graph, equal bits, no recompilation for new seeds, coefficients, alphas."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def assert_compiled_once(num_compilations: list[int]) -> None:
-    """From the counts after each call. The first may count twice: dynamo may restart its analysis there."""
+    """One compilation by the counts after each call. The first may count two: dynamo may restart there."""
     assert num_compilations[0] in (1, 2)
     assert set(num_compilations) == {num_compilations[0]}
 

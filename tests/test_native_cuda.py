@@ -37,7 +37,7 @@ def compile_c(source: str, folder: Path, *flags: str) -> Path:
 
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
-    """Nothing remembered of another test's library or driver."""
+    """Forgets what was remembered of another test's library or driver."""
     remembering = [
         native_cuda._load,
         native_cuda._why_the_driver_cannot_serve,

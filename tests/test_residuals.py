@@ -154,7 +154,7 @@ def test_opcheck(name: str) -> None:
 
 
 def test_fakes_check_too() -> None:
-    """Without values: under FakeTensorMode the same errors."""
+    """The same errors come under FakeTensorMode, without values."""
     with torch._subclasses.FakeTensorMode():
         tensor, residual = torch.ones(4, dtype=torch.bfloat16), torch.zeros(4, dtype=torch.int16)
         terms = (torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64))

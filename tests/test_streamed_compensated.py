@@ -79,7 +79,7 @@ def test_forwards_read_the_residuals(storage: Streamed, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_values_are_those_of_the_reference(dtype: torch.dtype) -> None:
-    """Of every weight of 16 bits but NaN, with residuals of both signs."""
+    """All weights of 16 bits but NaN, with residuals of both signs."""
     patterns = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     weights = patterns.view(dtype)
     residuals = (patterns.int() * 40503 % 65536 - 32768).to(torch.int16)

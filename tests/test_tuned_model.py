@@ -1,4 +1,4 @@
-"""From a ledger and a base's folder to a folder of the tuned model: whole, or not there."""
+"""The folder of a tuned model, made from a ledger and a base's folder: whole, or not there."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Contestant:
 
 
 def is_due(num_samples: int, num_rounds: int, round_index: int) -> bool:
-    """Whether a contestant has a sample in this round: they lie evenly in the rounds, a single one amid."""
+    """Whether a contestant has a sample in this round: they lie evenly, a single one in the middle."""
     return any(
         (2 * sample + 1) * num_rounds // (2 * num_samples) == round_index for sample in range(num_samples)
     )

@@ -34,7 +34,7 @@ class HeldOut:
         self._rows = work.held_out
 
     def loss(self, weights: Iterable[torch.Tensor]) -> float:
-        """Of weights in the order of the manifest."""
+        """Loss at weights in the order of the manifest."""
         assign_(self.model, weights)
         parts = self._rows.split(_ROWS_AT_ONCE)
         total = sum(float(mean_loss(self.model, rows)) * len(rows) for rows in parts)
@@ -44,7 +44,7 @@ class HeldOut:
 def of_storage(
     settings: DriftSettings, dtype: torch.dtype, names: Sequence[str], master: Any
 ) -> dict[str, dict[str, Any]]:
-    """For each mode, g of its first steps by its own forward passes and by fp32 ones at the same weights.
+    """The g of each mode's first steps by its own forward passes and by fp32 ones at the same weights.
 
     Args:
         master: the fp32 model; its weights are overwritten.
@@ -64,7 +64,7 @@ def of_storage(
 
 
 def of_official(settings: DriftSettings, dtype: torch.dtype, master: Any) -> dict[str, Any]:
-    """As `of_storage`, for the official algorithm and the noise that it draws."""
+    """The same as `of_storage`, for the official algorithm and the noise that it draws."""
     work = settings.load(dtype)
     named = list(work.model.named_parameters())
     seeds = settings.pool.seeds

@@ -83,7 +83,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def _take_turns(case: gpu_cases.Case, device: str) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """By contestant the seconds of its samples; what those that failed raised, which ends their turns."""
+    """Seconds of each contestant's samples; what those that failed raised, which ends their turns."""
     samples: dict[str, list[float]] = {entry.contestant: [] for entry in case.passes if entry.refusal is None}
     errors: dict[str, str] = {}
     for turn in range(_NUM_TURNS):

@@ -54,7 +54,7 @@ def own_variants() -> list[str]:
 
 
 def forced(variant: str) -> AbstractContextManager[None]:
-    """Within the block our kernels use this instruction set, or NumPy for "reference"."""
+    """Our kernels use, within the block, this instruction set, or NumPy for "reference"."""
     return (
         fedkseed_kernels.backend("reference") if variant == "reference" else fedkseed_kernels.cpu_isa(variant)
     )

@@ -38,7 +38,7 @@ class Case:
     num_seeds: int
 
     def contestant_names(self) -> list[str]:
-        """In the order in which `contestants` gives them."""
+        """Names in the order in which `contestants` gives them."""
         names = [own_name(variant) for variant in own_variants()]
         if self.operation == "perturb":
             names.append(AS_WRITTEN)

@@ -128,7 +128,7 @@ def count_triton(arch: str) -> Count:
 
 
 def cpu_rates() -> dict[str, dict[str, Any]]:
-    """For each instruction set of the library: normals per second of that loop on one thread, or why not.
+    """Rates by instruction set of the library: normals per second of that loop on one thread, or why not.
 
     Seconds are the thread's own, so that a busy machine tells the same.
     """

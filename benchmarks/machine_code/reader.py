@@ -146,7 +146,7 @@ def is_philox(opcode: str) -> bool:
 def path_that_makes_most(
     function: Function, first: int, last: int | None, makes: re.Pattern[str]
 ) -> list[str]:
-    """Of the paths forward from first to last (None: to any exit), the opcodes of the one with the most that
+    """Opcodes of the path forward from first to last (None: to any exit) with the most that
     match makes, and of those the shortest: side ways for ragged ends and skipped terms are not on it."""
     best: dict[int, tuple[int, int, int | None]] = {}  # number that match, minus length, next
     instructions = function.instructions

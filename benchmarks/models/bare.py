@@ -32,7 +32,7 @@ class BareModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return self.embed.weight.dtype
 
     def loss_function(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ class MissingExtraError(ImportError):
 
 
 def require_extra(extra: str, *packages: str) -> None:
-    """Nothing if all packages can be imported.
+    """Raises unless all packages can be imported.
 
     Raises:
         MissingExtraError: one is not there; names it, and the extra to install.

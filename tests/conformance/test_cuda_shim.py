@@ -153,7 +153,7 @@ def test_offsets(bench: Bench, first: int, num_terms: int, dtype: str, family: s
 @all_modes
 @pytest.mark.parametrize("num_terms", [0, 1, 2, 5])
 def test_pair(bench: Bench, num_terms: int, dtype: str, rounding: str, family: str) -> None:
-    """With weights of both zeros, and Rademacher sums that cancel, whose zeros do not mirror."""
+    """Both sides of weights with both zeros, and Rademacher sums that cancel, whose zeros do not mirror."""
     seeds = [11, 12, 13, 14, 15][:num_terms]
     coeffs = [0.5, 0.5, -0.5, 0.25, 0.25][:num_terms]
 
@@ -253,7 +253,7 @@ def test_tables_that_split(bench: Bench) -> None:
 
 
 def residuals(count: int) -> Tensor:
-    """Of every size, the largest of both signs among them."""
+    """Residuals of every size, the largest of both signs among them."""
     values = np.random.default_rng(3).integers(-(2**15), 2**15, count).astype(np.int16)
     return torch.from_numpy(values)
 
@@ -359,14 +359,14 @@ def test_a_slice_of_more_than_2_31_elements(bench: Bench, family: str) -> None:
     num_rows, width, last_rows = 2**19 + 5, 2**12 + 4, 3
     matrix = torch.empty(num_rows, width, dtype=torch.bfloat16)[:, 1:]
     matrix[-last_rows:] = want = weights(last_rows * (width - 1), "bfloat16").reshape(last_rows, width - 1)
-    slots_per_row = (width - 1 + 14) // 8
-    num_blocks = -(-num_rows * slots_per_row // 256)
+    slots_per_run = (width - 1 + 14) // 8
+    num_blocks = -(-num_rows * slots_per_run // 256)
 
     def call() -> list[Tensor]:
         fk.seed_axpy_(matrix, seeds, coeffs, views=[((num_rows, width), (0, 1))], family=family)
         return [matrix[-last_rows:]]
 
-    with bench.shim.only_blocks(num_blocks - 1 - last_rows * slots_per_row // 256 - 1, num_blocks):
+    with bench.shim.only_blocks(num_blocks - 1 - last_rows * slots_per_run // 256 - 1, num_blocks):
         (got,) = bench.on_shim(call)
     view = ((num_rows, width), (num_rows - last_rows, 1))
     fk.seed_axpy_(want, seeds, coeffs, views=[view], family=family)

@@ -71,7 +71,7 @@ def assert_same(got: torch.Tensor, want: NDArray[Any], dtype: str) -> None:
 def check_flat(
     dtype: str, rounding: str, family: str, num_terms: int, count: int, first: int, pair: bool = False
 ) -> None:
-    """In place, and out of place or as a pair, of one tensor whose elements begin at first."""
+    """Passes in place, and out of place or as a pair, over one tensor whose elements begin at first."""
     chosen, stored = options(rounding, family), weights(count, dtype)
     elements = np.uint64(first) + np.arange(count, dtype=np.uint64)
     want = [expected(stored, elements, dtype, num_terms, sign, **chosen) for sign in (1, -1)]
@@ -350,7 +350,7 @@ def test_terms_on_the_device_with_numbers_of_the_host() -> None:
 
 
 def test_a_row_out_of_range_is_nan() -> None:
-    """As on a GPU, where nobody looks at the rows before the call."""
+    """Rows are not looked at before the call, as on a GPU."""
     from fedkseed_kernels.arguments.tensors import check_operands
     from fedkseed_kernels.backends.triton import launch
 

@@ -52,7 +52,7 @@ def weights(shape: Any, dtype: str) -> NDArray[np.uint16]:
 
 
 def residuals(*shape: int) -> Tensor:
-    """Of every size, the largest of both signs among them."""
+    """Residuals of every size, the largest of both signs among them."""
     values = np.random.default_rng(61).integers(-(2**15), 2**15, shape).astype(np.int16)
     values.reshape(-1)[:2] = 0  # of the zeros: -0 reads as +0 in fp16
     values.reshape(-1)[-2:] = -(2**15), 2**15 - 1
@@ -149,7 +149,7 @@ def test_results_at_the_ends_of_the_range(coeff: float, dtype: str) -> None:
 
 
 def test_ties() -> None:
-    """Of values in the middle between two bf16 numbers, which stay."""
+    """Values in the middle between two bf16 numbers, which stay."""
 
     def call() -> list[Tensor]:
         tensor, left = torch.linspace(0.01, 2, 16).bfloat16(), torch.full((16,), -(2**15), dtype=torch.int16)
@@ -173,7 +173,7 @@ def test_a_prepared_list() -> None:
 
 @all_dtypes
 def test_terms_on_the_device(dtype: str) -> None:
-    """Of which none is left: nothing changes; else as from the host, NaN and infinities skipped."""
+    """Terms of which none is left change nothing; others are as from the host, NaN and infinities skipped."""
     from fedkseed_kernels.backends.triton import launch
 
     bad = [float("nan"), 0.0, float("inf")]

@@ -147,7 +147,7 @@ def test_wrong_shape_is_rejected(name: str) -> None:
 
 @pytest.mark.slow
 def test_mean_shifted_by_a_thousandth_is_rejected() -> None:
-    """At the 2^26 samples of the moments test: 8.2 sigmas."""
+    """A deviation of 8.2 sigmas at the 2^26 samples of the moments test."""
     random = np.random.default_rng(3)
     z = np.concatenate([random.standard_normal(1 << 24, dtype=np.float32) for _ in range(4)])
     assert not violations(noise_checks.moments("sound", z, NORMAL_MOMENTS))

@@ -28,7 +28,7 @@ def walk(name: str) -> NDArray[np.uint32]:
 
 
 def test_bits_along_every_coordinate(judge: Judge) -> None:
-    """From all zeros, the least random input there is, counting up in one word."""
+    """Counting up in one word, from all zeros: the least random input there is."""
     checks: list[Check] = []
     for name in ("groups", "groups 2^32 apart", "streams", "seeds", "seeds 2^32 apart"):
         checks += bit_checks.bit_columns(name, bit_checks.bits_of(walk(name)))

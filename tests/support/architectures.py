@@ -53,7 +53,7 @@ class Architecture:
     options: dict[str, Any]
 
     def make_model(self, dtype: torch.dtype) -> Any:
-        """In eval mode, the same weights each time; none of them (no bias, no norm's scale) 0 or 1."""
+        """A model in eval mode, the same weights each time; none (no bias, no norm's scale) is 0 or 1."""
         config = getattr(transformers, f"{self.name}Config")(vocab_size=VOCABULARY, **self.options)
         with torch.random.fork_rng():
             torch.manual_seed(11)

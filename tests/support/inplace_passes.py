@@ -1,4 +1,4 @@
-"""For tests of weights perturbed in place: the primitive's calls by hand, and a walk that is watched."""
+"""Support for tests of weights perturbed in place: the primitive's calls by hand, a walk that is watched."""
 
 from __future__ import annotations
 

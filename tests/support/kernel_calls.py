@@ -1,4 +1,4 @@
-"""For tests of which passes over the weights are made: every run of the primitive, noted."""
+"""Support for tests of which passes over the weights are made: every run of the primitive, noted."""
 
 from __future__ import annotations
 

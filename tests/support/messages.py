@@ -1,4 +1,4 @@
-"""For tests of the protocol: a server of a small federation, and replies to its broadcasts."""
+"""Support for tests of the protocol: a server of a small federation, and replies to its broadcasts."""
 
 from __future__ import annotations
 

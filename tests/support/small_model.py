@@ -1,4 +1,4 @@
-"""For tests of the optimizers: a small model, its loss, and comparisons of weights."""
+"""Support for tests of the optimizers: a small model, its loss, and comparisons of weights."""
 
 from __future__ import annotations
 

@@ -123,10 +123,10 @@ class InplaceReference(Reference):
         self.move([seed], [self.alpha * self.eps - self.lr * g], self.alpha)
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Does nothing: nothing waits."""
 
     def restore(self, seed: int, num_evaluations: int) -> None:
-        """After a closure that raised when it was called for the ``num_evaluations``-th time."""
+        """Called after a closure that raised when it was called for the ``num_evaluations``-th time."""
         self.move([seed], [self.eps])
         self.back(seed, num_evaluations)
 
@@ -141,7 +141,7 @@ class InplaceReference(Reference):
 
 
 class ChainedReference(InplaceReference):
-    """In place, but the update's pass goes on to w + eps z of the step to come."""
+    """Steps in place, but the update's pass goes on to w + eps z of the step to come."""
 
     waiting: int | None = None
 
@@ -178,7 +178,7 @@ class StreamedReference(Reference):
         return self.side(seed, self.eps, evaluate), self.side(seed, -self.eps, evaluate)
 
     def side(self, seed: int, offset: float, evaluate: Evaluate) -> float:
-        """Of a copy at w + offset z. The two sides are one pass, and share its random bits."""
+        """Loss of a copy at w + offset z. The two sides are one pass, and share its random bits."""
         perturbed = copy.deepcopy(self.model)
         pass_over(perturbed, [seed], [offset], rounding_seed=self.rounding_seed())
         return evaluate(perturbed)
@@ -189,10 +189,10 @@ class StreamedReference(Reference):
         self.num_passes += 1
 
     def flush(self) -> None:
-        """Nothing waits."""
+        """Does nothing: nothing waits."""
 
     def restore(self, seed: int, num_evaluations: int) -> None:
-        """Nothing was changed."""
+        """Does nothing: nothing was changed."""
 
 
 class StreamedFloatReference(StreamedReference):

@@ -1,4 +1,4 @@
-"""For tests of the streamed mode: small models of several shapes, and what their g must be."""
+"""Support for tests of the streamed mode: small models of several shapes, and what their g must be."""
 
 from __future__ import annotations
 

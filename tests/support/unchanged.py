@@ -1,4 +1,4 @@
-"""For tests of bad input: an error is expected, and no byte may change."""
+"""Support for tests of bad input: an error is expected, and no byte may change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an example to padded token batches whose labels cover the response only.
+"""Examples made into padded token batches whose labels cover the response only.
 
 Shapes: B rows of a batch, T tokens of its longest row.
 """

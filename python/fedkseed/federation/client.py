@@ -36,13 +36,13 @@ class LocalRun:
 
 
 class Client(Generic[BatchT]):
-    """Rebuilds the round's model from w0 and coefficients, walks the schedule it is sent, returns scalars.
+    """Rebuilds the round's model from w0 and coefficients, runs the schedule it is sent, returns scalars.
 
     Between rounds it keeps nothing: the working copy may be shared with other clients of the same machine.
 
     Args:
         client: its number at the server.
-        working: the model to walk on.
+        working: the model that the local steps tune.
         pool: the candidate seeds; if None, those of each broadcast.
         loss: of a model on a batch, a number or a tensor of one element.
         batches: the batches of a round, one for each local step, from (round, number of steps).

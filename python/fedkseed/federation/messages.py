@@ -125,7 +125,7 @@ class Broadcast:
         return broadcast
 
     def check(self) -> None:
-        """Nothing if every field is in its range.
+        """Raises unless every field is in its range.
 
         Raises:
             MessageError: one is not; says which.
@@ -155,7 +155,7 @@ class Broadcast:
 
 
 def moves_within_fp32(lr: float, eps: float, max_abs_g: float) -> bool:
-    """Whether every coefficient of a step is finite in fp32: its walk back by 2 eps, its move by lr g."""
+    """Whether every coefficient of a step is finite in fp32: the move back by 2 eps, the update by lr g."""
     return 2 * eps + lr * max_abs_g <= _FP32_MAX
 
 

@@ -123,7 +123,7 @@ class ServerState:
         return cls(identity, base_seed, num_seeds, config, round, *arrays)
 
     def require(self, identity: ModelIdentity, pool: SeedPool, config: ServerConfig) -> None:
-        """Nothing if this is a state of that model, pool and configuration.
+        """Raises unless this is a state of that model, pool and configuration.
 
         Raises:
             IdentityError: of another model.

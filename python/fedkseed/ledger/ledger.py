@@ -195,7 +195,7 @@ class Ledger:
         return self.signature is not None and self.signature.is_of(self._unsigned_bytes())
 
     def verify(self, public_key: PublicKey) -> None:
-        """Nothing if the owner of this key signed this ledger.
+        """Raises unless the owner of this key signed this ledger.
 
         Raises:
             LedgerUnsignedError, LedgerSignatureError: not so.
@@ -217,7 +217,7 @@ class Ledger:
 
     @torch.no_grad()
     def apply_(self, model: nn.Module, *, public_key: PublicKey | None = None) -> None:
-        """In place, w0 -> round(w0 + sum_k c_k z_k), to nearest, in one pass over the tuned parameters.
+        """Adds the ledger to w0 in place, round(w0 + sum_k c_k z_k) to nearest: one pass over what is tuned.
 
         The model has to hold w0. Which of its parameters require gradients does not matter: the ledger says
         which are tuned. Applying twice is refused, as the weights are no longer w0.

@@ -1,4 +1,4 @@
-"""From a ledger and its base model to the tuned model, in memory or as a folder."""
+"""The tuned model made from a ledger and its base model, in memory or as a folder."""
 
 from __future__ import annotations
 

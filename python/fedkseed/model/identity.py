@@ -80,7 +80,7 @@ class ModelIdentity:
         )
 
     def require(self, found: ModelIdentity) -> None:
-        """Nothing if ``found`` is this model.
+        """Raises unless ``found`` is this model.
 
         Raises:
             IdentityError: it is not; says in what.

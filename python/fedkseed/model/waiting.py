@@ -51,7 +51,7 @@ def flush_before_reads(model: nn.Module, weights: Waiting, owner: object) -> Non
         handles.append(module.register_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
         handles.append(module.register_load_state_dict_pre_hook(hook))  # type: ignore[no-untyped-call]
     _watched.add(weights)
-    # At the interpreter's end nobody will read the weights any more.
+    # The weights are not read again at the interpreter's end.
     weakref.finalize(owner, _end, weights, handles).atexit = False
 
 

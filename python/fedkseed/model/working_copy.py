@@ -1,4 +1,4 @@
-"""The model that a machine walks on, and the read-only w0 that it is rebuilt from."""
+"""The model that a machine tunes, and the read-only w0 that it is rebuilt from."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class WorkingCopy:
 
     @cached_property
     def identity(self) -> ModelIdentity:
-        """Of w0 and the frozen parameters; read and hashed when first asked for.
+        """Identity of w0 and the frozen parameters; read and hashed when first asked for.
 
         Raises:
             ValueError: a parameter that is sharded or on the meta device.

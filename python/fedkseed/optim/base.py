@@ -183,7 +183,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         directions = self._storage.walk(seeds, updates, evaluation, self._gradient, note, next_seed)
         for plus, minus, g in directions:
             if g is None:
-                # The first is said aloud; a run that diverges would repeat it at every step.
+                # The first is a warning; a run that diverges would repeat it at every step.
                 level = logging.INFO if num_skipped else logging.WARNING
                 bound = self._gradient.max_loss_gap
                 logger.log(level, "skipped: losses %s and %s, max_loss_gap %s", plus, minus, bound)

@@ -309,7 +309,7 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         return check_count("seed index", index, 0, self.seed_pool.num_seeds - 1)
 
     def _following_index(self) -> int | None:
-        """Of the step after this one; None if the schedule ends with this one."""
+        """Index of the step after this one; None if the schedule ends with this one."""
         step = self._num_drawn + 1
         is_last = self._schedule is not None and step >= len(self._schedule)
         return None if is_last else self._scheduled_index(step)

@@ -144,7 +144,7 @@ def _loss_of_halves(owner: Any, num_rows: int) -> Iterator[list[torch.Tensor]]:
 def _mean_cross_entropies(
     name: str, logits: torch.Tensor, labels: torch.Tensor, loss: torch.Tensor
 ) -> torch.Tensor:
-    """Of each half, of logits and labels at the same position; ``loss``, of both, must be their mean."""
+    """Cross entropy of each half, logits and labels at the same position; ``loss`` must be their mean."""
     labels = labels.to(logits.device)
     losses = torch.stack(
         [

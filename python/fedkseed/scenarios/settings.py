@@ -84,7 +84,7 @@ class RunSettings:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         dtype: torch.dtype = DTYPES[self.dtype]
         return dtype
 

@@ -80,7 +80,7 @@ class Workbench:
         return [encode_example(self._tokenizer, row, self._style) for row in rows]
 
     def response_tokens(self) -> list[int]:
-        """Of each client's training rows: what its part in a loss over all response tokens is."""
+        """Response tokens in each client's training rows: its part in a loss over all of them."""
         return [sum(len(row.input_ids) - row.num_prompt for row in rows) for rows in self.train]
 
     def collate(self, rows: Sequence[Encoded]) -> Batch:

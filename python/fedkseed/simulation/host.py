@@ -39,7 +39,7 @@ class Host(Protocol):
     """Runs the clients of one machine."""
 
     def run(self, messages: Mapping[int, bytes], on_step: Callable[[], None]) -> dict[int, ClientRun]:
-        """One round: each client's broadcast in, what came of it out; ``on_step`` after each local step.
+        """One round: each client's broadcast in, its outcome out; ``on_step`` after each local step.
 
         A client that raises an exception has failed; the others go on.
         """
@@ -55,7 +55,7 @@ class InProcessHost(Generic[ExampleT, BatchT]):
     Args:
         task: what they train.
         pool: the candidate seeds.
-        working: the model they walk on.
+        working: the model that they tune.
         seed, batch_size: of the order of each client's rows and its batches.
         storage: how clients visit both sides of the weights.
     """
@@ -94,7 +94,7 @@ class InProcessHost(Generic[ExampleT, BatchT]):
         return ClientRun(reply, local, error, self.working.seconds_reset - reset)
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Does nothing: nothing runs in the background."""
 
 
 @dataclass(frozen=True)

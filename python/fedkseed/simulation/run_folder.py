@@ -30,7 +30,7 @@ class RunFolderError(ValueError):
 
 
 def check_client_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Nothing if the run in the folder has these settings, or if it was begun before they were kept.
+    """Raises unless the run in the folder has these settings, or was begun before they were kept.
 
     Args:
         path: of the file.

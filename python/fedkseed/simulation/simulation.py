@@ -133,7 +133,7 @@ class RoundResult:
         seconds_reset: setting working copies to the round's model, all clients together.
         seconds_local: the local steps, all clients together.
         seconds_evaluation: the evaluation.
-        seconds: the whole round, as the clock on the wall saw it.
+        seconds: the whole round, wall-clock time.
     """
 
     round: int
@@ -169,7 +169,7 @@ class Simulation(Generic[ExampleT, BatchT]):
     """Server and clients of a federation around one model; only the bytes of their messages pass between
     them.
 
-    A context manager: leaving it ends the workers and gives the folder free.
+    A context manager: leaving it ends the workers and releases the folder.
 
     Memory: w0, the round's model from which each client starts, and one working copy a process.
 
@@ -290,7 +290,7 @@ class Simulation(Generic[ExampleT, BatchT]):
         self.close()
 
     def close(self) -> None:
-        """Ends the workers and gives the folder free; the model keeps its weights."""
+        """Ends the workers and releases the folder; the model keeps its weights."""
         self._exit.close()
 
     def ledger(self) -> Ledger:

@@ -135,7 +135,7 @@ class WorkerPool:
         process.join(_SECONDS_TO_END)
         return WorkerError(
             f"expected {process.name} to live, got its end with exit status {process.exitcode}; "
-            "a negative status is a signal (-9: killed, often for want of memory); "
+            "a negative status is a signal (-9: killed, often out of memory); "
             "use fewer workers, or resume"
         )
 

@@ -166,7 +166,7 @@ class PerturbedWeights:
         self.is_waiting = False
 
     def move(self, seed: int, offset: float) -> None:
-        """To w + offset z(seed); no pass if they stand there."""
+        """Moves to w + offset z(seed); no pass if they stand there."""
         if (seed, offset) == (self.seed, self.offset):
             return
         if seed == self.seed or not self.offset:
@@ -195,7 +195,7 @@ class PerturbedWeights:
             self.is_waiting = following is not None
 
     def restore(self) -> None:
-        """Back to w, wherever the tensors are now, for they may be what was changed."""
+        """Moves back to w, wherever the tensors are now, for they may be what was changed."""
         if self.offset:
             with torch.no_grad(), self._pass() as rounding_seed:
                 fedkseed_kernels.perturb_(
@@ -210,7 +210,7 @@ class PerturbedWeights:
                 self.is_waiting = False
 
     def flush(self) -> None:
-        """Back to w if they wait for a step; threads that read them may all call this."""
+        """Moves back to w if they wait for a step; threads that read them may all call this."""
         with self._lock:
             if self.is_waiting:
                 self.restore()

@@ -11,7 +11,7 @@ from torch import nn
 
 
 class GroupUpdate(NamedTuple):
-    """w <- alpha w - lr (mean over the directions of g z), for the tensors of one group; alpha is an fp32."""
+    """w <- alpha w - lr (mean over the directions of g z), for the tensors of one group; alpha is fp32."""
 
     lr: float
     alpha: float = 1.0

@@ -127,7 +127,7 @@ class StreamedStorage:
         return directions
 
     def flush(self) -> None:
-        """Nothing waits: the stored weights are never perturbed."""
+        """Does nothing: the stored weights are never perturbed."""
 
     def state(self) -> dict[str, Any]:
         """Copies of the residuals, if compensated; the number of passes made, if rounding seeds count it."""
