@@ -1,10 +1,10 @@
 """How far the peak memory of a step lies above that of forward passes on the stored weights alone.
 
-On a processor in a process of its own (Linux), by the counter of `benchmarks.common.memory`; on a GPU by torch's allocator. What
-the optimizer keeps counts: the step is made by an optimizer that did not exist when inference was measured.
+On a processor in a process of its own (Linux), by the counter of `benchmarks.common.memory`; on a GPU by
+torch's allocator. What the optimizer keeps counts: the step is made by an optimizer that did not exist when
+inference was measured.
 
-`python -m benchmarks.step` has it for real models; with the model of `benchmarks/models/bare.py` it is what the
-mode itself takes.
+`python -m benchmarks.step` has it for real models; with `benchmarks.models.bare` it is what the mode takes.
 """
 
 from __future__ import annotations
