@@ -31,7 +31,7 @@ Arguments of the public functions, where they have them:
     rounding: "nearest" or "stochastic"; the latter needs rounding_seed, an integer taken mod 2^64 or an int64
     tensor.
     rows: int64 [num_rows]; gathers rows of dimension 0, repeats allowed, the same ones of every tensor. On a
-        GPU nobody waits for their values: a row out of range is not read, its result is NaN.
+        GPU the host does not synchronise for them: a row out of range is not read, its result is NaN.
     num_skipped: int32 tensor of one element on the tensors' device, or None; see below.
     residuals: None, or for each tensor None or an int16 tensor of its device, shape and strides that
         overlaps nothing; for bf16 and fp16 tensors only. Weight and residual together stand for an fp32

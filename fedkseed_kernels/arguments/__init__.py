@@ -1,1 +1,1 @@
-"""From what callers write to checked operands and terms."""
+"""Checked operands and terms, made from what callers write."""

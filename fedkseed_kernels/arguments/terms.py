@@ -222,7 +222,7 @@ def check_terms(
     device: torch.device,
 ) -> Terms | DeviceTerms:
     """Check the terms as the ops take them. Values on the host are checked, and copied unless some term is on
-    a GPU: nobody waits for that one, and all are left to the GPU.
+    a GPU: the host does not synchronise for that one, and all are left to the GPU.
 
     Args: those of the ops in `ops`. all_fp64: whether every tensor of the list is fp64, so that nothing is
         rounded to fp32. device: of the tensors.

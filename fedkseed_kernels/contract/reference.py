@@ -24,7 +24,7 @@ def _fp32(hexadecimal: str) -> np.float32:
     """A constant that fp32 holds exactly."""
     exact = float.fromhex(hexadecimal)
     rounded: np.float32 = np.float32(exact)
-    assert float(rounded) == exact, f"{hexadecimal} is not an fp32"
+    assert float(rounded) == exact, f"{hexadecimal} is not an fp32 value"
     return rounded
 
 

@@ -97,7 +97,7 @@ def segments_kernel(
     source = tl.load(entry + num_entries).to(tl.pointer_type(DTYPE))
     target = tl.load(entry + 2 * num_entries).to(tl.pointer_type(DTYPE))
     target_minus = tl.load(entry + 3 * num_entries).to(tl.pointer_type(DTYPE))
-    residual = source  # read by nobody
+    residual = source  # never read
     if RESIDUALS != "none":
         residual = tl.load(entry + 7 * num_entries).to(tl.pointer_type(tl.int16))
     num_octets = tl.load(entry + 4 * num_entries)
@@ -284,7 +284,7 @@ def runs_kernel(
     source = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
     target = tl.load(entry + 2).to(tl.pointer_type(DTYPE))
     target_minus = tl.load(entry + 3).to(tl.pointer_type(DTYPE))
-    residual = source  # read by nobody
+    residual = source  # never read
     if RESIDUALS != "none":
         residual = tl.load(entry + 13).to(tl.pointer_type(tl.int16))
     source_stride = tl.load(entry + 9)

@@ -1,4 +1,4 @@
-"""From checked operands and terms to launches of the Triton kernels, on torch's current stream.
+"""Launches of the Triton kernels for checked operands and terms, on torch's current stream.
 
 Only tensors of the caller are written, and nothing waits for the device. What is allocated: the tables of a
 list (once for a prepared one) and, for three terms or more, the terms.

@@ -1,4 +1,4 @@
-"""From checked operands to the tables that the Triton kernels read: segments and runs.
+"""The tables that the Triton kernels read, made from checked operands: segments and runs.
 
 Plain NumPy on the host; nothing here needs Triton or a GPU. One table of each kind for each dtype, so that a
 list of any length is one launch a dtype, and a second one where something is not whole and aligned. (A launch
