@@ -94,7 +94,7 @@ def test_server_states(name: str, tmp_path: Path) -> None:
 
 
 def equal(left: Any, right: Any) -> bool:
-    """Of states: bit for bit, and of the same types."""
+    """Equality of states: bit for bit, and of the same types."""
     if type(left) is not type(right):
         return False
     if isinstance(left, torch.Tensor):
