@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,12 +23,6 @@ from fedkseed_kernels.contract.reference import CONTRACT_VERSION
 from fedkseed_kernels.operands import ISA_CODES, DeviceTerms, Operands, Terms
 
 logger = logging.getLogger("fedkseed_kernels")
-
-# The whole choice: for each device type the backends that can serve it, best first.
-TABLE: dict[str, tuple[str, ...]] = {
-    "cpu": ("native", "reference"),
-    "cuda": ("native", "triton"),
-}
 
 BACKEND_VARIABLE = "FEDKSEED_BACKEND"
 CPU_ISA_VARIABLE = "FEDKSEED_CPU_ISA"
@@ -42,19 +37,18 @@ class Backend(Protocol):
     def unavailable(self) -> str | None:
         """Why it cannot be used, with what to do about it; None when it can."""
 
-    def seed_axpy(self, operands: Operands, terms: Any, isa: str) -> None:
-        """The primitive over checked operands; `isa` is meant for the native backend of cpu tensors. terms:
-        Terms; backends of cuda tensors also take DeviceTerms."""
+    @property
+    def seed_axpy(self) -> Callable[..., None]:
+        """The primitive over checked operands and terms: Terms; backends of cuda tensors also take
+        DeviceTerms, the native one of cpu tensors an instruction set, `isa`."""
 
 
-BACKENDS: dict[str, Backend] = {
-    "native": native_cpu,
-    "triton": triton_backend,
-    "reference": reference,
+# The whole choice: for each device type the backends that can serve it, best first.
+TABLE: dict[str, dict[str, Backend]] = {
+    "cpu": {"native": native_cpu, "reference": reference},
+    "cuda": {"native": native_cuda, "triton": triton_backend},
 }
-
-# Backends that are another module for another device type.
-_BACKENDS_OF_DEVICE: dict[tuple[str, str], Backend] = {("native", "cuda"): native_cuda}
+NAMES = ("native", "triton", "reference")
 
 _backend_override: ContextVar[str | None] = ContextVar("fedkseed_backend", default=None)
 _isa_override: ContextVar[str | None] = ContextVar("fedkseed_cpu_isa", default=None)
@@ -62,11 +56,12 @@ _logged: set[tuple[str, str]] = set()
 
 
 class Selection(NamedTuple):
-    """A backend by name, and the instruction set asked for."""
+    """A backend by name, the instruction set asked for, and the primitive on both."""
 
     name: str
     backend: Backend
     isa: str
+    seed_axpy: Callable[..., None]
 
 
 def _known(what: str, value: str, known: tuple[str, ...]) -> str:
@@ -88,7 +83,7 @@ def requested_backend() -> str:
     Raises:
         ValueError: the name is unknown.
     """
-    return _requested(BACKEND_VARIABLE, _backend_override, ("auto", *BACKENDS))
+    return _requested(BACKEND_VARIABLE, _backend_override, ("auto", *NAMES))
 
 
 def requested_cpu_isa() -> str:
@@ -103,7 +98,7 @@ def requested_cpu_isa() -> str:
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Ask for a backend within a block, over FEDKSEED_BACKEND. "auto" asks for the automatic choice."""
-    token = _backend_override.set(_known("backend", name, ("auto", *BACKENDS)))
+    token = _backend_override.set(_known("backend", name, ("auto", *NAMES)))
     try:
         yield
     finally:
@@ -121,8 +116,9 @@ def cpu_isa(name: str) -> Iterator[None]:
 
 
 def backend_of(name: str, device_type: str) -> Backend:
-    """The backend of that name for tensors of a device type."""
-    return _BACKENDS_OF_DEVICE.get((name, device_type), BACKENDS[name])
+    """The backend of that name for tensors of a device type; where it has no place, that of another type."""
+    found = TABLE.get(device_type, {}).get(name)
+    return found or next(backends[name] for backends in TABLE.values() if name in backends)
 
 
 def _reasons_against(names: Iterable[str], device_type: str) -> str:
@@ -135,7 +131,8 @@ def _log_choice(device_type: str, chosen: str) -> None:
     if (device_type, chosen) in _logged:
         return
     _logged.add((device_type, chosen))
-    better = TABLE[device_type][: TABLE[device_type].index(chosen)]
+    candidates = list(TABLE[device_type])
+    better = candidates[: candidates.index(chosen)]
     reasons = _reasons_against(better, device_type)
     if chosen == "reference":
         logger.warning("%s tensors are served by NumPy, %s; %s", device_type, reference.COST, reasons)
@@ -171,7 +168,7 @@ def unavailable(name: str, device_type: str) -> str | None:
     Raises:
         ValueError: there is no backend of that name.
     """
-    _known("backend", name, tuple(BACKENDS))
+    _known("backend", name, NAMES)
     if (reason := backend_of(name, device_type).unavailable()) is not None:
         return reason
     return None if serves(name, device_type) else f"it does not serve {device_type} tensors"
@@ -199,12 +196,15 @@ def select(device_type: str) -> Selection:
                 f"{BACKEND_VARIABLE} asks for {name}, which does not serve {device_type} tensors; "
                 f"expected one of {', '.join(TABLE[device_type])}"
             )
-    if name == "native" and device_type == "cpu" and isa != "auto" and isa not in native_cpu.usable_isas():
+    chosen = backend_of(name, device_type)
+    if isa == "auto" or name != "native" or device_type != "cpu":
+        return Selection(name, chosen, isa, chosen.seed_axpy)
+    if isa not in native_cpu.usable_isas():
         built = isa in native_cpu.built_isas()
         reason = "this machine cannot run it" if built else "the library was built without it"
         usable = ", ".join(native_cpu.usable_isas())
         raise RuntimeError(f"{CPU_ISA_VARIABLE} asks for {isa}, but {reason}; expected one of auto, {usable}")
-    return Selection(name, backend_of(name, device_type), isa)
+    return Selection(name, chosen, isa, partial(chosen.seed_axpy, isa=isa))
 
 
 def execute(operands: Operands, terms: Terms | DeviceTerms) -> None:
@@ -213,7 +213,7 @@ def execute(operands: Operands, terms: Terms | DeviceTerms) -> None:
     chosen = select(operands.device.type)
     if not chosen.backend.WRITES_FP32:
         operands = widening.widened(operands)
-    chosen.backend.seed_axpy(operands, terms, chosen.isa)
+    chosen.seed_axpy(operands, terms)
     written = outs if operands.outs_minus is None else [*outs, *operands.outs_minus.tensors]
     if operands.writes_residuals and operands.residuals is not None:
         written = [*written, *(r for r in operands.residuals if r is not None)]
@@ -232,7 +232,7 @@ def info() -> dict[str, Any]:
     empty without it); `num_threads`, `threads`: how many a call may use, and whose they are; `environment`:
     the switches as they are set, None for unset.
     """
-    reasons = {name: backend.unavailable() for name, backend in BACKENDS.items()}
+    reasons = {name: backend_of(name, "cpu").unavailable() for name in NAMES}
     cuda_reason = native_cuda.unavailable()
     has_native = reasons["native"] is None
     threaded = has_native and native_cpu.has_threads()

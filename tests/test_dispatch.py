@@ -40,7 +40,7 @@ def without_native(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
 
 
 def test_the_table_names_known_backends() -> None:
-    assert {name for names in dispatch.TABLE.values() for name in names} == set(dispatch.BACKENDS)
+    assert {name for names in dispatch.TABLE.values() for name in names} == set(dispatch.NAMES)
 
 
 @needs_native
@@ -58,7 +58,7 @@ def test_a_second_choice_for_a_gpu_is_said_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native_cuda, "unavailable", lambda: "the NVIDIA driver is too old")
-    monkeypatch.setattr(dispatch.BACKENDS["triton"], "unavailable", lambda: None)
+    monkeypatch.setattr(dispatch.TABLE["cuda"]["triton"], "unavailable", lambda: None)
     with caplog.at_level(logging.INFO, logger="fedkseed_kernels"):
         assert [dispatch.select("cuda").name for _ in range(2)] == ["triton"] * 2
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
@@ -183,7 +183,7 @@ def test_switches_are_read_at_every_call(monkeypatch: pytest.MonkeyPatch) -> Non
     assert dispatch.select("cpu").name == "reference"
     assert fk.info()["environment"][dispatch.BACKEND_VARIABLE] == "reference"
     monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "auto")
-    assert dispatch.select("cpu").name == dispatch.TABLE["cpu"][0 if HAS_NATIVE else 1]
+    assert dispatch.select("cpu").name == list(dispatch.TABLE["cpu"])[0 if HAS_NATIVE else 1]
 
 
 def test_a_block_outranks_the_environment_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ COEFFS = [0.25, -0.5, 0.0, 1e-3, 2.0]
 
 @pytest.fixture(autouse=True, params=["native", "reference"])
 def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    if (reason := dispatch.BACKENDS[request.param].unavailable()) is not None:
+    if (reason := dispatch.TABLE["cpu"][request.param].unavailable()) is not None:
         pytest.skip(reason)  # tests/test_native.py fails when the library ought to be there
     with dispatch.backend(request.param):
         yield

@@ -1,5 +1,5 @@
 // The C ABI of the native CUDA library; fedkseed.h describes tensors and codes.
-// fedkseed_kernels/backends/native_cuda.py declares the same structs with ctypes.
+// fedkseed_kernels/backends/c_abi.py declares the same structs with ctypes.
 //
 // Tensors, rows and the pointers marked "device" are memory of one GPU. No function allocates or synchronises, so
 // a call may be captured into a CUDA graph. Return values: 0, a negative FK_ERROR_*, or a positive cudaError_t.

@@ -146,7 +146,7 @@ def _check(status: int, isa: str) -> None:
     raise RuntimeError(f"the native CPU library failed: {reason}")
 
 
-def seed_axpy(operands: Operands, terms: Terms, isa: str) -> None:
+def seed_axpy(operands: Operands, terms: Terms, isa: str = "auto") -> None:
     """Write the primitive's result into `operands.outs` (and `outs_minus`): the list in one native call."""
     if operands.table is None:
         operands.table = c_abi.pointer_table(operands)

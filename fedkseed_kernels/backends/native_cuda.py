@@ -221,7 +221,7 @@ def launch(
     check(handle, status)
 
 
-def seed_axpy(operands: Operands, terms: Terms | DeviceTerms, isa: str) -> None:
+def seed_axpy(operands: Operands, terms: Terms | DeviceTerms) -> None:
     """Write the primitive's result into `operands.outs` (and `outs_minus`); returns before it is there."""
     if operands.table is None:
         operands.table = c_abi.pointer_table(operands)

@@ -52,8 +52,8 @@ def _residuals(operands: Operands, position: int) -> NDArray[np.int16] | None:
     return array[None] if array.ndim == 0 else array
 
 
-def seed_axpy(operands: Operands, terms: Terms, isa: str) -> None:
-    """Write the primitive's result into `operands.outs` (and `outs_minus`). `isa` means nothing here."""
+def seed_axpy(operands: Operands, terms: Terms) -> None:
+    """Write the primitive's result into `operands.outs` (and `outs_minus`)."""
     for position in range(len(operands.outs.tensors)):
         _one_tensor(operands, terms, position)
 

@@ -53,8 +53,8 @@ def find_targets(backends: Sequence[str] = (), isas: Sequence[str] = ()) -> tupl
     """
     targets: list[Target] = []
     missing: list[Result] = []
-    for backend in backends or (["native"] if isas else list(dispatch.BACKENDS)):
-        reason = dispatch.BACKENDS[backend].unavailable()
+    for backend in backends or (["native"] if isas else dispatch.NAMES):
+        reason = dispatch.backend_of(backend, "cpu").unavailable()
         if reason is None and not dispatch.serves(backend, "cpu"):
             reason = "it serves no cpu tensors; tests/gpu holds it to the same bits"
         if reason is not None:
@@ -113,7 +113,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--exhaustive", action="store_true", help="the transform of all 2^32 words: minutes")
     parser.add_argument(
-        "--backend", nargs="+", default=[], choices=tuple(dispatch.BACKENDS), help="only these backends"
+        "--backend", nargs="+", default=[], choices=dispatch.NAMES, help="only these backends"
     )
     parser.add_argument(
         "--isa", nargs="+", default=[], choices=KNOWN_ISAS, help="only these instruction sets of native"

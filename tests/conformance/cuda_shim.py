@@ -71,7 +71,7 @@ class ShimBackend:
     def unavailable(self) -> None:
         return None
 
-    def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms, isa: str) -> None:
+    def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms, isa: str = "auto") -> None:
         table = c_abi.pointer_table(operands)
         if isinstance(terms, Terms) and terms.seeds.size > native_cuda.MAX_TERMS_BY_VALUE:
             terms = terms.to(operands.outs.tensors[0].device)

@@ -42,7 +42,7 @@ class Bench:
 
     def on_shim(self, call: Call) -> Sequence[Tensor]:
         with self.monkeypatch.context() as patch:
-            patch.setitem(dispatch.BACKENDS, "native", self.shim)
+            patch.setitem(dispatch.TABLE["cpu"], "native", self.shim)
             before = self.shim.num_launches
             with dispatch.backend("native"):
                 results = call()
@@ -64,7 +64,7 @@ def bench(shim: cuda_shim.ShimBackend, monkeypatch: pytest.MonkeyPatch) -> Bench
 
 @pytest.mark.parametrize("name", OP_CHECKS)
 def test_golden(name: str, shim: cuda_shim.ShimBackend, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(dispatch.BACKENDS, "native", shim)
+    monkeypatch.setitem(dispatch.TABLE["cpu"], "native", shim)
     result = conformance.run_check(name, CHECKS[name], Target("native"), golden.load())
     assert result.status == "pass", result.detail
 
@@ -410,7 +410,7 @@ def test_a_damaged_source_is_found_out(
     assert source.count(text) == 1
     (tmp_path / "csrc" / file).write_text(source.replace(text, broken))
     backend = cuda_shim.ShimBackend(cuda_shim.build(tmp_path, tmp_path / "csrc"))
-    monkeypatch.setitem(dispatch.BACKENDS, "native", backend)
+    monkeypatch.setitem(dispatch.TABLE["cpu"], "native", backend)
     vectors = golden.load()
     outcomes = [
         conformance.run_check(name, CHECKS[name], Target("native"), vectors).status for name in OP_CHECKS

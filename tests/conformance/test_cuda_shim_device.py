@@ -38,13 +38,13 @@ def device_terms(seeds: Sequence[int], coeffs: Sequence[float], **chosen: Any) -
 
 
 def run_in_place(shim: cuda_shim.ShimBackend, tensors: list[Tensor], terms: DeviceTerms) -> None:
-    shim.seed_axpy(tensor_checks.check_operands(tensors, None, None, None, [], [], []), terms, "auto")
+    shim.seed_axpy(tensor_checks.check_operands(tensors, None, None, None, [], [], []), terms)
 
 
 def test_nothing_to_do_launches_nothing(shim: cuda_shim.ShimBackend) -> None:
     before = shim.num_launches
     operands = tensor_checks.check_operands([torch.empty(0), torch.empty(3, 0)], None, None, None, [], [], [])
-    shim.seed_axpy(operands, device_terms([1], [0.5]), "auto")
+    shim.seed_axpy(operands, device_terms([1], [0.5]))
     assert shim.num_launches == before
 
 
@@ -108,7 +108,7 @@ def test_rows_out_of_range_give_nan_and_are_not_read(shim: cuda_shim.ShimBackend
     out, want = (poisoned((4, 20), dtype) for _ in range(2))
     operands = tensor_checks.check_operands([tensor], [out], None, torch.tensor([2, 0, 0, 5]), [], [], [])
     operands.rows = torch.tensor([2, 6, -(2**40), 5])
-    shim.seed_axpy(operands, device_terms([3], [0.5]), "auto")
+    shim.seed_axpy(operands, device_terms([3], [0.5]))
     fk.seed_axpy(tensor, [3], [0.5], rows=torch.tensor([2, 0, 0, 5]), out=want)
     assert out[1:3].isnan().all()
     assert_same(stored_of(out[::3]), stored_of(want[::3]), dtype)
@@ -150,10 +150,10 @@ def host_terms(count: int) -> Terms:
 def test_terms_by_value_and_through_memory(backend: SimpleNamespace, num_terms: int) -> None:
     tensor, want = weights(1000, "float32"), weights(1000, "float32")
     operands = tensor_checks.check_operands([tensor], None, None, None, [], [], [])
-    backend.seed_axpy(operands, host_terms(num_terms), "auto")
+    backend.seed_axpy(operands, host_terms(num_terms))
     fk.seed_axpy_(want, *terms(num_terms))
     assert_same(stored_of(tensor), stored_of(want), "float32")
-    backend.seed_axpy(operands, host_terms(num_terms), "auto")  # the table is kept
+    backend.seed_axpy(operands, host_terms(num_terms))  # the table is kept
     fk.seed_axpy_(want, *terms(num_terms))
     assert_same(stored_of(tensor), stored_of(want), "float32")
 
@@ -165,14 +165,14 @@ def test_many_terms_of_the_host_cannot_be_captured(backend: SimpleNamespace) -> 
     with pytest.raises(
         RuntimeError, match="at most 64 terms from the host while a CUDA graph .*, got 65; pass"
     ):
-        backend.seed_axpy(operands, host_terms(65), "auto")
+        backend.seed_axpy(operands, host_terms(65))
     assert torch.equal(tensor, torch.ones(5))
-    backend.seed_axpy(operands, host_terms(64), "auto")
+    backend.seed_axpy(operands, host_terms(64))
 
 
 def test_rows_count_those_of_the_input(backend: SimpleNamespace) -> None:
     tensor, out = weights(60, "float32").reshape(20, 3), poisoned((2, 3), "float32")
     operands = tensor_checks.check_operands([tensor], [out], None, torch.tensor([19, 4]), [], [], [])
-    backend.seed_axpy(operands, host_terms(1), "auto")
+    backend.seed_axpy(operands, host_terms(1))
     (want,) = fk.seed_axpy(tensor, *terms(1), rows=torch.tensor([19, 4]))
     assert_same(stored_of(out), stored_of(want), "float32")

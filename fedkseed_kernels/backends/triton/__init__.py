@@ -52,8 +52,8 @@ def unavailable() -> str | None:
     return None
 
 
-def seed_axpy(operands: Operands, terms: Any, isa: str) -> None:
-    """Write the primitive's result into `operands.outs` (and `outs_minus`). `isa` means nothing here.
+def seed_axpy(operands: Operands, terms: Any) -> None:
+    """Write the primitive's result into `operands.outs` (and `outs_minus`).
 
     Raises:
         RuntimeError: cpu tensors, and Triton was imported before TRITON_INTERPRET=1 was set.
