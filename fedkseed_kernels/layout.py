@@ -33,23 +33,23 @@ def collapse(
         sizes: [ndim].
         strides: any number of stride sets, each [ndim].
         keep_first: leave dimension 0 as it is, because `rows` indexes it.
-    Returns: the sizes and stride sets that are left; none for a single element.
+    Returns: the sizes and stride sets that are kept; none for a single element.
     """
-    left: list[int] = []
-    left_strides: list[list[int]] = [[] for _ in strides]
+    kept: list[int] = []
+    kept_strides: list[list[int]] = [[] for _ in strides]
     for d, size in enumerate(sizes):
         if size == 1 and not (keep_first and d == 0):
             continue
-        may_merge = len(left) > (1 if keep_first else 0)
-        if may_merge and all(a[-1] == s[d] * size for a, s in zip(left_strides, strides, strict=True)):
-            left[-1] *= size
-            for a, s in zip(left_strides, strides, strict=True):
+        may_merge = len(kept) > (1 if keep_first else 0)
+        if may_merge and all(a[-1] == s[d] * size for a, s in zip(kept_strides, strides, strict=True)):
+            kept[-1] *= size
+            for a, s in zip(kept_strides, strides, strict=True):
                 a[-1] = s[d]
         else:
-            left.append(size)
-            for a, s in zip(left_strides, strides, strict=True):
+            kept.append(size)
+            for a, s in zip(kept_strides, strides, strict=True):
                 a.append(s[d])
-    return left, left_strides
+    return kept, kept_strides
 
 
 def collapsed_layout(operands: Operands, position: int) -> tuple[int, list[int], list[list[int]]]:
@@ -58,7 +58,7 @@ def collapsed_layout(operands: Operands, position: int) -> tuple[int, list[int],
     Those of the input in memory, the output, the minus output, and of the element indices.
 
     Raises:
-        ValueError: more than MAX_DIMS dimensions are left.
+        ValueError: more than MAX_DIMS dimensions are kept.
     """
     out = operands.outs.tensors[position]
     source = out if operands.inputs is None else operands.inputs.tensors[position]

@@ -323,7 +323,7 @@ def check_operands(
     if outs is not None and outs_minus is not None:
         check_sides(outs, outs_minus)
     check_residuals(residuals, tensors)
-    left = TensorList(residuals if has_residuals(residuals) else ())
+    residual_list = TensorList(residuals if has_residuals(residuals) else ())
     inputs = TensorList(tensors)
     operands = Operands(
         inputs=inputs,
@@ -333,8 +333,11 @@ def check_operands(
         streams=streams or range(num_tensors),
         offsets=offsets or [0] * num_tensors,
         views=decode_views(views, num_tensors),
-        residuals=[r if numel else None for r, numel in zip(left.tensors, left.numels, strict=True)] or None,
-        writes_residuals=outs is None and bool(left.tensors),
+        residuals=[
+            r if numel else None for r, numel in zip(residual_list.tensors, residual_list.numels, strict=True)
+        ]
+        or None,
+        writes_residuals=outs is None and bool(residual_list.tensors),
     )
     check_noise_indices(inputs.numels, operands.streams, operands.offsets, operands.views)
     for position, view in enumerate(operands.views):
@@ -345,8 +348,8 @@ def check_operands(
         _check_memory(operands.outs, plus_name)
     if operands.outs_minus is not None:
         _check_memory(operands.outs_minus, "out_minus")
-    _check_memory(left, "residuals")
-    _check_overlaps(operands, left)
+    _check_memory(residual_list, "residuals")
+    _check_overlaps(operands, residual_list)
     for position in strided_positions(operands):
         if tensors[position].dim() > MAX_DIMS:
             collapsed_layout(operands, position)

@@ -28,8 +28,14 @@ def widened(operands: Operands) -> Operands:
         if weight.dtype != out.dtype:
             write_value(weight, residuals[position], out)
             sources[position], residuals[position] = out, None
-    left = residuals if any(residual is not None for residual in residuals) else None
-    return replace(operands, inputs=TensorList(sources), residuals=left, table=None, device_tables=None)
+    has_any = any(residual is not None for residual in residuals)
+    return replace(
+        operands,
+        inputs=TensorList(sources),
+        residuals=residuals if has_any else None,
+        table=None,
+        device_tables=None,
+    )
 
 
 def write_value(weight: Tensor, residual: Tensor | None, out: Tensor) -> None:

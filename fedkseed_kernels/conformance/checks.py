@@ -257,18 +257,18 @@ def compensated(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]
             "family": case["family"],
         }
         in_place, read = (tensor_of(weights, dtype) for _ in range(2))
-        left, left_read = (torch.from_numpy(residuals.copy()) for _ in range(2))
+        residuals_in_place, residuals_read = (torch.from_numpy(residuals.copy()) for _ in range(2))
         outs = [poisoned(weights.shape, dtype) for _ in range(3)]
         with target.forced():
-            fk.seed_axpy_([in_place], seeds, coeffs, residuals=[left], **options)
-            fk.seed_axpy([read], seeds, coeffs, out=[outs[0]], residuals=[left_read], **options)
+            fk.seed_axpy_([in_place], seeds, coeffs, residuals=[residuals_in_place], **options)
+            fk.seed_axpy([read], seeds, coeffs, out=[outs[0]], residuals=[residuals_read], **options)
             fk.seed_axpy_pair(
                 [read],
                 seeds,
                 coeffs,
                 out_plus=[outs[1]],
                 out_minus=[outs[2]],
-                residuals=[left_read],
+                residuals=[residuals_read],
                 **options,
             )
         label = "{family} {dtype}, terms: {terms}, alpha {alpha}".format(**case)
@@ -277,13 +277,13 @@ def compensated(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]
             golden.stored_from_hex(case[name], dtype) for name in ("weights_after", "plus", "minus")
         )
         yield Comparison(f"weights in place, {label}", stored_of(in_place), after, compared_as)
-        yield Comparison(f"residuals in place, {label}", left.numpy(), residuals_after)
+        yield Comparison(f"residuals in place, {label}", residuals_in_place.numpy(), residuals_after)
         for form, out, expected in zip(
             ("out of place", "pair, plus", "pair, minus"), outs, (plus, plus, minus), strict=True
         ):
             yield Comparison(f"{form}, {label}", stored_of(out), expected, compared_as)
         yield Comparison(f"input of {label}", stored_of(read), weights)
-        yield Comparison(f"residuals of the input of {label}", left_read.numpy(), residuals)
+        yield Comparison(f"residuals of the input of {label}", residuals_read.numpy(), residuals)
 
 
 def wide(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
@@ -291,9 +291,9 @@ def wide(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
     for case in vectors["wide"]:
         dtype = case["dtype"]
         weights = golden.stored_from_hex(vectors["weights"][dtype], dtype)
-        left = None
+        residuals = None
         if case["residuals"] is not None:
-            left = torch.from_numpy(golden.stored_from_hex(case["residuals"], "bfloat16").view(np.int16))
+            residuals = torch.from_numpy(golden.stored_from_hex(case["residuals"], "bfloat16").view(np.int16))
         tensor = tensor_of(weights, dtype)
         outs = [poisoned(weights.shape, "float32") for _ in range(3)]
         seeds = vectors["terms"][case["terms"]]["seeds"]
@@ -303,13 +303,13 @@ def wide(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
             "offsets": [case["first_element"]],
             "alpha": case["alpha"],
             "family": case["family"],
-            "residuals": [left],
+            "residuals": [residuals],
         }
         with target.forced():
             fk.seed_axpy([tensor], seeds, coeffs, out=[outs[0]], **options)
             fk.seed_axpy_pair([tensor], seeds, coeffs, out_plus=[outs[1]], out_minus=[outs[2]], **options)
         label = "{family} {dtype}, terms: {terms}, alpha {alpha}".format(**case)
-        label += "" if left is None else ", compensated"
+        label += "" if residuals is None else ", compensated"
         plus, minus = (golden.stored_from_hex(case[side], "float32") for side in ("plus", "minus"))
         for form, out, expected in zip(
             ("out of place", "pair, plus", "pair, minus"), outs, (plus, plus, minus), strict=True

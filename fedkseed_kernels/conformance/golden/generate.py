@@ -278,7 +278,7 @@ def _compensated(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) ->
             options: dict[str, Any] = {key: case[key] for key in ("dtype", "stream", "alpha", "family")}
             seeds, coeffs = all_terms[terms]["seeds"], golden.coeffs_from_hex(all_terms[terms]["coeffs"])
             elements = np.uint64(first) + np.arange(stored.size, dtype=np.uint64)
-            new, left = reference.seed_axpy_compensated_array(
+            new, new_residuals = reference.seed_axpy_compensated_array(
                 stored, residuals, elements, seeds, coeffs, **options
             )
             sides = reference.seed_axpy_pair_array(
@@ -291,7 +291,7 @@ def _compensated(all_terms: dict[str, Any], weights: dict[str, NDArray[Any]]) ->
             yield (
                 case
                 | dict(zip(names, map(golden.to_hex, results), strict=True))
-                | {"residuals_after": golden.to_hex(left)}
+                | {"residuals_after": golden.to_hex(new_residuals)}
             )
         next(firsts)
 
