@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedkseed_kernels.contract import reference
+
 # Codes of csrc/include/fedkseed.h; tests/test_native.py holds them to the header.
 DTYPE_CODES: dict[torch.dtype, int] = {
     torch.float32: 0,
@@ -20,7 +22,7 @@ DTYPE_CODES: dict[torch.dtype, int] = {
     torch.float64: 3,
 }
 # Those that may carry residuals (contract section 6.5), and whose results may be written in fp32.
-COMPENSATED_DTYPES = (torch.bfloat16, torch.float16)
+COMPENSATED_DTYPES = tuple(getattr(torch, name) for name in reference.COMPENSATED_DTYPES)
 FAMILY_CODES: dict[str, int] = {"gaussian": 0, "rademacher": 1}
 ROUNDING_CODES: dict[str, int] = {"nearest": 0, "stochastic": 1}
 ISA_CODES: dict[str, int] = {"auto": -1, "baseline": 0, "avx2": 1, "avx512": 2}

@@ -22,12 +22,7 @@ WRITES_FP32 = True
 # Measured on one Zen 3 core against AVX2: fp32, bf16 and fp64, one and 16 seeds.
 COST = "100 to 350 times slower than the native library (about 0.2 microseconds for each weight and seed)"
 
-_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
+_NAMES = {getattr(torch, name): name for name in reference.DTYPES}
 
 
 def unavailable() -> str | None:
@@ -87,16 +82,16 @@ def _one_tensor(operands: Operands, terms: Terms, position: int) -> None:
         elements = np.full(stop - start, first, dtype=np.int64)
         for x, stride in zip(at, element_strides, strict=False):
             elements += x * stride
-        left = None if residuals is None else residuals[at]
+        residuals_read = None if residuals is None else residuals[at]
         if operands.inputs is None:
             out[to] = reference.normal_array(seeds[0], stream, elements, name, terms.family)
-        elif residuals is not None and left is not None and operands.writes_residuals:
+        elif residuals is not None and residuals_read is not None and operands.writes_residuals:
             out[to], residuals[to] = reference.seed_axpy_compensated_array(
-                source[at], left, elements, seeds, terms.coeffs, **common
+                source[at], residuals_read, elements, seeds, terms.coeffs, **common
             )
         else:
             call = reference.seed_axpy_array if minus is None else reference.seed_axpy_pair_array
-            options = {**common, **rounding, "residuals": left, "wide": dtype != out_dtype}
+            options = {**common, **rounding, "residuals": residuals_read, "wide": dtype != out_dtype}
             result: Any = call(source[at], elements, seeds, terms.coeffs, **options)
             if minus is None:
                 out[to] = result

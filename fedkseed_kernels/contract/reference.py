@@ -70,11 +70,12 @@ COSINE_COEFFICIENTS = (
 )
 SQRT_TWO = _fp32("0x1.6a09e6p+0")
 
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+# What NumPy holds values of each dtype in: bf16 and fp16 as bit patterns.
+STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16, "float64": np.float64}
+DTYPES = tuple(STORAGE)
 COMPENSATED_DTYPES = ("bfloat16", "float16")
 FAMILIES = ("gaussian", "rademacher")
 ROUNDINGS = ("nearest", "stochastic")
-_STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16, "float64": np.float64}
 
 # Elements worked on at a time: bounds the memory of the temporaries to a few MB.
 CHUNK_ELEMENTS = 1 << 15
@@ -369,10 +370,10 @@ def seed_axpy_compensated_array(
 
     Args and errors: those of `seed_axpy_array`.
     """
-    stored, left = weights.copy().reshape(-1), residuals.copy().reshape(-1)
+    stored, stored_residuals = weights.copy().reshape(-1), residuals.copy().reshape(-1)
     for chunk, y in _results(weights, residuals, elements, seeds, coeffs, dtype, stream, alpha, family):
-        stored[chunk], left[chunk] = arithmetic.split(y, dtype)
-    return stored.reshape(weights.shape), left.reshape(weights.shape)
+        stored[chunk], stored_residuals[chunk] = arithmetic.split(y, dtype)
+    return stored.reshape(weights.shape), stored_residuals.reshape(weights.shape)
 
 
 def _results(
@@ -388,8 +389,8 @@ def _results(
 ) -> Iterator[tuple[slice, NDArray[Any]]]:
     """y of section 6.1 by slices of the flattened weights; nothing where the stored bytes are to stay."""
     _checked_choice("dtype", dtype, DTYPES)
-    if weights.dtype != _STORAGE[dtype]:
-        raise ValueError(f"expected {np.dtype(_STORAGE[dtype])} storage for {dtype}, got {weights.dtype}")
+    if weights.dtype != STORAGE[dtype]:
+        raise ValueError(f"expected {np.dtype(STORAGE[dtype])} storage for {dtype}, got {weights.dtype}")
     if weights.shape != np.shape(elements):
         got = f"shapes {np.shape(elements)} and {weights.shape}"
         raise ValueError(f"expected one element index for each weight, got {got}")
@@ -431,7 +432,7 @@ def round_to_nearest(y: NDArray[Any], dtype: str) -> NDArray[Any]:
     """Section 7: the stored form of arithmetic results, to nearest even."""
     if dtype == "bfloat16":
         return arithmetic.round_to_bf16(y)
-    return arithmetic.round_to_fp16(y) if dtype == "float16" else y.astype(_STORAGE[dtype])
+    return arithmetic.round_to_fp16(y) if dtype == "float16" else y.astype(STORAGE[dtype])
 
 
 def _checked_elements(elements: Any) -> NDArray[np.uint64]:

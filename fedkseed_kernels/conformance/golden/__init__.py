@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkseed_kernels.contract.reference import STORAGE
+
 VECTORS_FILE = "vectors.json"
 DIGESTS_FILE = "normal_digests.json"
 
 _PATTERN = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16, "float64": np.uint64}
-_STORAGE = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16, "float64": np.float64}
 _INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00, "float64": 0x7FF0000000000000}
 
 
@@ -57,7 +58,7 @@ def words64_from_hex(text: str) -> NDArray[np.uint64]:
 def stored_from_hex(text: str, dtype: str) -> NDArray[Any]:
     """Stored values of a string in the files: float32, float64, or uint16 patterns for bf16 and fp16."""
     patterns = np.array([int(word, 16) for word in text.split()], dtype=_PATTERN[dtype])
-    stored: NDArray[Any] = patterns.view(_STORAGE[dtype])
+    stored: NDArray[Any] = patterns.view(STORAGE[dtype])
     return stored
 
 
@@ -84,5 +85,5 @@ def without_payloads(stored: NDArray[Any], dtype: str) -> NDArray[Any]:
     patterns = stored.view(_PATTERN[dtype]).copy()
     lowest_exponent_bit = infinity & -infinity
     patterns[is_nan(stored, dtype)] = infinity | lowest_exponent_bit >> 1
-    result: NDArray[Any] = patterns.view(_STORAGE[dtype])
+    result: NDArray[Any] = patterns.view(STORAGE[dtype])
     return result
