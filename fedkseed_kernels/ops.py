@@ -70,9 +70,10 @@ from fedkseed_kernels.arguments.encoding import (
     encode_views,
     tensor_list,
 )
-from fedkseed_kernels.arguments.terms import Coeffs, IntLike, Seeds
+from fedkseed_kernels.arguments.terms import Coeffs, IntLike, Seeds, TermArguments
 from fedkseed_kernels.operands import Operands, TensorList, View
 
+# The schemas' form of `arguments.terms.TermArguments`; a test holds the two to each other.
 _TERMS = (
     "Tensor seeds, Tensor coeffs, Tensor alpha, int[] streams, int[] offsets, int[] views, str family, "
     "str rounding, Tensor? rounding_seed, Tensor(c!)? num_skipped=None"
@@ -96,34 +97,16 @@ def _execute(
     outs: Sequence[Tensor] | None,
     outs_minus: Sequence[Tensor] | None,
     rows: Tensor | None,
-    seeds: Tensor,
-    coeffs: Tensor,
-    alpha: Tensor,
-    streams: Sequence[int],
-    offsets: Sequence[int],
-    views: Sequence[int],
-    family: str,
-    rounding: str,
-    rounding_seed: Tensor | None,
-    num_skipped: Tensor | None = None,
+    *rest: Any,
 ) -> None:
     """Check everything, then hand the list to the backend of its device. outs None: in place."""
+    arguments = TermArguments(*rest)
     operands = tensor_checks.check_operands(
-        tensors, outs, outs_minus, rows, streams, offsets, views, residuals
+        tensors, outs, outs_minus, rows, arguments.streams, arguments.offsets, arguments.views, residuals
     )
     if outs is None:
-        tensor_checks.check_split_rounding(rounding, residuals)
-    terms = term_checks.check_terms(
-        seeds,
-        coeffs,
-        alpha,
-        family,
-        rounding,
-        rounding_seed,
-        num_skipped,
-        operands.all_fp64,
-        operands.device,
-    )
+        tensor_checks.check_split_rounding(arguments.rounding, residuals)
+    terms = term_checks.check_terms(arguments, operands.all_fp64, operands.device)
     dispatch.execute(operands, terms)
 
 
@@ -133,18 +116,10 @@ def _check_without_values(
     outs: Sequence[Tensor] | None,
     outs_minus: Sequence[Tensor] | None,
     rows: Tensor | None,
-    seeds: Tensor,
-    coeffs: Tensor,
-    alpha: Tensor,
-    streams: Sequence[int],
-    offsets: Sequence[int],
-    views: Sequence[int],
-    family: str,
-    rounding: str,
-    rounding_seed: Tensor | None,
-    num_skipped: Tensor | None = None,
+    *rest: Any,
 ) -> None:
     """The fake of every op that mutates: what can be checked on tensors that have no memory."""
+    arguments = TermArguments(*rest)
     tensor_checks.check_metadata(tensors, "tensors")
     if rows is not None:
         tensor_checks.check_rows(rows, tensors)
@@ -156,11 +131,9 @@ def _check_without_values(
         tensor_checks.check_sides(outs, outs_minus)
     tensor_checks.check_residuals(residuals, tensors)
     if outs is None:
-        tensor_checks.check_split_rounding(rounding, residuals)
+        tensor_checks.check_split_rounding(arguments.rounding, residuals)
     device = tensors[0].device if tensors else torch.device("cpu")
-    term_checks.check_term_metadata(
-        seeds, coeffs, alpha, family, rounding, rounding_seed, device, num_skipped
-    )
+    term_checks.check_term_metadata(arguments, device)
 
 
 def _execute_in_place(tensors: Sequence[Tensor], residuals: Sequence[Tensor], *rest: Any) -> None:
@@ -223,9 +196,10 @@ def _execute_normal(
     dispatch.select(device.type)  # before torch looks for the device
     out = _fake_normal(shape, seed, stream, offset, dtype, device, family)
     one = torch.ones((), dtype=torch.float64, device="cpu")
-    terms = term_checks.check_terms(
-        seed.reshape(1), one.reshape(1), one, family, "nearest", None, None, all_fp64=False, device=device
+    arguments = TermArguments(
+        seed.reshape(1), one.reshape(1), one, [stream], [offset], [], family, "nearest", rounding_seed=None
     )
+    terms = term_checks.check_terms(arguments, all_fp64=False, device=device)
     dispatch.execute(Operands(None, TensorList([out]), None, None, [stream], [offset], [None]), terms)
     return out
 
@@ -299,8 +273,19 @@ def seed_axpy_(
     torch.ops.fedkseed.seed_axpy_.default(
         items,
         encode_residuals(residuals, items),
-        *_encode(len(items), seeds, coeffs, alpha, streams, offsets, views, family, rounding, rounding_seed),
-        num_skipped,
+        *_encode(
+            len(items),
+            seeds,
+            coeffs,
+            alpha,
+            streams,
+            offsets,
+            views,
+            family,
+            rounding,
+            rounding_seed,
+            num_skipped,
+        ),
     )
 
 
@@ -334,11 +319,21 @@ def seed_axpy(
     """
     items = tensor_list(tensors, "tensors")
     outs = _allocate(items, rows) if out is None else tensor_list(out, "out")
-    left = encode_residuals(residuals, items)
-    encoded = _encode(
-        len(items), seeds, coeffs, alpha, streams, offsets, views, family, rounding, rounding_seed
+    encoded_residuals = encode_residuals(residuals, items)
+    arguments = _encode(
+        len(items),
+        seeds,
+        coeffs,
+        alpha,
+        streams,
+        offsets,
+        views,
+        family,
+        rounding,
+        rounding_seed,
+        num_skipped,
     )
-    torch.ops.fedkseed.seed_axpy_out.default(items, left, outs, rows, *encoded, num_skipped)
+    torch.ops.fedkseed.seed_axpy_out.default(items, encoded_residuals, outs, rows, *arguments)
     return outs
 
 
@@ -371,11 +366,21 @@ def seed_axpy_pair(
     items = tensor_list(tensors, "tensors")
     plus = _allocate(items, rows) if out_plus is None else tensor_list(out_plus, "out_plus")
     minus = _allocate(items, rows) if out_minus is None else tensor_list(out_minus, "out_minus")
-    left = encode_residuals(residuals, items)
-    encoded = _encode(
-        len(items), seeds, coeffs, alpha, streams, offsets, views, family, rounding, rounding_seed
+    encoded_residuals = encode_residuals(residuals, items)
+    arguments = _encode(
+        len(items),
+        seeds,
+        coeffs,
+        alpha,
+        streams,
+        offsets,
+        views,
+        family,
+        rounding,
+        rounding_seed,
+        num_skipped,
     )
-    torch.ops.fedkseed.seed_axpy_pair_out.default(items, left, plus, minus, rows, *encoded, num_skipped)
+    torch.ops.fedkseed.seed_axpy_pair_out.default(items, encoded_residuals, plus, minus, rows, *arguments)
     return plus, minus
 
 
@@ -407,8 +412,19 @@ def perturb_(
     torch.ops.fedkseed.seed_axpy_.default(
         items,
         encode_residuals(residuals, items),
-        *_encode(len(items), seeds, coeffs, alpha, streams, offsets, views, family, rounding, rounding_seed),
-        num_skipped,
+        *_encode(
+            len(items),
+            seeds,
+            coeffs,
+            alpha,
+            streams,
+            offsets,
+            views,
+            family,
+            rounding,
+            rounding_seed,
+            num_skipped,
+        ),
     )
 
 
@@ -423,19 +439,20 @@ def _encode(
     family: str,
     rounding: str,
     rounding_seed: IntLike | Tensor | None,
-) -> tuple[Any, ...]:
-    """The arguments that every mutating op ends with, as its schema takes them."""
-    flat_views = encode_views(views, num_tensors)
-    return (
-        term_checks.seed_tensor(seeds),
-        term_checks.coefficient_tensor(coeffs),
-        term_checks.number_tensor(alpha, "alpha"),
-        encode_indices(streams, "streams", num_tensors),
-        encode_indices(offsets, "offsets", num_tensors, views),
-        flat_views,
+    num_skipped: Tensor | None,
+) -> TermArguments:
+    """The arguments that every mutating op ends with, from what callers write."""
+    return term_checks.encode_terms(
+        seeds,
+        coeffs,
+        alpha,
         family,
         rounding,
-        None if rounding_seed is None else term_checks.seed_scalar(rounding_seed),
+        rounding_seed,
+        num_skipped,
+        streams=encode_indices(streams, "streams", num_tensors),
+        offsets=encode_indices(offsets, "offsets", num_tensors, views),
+        views=encode_views(views, num_tensors),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -23,11 +23,21 @@ from fedkseed_kernels.arguments.terms import Coeffs, IntLike, Seeds
 from fedkseed_kernels.operands import View
 
 
-class _Checked:
-    """Lists of tensors checked once. outs None: in place; outs_minus None: one side.
+class _Options(TypedDict, total=False):
+    """What `Prepared.seed_axpy` takes by keyword alone."""
+
+    alpha: float | Tensor
+    rounding: str
+    rounding_seed: IntLike | Tensor | None
+    num_skipped: Tensor | None
+
+
+class Prepared:
+    """Lists of tensors checked once; made by `prepare` (in place), `prepare_out` and `prepare_pair`.
 
     It holds the tensors themselves, so their memory stays. Each call compares every tensor's address, shape,
-    strides and dtype with what was checked, so a stale pointer is never used.
+    strides and dtype with what was checked, so a stale pointer is never used. `seed_axpy` runs on whatever
+    was prepared; the other methods bear the names of the functions, and refuse a handle of another kind.
     """
 
     def __init__(
@@ -42,12 +52,12 @@ class _Checked:
         residuals: Residuals | None,
     ):
         term_checks.check_choices(family, "nearest")
-        left = encode_residuals(residuals, tensors)
+        encoded_residuals = encode_residuals(residuals, tensors)
         plus_name = "out" if outs_minus is None else "out_plus"
         self._lists: dict[str, list[Tensor]] = {"tensors": tensors}
         self._lists |= {} if outs is None else {plus_name: outs}
         self._lists |= {} if outs_minus is None else {"out_minus": outs_minus}
-        self._lists |= {"residuals": left}
+        self._lists |= {"residuals": encoded_residuals}
         for name, position, tensor in self._places():
             if tensor.is_neg():  # the dispatcher refuses these for the ops
                 raise ValueError(f"expected plain memory, got {name}[{position}] with the negative bit set")
@@ -60,10 +70,11 @@ class _Checked:
                 encode_indices(streams, "streams", len(tensors)),
                 encode_indices(offsets, "offsets", len(tensors), views),
                 encode_views(views, len(tensors)),
-                left,
+                encoded_residuals,
             )
         self._watched = [tensor for _, _, tensor in self._places()]
         self._family = family
+        self._maker = "prepare" if outs is None else "prepare_out" if outs_minus is None else "prepare_pair"
         self._identity = self._current_identity()
 
     def _places(self) -> Iterator[tuple[str, int, Tensor]]:
@@ -94,78 +105,6 @@ class _Checked:
         for name, items in self._lists.items():
             tensor_checks.check_grad(items, name)
 
-    def _run(
-        self,
-        seeds: Seeds,
-        coeffs: Coeffs,
-        alpha: float | Tensor,
-        rounding: str,
-        rounding_seed: IntLike | Tensor | None,
-        num_skipped: Tensor | None,
-    ) -> None:
-        terms = term_checks.check_terms(
-            term_checks.seed_tensor(seeds),
-            term_checks.coefficient_tensor(coeffs),
-            term_checks.number_tensor(alpha, "alpha"),
-            self._family,
-            rounding,
-            None if rounding_seed is None else term_checks.seed_scalar(rounding_seed),
-            num_skipped,
-            self._operands.all_fp64,
-            self._operands.device,
-        )
-        if self._operands.writes_residuals:
-            tensor_checks.check_split_rounding(rounding, self._lists["residuals"])
-        self._check_unchanged()
-        dispatch.execute(self._operands, terms)
-
-
-class Prepared(_Checked):
-    """A list of tensors that change in place, checked once; made by `prepare`."""
-
-    def seed_axpy_(
-        self,
-        seeds: Seeds,
-        coeffs: Coeffs,
-        *,
-        alpha: float | Tensor = 1.0,
-        rounding: str = "nearest",
-        rounding_seed: IntLike | Tensor | None = None,
-        num_skipped: Tensor | None = None,
-    ) -> None:
-        """`fedkseed_kernels.seed_axpy_` on the prepared tensors: the same bits, the same errors.
-
-        Raises:
-            RuntimeError: a tensor is not where, or what, it was when it was prepared.
-        """
-        self._run(seeds, coeffs, alpha, rounding, rounding_seed, num_skipped)
-
-    def perturb_(
-        self,
-        seed: IntLike | Tensor,
-        scale: float | Tensor,
-        *,
-        alpha: float | Tensor = 1.0,
-        rounding: str = "nearest",
-        rounding_seed: IntLike | Tensor | None = None,
-        num_skipped: Tensor | None = None,
-    ) -> None:
-        """`fedkseed_kernels.perturb_` on the prepared tensors: `seed_axpy_` with one term."""
-        seeds = term_checks.seed_scalar(seed).reshape(1)
-        coeffs = term_checks.number_tensor(scale, "scale").reshape(1)
-        self.seed_axpy_(
-            seeds,
-            coeffs,
-            alpha=alpha,
-            rounding=rounding,
-            rounding_seed=rounding_seed,
-            num_skipped=num_skipped,
-        )
-
-
-class PreparedOut(_Checked):
-    """A list of tensors and of outputs, checked once; made by `prepare_out`."""
-
     def seed_axpy(
         self,
         seeds: Seeds,
@@ -176,35 +115,60 @@ class PreparedOut(_Checked):
         rounding_seed: IntLike | Tensor | None = None,
         num_skipped: Tensor | None = None,
     ) -> None:
-        """`fedkseed_kernels.seed_axpy` from the prepared tensors into the prepared outputs.
+        """The primitive on what was prepared: the bits and the errors of the function of that kind.
 
-        Mutates: the outputs.
+        Mutates: the tensors and residuals of `prepare`, or the outputs of `prepare_out` and `prepare_pair`.
         Raises:
-            RuntimeError: a tensor or an output is not where, or what, it was when it was prepared.
+            RuntimeError: a tensor is not where, or what, it was when it was prepared.
         """
-        self._run(seeds, coeffs, alpha, rounding, rounding_seed, num_skipped)
+        arguments = term_checks.encode_terms(
+            seeds, coeffs, alpha, self._family, rounding, rounding_seed, num_skipped
+        )
+        operands = self._operands
+        terms = term_checks.check_terms(arguments, operands.all_fp64, operands.device)
+        if operands.writes_residuals:
+            tensor_checks.check_split_rounding(rounding, self._lists["residuals"])
+        self._check_unchanged()
+        dispatch.execute(operands, terms)
 
+    def _expect(self, maker: str) -> None:
+        if self._maker != maker:
+            raise TypeError(
+                f"expected a handle of {maker}, got one of {self._maker}; call seed_axpy, which runs on any"
+            )
 
-class PreparedPair(_Checked):
-    """A list of tensors and of outputs for either side, checked once; made by `prepare_pair`."""
+    def seed_axpy_(self, seeds: Seeds, coeffs: Coeffs, **options: Unpack[_Options]) -> None:
+        """`fedkseed_kernels.seed_axpy_` on the tensors of `prepare`; arguments as in `seed_axpy`.
 
-    def seed_axpy_pair(
-        self,
-        seeds: Seeds,
-        coeffs: Coeffs,
-        *,
-        alpha: float | Tensor = 1.0,
-        rounding: str = "nearest",
-        rounding_seed: IntLike | Tensor | None = None,
-        num_skipped: Tensor | None = None,
-    ) -> None:
-        """`fedkseed_kernels.seed_axpy_pair` from the prepared tensors into the prepared outputs.
-
-        Mutates: the outputs of both sides.
         Raises:
-            RuntimeError: a tensor or an output is not where, or what, it was when it was prepared.
+            TypeError: outputs were prepared too.
         """
-        self._run(seeds, coeffs, alpha, rounding, rounding_seed, num_skipped)
+        self._expect("prepare")
+        self.seed_axpy(seeds, coeffs, **options)
+
+    def perturb_(self, seed: IntLike | Tensor, scale: float | Tensor, **options: Unpack[_Options]) -> None:
+        """`fedkseed_kernels.perturb_` on the tensors of `prepare`: `seed_axpy_` with one term.
+
+        Raises:
+            TypeError: outputs were prepared too.
+        """
+        seeds = term_checks.seed_scalar(seed).reshape(1)
+        coeffs = term_checks.number_tensor(scale, "scale").reshape(1)
+        self.seed_axpy_(seeds, coeffs, **options)
+
+    def seed_axpy_pair(self, seeds: Seeds, coeffs: Coeffs, **options: Unpack[_Options]) -> None:
+        """`fedkseed_kernels.seed_axpy_pair` into the outputs of `prepare_pair`; arguments as in `seed_axpy`.
+
+        Raises:
+            TypeError: not both sides were prepared.
+        """
+        self._expect("prepare_pair")
+        self.seed_axpy(seeds, coeffs, **options)
+
+
+# The handles of `prepare_out` and `prepare_pair` had classes of their own in 0.1.
+PreparedOut = Prepared
+PreparedPair = Prepared
 
 
 def prepare(
@@ -220,7 +184,7 @@ def prepare(
 
     Args: those of `ops.seed_axpy_`; residuals, too, are checked once and used by each call. Tensors that
         require grad may be prepared; calls are refused outside no_grad.
-    Returns: a handle with `seed_axpy_` and `perturb_`, for eager code (under torch.compile use the
+    Returns: a handle whose `seed_axpy_` and `perturb_` are called, by eager code (under torch.compile use the
     functions).
     Raises: see `ops`.
     """
@@ -236,15 +200,15 @@ def prepare_out(
     views: Sequence[View | None] | None = None,
     family: str = "gaussian",
     residuals: Residuals | None = None,
-) -> PreparedOut:
+) -> Prepared:
     """Check a list of tensors and of outputs once, for many calls that read the one and write the other.
 
     Args: those of `ops.seed_axpy`, without rows.
-    Returns: a handle with `seed_axpy`, as `prepare`.
+    Returns: a handle, as `prepare`, whose `seed_axpy` is called.
     Raises: see `ops`.
     """
     items, outs = tensor_list(tensors, "tensors"), tensor_list(out, "out")
-    return PreparedOut(items, outs, None, streams, offsets, views, family, residuals)
+    return Prepared(items, outs, None, streams, offsets, views, family, residuals)
 
 
 def prepare_pair(
@@ -257,13 +221,13 @@ def prepare_pair(
     views: Sequence[View | None] | None = None,
     family: str = "gaussian",
     residuals: Residuals | None = None,
-) -> PreparedPair:
+) -> Prepared:
     """Check a list of tensors and of outputs for both sides once, for many calls.
 
     Args: those of `ops.seed_axpy_pair`, without rows.
-    Returns: a handle with `seed_axpy_pair`, as `prepare`.
+    Returns: a handle, as `prepare`, whose `seed_axpy` or `seed_axpy_pair` is called.
     Raises: see `ops`.
     """
     items = tensor_list(tensors, "tensors")
     plus, minus = tensor_list(out_plus, "out_plus"), tensor_list(out_minus, "out_minus")
-    return PreparedPair(items, plus, minus, streams, offsets, views, family, residuals)
+    return Prepared(items, plus, minus, streams, offsets, views, family, residuals)

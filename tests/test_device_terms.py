@@ -86,17 +86,10 @@ def test_what_a_backend_is_handed() -> None:
     """Numbers stay numbers, tensors stay on the GPU, and only host values are looked at."""
     device = torch.device("cuda:0")
     given = on("cuda:0", num_skipped=None)
-    terms = term_checks.check_terms(
-        given["seeds"],
-        given["coeffs"].double(),
-        given["alpha"],
-        "gaussian",
-        "nearest",
-        None,
-        None,
-        all_fp64=False,
-        device=device,
+    arguments = term_checks.TermArguments(
+        given["seeds"], given["coeffs"].double(), given["alpha"], [], [], [], "gaussian", "nearest", None
     )
+    terms = term_checks.check_terms(arguments, all_fp64=False, device=device)
     assert isinstance(terms, DeviceTerms)
     assert terms.seeds.device == terms.coeffs.device == device
     assert terms.alpha is given["alpha"]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch, ops
+from fedkseed_kernels.arguments.terms import TermArguments
 from fedkseed_kernels.contract import reference
 from fedkseed_kernels.operands import DTYPE_CODES
 
@@ -446,6 +447,12 @@ def test_every_op_of_the_library_is_checked() -> None:
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.fedkseed, name).default.tags
 
 
+def test_schemas_end_with_the_term_arguments() -> None:
+    for name in sorted(ops.SCHEMAS.keys() - {"normal"}):
+        arguments = getattr(torch.ops.fedkseed, name).default._schema.arguments
+        assert tuple(a.name for a in arguments)[-len(TermArguments._fields) :] == TermArguments._fields
+
+
 def test_ops_called_directly_are_the_functions() -> None:
     for name, arguments in opcheck_cases(torch.bfloat16).items():
         getattr(torch.ops.fedkseed, name)(*arguments)
@@ -515,6 +522,36 @@ def test_prepared_outputs_are_those_of_the_functions(wide: bool, family: str) ->
     for weight, before in zip(weights, kept, strict=True):
         assert_same_bits(weight, before)
     assert [o._version for o in out] == [2] * 4
+
+
+def test_one_method_runs_whatever_was_prepared() -> None:
+    weight, out, plus, minus = (torch.ones(9) for _ in range(4))
+    in_place, one, both = (
+        fk.prepare(weight),
+        fk.prepare_out(weight, out),
+        fk.prepare_pair(weight, plus, minus),
+    )
+    for handle in (one, both, in_place):
+        handle.seed_axpy([3], [0.5])
+    for got, coeff in ((out, 0.5), (plus, 0.5), (minus, -0.5), (weight, 0.5)):
+        assert_same_bits(got, fk.seed_axpy(torch.ones(9), [3], [coeff])[0])
+
+
+def test_a_method_of_another_kind_of_handle_writes_nothing() -> None:
+    weight, out, other = (torch.ones(9) for _ in range(3))
+    in_place, one, both = fk.prepare(weight), fk.prepare_out(weight, out), fk.prepare_pair(weight, out, other)
+    for handle, maker in ((one, "prepare_out"), (both, "prepare_pair")):
+        with pytest.raises(
+            TypeError, match=f"expected a handle of prepare, got one of {maker}; call seed_axpy"
+        ):
+            handle.seed_axpy_([3], [0.5])
+        with pytest.raises(TypeError, match=f"expected a handle of prepare, got one of {maker}"):
+            handle.perturb_(3, 0.5)
+    for handle, maker in ((one, "prepare_out"), (in_place, "prepare")):
+        with pytest.raises(TypeError, match=f"expected a handle of prepare_pair, got one of {maker};"):
+            handle.seed_axpy_pair([3], [0.5])
+    for tensor in (weight, out, other):
+        assert torch.equal(tensor, torch.ones(9))
 
 
 def test_info_names_what_serves() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,25 @@ _FP32_SMALLEST_NORMAL = float.fromhex("0x1p-126")
 IntLike = Any  # anything with __index__: int, NumPy integers
 Seeds = Sequence[IntLike] | Tensor | np.ndarray[Any, Any]
 Coeffs = Sequence[float] | Tensor | np.ndarray[Any, Any]
+
+
+class TermArguments(NamedTuple):
+    """What every mutating op of `ops` ends with: the fields are its schema's arguments, in their order.
+
+    `seeds` int64 [K], `coeffs` fp64 [K], `alpha` fp64 and `rounding_seed` int64 of shape (), all on the host
+    or on the tensors' GPU; `streams`, `offsets` and `views` as `encoding` writes them, empty for defaults.
+    """
+
+    seeds: Tensor
+    coeffs: Tensor
+    alpha: Tensor
+    streams: Sequence[int]
+    offsets: Sequence[int]
+    views: Sequence[int]
+    family: str
+    rounding: str
+    rounding_seed: Tensor | None
+    num_skipped: Tensor | None = None
 
 
 def _signed(seed: IntLike) -> int:
@@ -120,6 +139,33 @@ def seed_scalar(seed: IntLike | Tensor) -> Tensor:
     return _int64(_signed(seed))
 
 
+def encode_terms(
+    seeds: Seeds,
+    coeffs: Coeffs,
+    alpha: float | Tensor,
+    family: str,
+    rounding: str,
+    rounding_seed: IntLike | Tensor | None,
+    num_skipped: Tensor | None,
+    streams: Sequence[int] = (),
+    offsets: Sequence[int] = (),
+    views: Sequence[int] = (),
+) -> TermArguments:
+    """Terms in the schemas' form, from what callers write; streams, offsets and views are in it already."""
+    return TermArguments(
+        seeds=seed_tensor(seeds),
+        coeffs=coefficient_tensor(coeffs),
+        alpha=number_tensor(alpha, "alpha"),
+        streams=streams,
+        offsets=offsets,
+        views=views,
+        family=family,
+        rounding=rounding,
+        rounding_seed=None if rounding_seed is None else seed_scalar(rounding_seed),
+        num_skipped=num_skipped,
+    )
+
+
 def rounded_to_fp32(value: float) -> float:
     """A finite number rounded once to fp32, subnormals kept whatever the thread's mode."""
     if abs(value) < _FP32_SMALLEST_NORMAL:
@@ -161,17 +207,9 @@ def check_num_skipped(num_skipped: Tensor, device: torch.device) -> None:
         raise ValueError(f"expected num_skipped on {device} like the tensors, got {num_skipped.device}")
 
 
-def check_term_metadata(
-    seeds: Tensor,
-    coeffs: Tensor,
-    alpha: Tensor,
-    family: str,
-    rounding: str,
-    rounding_seed: Tensor | None,
-    device: torch.device,
-    num_skipped: Tensor | None = None,
-) -> None:
+def check_term_metadata(arguments: TermArguments, device: torch.device) -> None:
     """Shapes, dtypes, choices and places of the terms; looks at no values. device: of the tensors."""
+    seeds, coeffs, alpha, _, _, _, family, rounding, rounding_seed, num_skipped = arguments
     check_choices(family, rounding)
     if seeds.dim() != 1 or seeds.dtype != torch.int64:
         raise ValueError(f"expected seeds int64 [num_terms], got {seeds.dtype} of shape {tuple(seeds.shape)}")
@@ -210,26 +248,18 @@ def check_term_metadata(
         check_num_skipped(num_skipped, device)
 
 
-def check_terms(
-    seeds: Tensor,
-    coeffs: Tensor,
-    alpha: Tensor,
-    family: str,
-    rounding: str,
-    rounding_seed: Tensor | None,
-    num_skipped: Tensor | None,
-    all_fp64: bool,
-    device: torch.device,
-) -> Terms | DeviceTerms:
+def check_terms(arguments: TermArguments, all_fp64: bool, device: torch.device) -> Terms | DeviceTerms:
     """Check the terms as the ops take them. Values on the host are checked, and copied unless some term is on
     a GPU: the host does not synchronise for that one, and all are left to the GPU.
 
-    Args: those of the ops in `ops`. all_fp64: whether every tensor of the list is fp64, so that nothing is
-        rounded to fp32. device: of the tensors.
+    Args:
+        all_fp64: whether every tensor of the list is fp64, so that nothing is rounded to fp32.
+        device: of the tensors.
     Raises:
         ValueError: as the public functions document.
     """
-    check_term_metadata(seeds, coeffs, alpha, family, rounding, rounding_seed, device, num_skipped)
+    check_term_metadata(arguments, device)
+    seeds, coeffs, alpha, _, _, _, family, rounding, rounding_seed, num_skipped = arguments
     if coeffs.device.type == "cpu":
         _check_coefficients(coeffs.numpy(), all_fp64)
     alpha_value = _alpha_value(alpha) if alpha.device.type == "cpu" else alpha

@@ -152,7 +152,7 @@ class Copies:
             for weight, tensor in zip(weights, side, strict=True)
             if weight.stream is None
         ]
-        self._handle: fedkseed_kernels.PreparedOut | fedkseed_kernels.PreparedPair | None = None
+        self._handle: fedkseed_kernels.Prepared | None = None
         if perturbed:
             prepare = fedkseed_kernels.prepare_out if len(sides) == 1 else fedkseed_kernels.prepare_pair
             self._handle = prepare(
@@ -171,11 +171,8 @@ class Copies:
         """
         for stored, tensor in self._converted:
             tensor.copy_(stored)
-        seeds, coeffs = [perturbation.seed], [sign * perturbation.eps]
-        if isinstance(self._handle, fedkseed_kernels.PreparedPair):
-            self._handle.seed_axpy_pair(seeds, coeffs, **perturbation.rounding)
-        elif self._handle is not None:
-            self._handle.seed_axpy(seeds, coeffs, **perturbation.rounding)
+        if self._handle is not None:
+            self._handle.seed_axpy([perturbation.seed], [sign * perturbation.eps], **perturbation.rounding)
 
 
 def _widened(weight: Weight, flat: Tensor) -> Tensor:
