@@ -1,0 +1,73 @@
+"""setup.py as a module, builds in a folder of their own, and what their libraries export."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from setuptools import Command
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
+FOLDERS = ("csrc", "fedkseed_kernels", "python")
+SWITCHES = (
+    *(f"FEDKSEED_{name}" for name in ("BUILD_CPU", "REQUIRE_CPU", "BUILD_CUDA", "REQUIRE_CUDA")),
+    *("CXX", "CUDA_HOME"),
+)
+
+
+def load_setup() -> ModuleType:
+    """setup.py as a module: importing it builds nothing."""
+    spec = importlib.util.spec_from_file_location("fedkseed_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_pip_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Build a wheel of a copy of the sources, ``folder/tree``, into ``folder`` without a network."""
+    ignore = shutil.ignore_patterns("_lib", "__pycache__", ".*")
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / "tree" / name, ignore=ignore)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / "tree" / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    command += ["--disable-pip-version-check", "--wheel-dir", str(folder), str(folder / "tree")]
+    inherited = {name: value for name, value in os.environ.items() if name not in SWITCHES}
+    return subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True)
+
+
+def build_command(build: ModuleType, folder: Path) -> Command:
+    """The command build_native, from ``folder/temp`` into ``folder/lib``."""
+    command = build.BuildNative(build.NativeDistribution())
+    command.build_lib, command.build_temp = str(folder / "lib"), str(folder / "temp")
+    return command
+
+
+def fake_nvcc(folder: Path, release: str, compiles: str) -> None:
+    (folder / "bin").mkdir()
+    nvcc = folder / "bin" / "nvcc"
+    version = f"Cuda compilation tools, release {release[:4]}, V{release}"
+    nvcc.write_text(f'#!/bin/sh\nif [ "$1" = --version ]; then echo "{version}"; else {compiles}; fi\n')
+    nvcc.chmod(0o755)
+
+
+def without_ninja(folder: Path) -> Path:
+    """A folder for PYTHONPATH in which the package ninja cannot be imported."""
+    blocked = folder / "blocked"
+    blocked.mkdir()
+    (blocked / "ninja.py").write_text("raise ImportError('blocked')\n")
+    return blocked
+
+
+def exported_names(library: Path) -> set[str]:
+    command = ["nm", "--dynamic", "--defined-only", str(library)]
+    table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1] for line in table.splitlines()}
