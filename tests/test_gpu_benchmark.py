@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py as far as it goes without a GPU."""
+"""benchmarks/gpu/ as far as it goes without a GPU."""
 
 from __future__ import annotations
 

@@ -177,12 +177,12 @@ def cuda_rule(name: str) -> Rule | None:
     if kernel in ("many_gaussian", "many_rademacher") and family is None:
         family = kernel.removeprefix("many_")
     elif kernel not in ("few_terms", "strided") or family is None:
-        raise ToolError(f"expected a kernel that benchmarks/sass.py has a rule for, got {name}; add one")
+        raise ToolError(f"expected a kernel that benchmarks/machine_code/sass.py has a rule for, got {name}; add one")
     family = family.lower()
     terms = int(num_terms or 0)
     form = f"K = {terms}" if terms else "K loop"
     is_compensated = compensated == "1"
-    suffix = ", rows" if kernel == "strided" else ", compensated" if is_compensated else ""
+    suffix = ", runs" if kernel == "strided" else ", compensated" if is_compensated else ""
     label = f"cuda {family} {dtype}, {form}{suffix}"
     of_turn = 0 if kernel == "many_rademacher" else 8
     moved = 2 * ITEMSIZES[dtype] * (2 if is_compensated else 1)
