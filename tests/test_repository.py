@@ -79,3 +79,30 @@ def test_no_registry_and_no_path_of_a_machine_is_named() -> None:
             f"{path.relative_to(ROOT)}:{n}" for n, line in enumerate(lines, 1) if forbidden.search(line)
         ]
     assert found == []
+
+
+def test_files_that_comments_and_pages_name_exist() -> None:
+    """By the end of their path at least; the changelog also speaks of files of earlier versions."""
+    files = committed_files()
+    if not files:
+        pytest.skip("not a git checkout")
+    ends = set()
+    for path in files:
+        parts = path.relative_to(ROOT).parts
+        ends |= {"/".join(parts[i:]) for i in range(len(parts))}
+    rooms = ("csrc", "fedkseed_kernels", "python", "benchmarks", "docs", "README.md", "CONTRIBUTING.md")
+    named = re.compile(r"[\w./-]*\w\.(?:py|inc|cuh?|cpp|h|md)\b")
+    missing = []
+    for path in files:
+        if path.relative_to(ROOT).parts[0] in rooms and path.suffix in (
+            ".py",
+            ".inc",
+            ".cu",
+            ".cpp",
+            ".h",
+            ".md",
+        ):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                names = {name.lstrip("./") for name in named.findall(re.sub(r"#include <.*>", "", line))}
+                missing += [f"{path.relative_to(ROOT)}:{number}: {name}" for name in names - ends]
+    assert missing == []

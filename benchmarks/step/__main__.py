@@ -2,7 +2,7 @@
 
 `python -m benchmarks.step --help`. SmolLM2-135M-Instruct on real text, or random Llamas on random tokens. The
 official step is `official.py`'s, the other torch step `mezo.py`'s; both make the same two forward passes. All
-take turns in one process, so ratios are of one run; memory is measured apart (`step_memory.py`).
+take turns in one process, so ratios are of one run; memory is measured apart (`memory.py`).
 """
 
 from __future__ import annotations
