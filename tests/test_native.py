@@ -15,6 +15,7 @@ import torch
 
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch, operands
+from fedkseed_kernels.arguments.tensors import check_operands
 from fedkseed_kernels.backends import c_abi, native_cpu
 from fedkseed_kernels.contract import reference
 
@@ -118,6 +119,31 @@ def test_the_reference_has_the_same_choices() -> None:
     assert tuple(operands.FAMILY_CODES) == reference.FAMILIES
     assert tuple(operands.ROUNDING_CODES) == reference.ROUNDINGS
     assert set(reference.DTYPES) == {str(d).removeprefix("torch.") for d in operands.DTYPE_CODES}
+
+
+# --- a status of the library
+
+
+@needs_native
+def test_a_code_that_the_library_does_not_know_is_an_error_and_writes_nothing() -> None:
+    tensor = torch.ones(3)
+    table = c_abi.pointer_table(check_operands([tensor], None, None, None, [], [], []))
+    table["dtype"] = len(operands.DTYPE_CODES)
+    terms = operands.Terms(np.ones(1, np.uint64), np.ones(1), 1.0, "gaussian", "nearest", 0)
+    with pytest.raises(
+        RuntimeError, match="CPU library failed: it does not know a dtype, family .*; reinstall"
+    ):
+        native_cpu.cpu_seed_axpy(table, None, terms)
+    assert torch.equal(tensor, torch.ones(3))
+
+
+@needs_native
+def test_an_instruction_set_that_the_library_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(operands.ISA_CODES, "later", len(operands.ISA_CODES) - 1)
+    words = np.zeros((1, 4), np.uint32)
+    usable = ", ".join(native_cpu.usable_isas())
+    with pytest.raises(RuntimeError, match=f"is not there: expected one of auto, .*{usable}, got later"):
+        native_cpu.philox_words(words, words[:, :2], "later")
 
 
 # --- why a library cannot be used
