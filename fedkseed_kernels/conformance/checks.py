@@ -111,10 +111,10 @@ def philox(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
     if target.isa is not None:
         got = native_cpu.philox_words(counters, keys, target.isa)
     elif target.backend == "triton":
-        from fedkseed_kernels.backends.triton import words
+        from fedkseed_kernels.backends.triton import test_entries
 
         tensors = (torch.from_numpy(array.view(np.int32)) for array in (counters, keys))
-        got = words.philox_words(*tensors).numpy().view(np.uint32)
+        got = test_entries.philox_words(*tensors).numpy().view(np.uint32)
     else:
         got = reference.philox4x32_10(counters, keys)
     yield Comparison("philox", got, expected)
@@ -129,7 +129,7 @@ def normals(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
     if target.isa is not None:
         got = native_cpu.normal_from_words(words, target.isa)
     elif target.backend == "triton":
-        from fedkseed_kernels.backends.triton.words import normal_from_words
+        from fedkseed_kernels.backends.triton.test_entries import normal_from_words
 
         got = normal_from_words(torch.from_numpy(words.view(np.int32))).numpy()
     else:
@@ -140,7 +140,7 @@ def normals(target: Target, vectors: dict[str, Any]) -> Iterator[Comparison]:
         if target.isa is not None:
             digest = native_cpu.normal_digest(first, count, target.isa)
         elif target.backend == "triton":
-            from fedkseed_kernels.backends.triton.words import normal_digest
+            from fedkseed_kernels.backends.triton.test_entries import normal_digest
 
             digest = normal_digest(first, count, "cpu")
         else:

@@ -283,26 +283,28 @@ def test_prepared_list_keeps_its_tables() -> None:
 
 def test_philox_words() -> None:
     """The known answers, and counters and keys with every word in use."""
-    from fedkseed_kernels.backends.triton import words
+    from fedkseed_kernels.backends.triton import test_entries
 
     cases = golden.load()["philox"]
     counters = np.array([golden.words_from_hex(case["counter"]) for case in cases])
     keys = np.array([golden.words_from_hex(case["key"]) for case in cases])
     want = np.array([golden.words_from_hex(case["words"]) for case in cases])
-    got = words.philox_words(torch.from_numpy(counters.view(np.int32)), torch.from_numpy(keys.view(np.int32)))
+    got = test_entries.philox_words(
+        torch.from_numpy(counters.view(np.int32)), torch.from_numpy(keys.view(np.int32))
+    )
     assert (got.numpy().view(np.uint32) == want).all()
 
 
 def test_transform_of_chosen_words_and_its_digest() -> None:
-    from fedkseed_kernels.backends.triton import words
+    from fedkseed_kernels.backends.triton import test_entries
 
     case = golden.load()["normals"]
     chosen = golden.words_from_hex(case["words"])
     want = np.stack([golden.stored_from_hex(case[side], "float32") for side in ("even", "odd")], axis=-1)
-    got = words.normal_from_words(torch.from_numpy(chosen.view(np.int32))).numpy()
+    got = test_entries.normal_from_words(torch.from_numpy(chosen.view(np.int32))).numpy()
     assert (got.view(np.uint32) == want.view(np.uint32)).all()
     first, count = 2**32 - 700, 700
-    assert words.normal_digest(first, count, "cpu") == reference.normal_digest(first, count)
+    assert test_entries.normal_digest(first, count, "cpu") == reference.normal_digest(first, count)
 
 
 class _OnDevice:

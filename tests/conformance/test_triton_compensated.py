@@ -204,7 +204,7 @@ def test_terms_on_the_device(dtype: str) -> None:
 
 DAMAGES = {
     "residuals are not written": (
-        "primitive.py",
+        "sums.py",
         "            tl.store(residual, new_left, mask=mask)\n",
         "",
     ),

@@ -215,12 +215,12 @@ def test_a_captured_graph_reads_new_terms_from_the_device(on_gpu: None) -> None:
 
 
 def test_philox_words() -> None:
-    from fedkseed_kernels.backends.triton import words
+    from fedkseed_kernels.backends.triton import test_entries
 
     generator = np.random.default_rng(5)
     counters = generator.integers(0, 2**32, (10_000, 4), dtype=np.uint32)
     keys = generator.integers(0, 2**32, (10_000, 2), dtype=np.uint32)
-    got = words.philox_words(
+    got = test_entries.philox_words(
         torch.from_numpy(counters.view(np.int32)).cuda(), torch.from_numpy(keys.view(np.int32)).cuda()
     )
     assert (got.cpu().numpy().view(np.uint32) == reference.philox4x32_10(counters, keys)).all()
@@ -228,9 +228,11 @@ def test_philox_words() -> None:
 
 def test_all_words() -> None:
     """The Gaussian transform of all 2^32 words, by the digests that every CPU instruction set gives."""
-    from fedkseed_kernels.backends.triton import words
+    from fedkseed_kernels.backends.triton import test_entries
 
     content = golden.load(golden.DIGESTS_FILE)
     num_words = content["block_words"]
     for block, digest in enumerate(content["digests"]):
-        assert words.normal_digest(block * num_words, num_words, "cuda") == int(digest, 16), f"block {block}"
+        assert test_entries.normal_digest(block * num_words, num_words, "cuda") == int(digest, 16), (
+            f"block {block}"
+        )

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from fedkseed_kernels.backends.triton import noise
-from fedkseed_kernels.backends.triton.primitive import accumulate, finish, octet_values, read_header
+from fedkseed_kernels.backends.triton.sums import accumulate, finish, octet_values, read_header
 from fedkseed_kernels.backends.triton.tables import RUN_DIMS, RUN_FIELDS, RUN_FIRST_DIM, RUN_MAX_OUTER
 
 key_of = noise.key_of

@@ -17,14 +17,14 @@ from triton.runtime.jit import JITFunction
 from fedkseed_kernels.backends.triton import noise
 from fedkseed_kernels.backends.triton.interpreter import exact_arithmetic
 from fedkseed_kernels.backends.triton.kernels import runs_kernel, segments_kernel
-from fedkseed_kernels.backends.triton.packing import (
+from fedkseed_kernels.backends.triton.tables import OCTET, Kind, KindTables, Table, make_tables
+from fedkseed_kernels.backends.triton.terms import (
     PackedTerms,
     count_skipped,
     pack_device_terms,
     pack_host_terms,
     upload,
 )
-from fedkseed_kernels.backends.triton.tables import OCTET, Kind, KindTables, Table, make_tables
 from fedkseed_kernels.operands import Operands, Terms
 
 #: True when TRITON_INTERPRET=1 was set before Triton was imported: the kernels then run on the CPU.
@@ -84,7 +84,7 @@ def num_sides(family: str, num_by_value: int, pair: bool) -> int:
 
 
 def residuals_use(is_compensated: bool, writes_residuals: bool) -> str:
-    """What the kernels do about residuals: RESIDUALS of `primitive.finish`."""
+    """What the kernels do about residuals: RESIDUALS of `sums.finish`."""
     if not is_compensated:
         return "none"
     return "split" if writes_residuals else "read"

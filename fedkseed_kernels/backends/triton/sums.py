@@ -1,7 +1,7 @@
 """The primitive of one lane in Triton (docs/noise-contract.md section 6): sums over terms, new weights.
 
-Functions for the kernels of `seed_axpy`. A lane's sums are a tuple, one tensor [block] for each of its
-elements, so that they stay in registers over the whole loop over terms; they are joined after it.
+Both kernels call these functions. A lane's sums are a tuple, one tensor [block] for each of its elements, so
+that they stay in registers over the whole loop over terms; they are joined after it.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkseed_kernels.backends.triton import noise, packing
+from fedkseed_kernels.backends.triton import noise
 from fedkseed_kernels.backends.triton.compensated import compensated_split, compensated_value
+from fedkseed_kernels.backends.triton.terms import HEADER_RECORDS, RECORD_WORDS
 
 gaussian_octet = noise.gaussian_octet
 rademacher_octet = noise.rademacher_octet
@@ -19,8 +20,8 @@ key_of = noise.key_of
 bf16_stochastic = noise.bf16_stochastic
 fp16_stochastic = noise.fp16_stochastic
 TAG_RADEMACHER = noise.TAG_RADEMACHER
-RECORD_WORDS = tl.constexpr(packing.RECORD_WORDS)
-HEADER_RECORDS = tl.constexpr(packing.HEADER_RECORDS)
+WORDS_OF_RECORD = tl.constexpr(RECORD_WORDS)
+RECORDS_OF_HEADER = tl.constexpr(HEADER_RECORDS)
 
 
 @triton.jit
@@ -126,7 +127,7 @@ def read_header(terms):
 def read_record(terms, k, FACTOR: tl.constexpr):
     """Term k: its key words, and its coefficient or integer."""
     # Two 32-bit loads: from one of 64 bits LLVM makes 64-bit arithmetic of the whole of Philox.
-    record = terms + (k + HEADER_RECORDS) * RECORD_WORDS
+    record = terms + (k + RECORDS_OF_HEADER) * WORDS_OF_RECORD
     k0 = tl.load(record).to(tl.uint32, bitcast=True)
     k1 = tl.load(record + 1).to(tl.uint32, bitcast=True)
     return k0, k1, tl.load((record + 2).to(tl.pointer_type(FACTOR)))
@@ -221,7 +222,7 @@ def accumulate(
 @triton.jit
 def sums_as_numbers(sums, terms, num_terms, ARITHMETIC: tl.constexpr):
     """Contract 6.3: acc = f(A) 2^-s of the integers A [block, 8]; -0 without a term."""
-    unit = tl.load((terms + RECORD_WORDS).to(tl.pointer_type(ARITHMETIC)))
+    unit = tl.load((terms + WORDS_OF_RECORD).to(tl.pointer_type(ARITHMETIC)))
     return tl.where(num_terms == 0, negative_zeros(sums, ARITHMETIC), sums.to(ARITHMETIC) * unit)
 
 
