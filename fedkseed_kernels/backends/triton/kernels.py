@@ -7,8 +7,7 @@ lane, whose sums stay in registers over the whole loop over terms and are joined
   weights of a model.
 * `runs_kernel`: anything else: odd ends, strides, views, gathered rows.
 
-`launch` picks the parameters and says what the arguments mean. Fields of the tables are read by their
-position in `tables.SEGMENT_FIELDS` and `tables.RUN_FIELDS`.
+`launch` picks the parameters and says what the arguments mean, `tables` what the fields of the tables mean.
 """
 
 from __future__ import annotations
@@ -18,13 +17,55 @@ import triton.language as tl
 
 from fedkseed_kernels.backends.triton import noise
 from fedkseed_kernels.backends.triton.sums import accumulate, finish, octet_values, read_header
-from fedkseed_kernels.backends.triton.tables import RUN_DIMS, RUN_FIELDS, RUN_FIRST_DIM, RUN_MAX_OUTER
+from fedkseed_kernels.backends.triton.tables import (
+    RUN_DIMS,
+    RUN_FIELDS,
+    RUN_MAX_OUTER,
+    RUN_WIDTH,
+    SEGMENT_FIELDS,
+)
 
 key_of = noise.key_of
 rounding_octet = noise.rounding_octet
-NUM_RUN_FIELDS = tl.constexpr(len(RUN_FIELDS) + len(RUN_DIMS) * RUN_MAX_OUTER)
-FIRST_DIM = tl.constexpr(RUN_FIRST_DIM)
-MAX_OUTER = tl.constexpr(RUN_MAX_OUTER)
+
+# Fields of a segment: each a row of its table.
+SEGMENT_FIRST_TILE = tl.constexpr(SEGMENT_FIELDS.index("first_tile"))
+SEGMENT_SOURCE = tl.constexpr(SEGMENT_FIELDS.index("source"))
+SEGMENT_TARGET = tl.constexpr(SEGMENT_FIELDS.index("target"))
+SEGMENT_TARGET_MINUS = tl.constexpr(SEGMENT_FIELDS.index("target_minus"))
+SEGMENT_NUM_OCTETS = tl.constexpr(SEGMENT_FIELDS.index("num_octets"))
+SEGMENT_FIRST_OCTET = tl.constexpr(SEGMENT_FIELDS.index("first_octet"))
+SEGMENT_STREAM = tl.constexpr(SEGMENT_FIELDS.index("stream"))
+SEGMENT_RESIDUAL = tl.constexpr(SEGMENT_FIELDS.index("residual"))
+
+# Fields of an entry of the run table: each a column. Those of the outer dimensions begin here.
+NUM_RUN_COLUMNS = tl.constexpr(RUN_WIDTH)
+RUN_FIRST_TILE = tl.constexpr(RUN_FIELDS.index("first_tile"))
+RUN_SOURCE = tl.constexpr(RUN_FIELDS.index("source"))
+RUN_TARGET = tl.constexpr(RUN_FIELDS.index("target"))
+RUN_TARGET_MINUS = tl.constexpr(RUN_FIELDS.index("target_minus"))
+RUN_NUM_RUNS = tl.constexpr(RUN_FIELDS.index("num_runs"))
+RUN_LENGTH = tl.constexpr(RUN_FIELDS.index("run_length"))
+RUN_NUM_OCTETS = tl.constexpr(RUN_FIELDS.index("octets_per_run"))
+RUN_FIRST_ELEMENT = tl.constexpr(RUN_FIELDS.index("first_element"))
+RUN_STREAM = tl.constexpr(RUN_FIELDS.index("stream"))
+RUN_SOURCE_STRIDE = tl.constexpr(RUN_FIELDS.index("source_stride"))
+RUN_TARGET_STRIDE = tl.constexpr(RUN_FIELDS.index("target_stride"))
+RUN_TARGET_MINUS_STRIDE = tl.constexpr(RUN_FIELDS.index("target_minus_stride"))
+RUN_NUM_OUTER = tl.constexpr(RUN_FIELDS.index("num_outer"))
+RUN_RESIDUAL = tl.constexpr(RUN_FIELDS.index("residual"))
+
+
+def _first_column(dims: str) -> tl.constexpr:
+    """The column of outer dimension 0 in one of `tables.RUN_DIMS`."""
+    return tl.constexpr(len(RUN_FIELDS) + RUN_DIMS.index(dims) * RUN_MAX_OUTER)
+
+
+OUTER_SIZES = _first_column("sizes")
+OUTER_SOURCE_STRIDES = _first_column("source_strides")
+OUTER_TARGET_STRIDES = _first_column("target_strides")
+OUTER_TARGET_MINUS_STRIDES = _first_column("target_minus_strides")
+OUTER_ELEMENT_STRIDES = _first_column("element_strides")
 
 # Arguments whose value must not lead to another compilation.
 _RUN_TIME = (
@@ -93,22 +134,23 @@ def segments_kernel(
     scale = tl.full((1, 1), alpha, tl.float32)
     tile = tl.program_id(0) // PROGRAMS
     part = tl.program_id(0) % PROGRAMS
-    entry = table + _find_entry(table, 1, num_entries, num_steps, tile)
-    source = tl.load(entry + num_entries).to(tl.pointer_type(DTYPE))
-    target = tl.load(entry + 2 * num_entries).to(tl.pointer_type(DTYPE))
-    target_minus = tl.load(entry + 3 * num_entries).to(tl.pointer_type(DTYPE))
+    first_tiles = table + SEGMENT_FIRST_TILE * num_entries
+    entry = table + _find_entry(first_tiles, 1, num_entries, num_steps, tile)
+    source = tl.load(entry + SEGMENT_SOURCE * num_entries).to(tl.pointer_type(DTYPE))
+    target = tl.load(entry + SEGMENT_TARGET * num_entries).to(tl.pointer_type(DTYPE))
+    target_minus = tl.load(entry + SEGMENT_TARGET_MINUS * num_entries).to(tl.pointer_type(DTYPE))
     residual = source  # never read
     if RESIDUALS != "none":
-        residual = tl.load(entry + 7 * num_entries).to(tl.pointer_type(tl.int16))
-    num_octets = tl.load(entry + 4 * num_entries)
-    first_octet = tl.load(entry + 5 * num_entries)
-    stream = tl.load(entry + 6 * num_entries).to(tl.uint32)
+        residual = tl.load(entry + SEGMENT_RESIDUAL * num_entries).to(tl.pointer_type(tl.int16))
+    num_octets = tl.load(entry + SEGMENT_NUM_OCTETS * num_entries)
+    first_octet = tl.load(entry + SEGMENT_FIRST_OCTET * num_entries)
+    stream = tl.load(entry + SEGMENT_STREAM * num_entries).to(tl.uint32)
 
     high = (first_octet >> 32).to(tl.uint32)
     # Relative to the segment, at a whole group: negative where the first group begins before the segment.
-    start = -(first_octet % OCTETS) + ((tile - tl.load(entry)) * PROGRAMS + part) * (
-        BLOCK * NUM_BLOCKS * OCTETS
-    )
+    first_group = -(first_octet % OCTETS)
+    program = (tile - tl.load(entry + SEGMENT_FIRST_TILE * num_entries)) * PROGRAMS + part
+    start = first_group + program * (BLOCK * NUM_BLOCKS * OCTETS)
     lane = tl.arange(0, BLOCK)
     column = tl.arange(0, 8)[None, :]
     for block in range(NUM_BLOCKS):
@@ -213,22 +255,22 @@ def runs_kernel(
     scale = tl.full((1, 1), alpha, tl.float32)
     tile = tl.program_id(0) // PROGRAMS
     part = tl.program_id(0) % PROGRAMS
-    entry = table + _find_entry(table, NUM_RUN_FIELDS, num_entries, num_steps, tile) * NUM_RUN_FIELDS
-    num_runs = tl.load(entry + 4)
-    run_length = tl.load(entry + 5)
-    octets_per_run = tl.load(entry + 6)
-    stream = tl.load(entry + 8).to(tl.uint32)
-    num_outer = tl.load(entry + 12).to(tl.int32)
-    dims = entry + FIRST_DIM
+    first_tiles = table + RUN_FIRST_TILE
+    entry = table + _find_entry(first_tiles, NUM_RUN_COLUMNS, num_entries, num_steps, tile) * NUM_RUN_COLUMNS
+    num_runs = tl.load(entry + RUN_NUM_RUNS)
+    run_length = tl.load(entry + RUN_LENGTH)
+    octets_per_run = tl.load(entry + RUN_NUM_OCTETS)
+    stream = tl.load(entry + RUN_STREAM).to(tl.uint32)
+    num_outer = tl.load(entry + RUN_NUM_OUTER).to(tl.int32)
 
-    begin = ((tile - tl.load(entry)) * PROGRAMS + part) * BLOCK
+    begin = ((tile - tl.load(entry + RUN_FIRST_TILE)) * PROGRAMS + part) * BLOCK
     if begin >= num_runs * octets_per_run:
         return
     lane = begin + tl.arange(0, BLOCK)
     run = lane // octets_per_run
     in_run = lane % octets_per_run
     exists = run < num_runs
-    first_element = tl.load(entry + 7) + run * 0
+    first_element = tl.load(entry + RUN_FIRST_ELEMENT) + run * 0
     source_at = run * 0
     target_at = run * 0
     minus_at = run * 0
@@ -236,18 +278,18 @@ def runs_kernel(
     rest = run
     for step in range(num_outer):
         d = num_outer - 1 - step
-        size = tl.load(dims + d)
+        size = tl.load(entry + OUTER_SIZES + d)
         x = rest % size
         rest = rest // size
-        target_at += x * tl.load(dims + 2 * MAX_OUTER + d)
-        minus_at += x * tl.load(dims + 3 * MAX_OUTER + d)
+        target_at += x * tl.load(entry + OUTER_TARGET_STRIDES + d)
+        minus_at += x * tl.load(entry + OUTER_TARGET_MINUS_STRIDES + d)
         if HAS_ROWS:
             if d == 0:
                 x = tl.load(rows + x, mask=exists, other=0)
                 is_row = (x >= 0) & (x < num_source_rows)
                 x = tl.where(is_row, x, 0)
-        source_at += x * tl.load(dims + MAX_OUTER + d)
-        first_element += x * tl.load(dims + 4 * MAX_OUTER + d)
+        source_at += x * tl.load(entry + OUTER_SOURCE_STRIDES + d)
+        first_element += x * tl.load(entry + OUTER_ELEMENT_STRIDES + d)
 
     octet = (first_element >> 3) + in_run
     low = octet.to(tl.uint32)
@@ -281,17 +323,17 @@ def runs_kernel(
     # Position within the run; the octets at its ends reach beyond it.
     position = (octet * 8 - first_element)[:, None] + tl.arange(0, 8)[None, :]
     mask = exists[:, None] & (position >= 0) & (position < run_length)
-    source = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
-    target = tl.load(entry + 2).to(tl.pointer_type(DTYPE))
-    target_minus = tl.load(entry + 3).to(tl.pointer_type(DTYPE))
+    source = tl.load(entry + RUN_SOURCE).to(tl.pointer_type(DTYPE))
+    target = tl.load(entry + RUN_TARGET).to(tl.pointer_type(DTYPE))
+    target_minus = tl.load(entry + RUN_TARGET_MINUS).to(tl.pointer_type(DTYPE))
     residual = source  # never read
     if RESIDUALS != "none":
-        residual = tl.load(entry + 13).to(tl.pointer_type(tl.int16))
-    source_stride = tl.load(entry + 9)
+        residual = tl.load(entry + RUN_RESIDUAL).to(tl.pointer_type(tl.int16))
+    source_stride = tl.load(entry + RUN_SOURCE_STRIDE)
     finish(
         source + source_at[:, None] + position * source_stride,
-        target + target_at[:, None] + position * tl.load(entry + 10),
-        target_minus + minus_at[:, None] + position * tl.load(entry + 11),
+        target + target_at[:, None] + position * tl.load(entry + RUN_TARGET_STRIDE),
+        target_minus + minus_at[:, None] + position * tl.load(entry + RUN_TARGET_MINUS_STRIDE),
         residual + source_at[:, None] + position * source_stride,
         mask,
         acc,

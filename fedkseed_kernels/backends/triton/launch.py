@@ -17,7 +17,14 @@ from triton.runtime.jit import JITFunction
 from fedkseed_kernels.backends.triton import noise
 from fedkseed_kernels.backends.triton.interpreter import exact_arithmetic
 from fedkseed_kernels.backends.triton.kernels import runs_kernel, segments_kernel
-from fedkseed_kernels.backends.triton.tables import OCTET, Kind, KindTables, Table, make_tables
+from fedkseed_kernels.backends.triton.tables import (
+    OCTET,
+    RADEMACHER_GROUP,
+    Kind,
+    KindTables,
+    Table,
+    make_tables,
+)
 from fedkseed_kernels.backends.triton.terms import (
     PackedTerms,
     count_skipped,
@@ -36,7 +43,6 @@ ELEMENT_TYPES = {
     torch.float16: tl.float16,
     torch.float64: tl.float64,
 }
-RADEMACHER_GROUP = 128
 # Octets that the tables count in.
 TILE = 4096
 # Below this many tiles a program takes one block instead of a tile, so that small lists fill a GPU too.

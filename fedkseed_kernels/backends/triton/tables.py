@@ -14,16 +14,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fedkseed_kernels.contract import reference
 from fedkseed_kernels.layout import collapsed_layout, strided_positions
 from fedkseed_kernels.operands import MAX_DIMS, Operands
 
-OCTET = 8
+# Elements that share one Philox call.
+OCTET = 1 << reference.GAUSSIAN_GROUP_BITS
+RADEMACHER_GROUP = 1 << reference.RADEMACHER_GROUP_BITS
+OCTETS_PER_GROUP = RADEMACHER_GROUP // OCTET
 # Bytes of the widest access; a segment's memory starts at a multiple of it.
 ALIGNMENT = 16
 # Segments never cross a multiple of this many octets, so that the counter's high word is one for a segment.
 OCTETS_PER_HIGH_WORD = 1 << 32
 
-# Columns of a segment table, int64 [len(SEGMENT_FIELDS), num_segments]. Output element i of a segment has
+# Rows of a segment table, int64 [len(SEGMENT_FIELDS), num_segments]. Output element i of a segment has
 # element index 8 first_octet + i.
 SEGMENT_FIELDS = (
     "first_tile",
@@ -36,9 +40,9 @@ SEGMENT_FIELDS = (
     "residual",
 )
 
-# Rows of a run table, int64 [num_entries, len(RUN_FIELDS) + len(RUN_DIMS) * RUN_MAX_OUTER]. A run is a row of
-# run_length elements with consecutive element indices; its coordinates are those of the outer dimensions.
-# Residuals have the strides of the source.
+# Columns of a run table, int64 [num_entries, RUN_WIDTH]: RUN_FIELDS, then each of RUN_DIMS for RUN_MAX_OUTER
+# outer dimensions. A run is a row of run_length elements with consecutive element indices; its coordinates
+# are those of the outer dimensions. Residuals have the strides of the source.
 RUN_FIELDS = (
     "first_tile",
     "source",
@@ -57,7 +61,7 @@ RUN_FIELDS = (
 )
 RUN_DIMS = ("sizes", "source_strides", "target_strides", "target_minus_strides", "element_strides")
 RUN_MAX_OUTER = MAX_DIMS
-RUN_FIRST_DIM = len(RUN_FIELDS)
+RUN_WIDTH = len(RUN_FIELDS) + len(RUN_DIMS) * RUN_MAX_OUTER
 
 
 class Table(NamedTuple):
@@ -102,7 +106,7 @@ class _Run(NamedTuple):
     first_element: int
     stream: int
     run_length: int
-    inner_strides: tuple[int, int, int]
+    inner_strides: tuple[int, int, int]  # of source, target, target_minus
     sizes: list[int]
     strides: list[list[int]]  # in the order of RUN_DIMS[1:]
 
@@ -112,7 +116,8 @@ class _Run(NamedTuple):
 
     @property
     def octets_per_run(self) -> int:
-        starts_on_octets = self.first_element % OCTET == 0 and all(s % OCTET == 0 for s in self.strides[3])
+        *_, element_strides = self.strides
+        starts_on_octets = self.first_element % OCTET == 0 and all(s % OCTET == 0 for s in element_strides)
         return (self.run_length + (OCTET - 1 if starts_on_octets else 2 * (OCTET - 1))) // OCTET
 
 
@@ -164,48 +169,57 @@ def _strided_run(operands: Operands, position: int, addresses: Addresses, stream
     if not gathers and len(sizes) <= 1 and all(s in ([], [1]) for s in strides):
         return None
     # Dimension 0 of a gather is looked up, so it is no run.
-    has_inner = len(sizes) > gathers and strides[3][-1] == 1
+    source, target, target_minus, element = strides
+    has_inner = len(sizes) > gathers and element[-1] == 1
     if not has_inner:
         return _Run(addresses, first_element, stream, 1, (0, 0, 0), sizes, strides)
-    inner = (strides[0][-1], strides[1][-1], strides[2][-1])
+    inner = (source[-1], target[-1], target_minus[-1])
     return _Run(addresses, first_element, stream, sizes[-1], inner, sizes[:-1], [s[:-1] for s in strides])
 
 
 def _segment_table(segments: list[_Segment], tile: int) -> Table | None:
     if not segments:
         return None
-    entries = np.empty((len(SEGMENT_FIELDS), len(segments)), dtype=np.int64)
-    entries[1:4] = np.array([s.addresses[:3] for s in segments], dtype=np.int64).T
-    entries[4] = [s.num_octets for s in segments]
-    entries[5] = [s.first_octet for s in segments]
-    entries[6] = [s.stream for s in segments]
-    entries[7] = [s.addresses.residual for s in segments]
-    # A program of the wide Rademacher kernel starts at a group of 16 octets, before the segment's first.
-    tiles = -(-(entries[4] + entries[5] % 16) // tile)
-    entries[0] = np.cumsum(tiles) - tiles
+    num_octets = np.array([s.num_octets for s in segments], dtype=np.int64)
+    first_octets = np.array([s.first_octet for s in segments], dtype=np.int64)
+    # A program that sums by Rademacher groups starts at a whole one, maybe before the segment's first octet.
+    tiles = -(-(num_octets + first_octets % OCTETS_PER_GROUP) // tile)
+    fields = {
+        "first_tile": np.cumsum(tiles) - tiles,
+        "source": [s.addresses.source for s in segments],
+        "target": [s.addresses.target for s in segments],
+        "target_minus": [s.addresses.target_minus for s in segments],
+        "num_octets": num_octets,
+        "first_octet": first_octets,
+        "stream": [s.stream for s in segments],
+        "residual": [s.addresses.residual for s in segments],
+    }
+    entries = np.array([fields[name] for name in SEGMENT_FIELDS], dtype=np.int64)
     return Table(entries, len(segments), int(tiles.sum()))
 
 
 def _run_table(runs: list[_Run], tile: int) -> Table | None:
     if not runs:
         return None
-    width = RUN_FIRST_DIM + len(RUN_DIMS) * RUN_MAX_OUTER
-    entries = np.zeros((len(runs), width), dtype=np.int64)
+    entries = np.zeros((len(runs), RUN_WIDTH), dtype=np.int64)
     num_tiles = 0
     for entry, run in zip(entries, runs, strict=True):
-        entry[:RUN_FIRST_DIM] = (
-            num_tiles,
-            *run.addresses[:3],
-            run.num_runs,
-            run.run_length,
-            run.octets_per_run,
-            run.first_element,
-            run.stream,
-            *run.inner_strides,
-            len(run.sizes),
-            run.addresses.residual,
-        )
-        dims = entry[RUN_FIRST_DIM:].reshape(len(RUN_DIMS), RUN_MAX_OUTER)
+        source_stride, target_stride, target_minus_stride = run.inner_strides
+        fields = {
+            "first_tile": num_tiles,
+            **run.addresses._asdict(),
+            "num_runs": run.num_runs,
+            "run_length": run.run_length,
+            "octets_per_run": run.octets_per_run,
+            "first_element": run.first_element,
+            "stream": run.stream,
+            "source_stride": source_stride,
+            "target_stride": target_stride,
+            "target_minus_stride": target_minus_stride,
+            "num_outer": len(run.sizes),
+        }
+        entry[: len(RUN_FIELDS)] = [fields[name] for name in RUN_FIELDS]
+        dims = entry[len(RUN_FIELDS) :].reshape(len(RUN_DIMS), RUN_MAX_OUTER)
         for row, values in zip(dims, (run.sizes, *run.strides), strict=True):
             row[: len(values)] = values
         num_tiles += -(-run.num_runs * run.octets_per_run // tile)
