@@ -102,7 +102,7 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
     }
     types = {"table": "*i64", "rows": "*i64", "terms": "*i32", "alpha": "fp32"}
     types |= dict.fromkeys(("num_entries", "num_steps", "num_source_rows", "radius_base", "one_bits"), "i32")
-    types |= dict.fromkeys(("seed_0", "bits_0", "seed_1", "bits_1", "rounding_seed"), "i64")
+    types |= dict.fromkeys(("seed_0", "coeff_bits_0", "seed_1", "coeff_bits_1", "rounding_seed"), "i64")
     names = kernel.arg_names
     source = ASTSource(
         fn=kernel,

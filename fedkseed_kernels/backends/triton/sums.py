@@ -147,9 +147,9 @@ def accumulate(
     terms,
     num_terms,
     seed_0,
-    bits_0,
+    coeff_bits_0,
     seed_1,
-    bits_1,
+    coeff_bits_1,
     radius_base,
     one_bits,
     ARITHMETIC: tl.constexpr,
@@ -162,11 +162,13 @@ def accumulate(
     """The sums over all terms, a tuple of NUM_LANES * NUM_SIDES.
 
     Of a loop over Rademacher terms they are the integers A of contract 6.3: `sums_as_numbers`.
+    coeff_bits_0, coeff_bits_1: coefficients as fp64 patterns, of two Rademacher terms their sums
+    (`terms.PackedTerms`).
     """
     INTEGER: tl.constexpr = tl.int64 if tl.float64 == ARITHMETIC else tl.int32
     IS_INTEGER: tl.constexpr = FAMILY == "rademacher"
     IS_WIDE: tl.constexpr = NUM_LANES == 128
-    number = bits_0.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
+    number = coeff_bits_0.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
     if NUM_TERMS == 0 and IS_INTEGER:
         total = tl.full((1, 1), 0, INTEGER)
         start = tl.full(low.shape, 0, tl.int64 if IS_WIDE else INTEGER)
@@ -197,7 +199,7 @@ def accumulate(
             acc = add_gaussian(acc, low, high, stream, k0, k1, c, radius_base, one_bits, NUM_SIDES)
     elif IS_INTEGER:
         if NUM_TERMS == 2:
-            unequal = bits_1.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
+            unequal = coeff_bits_1.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
             acc = two_signs(low, high, stream, seed_0, seed_1, number, unequal)
         else:
             k0, k1 = key_of(seed_0)
@@ -213,7 +215,7 @@ def accumulate(
         k0, k1 = key_of(seed_0)
         acc = add_gaussian(acc, low, high, stream, k0, k1, number, radius_base, one_bits, NUM_SIDES)
         if NUM_TERMS == 2:
-            number = bits_1.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
+            number = coeff_bits_1.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
             k0, k1 = key_of(seed_1)
             acc = add_gaussian(acc, low, high, stream, k0, k1, number, radius_base, one_bits, NUM_SIDES)
     return acc
