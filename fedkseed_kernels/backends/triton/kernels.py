@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkseed_kernels.backends.triton import noise
+from fedkseed_kernels.backends.triton.noise import key_of, rounding_octet
 from fedkseed_kernels.backends.triton.sums import accumulate, finish, octet_values, read_header
 from fedkseed_kernels.backends.triton.tables import (
     RUN_DIMS,
@@ -24,9 +24,6 @@ from fedkseed_kernels.backends.triton.tables import (
     RUN_WIDTH,
     SEGMENT_FIELDS,
 )
-
-key_of = noise.key_of
-rounding_octet = noise.rounding_octet
 
 # Fields of a segment: each a row of its table.
 SEGMENT_FIRST_TILE = tl.constexpr(SEGMENT_FIELDS.index("first_tile"))

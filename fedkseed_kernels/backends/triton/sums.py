@@ -9,17 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fedkseed_kernels.backends.triton import noise
 from fedkseed_kernels.backends.triton.compensated import compensated_split, compensated_value
+from fedkseed_kernels.backends.triton.noise import (
+    TAG_RADEMACHER,
+    bf16_stochastic,
+    fp16_stochastic,
+    gaussian_octet,
+    group_words,
+    key_of,
+    rademacher_octet,
+)
 from fedkseed_kernels.backends.triton.terms import HEADER_RECORDS, RECORD_WORDS
 
-gaussian_octet = noise.gaussian_octet
-rademacher_octet = noise.rademacher_octet
-group_words = noise.group_words
-key_of = noise.key_of
-bf16_stochastic = noise.bf16_stochastic
-fp16_stochastic = noise.fp16_stochastic
-TAG_RADEMACHER = noise.TAG_RADEMACHER
 WORDS_OF_RECORD = tl.constexpr(RECORD_WORDS)
 RECORDS_OF_HEADER = tl.constexpr(HEADER_RECORDS)
 

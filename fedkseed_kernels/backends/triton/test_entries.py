@@ -7,13 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fedkseed_kernels.backends.triton import noise
 from fedkseed_kernels.backends.triton.launch import on_device
-
-philox4x32_10 = noise.philox4x32_10
-normal_pair = noise.normal_pair
+from fedkseed_kernels.backends.triton.noise import (
+    ONE_PATTERN,
+    RADIUS_BASE_PATTERN,
+    normal_pair,
+    philox4x32_10,
+)
 
 _BLOCK = 256
+_PATTERNS = {"radius_base": RADIUS_BASE_PATTERN, "one_bits": ONE_PATTERN}
 # Words that a lane folds into its digest.
 _WORDS_OF_A_LANE = 64
 
@@ -72,9 +75,8 @@ def normal_from_words(words: Tensor) -> Tensor:
     """The two normals (even, odd) of each word, fp32 [n, 2] of words int32 [n] (bit patterns)."""
     out = torch.full((len(words), 2), torch.nan, device=words.device)
     grid = (triton.cdiv(len(words), _BLOCK),)
-    patterns = {"radius_base": noise.RADIUS_BASE_PATTERN, "one_bits": noise.ONE_PATTERN}
     with on_device(words.device):
-        _normals_kernel[grid](words, out, len(words), **patterns, BLOCK=_BLOCK, enable_fp_fusion=False)
+        _normals_kernel[grid](words, out, len(words), **_PATTERNS, BLOCK=_BLOCK, enable_fp_fusion=False)
     return out
 
 
@@ -82,9 +84,8 @@ def normal_digest(first: int, count: int, device: torch.device | str) -> int:
     """The digest of `reference.normal_digest`: of the transform of words first .. first + count - 1."""
     num_programs = triton.cdiv(count, _BLOCK * _WORDS_OF_A_LANE)
     out = torch.full((num_programs * _BLOCK,), -1, dtype=torch.int64, device=device)
-    patterns = {"radius_base": noise.RADIUS_BASE_PATTERN, "one_bits": noise.ONE_PATTERN}
     with on_device(out.device):
         _digest_kernel[(num_programs,)](
-            out, first, count, **patterns, NUM=_WORDS_OF_A_LANE, BLOCK=_BLOCK, enable_fp_fusion=False
+            out, first, count, **_PATTERNS, NUM=_WORDS_OF_A_LANE, BLOCK=_BLOCK, enable_fp_fusion=False
         )
     return int(out.sum().item()) % (1 << 64)
