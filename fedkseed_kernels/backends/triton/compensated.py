@@ -30,30 +30,30 @@ def _bf16_split(y):
 
 
 @triton.jit
-def _fp16_exponent(wide):
+def _fp16_exponent(widened):
     """The pattern of 2^E for a widened weight; that of infinity if it is infinite or NaN.
 
     There the contract takes 2^-14, but value and residual are the same: infinite or NaN, and 0.
     """
-    return tl.maximum(wide.to(tl.uint32, bitcast=True) & _INFINITY, _EXPONENT_OF_MINUS_14)
+    return tl.maximum(widened.to(tl.uint32, bitcast=True) & _INFINITY, _EXPONENT_OF_MINUS_14)
 
 
 @triton.jit
 def _fp16_value(weight, residual):
-    wide = weight.to(tl.float32)
-    unit = (_fp16_exponent(wide) - (25 << 23)).to(tl.float32, bitcast=True)  # 2^(E - 25)
-    return tl.fma(residual.to(tl.float32), unit, wide)
+    widened = weight.to(tl.float32)
+    unit = (_fp16_exponent(widened) - (25 << 23)).to(tl.float32, bitcast=True)  # 2^(E - 25)
+    return tl.fma(residual.to(tl.float32), unit, widened)
 
 
 @triton.jit
 def _fp16_split(y):
     weight = y.to(tl.float16)
-    wide = weight.to(tl.float32)
-    exponent = _fp16_exponent(wide)
+    widened = weight.to(tl.float32)
+    exponent = _fp16_exponent(widened)
     # 2^(25 - E), from the exponents 127 + 25 - E = (2 127 + 25) - (127 + E).
     per_unit = (((2 * 127 + 25) << 23) - exponent).to(tl.float32, bitcast=True)
     # Difference and product are exact, at most 2^14. The rounder's own pattern ends in 16 zeros.
-    rounded = ((y - wide) * per_unit + _ROUNDER).to(tl.uint32, bitcast=True)
+    rounded = ((y - widened) * per_unit + _ROUNDER).to(tl.uint32, bitcast=True)
     residual = tl.where(exponent == _INFINITY, 0, rounded).to(tl.uint16).to(tl.int16, bitcast=True)
     return weight, residual
 

@@ -74,8 +74,8 @@ def choose_config(
     sums of a Rademacher loop are 128 a thread, so that one Philox call serves 128 elements.
     """
     if IS_INTERPRETED:
-        wide = family == "rademacher" and num_by_value == 0 and dtype != torch.float64
-        return Config(RADEMACHER_GROUP if wide else OCTET, 2 if wide else 16, 2, 1, 1, 64)
+        by_group = family == "rademacher" and num_by_value == 0 and dtype != torch.float64
+        return Config(RADEMACHER_GROUP if by_group else OCTET, 2 if by_group else 16, 2, 1, 1, 64)
     if num_by_value:
         return Config(OCTET, 512, 8 if num_tiles > FEW_TILES else 1, 1, 4, TILE)
     if family == "rademacher" and dtype != torch.float64:

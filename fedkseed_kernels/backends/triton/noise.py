@@ -67,8 +67,8 @@ def philox4x32_10(x0, x1, x2, x3, k0, k1):
 @triton.jit
 def key_of(seed):
     """The key words of a seed that is an int64 scalar."""
-    wide = seed.to(tl.int64)
-    return wide.to(tl.uint32), (wide >> 32).to(tl.uint32)
+    bits = seed.to(tl.int64)
+    return bits.to(tl.uint32), (bits >> 32).to(tl.uint32)
 
 
 @triton.jit

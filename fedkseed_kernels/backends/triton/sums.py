@@ -19,8 +19,10 @@ from fedkseed_kernels.backends.triton.noise import (
     key_of,
     rademacher_octet,
 )
+from fedkseed_kernels.backends.triton.tables import RADEMACHER_GROUP
 from fedkseed_kernels.backends.triton.terms import HEADER_RECORDS, RECORD_WORDS
 
+GROUP = tl.constexpr(RADEMACHER_GROUP)
 WORDS_OF_RECORD = tl.constexpr(RECORD_WORDS)
 RECORDS_OF_HEADER = tl.constexpr(HEADER_RECORDS)
 
@@ -168,22 +170,22 @@ def accumulate(
     """
     INTEGER: tl.constexpr = tl.int64 if tl.float64 == ARITHMETIC else tl.int32
     IS_INTEGER: tl.constexpr = FAMILY == "rademacher"
-    IS_WIDE: tl.constexpr = NUM_LANES == 128
+    BY_GROUP: tl.constexpr = NUM_LANES == GROUP
     number = coeff_bits_0.to(tl.int64).to(tl.float64, bitcast=True).to(ARITHMETIC)
     if NUM_TERMS == 0 and IS_INTEGER:
         total = tl.full((1, 1), 0, INTEGER)
-        start = tl.full(low.shape, 0, tl.int64 if IS_WIDE else INTEGER)
+        start = tl.full(low.shape, 0, tl.int64 if BY_GROUP else INTEGER)
         acc = ()
-        for _ in tl.static_range(64 if IS_WIDE else 8):
+        for _ in tl.static_range(64 if BY_GROUP else 8):
             acc = acc + (start,)
         for k in tl.range(0, num_terms, loop_unroll_factor=UNROLL):
             k0, k1, q = read_record(terms, k, INTEGER)
             total += q
-            if IS_WIDE:
+            if BY_GROUP:
                 acc = add_sign_pairs(acc, low, high, stream, k0, k1, q)
             else:
                 acc = add_signs(acc, low, high, stream, k0, k1, q)
-        if IS_WIDE:
+        if BY_GROUP:
             acc = separate_pairs(acc, total)
         else:
             negative = acc
