@@ -119,15 +119,15 @@ def test_out_of_place(num_terms: int, rounding: str, dtype: str, family: str) ->
         chosen["rounding_seed"] = 2**64 - 9
 
     def call() -> list[Tensor]:
-        tensor, left = tensor_of(weights((9, 16), dtype), dtype), residuals(9, 16)
-        before = left.clone()
+        tensor, residual = tensor_of(weights((9, 16), dtype), dtype), residuals(9, 16)
+        before = residual.clone()
         outs = [poisoned((9, 16), dtype, memory) for memory in ("contiguous", "every other", "transposed")]
         some = poisoned((3, 16), dtype)
         terms = SEEDS[:num_terms], COEFFS[:num_terms]
-        fk.seed_axpy_pair(tensor, *terms, out_plus=outs[0], out_minus=outs[1], residuals=left, **chosen)
-        fk.seed_axpy(tensor, *terms, out=outs[2], residuals=left, **chosen)
-        fk.seed_axpy(tensor, *terms, rows=torch.tensor([8, 0, 0]), out=some, residuals=left, **chosen)
-        assert torch.equal(left, before)
+        fk.seed_axpy_pair(tensor, *terms, out_plus=outs[0], out_minus=outs[1], residuals=residual, **chosen)
+        fk.seed_axpy(tensor, *terms, out=outs[2], residuals=residual, **chosen)
+        fk.seed_axpy(tensor, *terms, rows=torch.tensor([8, 0, 0]), out=some, residuals=residual, **chosen)
+        assert torch.equal(residual, before)
         return [*outs, some]
 
     compare(call)
@@ -139,11 +139,11 @@ def test_results_at_the_ends_of_the_range(coeff: float, dtype: str) -> None:
     """Sums that overflow the dtype, fp32 too, and subnormal ones."""
 
     def call() -> list[Tensor]:
-        tensor, left = tensor_of(weights(64, dtype), dtype), residuals(64)
+        tensor, residual = tensor_of(weights(64, dtype), dtype), residuals(64)
         small = torch.zeros(64, dtype=tensor.dtype)
-        its_left = torch.zeros(64, dtype=torch.int16)
-        fk.seed_axpy_([tensor, small], [7], [coeff], residuals=[left, its_left])
-        return [tensor, small, left, its_left]
+        its_residual = torch.zeros(64, dtype=torch.int16)
+        fk.seed_axpy_([tensor, small], [7], [coeff], residuals=[residual, its_residual])
+        return [tensor, small, residual, its_residual]
 
     compare(call)
 
@@ -152,9 +152,12 @@ def test_ties() -> None:
     """Values in the middle between two bf16 numbers, which stay."""
 
     def call() -> list[Tensor]:
-        tensor, left = torch.linspace(0.01, 2, 16).bfloat16(), torch.full((16,), -(2**15), dtype=torch.int16)
-        fk.perturb_(tensor, 3, 1e-20, residuals=left)
-        return [tensor, left]
+        tensor, residual = (
+            torch.linspace(0.01, 2, 16).bfloat16(),
+            torch.full((16,), -(2**15), dtype=torch.int16),
+        )
+        fk.perturb_(tensor, 3, 1e-20, residuals=residual)
+        return [tensor, residual]
 
     compare(call)
 
@@ -162,24 +165,24 @@ def test_ties() -> None:
 def test_a_prepared_list() -> None:
     def call() -> list[Tensor]:
         tensors = [tensor_of(weights(n, "bfloat16"), "bfloat16") for n in (40, 9)]
-        left = residuals(40)
-        prepared = fk.prepare(tensors, residuals=[left, None])
+        residual = residuals(40)
+        prepared = fk.prepare(tensors, residuals=[residual, None])
         for step in range(3):
             prepared.perturb_(step, 1e-4)
-        return [*tensors, left]
+        return [*tensors, residual]
 
     compare(call)
 
 
 @all_dtypes
 def test_terms_on_the_device(dtype: str) -> None:
-    """Terms of which none is left change nothing; others are as from the host, NaN and infinities skipped."""
+    """Terms of which none is kept change nothing; others are as from the host, NaN and infinities skipped."""
     from fedkseed_kernels.backends.triton import launch
 
     bad = [float("nan"), 0.0, float("inf")]
     for coeffs in (bad, [*bad, 0.25]):
-        tensor, left = tensor_of(weights(70, dtype), dtype), residuals(70)
-        want, want_left = tensor.clone(), left.clone()
+        tensor, residual = tensor_of(weights(70, dtype), dtype), residuals(70)
+        want, want_residual = tensor.clone(), residual.clone()
         num_skipped = torch.zeros(1, dtype=torch.int32)
         seeds = torch.tensor([1, 2, 3, 4][: len(coeffs)])
         terms = DeviceTerms(
@@ -191,21 +194,21 @@ def test_terms_on_the_device(dtype: str) -> None:
             0,
             num_skipped,
         )
-        launch.seed_axpy(check_operands([tensor], None, None, None, [3], [0], [], [left]), terms)
+        launch.seed_axpy(check_operands([tensor], None, None, None, [3], [0], [], [residual]), terms)
         assert num_skipped.tolist() == [2]
         if len(coeffs) == 4:
             with dispatch.backend("reference"):
-                fk.seed_axpy_([want], [4], [0.25], residuals=[want_left], streams=[3])
+                fk.seed_axpy_([want], [4], [0.25], residuals=[want_residual], streams=[3])
             assert_same(tensor, want)
         else:
             assert stored_of(tensor).tobytes() == stored_of(want).tobytes()
-        assert torch.equal(left, want_left)
+        assert torch.equal(residual, want_residual)
 
 
 DAMAGES = {
     "residuals are not written": (
         "sums.py",
-        "            tl.store(residual, new_left, mask=mask)\n",
+        "            tl.store(residual, new_residual, mask=mask)\n",
         "",
     ),
     "ties to even": ("compensated.py", "(bits + 0x8000) >> 16", "(bits + 0x7FFF) >> 16"),
@@ -221,7 +224,7 @@ DAMAGES = {
         "residual + source_at[:, None] + position * source_stride",
         "residual + position",
     ),
-    "addresses of residuals": ("tables.py", "left.data_ptr(),", "left.data_ptr() + 2,"),
+    "addresses of residuals": ("tables.py", "residual.data_ptr(),", "residual.data_ptr() + 2,"),
 }
 
 

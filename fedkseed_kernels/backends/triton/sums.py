@@ -293,17 +293,17 @@ def finish(
         if RESIDUALS == "none":
             w = stored.to(ARITHMETIC)
         else:
-            left = tl.load(residual, mask=mask)
-            w = compensated_value(stored, left)
+            stored_residual = tl.load(residual, mask=mask)
+            w = compensated_value(stored, stored_residual)
         factor = scale.to(ARITHMETIC)
         # Without a term and with alpha 1 the bytes stay as they are.
         unchanged = (num_terms == 0) & (scale == 1.0)
         y = tl.fma(w, factor, sums)
         if RESIDUALS == "split":
-            result, new_left = compensated_split(y, DTYPE)
+            result, new_residual = compensated_split(y, DTYPE)
             if NUM_TERMS == 0:
-                new_left = tl.where(unchanged, left, new_left)
-            tl.store(residual, new_left, mask=mask)
+                new_residual = tl.where(unchanged, stored_residual, new_residual)
+            tl.store(residual, new_residual, mask=mask)
         else:
             result = rounded(y, random_bits, DTYPE, STOCHASTIC)
         if NUM_TERMS == 0:

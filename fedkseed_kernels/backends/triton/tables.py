@@ -135,7 +135,7 @@ def _flat_run(addresses: Addresses, first_element: int, stream: int, numel: int)
 def split_flat(
     addresses: Addresses, first_element: int, stream: int, numel: int, itemsize: int
 ) -> tuple[list[_Segment], list[_Run]]:
-    """A tensor whose memory and element indices run together: aligned whole octets, and what is left over.
+    """A tensor whose memory and element indices run together: aligned whole octets, and the rest.
 
     Args:
         first_element: element index of its first element.
@@ -234,28 +234,30 @@ def make_tables(operands: Operands, tile: int) -> dict[Kind, KindTables]:
     """
     outs = operands.outs
     residuals = operands.residuals or [None] * len(outs.tensors)
-    kinds = [Kind(dtype, left is not None) for dtype, left in zip(outs.dtypes, residuals, strict=True)]
+    kinds = [
+        Kind(dtype, residual is not None) for dtype, residual in zip(outs.dtypes, residuals, strict=True)
+    ]
     segments: dict[Kind, list[_Segment]] = {kind: [] for kind in kinds}
     runs: dict[Kind, list[_Run]] = {kind: [] for kind in kinds}
     strided = set(strided_positions(operands))
     for i, (kind, numel, stream) in enumerate(zip(kinds, outs.numels, operands.streams, strict=True)):
         if numel == 0:
             continue
-        left = residuals[i]
+        residual = residuals[i]
         addresses = Addresses(
             0 if operands.inputs is None else operands.inputs.addresses[i],
             outs.addresses[i],
             0 if operands.outs_minus is None else operands.outs_minus.addresses[i],
-            0 if left is None else left.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
         )
         run = _strided_run(operands, i, addresses, stream) if i in strided else None
         if run is not None:
             runs[kind].append(run)
             continue
         first_element = collapsed_layout(operands, i)[0] if i in strided else operands.offsets[i]
-        whole, left_over = split_flat(addresses, first_element, stream, numel, kind.dtype.itemsize)
+        whole, rest = split_flat(addresses, first_element, stream, numel, kind.dtype.itemsize)
         segments[kind] += whole
-        runs[kind] += left_over
+        runs[kind] += rest
     return {
         kind: KindTables(_segment_table(segments[kind], tile), _run_table(runs[kind], tile))
         for kind in segments

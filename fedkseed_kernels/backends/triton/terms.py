@@ -37,7 +37,7 @@ class PackedTerms(NamedTuple):
     num_by_value: int
     by_value: tuple[int | float, ...]
     records: Tensor | None
-    is_empty: bool  # surely no term is left; False also when only the device knows
+    is_empty: bool  # surely no term is kept; False also when only the device knows
 
 
 class _Format(NamedTuple):
@@ -55,19 +55,19 @@ _FP32 = _Format(torch.float32, torch.int32, SUM_BITS[False], 23, 127, SUM_SMALLE
 _FP64 = _Format(torch.float64, torch.int64, SUM_BITS[True], 52, 1023, SUM_SMALLEST[True])
 
 
-def _is_left(coefficients: Tensor, family: str, form: _Format) -> Tensor:
+def _is_kept(coefficients: Tensor, family: str, form: _Format) -> Tensor:
     """Which coefficients count: bool [K]."""
     if family == "gaussian":
         return torch.isfinite(coefficients) & (coefficients != 0)
     return torch.isfinite(coefficients) & (coefficients.abs() >= form.smallest)
 
 
-def _integers(coefficients: Tensor, is_left: Tensor, form: _Format) -> tuple[Tensor, Tensor]:
-    """Contract 6.3: q [K] of the coefficients that are left (anything of the others), and 2^-s, 0-d."""
-    magnitudes = torch.where(is_left, coefficients.abs(), 0)
-    num_left = is_left.sum()
+def _integers(coefficients: Tensor, is_kept: Tensor, form: _Format) -> tuple[Tensor, Tensor]:
+    """Contract 6.3: q [K] of the coefficients that are kept (anything of the others), and 2^-s, 0-d."""
+    magnitudes = torch.where(is_kept, coefficients.abs(), 0)
+    num_kept = is_kept.sum()
     # The exponent of n - 1 as a number in [1/2, 1) times 2^L is the L wanted; of 0 it is 0.
-    log_terms = torch.frexp((num_left - 1).clamp(min=0).to(torch.float64)).exponent
+    log_terms = torch.frexp((num_kept - 1).clamp(min=0).to(torch.float64)).exponent
     exponent = (magnitudes.max().view(form.integer) >> form.mantissa_bits) - (form.bias - 1)
     shift = (form.sum_bits - log_terms - exponent).to(form.integer)
 
@@ -90,18 +90,18 @@ def pack_host_terms(terms: Terms, fp64: bool, device: torch.device) -> PackedTer
     form = _FP64 if fp64 else _FP32
     with ieee_arithmetic():
         rounded: NDArray[Any] = terms.coeffs.astype(np.float64 if fp64 else np.float32)
-    left = np.flatnonzero(_is_left(torch.from_numpy(rounded), terms.family, form).numpy())
-    seeds, coefficients = terms.seeds[left], torch.from_numpy(rounded[left])
-    if left.size == 2 and terms.family == "rademacher":
+    kept = np.flatnonzero(_is_kept(torch.from_numpy(rounded), terms.family, form).numpy())
+    seeds, coefficients = terms.seeds[kept], torch.from_numpy(rounded[kept])
+    if kept.size == 2 and terms.family == "rademacher":
         q, unit = _integers(coefficients, torch.ones(2, dtype=torch.bool), form)
         both = torch.stack([q[0] + q[1], q[0] - q[1]])
         return _by_value(terms, seeds, (both.to(form.dtype) * unit).numpy())
-    if 0 < left.size <= MAX_TERMS_BY_VALUE:
+    if 0 < kept.size <= MAX_TERMS_BY_VALUE:
         return _by_value(terms, seeds, coefficients.numpy())
     host = Terms(seeds, coefficients.to(torch.float64).numpy(), *_scalars(terms))
     packed = pack_device_terms(host.to(torch.device("cpu")), fp64)
     assert packed.records is not None
-    return packed._replace(records=upload(packed.records, device, "terms"), is_empty=left.size == 0)
+    return packed._replace(records=upload(packed.records, device, "terms"), is_empty=kept.size == 0)
 
 
 def _scalars(terms: Terms) -> tuple[float, str, str, int]:
@@ -125,20 +125,20 @@ def pack_device_terms(terms: Any, fp64: bool) -> PackedTerms:
     coefficients = terms.coeffs.to(form.dtype)
     num_terms, device = coefficients.numel(), coefficients.device
     records = torch.zeros((num_terms + HEADER_RECORDS + 1, RECORD_WORDS), dtype=torch.int32, device=device)
-    is_left = _is_left(coefficients, terms.family, form)
+    is_kept = _is_kept(coefficients, terms.family, form)
     if num_terms:
         found = torch.zeros((num_terms, RECORD_WORDS), dtype=torch.int32, device=device)
         found[:, :2] = terms.seeds.reshape(num_terms, 1).contiguous().view(torch.int32)
         factors = coefficients
         if terms.family == "rademacher":
-            factors, unit = _integers(coefficients, is_left, form)
+            factors, unit = _integers(coefficients, is_kept, form)
             _put(records[1, : form.dtype.itemsize // 4], unit, form.dtype)
         words = factors.reshape(num_terms, 1).contiguous().view(torch.int32)
         found[:, 2 : 2 + words.shape[1]] = words
         # In order behind the header; dropped ones share a last record that is never read.
         last = num_terms + HEADER_RECORDS
-        records[torch.where(is_left, torch.cumsum(is_left, 0) + HEADER_RECORDS - 1, last)] = found
-    records[0, 0] = is_left.sum()
+        records[torch.where(is_kept, torch.cumsum(is_kept, 0) + HEADER_RECORDS - 1, last)] = found
+    records[0, 0] = is_kept.sum()
     _put(records[0, 1:2], terms.alpha, torch.float32)
     _put(records[0, 2:], terms.rounding_seed, torch.int64)
     return PackedTerms(0, _NOTHING_BY_VALUE, records, False)
