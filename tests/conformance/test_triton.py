@@ -15,6 +15,7 @@ import fedkseed_kernels as fk
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.conformance.checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
+from fedkseed_kernels.operands import Terms
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
@@ -349,6 +350,25 @@ def test_terms_on_the_device_with_numbers_of_the_host() -> None:
     launch.seed_axpy(check_operands([tensor], None, None, None, [STREAM], [0], []), terms)
     chosen = options("stochastic", "gaussian")
     assert_same(tensor, expected(stored, np.arange(19), "float16", 2, 1, **chosen), "float16")
+
+
+@pytest.mark.parametrize("num_terms", [1, 2, 3])
+@pytest.mark.parametrize(("fp64", "smallest"), [(False, 2.0**-149), (True, 2.0**-1074)])
+def test_terms_of_a_caller_that_flushes_subnormals(fp64: bool, smallest: float, num_terms: int) -> None:
+    """Subnormal coefficients are packed for the device as they are, whatever the thread's mode."""
+    from fedkseed_kernels.backends.triton.terms import pack_host_terms
+
+    seeds = np.array(SEEDS[:num_terms], dtype=np.uint64)
+    terms = Terms(seeds, smallest * np.arange(3, 3 + num_terms), 1.0, "gaussian", "nearest", 0)
+    want = pack_host_terms(terms, fp64, torch.device("cpu"))
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU has no flush-to-zero mode that torch can set")
+    try:
+        got = pack_host_terms(terms, fp64, torch.device("cpu"))
+    finally:
+        torch.set_flush_denormal(False)
+    assert got.by_value == want.by_value
+    assert got.records is want.records is None or torch.equal(got.records, want.records)
 
 
 def test_a_row_out_of_range_is_nan() -> None:

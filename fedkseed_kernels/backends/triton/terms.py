@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedkseed_kernels.contract.arithmetic import ieee_arithmetic
-from fedkseed_kernels.contract.sums import SUM_BITS, SUM_SMALLEST
+from fedkseed_kernels.contract.sums import SUM_BITS, SUM_SMALLEST, integer_terms
 from fedkseed_kernels.operands import Terms
 
 # Terms up to this number travel as kernel arguments, through kernels without a loop over terms.
@@ -86,62 +86,76 @@ def signed_word(value: int) -> int:
 
 
 def pack_host_terms(terms: Terms, fp64: bool, device: torch.device) -> PackedTerms:
-    """Round coefficients to fp32 (or not: fp64), drop those that do not count, choose how they travel."""
+    """Terms on the host, packed there: as arguments where one or two are kept, else as records."""
     form = _FP64 if fp64 else _FP32
-    with ieee_arithmetic():
-        rounded: NDArray[Any] = terms.coeffs.astype(np.float64 if fp64 else np.float32)
-    kept = np.flatnonzero(_is_kept(torch.from_numpy(rounded), terms.family, form).numpy())
-    seeds, coefficients = terms.seeds[kept], torch.from_numpy(rounded[kept])
-    if kept.size == 2 and terms.family == "rademacher":
-        q, unit = _integers(coefficients, torch.ones(2, dtype=torch.bool), form)
-        both = torch.stack([q[0] + q[1], q[0] - q[1]])
-        return _by_value(terms, seeds, (both.to(form.dtype) * unit).numpy())
-    if 0 < kept.size <= MAX_TERMS_BY_VALUE:
-        return _by_value(terms, seeds, coefficients.numpy())
-    host = Terms(seeds, coefficients.to(torch.float64).numpy(), *_scalars(terms))
-    packed = pack_device_terms(host.to(torch.device("cpu")), fp64)
-    assert packed.records is not None
-    return packed._replace(records=upload(packed.records, device, "terms"), is_empty=kept.size == 0)
-
-
-def _scalars(terms: Terms) -> tuple[float, str, str, int]:
-    return terms.alpha, terms.family, terms.rounding, terms.rounding_seed
-
-
-def _by_value(terms: Terms, seeds: NDArray[np.uint64], numbers: NDArray[Any]) -> PackedTerms:
-    patterns = numbers.astype(np.float64).view(np.uint64)
-    values = [signed_word(int(x)) for pair in zip(seeds, patterns, strict=True) for x in pair]
-    values += [0] * (2 * MAX_TERMS_BY_VALUE - len(values))
-    return PackedTerms(seeds.size, (*values, terms.alpha, signed_word(terms.rounding_seed)), None, False)
+    with ieee_arithmetic():  # the caller's thread may flush subnormals
+        rounded = terms.coeffs.astype(np.float64 if fp64 else np.float32)
+        coefficients = torch.from_numpy(rounded)
+        is_kept = _is_kept(coefficients, terms.family, form)
+        kept = np.flatnonzero(is_kept.numpy())
+        if 0 < kept.size <= MAX_TERMS_BY_VALUE:
+            return _by_value(terms, terms.seeds[kept], rounded[kept])
+        records = _records(terms, torch.from_numpy(terms.seeds.view(np.int64)), coefficients, is_kept, form)
+    return PackedTerms(0, _NOTHING_BY_VALUE, upload(records, device, "terms"), is_empty=kept.size == 0)
 
 
 def pack_device_terms(terms: Any, fp64: bool) -> PackedTerms:
-    """The same for terms in device memory, there.
+    """Terms in device memory, packed there: as records, since only the device knows how many are kept.
 
     terms: seeds int64 [K], coeffs fp64 [K]; alpha and rounding_seed numbers, or tensors of one element.
     A NaN or infinite coefficient is dropped like a zero.
     """
     form = _FP64 if fp64 else _FP32
     coefficients = terms.coeffs.to(form.dtype)
-    num_terms, device = coefficients.numel(), coefficients.device
-    records = torch.zeros((num_terms + HEADER_RECORDS + 1, RECORD_WORDS), dtype=torch.int32, device=device)
     is_kept = _is_kept(coefficients, terms.family, form)
+    records = _records(terms, terms.seeds, coefficients, is_kept, form)
+    return PackedTerms(0, _NOTHING_BY_VALUE, records, is_empty=False)
+
+
+def _by_value(terms: Terms, seeds: NDArray[np.uint64], coefficients: NDArray[Any]) -> PackedTerms:
+    """Terms as arguments; seeds and rounded coefficients of those that are kept, one or two."""
+    numbers = coefficients
+    if seeds.size == 2 and terms.family == "rademacher":
+        (q_0, q_1), shift = integer_terms(coefficients.tolist(), fp64=coefficients.dtype == np.float64)
+        sums = np.array([q_0 + q_1, q_0 - q_1]).astype(coefficients.dtype)
+        numbers = np.ldexp(sums, -shift)
+    patterns = numbers.astype(np.float64).view(np.int64)
+    words = np.stack([seeds.view(np.int64), patterns], axis=1).ravel().tolist()
+    words += [0] * (2 * MAX_TERMS_BY_VALUE - len(words))
+    by_value = (*words, terms.alpha, signed_word(terms.rounding_seed))
+    return PackedTerms(seeds.size, by_value, None, is_empty=False)
+
+
+def _records(terms: Any, seeds: Tensor, coefficients: Tensor, is_kept: Tensor, form: _Format) -> Tensor:
+    """Terms as records, int32 [HEADER_RECORDS + K + 1, RECORD_WORDS], where the coefficients are.
+
+    Args:
+        terms: family, alpha, rounding_seed.
+        seeds, coefficients: int64 [K], and [K] rounded to the format.
+    """
+    num_terms, device = coefficients.numel(), coefficients.device
+    records = torch.zeros((HEADER_RECORDS + num_terms + 1, RECORD_WORDS), dtype=torch.int32, device=device)
+    records[0, 0] = is_kept.sum()
+    _put(records[0, 1:2], terms.alpha, torch.float32)
+    _put(records[0, 2:], terms.rounding_seed, torch.int64)
     if num_terms:
-        found = torch.zeros((num_terms, RECORD_WORDS), dtype=torch.int32, device=device)
-        found[:, :2] = terms.seeds.reshape(num_terms, 1).contiguous().view(torch.int32)
         factors = coefficients
         if terms.family == "rademacher":
             factors, unit = _integers(coefficients, is_kept, form)
             _put(records[1, : form.dtype.itemsize // 4], unit, form.dtype)
-        words = factors.reshape(num_terms, 1).contiguous().view(torch.int32)
-        found[:, 2 : 2 + words.shape[1]] = words
+        factor_words = _words(factors)
+        found = torch.zeros((num_terms, RECORD_WORDS), dtype=torch.int32, device=device)
+        found[:, :2] = _words(seeds)
+        found[:, 2 : 2 + factor_words.shape[1]] = factor_words
         # In order behind the header; dropped ones share a last record that is never read.
-        last = num_terms + HEADER_RECORDS
-        records[torch.where(is_kept, torch.cumsum(is_kept, 0) + HEADER_RECORDS - 1, last)] = found
-    records[0, 0] = is_kept.sum()
-    _put(records[0, 1:2], terms.alpha, torch.float32)
-    _put(records[0, 2:], terms.rounding_seed, torch.int64)
-    return PackedTerms(0, _NOTHING_BY_VALUE, records, False)
+        last = HEADER_RECORDS + num_terms
+        records[torch.where(is_kept, HEADER_RECORDS - 1 + torch.cumsum(is_kept, 0), last)] = found
+    return records
+
+
+def _words(numbers: Tensor) -> Tensor:
+    """The patterns of [K] numbers as int32 words, [K, 1] or [K, 2]."""
+    return numbers.reshape(-1, 1).contiguous().view(torch.int32)
 
 
 def _put(words: Tensor, value: float | Tensor, dtype: torch.dtype) -> None:
