@@ -177,7 +177,9 @@ def cuda_rule(name: str) -> Rule | None:
     if kernel in ("many_gaussian", "many_rademacher") and family is None:
         family = kernel.removeprefix("many_")
     elif kernel not in ("few_terms", "strided") or family is None:
-        raise ToolError(f"expected a kernel that benchmarks/machine_code/sass.py has a rule for, got {name}; add one")
+        raise ToolError(
+            f"expected a kernel that benchmarks/machine_code/sass.py has a rule for, got {name}; add one"
+        )
     family = family.lower()
     terms = int(num_terms or 0)
     form = f"K = {terms}" if terms else "K loop"
