@@ -492,9 +492,11 @@ def test_prepared_is_the_function() -> None:
 def test_prepared_outputs_are_those_of_the_functions(wide: bool, family: str) -> None:
     dtypes = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
     weights = [random_tensor((3, 131), dtype, i) for i, dtype in enumerate(dtypes)]
-    left = [torch.full(w.shape, 7, dtype=torch.int16) if w.dtype.itemsize == 2 else None for w in weights]
+    residuals = [
+        torch.full(w.shape, 7, dtype=torch.int16) if w.dtype.itemsize == 2 else None for w in weights
+    ]
     kept = [w.clone() for w in weights]
-    layout: dict[str, Any] = {"streams": [4, 3, 2, 1], "offsets": [None, 5, 8, 0], "residuals": left}
+    layout: dict[str, Any] = {"streams": [4, 3, 2, 1], "offsets": [None, 5, 8, 0], "residuals": residuals}
     layout["family"] = family
     wides = [torch.float32 if wide and dtype.itemsize == 2 else dtype for dtype in dtypes]
     out, plus, minus = (

@@ -82,7 +82,7 @@ def test_no_registry_and_no_path_of_a_machine_is_named() -> None:
 
 
 def test_files_that_comments_and_pages_name_exist() -> None:
-    """By the end of their path at least; the changelog also speaks of files of earlier versions."""
+    """Names are ends of paths; the changelog is not read, it also speaks of files of earlier versions."""
     files = committed_files()
     if not files:
         pytest.skip("not a git checkout")

@@ -111,17 +111,17 @@ def test_empty_and_scalar_tensors() -> None:
 def test_prepared_is_the_function() -> None:
     shapes = [(3, 5), (7,)]
     tensors, twins = ([bf16(*shape) for shape in shapes] for _ in range(2))
-    left, twins_left = ([residual_of(tensors[0]), None] for _ in range(2))
-    prepared = fk.prepare(tensors, residuals=left)
+    residuals, twins_residuals = ([residual_of(tensors[0]), None] for _ in range(2))
+    prepared = fk.prepare(tensors, residuals=residuals)
     for seed in range(3):
         prepared.perturb_(seed, 1e-4)
-        fk.perturb_(twins, seed, 1e-4, residuals=twins_left)
+        fk.perturb_(twins, seed, 1e-4, residuals=twins_residuals)
     assert all(torch.equal(a, b) for a, b in zip(tensors, twins, strict=True))
-    assert left[0] is not None
-    assert twins_left[0] is not None
-    assert torch.equal(left[0], twins_left[0])
-    keep = left[0].data
-    left[0].data = keep.clone()
+    assert residuals[0] is not None
+    assert twins_residuals[0] is not None
+    assert torch.equal(residuals[0], twins_residuals[0])
+    keep = residuals[0].data
+    residuals[0].data = keep.clone()
     with Watch(RuntimeError, r"expected residuals\[0\] as it was prepared, but its address", *tensors, keep):
         prepared.perturb_(9, 1e-4)
 
@@ -170,10 +170,10 @@ def test_fakes_check_too() -> None:
             op([tensor], [residual, residual], *rest, "nearest", None)
 
 
-def step(tensors: list[Tensor], left: Tensor, seeds: Tensor, coeffs: Tensor) -> list[Tensor]:
+def step(tensors: list[Tensor], residual: Tensor, seeds: Tensor, coeffs: Tensor) -> list[Tensor]:
     """Both sides read the compensated weights, the update writes them."""
-    plus, minus = fk.seed_axpy_pair(tensors, seeds, coeffs, residuals=[left, None])
-    fk.seed_axpy_(tensors, seeds, 0.1 * coeffs, residuals=[left, None])
+    plus, minus = fk.seed_axpy_pair(tensors, seeds, coeffs, residuals=[residual, None])
+    fk.seed_axpy_(tensors, seeds, 0.1 * coeffs, residuals=[residual, None])
     return [*plus, *minus]
 
 
@@ -183,13 +183,13 @@ def test_compiled() -> None:
     compiled = torch.compile(step, backend=counter, fullgraph=True)
     counts = []
     eager_tensors, tensors = ([bf16(3, 4), torch.linspace(0, 1, 5)] for _ in range(2))
-    eager_left, left = (residual_of(eager_tensors[0]) for _ in range(2))
+    eager_residual, residual = (residual_of(eager_tensors[0]) for _ in range(2))
     for seed in range(3):
         seeds, coeffs = torch.tensor([seed, -seed]), torch.tensor([1e-3, 2e-3 * seed], dtype=torch.float64)
-        expected = step(eager_tensors, eager_left, seeds, coeffs)
-        got = compiled(tensors, left, seeds, coeffs)
+        expected = step(eager_tensors, eager_residual, seeds, coeffs)
+        got = compiled(tensors, residual, seeds, coeffs)
         counts.append(counter.frame_count)
-        for g, e in zip([*got, *tensors, left], [*expected, *eager_tensors, eager_left], strict=True):
+        for g, e in zip([*got, *tensors, residual], [*expected, *eager_tensors, eager_residual], strict=True):
             assert torch.equal(g, e)
     assert counts[0] in (1, 2)
     assert set(counts) == {counts[0]}

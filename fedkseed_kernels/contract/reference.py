@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedkseed_kernels.contract import arithmetic
 from fedkseed_kernels.contract.arithmetic import fma32, fma64, ieee_arithmetic
-from fedkseed_kernels.contract.sums import integer_terms, terms_left
+from fedkseed_kernels.contract.sums import integer_terms, kept_terms
 
 CONTRACT_VERSION = 1
 
@@ -243,7 +243,7 @@ def accumulate(
     flat = _checked_elements(elements)
     _check_stream(stream)
     group_bits, of_groups = _FAMILY_TABLE[_checked_choice("family", family, FAMILIES)]
-    terms = terms_left(seeds, coeffs, fp64, family)
+    terms = kept_terms(seeds, coeffs, fp64, family)
     number = np.float64 if fp64 else np.float32
     acc: NDArray[Any] = np.full(flat.size, -0.0, dtype=number)
     if family == "rademacher" and terms:
@@ -407,7 +407,7 @@ def _results(
     flat_elements = _checked_elements(elements)
     flat_weights = weights.reshape(-1)
     flat = None if residuals is None else residuals.reshape(-1)
-    if alpha32 == 1 and not terms_left(seeds, coeffs, fp64, family):
+    if alpha32 == 1 and not kept_terms(seeds, coeffs, fp64, family):
         return
     for start in range(0, flat_weights.size, CHUNK_ELEMENTS):
         chunk = slice(start, start + CHUNK_ELEMENTS)

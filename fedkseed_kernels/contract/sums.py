@@ -16,7 +16,7 @@ SUM_BITS = {False: 30, True: 62}
 SUM_SMALLEST = {False: 2.0**-96, True: 2.0**-960}
 
 
-def terms_left(
+def kept_terms(
     seeds: Sequence[int], coeffs: Any, fp64: bool, family: str = "gaussian"
 ) -> list[tuple[int, Any]]:
     """Sections 6.1, 6.3: the (seed, coefficient) pairs that count, coefficients rounded once to fp32 or fp64.

@@ -129,28 +129,34 @@ def test_sizes(
     weights, residuals = inputs(count, dtype)
     elements = np.uint64(first) + np.arange(count, dtype=np.uint64)
     options: dict[str, Any] = {"alpha": alpha, "family": family}
-    want, want_left = reference.seed_axpy_compensated_array(
+    want, want_residuals = reference.seed_axpy_compensated_array(
         weights, residuals, elements, seeds, coeffs, dtype=dtype, stream=3, **options
     )
     sides = reference.seed_axpy_pair_array(
         weights, elements, seeds, coeffs, dtype=dtype, stream=3, residuals=residuals, **options
     )
     in_place, read = tensor_of(weights, dtype), tensor_of(weights, dtype)
-    left, left_read = torch.from_numpy(residuals.copy()), torch.from_numpy(residuals.copy())
+    residual, residuals_read = torch.from_numpy(residuals.copy()), torch.from_numpy(residuals.copy())
     outs = [poisoned((count,), dtype) for _ in range(3)]
     options |= {"streams": [3], "offsets": [first]}
     with target.forced():
-        fk.seed_axpy_([in_place], seeds, coeffs, residuals=left, **options)
-        fk.seed_axpy([read], seeds, coeffs, out=outs[:1], residuals=[left_read], **options)
+        fk.seed_axpy_([in_place], seeds, coeffs, residuals=residual, **options)
+        fk.seed_axpy([read], seeds, coeffs, out=outs[:1], residuals=[residuals_read], **options)
         fk.seed_axpy_pair(
-            [read], seeds, coeffs, out_plus=outs[1:2], out_minus=outs[2:], residuals=[left_read], **options
+            [read],
+            seeds,
+            coeffs,
+            out_plus=outs[1:2],
+            out_minus=outs[2:],
+            residuals=[residuals_read],
+            **options,
         )
     assert_weights(in_place, want, dtype)
-    np.testing.assert_array_equal(left.numpy(), want_left)
+    np.testing.assert_array_equal(residual.numpy(), want_residuals)
     for out, side in zip(outs, (sides[0], *sides), strict=True):
         assert_weights(out, side, dtype)
     assert stored_of(read).tobytes() == weights.tobytes()
-    assert left_read.numpy().tobytes() == residuals.tobytes()
+    assert residuals_read.numpy().tobytes() == residuals.tobytes()
 
 
 @all_families
@@ -175,22 +181,22 @@ def test_strides_views_and_stochastic_rounding_out_of_place(target: Target, dtyp
     weights, residuals = inputs((13, 29), dtype)
     elements = reference.view_elements((13, 29), (50, 40), (7, 5))
     tensor = tensor_of(weights, dtype, memory)
-    left = like(residuals, tensor)
+    residual = like(residuals, tensor)
     out = poisoned((13, 29), dtype, memory)
     options: dict[str, Any] = {"streams": [3], "views": [((50, 40), (7, 5))]}
     random: dict[str, Any] = {"rounding": "stochastic", "rounding_seed": 4}
     want = reference.seed_axpy_array(
         weights, elements, SEEDS, COEFFS, dtype=dtype, stream=3, residuals=residuals, **random
     )
-    after, left_after = reference.seed_axpy_compensated_array(
+    after, residuals_after = reference.seed_axpy_compensated_array(
         weights, residuals, elements, SEEDS, COEFFS, dtype=dtype, stream=3
     )
     with target.forced():
-        fk.seed_axpy([tensor], SEEDS, COEFFS, out=[out], residuals=[left], **options, **random)
-        fk.seed_axpy_([tensor], SEEDS, COEFFS, residuals=[left], **options)
+        fk.seed_axpy([tensor], SEEDS, COEFFS, out=[out], residuals=[residual], **options, **random)
+        fk.seed_axpy_([tensor], SEEDS, COEFFS, residuals=[residual], **options)
     assert_weights(out, want, dtype)
     assert_weights(tensor, after, dtype)
-    np.testing.assert_array_equal(left.numpy(), left_after)
+    np.testing.assert_array_equal(residual.numpy(), residuals_after)
 
 
 @all_dtypes
@@ -230,29 +236,31 @@ def test_threads_and_mixed_lists(target: Target, family: str, num_threads: int) 
     kinds = ["bfloat16", "float32", "float16", "bfloat16", "float64", "float16"]
     sizes = [70_001, 9, 50_003, 33, 3, 0]
     stored: list[NDArray[Any]] = []
-    lefts: list[NDArray[np.int16] | None] = []
+    all_residuals: list[NDArray[np.int16] | None] = []
     for position, (dtype, size) in enumerate(zip(kinds, sizes, strict=True)):
         if dtype in reference.COMPENSATED_DTYPES:
             weights, residuals = inputs(size, dtype, position)
             stored.append(weights)
-            lefts.append(None if position == 3 else residuals)
+            all_residuals.append(None if position == 3 else residuals)
         else:
             stored.append(np.linspace(-1, 1, size).astype(dtype))
-            lefts.append(None)
+            all_residuals.append(None)
     tensors = [tensor_of(w, dtype) for w, dtype in zip(stored, kinds, strict=True)]
-    left_tensors = [None if left is None else torch.from_numpy(left.copy()) for left in lefts]
+    residual_tensors = [
+        None if residual is None else torch.from_numpy(residual.copy()) for residual in all_residuals
+    ]
     with target.forced():
-        fk.seed_axpy_(tensors, SEEDS, COEFFS, family=family, residuals=left_tensors)
-    for stream, (dtype, w, left) in enumerate(zip(kinds, stored, lefts, strict=True)):
+        fk.seed_axpy_(tensors, SEEDS, COEFFS, family=family, residuals=residual_tensors)
+    for stream, (dtype, w, residual) in enumerate(zip(kinds, stored, all_residuals, strict=True)):
         options: dict[str, Any] = {"dtype": dtype, "stream": stream, "family": family}
-        left_tensor = left_tensors[stream]
-        if left is None or left_tensor is None:
+        residual_tensor = residual_tensors[stream]
+        if residual is None or residual_tensor is None:
             want = reference.seed_axpy_array(w, np.arange(w.size), SEEDS, COEFFS, **options)
         else:
-            want, want_left = reference.seed_axpy_compensated_array(
-                w, left, np.arange(w.size), SEEDS, COEFFS, **options
+            want, want_residuals = reference.seed_axpy_compensated_array(
+                w, residual, np.arange(w.size), SEEDS, COEFFS, **options
             )
-            np.testing.assert_array_equal(left_tensor.numpy(), want_left)
+            np.testing.assert_array_equal(residual_tensor.numpy(), want_residuals)
         assert_weights(tensors[stream], want, dtype)
 
 
@@ -260,12 +268,16 @@ def test_threads_and_mixed_lists(target: Target, family: str, num_threads: int) 
 @all_targets
 def test_nothing_to_do_keeps_bytes(target: Target, dtype: str) -> None:
     weights, residuals = inputs(300, dtype)
-    tensor, left, out = tensor_of(weights, dtype), torch.from_numpy(residuals.copy()), poisoned((300,), dtype)
+    tensor, residual, out = (
+        tensor_of(weights, dtype),
+        torch.from_numpy(residuals.copy()),
+        poisoned((300,), dtype),
+    )
     with target.forced():
-        fk.seed_axpy_([tensor], [1, 2], [0.0, -0.0], residuals=[left])
-        fk.seed_axpy([tensor], [1], [0.0], residuals=[left], out=[out])
+        fk.seed_axpy_([tensor], [1, 2], [0.0, -0.0], residuals=[residual])
+        fk.seed_axpy([tensor], [1], [0.0], residuals=[residual], out=[out])
     assert stored_of(tensor).tobytes() == stored_of(out).tobytes() == weights.tobytes()
-    assert left.numpy().tobytes() == residuals.tobytes()
+    assert residual.numpy().tobytes() == residuals.tobytes()
 
 
 @all_dtypes

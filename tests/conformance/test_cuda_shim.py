@@ -267,19 +267,19 @@ def test_compensated(bench: Bench, num_terms: int, dtype: str, family: str) -> N
 
     def call() -> list[Tensor]:
         tensors = [weights(n, dtype) for n in (9001, 131, 40)]
-        left = [residuals(9001), torch.cat([residuals(3), residuals(131)])[3:], None]
+        some_residuals = [residuals(9001), torch.cat([residuals(3), residuals(131)])[3:], None]
         matrix, its_residuals = weights(600, dtype).reshape(20, 30).t(), residuals(600).reshape(20, 30).t()
         fk.seed_axpy_(
             [*tensors, matrix],
             seeds,
             coeffs,
-            residuals=[*left, its_residuals],
+            residuals=[*some_residuals, its_residuals],
             streams=[1, 2, 3, 4],
             offsets=[0, 5, 0, 0],
             alpha=0.999 if num_terms else 1.0,
             family=family,
         )
-        return [*tensors, matrix, *(x for x in (*left, its_residuals) if x is not None)]
+        return [*tensors, matrix, *(x for x in (*some_residuals, its_residuals) if x is not None)]
 
     for got, want in zip(bench.on_shim(call), call(), strict=True):
         assert got.dtype == want.dtype
@@ -297,14 +297,14 @@ def test_compensated_out_of_place(
     seeds, coeffs = terms(num_terms)
 
     def call() -> list[Tensor]:
-        tensor, left = weights(40 * 9, dtype).reshape(40, 9), residuals(40 * 9).reshape(40, 9)
-        before = left.clone()
+        tensor, residual = weights(40 * 9, dtype).reshape(40, 9), residuals(40 * 9).reshape(40, 9)
+        before = residual.clone()
         outs = [poisoned((40, 9), dtype) for _ in range(2)]
-        chosen = {"residuals": left, **options(rounding, family)}
+        chosen = {"residuals": residual, **options(rounding, family)}
         fk.seed_axpy_pair(tensor, seeds, coeffs, out_plus=outs[0], out_minus=outs[1], **chosen)
         gathered = poisoned((3, 9), dtype)
         fk.seed_axpy(tensor, seeds, coeffs, rows=torch.tensor([39, 0, 7]), out=gathered, **chosen)
-        assert torch.equal(left, before)
+        assert torch.equal(residual, before)
         return [*outs, gathered]
 
     bench.compare(call, dtype)
@@ -317,10 +317,10 @@ def test_outputs_in_fp32(bench: Bench, dtype: str, family: str) -> None:
     seeds, coeffs = terms(1)
 
     def call() -> list[Tensor]:
-        tensor, left = weights(40 * 9, dtype).reshape(40, 9), residuals(40 * 9).reshape(40, 9)
+        tensor, residual = weights(40 * 9, dtype).reshape(40, 9), residuals(40 * 9).reshape(40, 9)
         outs = [poisoned((40, 9), "float32") for _ in range(2)]
         fk.seed_axpy_pair(
-            tensor, seeds, coeffs, out_plus=outs[0], out_minus=outs[1], residuals=left, family=family
+            tensor, seeds, coeffs, out_plus=outs[0], out_minus=outs[1], residuals=residual, family=family
         )
         return outs
 

@@ -104,8 +104,8 @@ def test_integers_at_their_limits(fp64: bool) -> None:
 def test_which_terms_count(fp64: bool) -> None:
     smallest = sums.SUM_SMALLEST[fp64]
     below = float(np.nextafter(smallest, 0) if fp64 else np.nextafter(np.float32(smallest), np.float32(0)))
-    left = sums.terms_left([1, 2, 3, 4], [smallest, -smallest, below, -below], fp64, "rademacher")
-    assert [seed for seed, _ in left] == [1, 2]
+    kept = sums.kept_terms([1, 2, 3, 4], [smallest, -smallest, below, -below], fp64, "rademacher")
+    assert [seed for seed, _ in kept] == [1, 2]
 
 
 @pytest.mark.few
@@ -215,7 +215,7 @@ def test_too_many_terms_are_refused() -> None:
     with pytest.raises(ValueError, match=r"at most 2\^24 terms of rademacher noise, got 16777217"):
         fk.seed_axpy_([weights], seeds, coeffs, family="rademacher")
     with pytest.raises(ValueError, match=r"at most 2\^24 terms"):
-        sums.terms_left([0] * (2**24 + 1), np.zeros(2**24 + 1), False, "rademacher")
+        sums.kept_terms([0] * (2**24 + 1), np.zeros(2**24 + 1), False, "rademacher")
     assert weights.tolist() == [1, 1, 1]
 
 

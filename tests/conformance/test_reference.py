@@ -129,8 +129,8 @@ def test_nothing_to_do_keeps_bytes(dtype: str, rounding: str, seeds: list[int], 
 
 
 def test_coefficients_that_round_to_zero_are_skipped() -> None:
-    assert sums.terms_left([1, 2], [1e-60, 1e-45], fp64=False) == [(2, np.float32(1e-45))]
-    assert [seed for seed, _ in sums.terms_left([1, 2], [1e-60, 1e-45], fp64=True)] == [1, 2]
+    assert sums.kept_terms([1, 2], [1e-60, 1e-45], fp64=False) == [(2, np.float32(1e-45))]
+    assert [seed for seed, _ in sums.kept_terms([1, 2], [1e-60, 1e-45], fp64=True)] == [1, 2]
 
 
 def test_rounding_bits_by_hand() -> None:

@@ -90,18 +90,23 @@ def test_in_place(num_terms: int, dtype: str, family: str) -> None:
     def call() -> list[Tensor]:
         tensors = [tensor_of(weights(n, dtype), dtype) for n in (141, 19, 24)]
         matrix = tensor_of(weights((6, 5), dtype), dtype, "transposed")
-        lefts = [residuals(141), torch.cat([residuals(3), residuals(19)])[3:], None, residuals(5, 6).t()]
+        all_residuals = [
+            residuals(141),
+            torch.cat([residuals(3), residuals(19)])[3:],
+            None,
+            residuals(5, 6).t(),
+        ]
         plain = torch.linspace(-1, 1, 9)
         fk.seed_axpy_(
             [*tensors, matrix, plain],
             *terms,
-            residuals=[*lefts, None],
+            residuals=[*all_residuals, None],
             streams=[1, 2, 3, 4, 5],
             offsets=[2**35 - 64, 8, 0, 0, 0],
             alpha=0.999 if num_terms else 1.0,
             family=family,
         )
-        return [*tensors, matrix, plain, *(x for x in lefts if x is not None)]
+        return [*tensors, matrix, plain, *(x for x in all_residuals if x is not None)]
 
     compare(call)
 

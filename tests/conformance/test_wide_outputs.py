@@ -57,16 +57,16 @@ def test_sizes(
 ) -> None:
     first = 2**35 - 1003
     weights, residuals = inputs(count, dtype)
-    left = residuals if is_compensated else None
+    its_residuals = residuals if is_compensated else None
     elements = np.uint64(first) + np.arange(count, dtype=np.uint64)
     options: dict[str, Any] = {"alpha": alpha, "family": family}
     sides = reference.seed_axpy_pair_array(
-        weights, elements, *terms, dtype=dtype, stream=3, residuals=left, wide=True, **options
+        weights, elements, *terms, dtype=dtype, stream=3, residuals=its_residuals, wide=True, **options
     )
     tensor = tensor_of(weights, dtype)
     outs = [poisoned((count,), "float32") for _ in range(3)]
     options |= {"streams": [3], "offsets": [first]}
-    options["residuals"] = None if left is None else [torch.from_numpy(left.copy())]
+    options["residuals"] = None if its_residuals is None else [torch.from_numpy(its_residuals.copy())]
     with target.forced():
         fk.seed_axpy([tensor], *terms, out=outs[:1], **options)
         fk.seed_axpy_pair([tensor], *terms, out_plus=outs[1:2], out_minus=outs[2:], **options)
@@ -97,9 +97,9 @@ def test_strides_views_and_a_rounding_without_effect(
     weights, residuals = inputs((13, 129), dtype)
     elements = reference.view_elements((13, 129), (50, 140), (7, 5))
     tensor = tensor_of(weights, dtype, memory)
-    left = residuals if is_compensated else None
+    its_residuals = residuals if is_compensated else None
     sides = reference.seed_axpy_pair_array(
-        weights, elements, *ONE, dtype=dtype, stream=3, residuals=left, wide=True
+        weights, elements, *ONE, dtype=dtype, stream=3, residuals=its_residuals, wide=True
     )
     for out_memory in ("contiguous", "transposed", "every other"):
         outs = [poisoned((13, 129), "float32", out_memory) for _ in range(2)]
@@ -111,7 +111,7 @@ def test_strides_views_and_a_rounding_without_effect(
                 out_minus=outs[1:],
                 streams=[3],
                 views=[((50, 140), (7, 5))],
-                residuals=None if left is None else [like(left, tensor)],
+                residuals=None if its_residuals is None else [like(its_residuals, tensor)],
                 rounding="stochastic",
                 rounding_seed=4,
             )
@@ -165,7 +165,7 @@ def test_backends_that_write_what_they_read(
     weights, residuals = inputs((700, 300), dtype)
     tensors = [tensor_of(weights, dtype, memory) for memory in ("contiguous", "transposed")]
     tensors.append(torch.linspace(-1, 1, 5))
-    left = [like(residuals, tensor) for tensor in tensors[:2]] if is_compensated else [None, None]
+    its_residuals = [like(residuals, tensor) for tensor in tensors[:2]] if is_compensated else [None, None]
 
     def both_sides() -> list[torch.Tensor]:
         outs = [[poisoned((700, 300), "float32"), poisoned((700, 300), dtype)] for _ in range(2)]
@@ -173,9 +173,11 @@ def test_backends_that_write_what_they_read(
         for side in outs:
             side.append(poisoned((5,), "float32"))
         with dispatch.backend("native"):
-            fk.seed_axpy_pair(tensors, *ONE, out_plus=outs[0], out_minus=outs[1], residuals=[*left, None])
+            fk.seed_axpy_pair(
+                tensors, *ONE, out_plus=outs[0], out_minus=outs[1], residuals=[*its_residuals, None]
+            )
             wide = poisoned((700, 300), "float32", "every other")
-            fk.seed_axpy(tensors[1], SEEDS, COEFFS, alpha=0.5, residuals=left[1:], out=wide)
+            fk.seed_axpy(tensors[1], SEEDS, COEFFS, alpha=0.5, residuals=its_residuals[1:], out=wide)
         return [*outs[0], *outs[1], wide]
 
     expected = both_sides()
@@ -191,8 +193,8 @@ def test_backends_that_write_what_they_read(
 def _watched(backend: ModuleType, calls: list[bool]) -> Any:
     original = backend.seed_axpy
 
-    def seed_axpy(operands: Any, terms: Any, isa: str) -> None:
+    def seed_axpy(operands: Any, terms: Any, **options: Any) -> None:
         calls.append(operands.inputs.dtypes == operands.outs.dtypes)
-        original(operands, terms, isa)
+        original(operands, terms, **options)
 
     return seed_axpy

@@ -122,18 +122,18 @@ def test_compensated(dtype: torch.dtype, family: str, num_terms: int) -> None:
 
     def call(device: str) -> list[Tensor]:
         tensors = [weights(size, dtype, device) for size in SIZES]
-        lefts = [residuals(size + 1, device)[i % 2 :][:size] for i, size in enumerate(SIZES)]
+        all_residuals = [residuals(size + 1, device)[i % 2 :][:size] for i, size in enumerate(SIZES)]
         # Of any kind: infinities, NaN and subnormals among them.
         tensors[-1].view(torch.int16)[::3] = residuals(SIZES[-1], device)[::3]
         tensors.append(weights((94, 130), dtype, device).T)
-        lefts.append(residuals((94, 130), device).T)
-        given = [None if i == 6 else left for i, left in enumerate(lefts)]
+        all_residuals.append(residuals((94, 130), device).T)
+        given = [None if i == 6 else residual for i, residual in enumerate(all_residuals)]
         fk.seed_axpy_(tensors, *terms(num_terms), residuals=given, **options("nearest", family))
         read, chosen = weights((300, 72), dtype, device), options("stochastic", family)
-        left, rows = residuals((300, 72), device), torch.tensor([299, 0, 7, 7], device=device)
-        plus, minus = fk.seed_axpy_pair([read], *terms(num_terms), residuals=[left], **chosen)
-        some = fk.seed_axpy([read], *terms(num_terms), rows=rows, residuals=[left], **chosen)
-        return [*tensors, *lefts, *plus, *minus, *some]
+        residual, rows = residuals((300, 72), device), torch.tensor([299, 0, 7, 7], device=device)
+        plus, minus = fk.seed_axpy_pair([read], *terms(num_terms), residuals=[residual], **chosen)
+        some = fk.seed_axpy([read], *terms(num_terms), rows=rows, residuals=[residual], **chosen)
+        return [*tensors, *all_residuals, *plus, *minus, *some]
 
     compare(call)
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.contract import derived, reference
-from fedkseed_kernels.contract.sums import terms_left
+from fedkseed_kernels.contract.sums import kept_terms
 
 DIGEST_BLOCK_WORDS = 1 << 24
 NUM_DIGEST_BLOCKS = 2**32 // DIGEST_BLOCK_WORDS
@@ -157,7 +157,7 @@ def _pair(
 
 def _is_unchanged(terms: Any, alpha: float, dtype: str, family: str) -> bool:
     coeffs = golden.coeffs_from_hex(terms["coeffs"])
-    return alpha == 1 and not terms_left(terms["seeds"], coeffs, dtype == "float64", family)
+    return alpha == 1 and not kept_terms(terms["seeds"], coeffs, dtype == "float64", family)
 
 
 def _primitive_choices() -> Iterator[tuple[str, str, str, float]]:
