@@ -31,10 +31,11 @@ KERNELS = {
     "__init__": ("_version", "contract", "dispatch", "ops", "prepared"),
     "conformance": ("*",),
 }
-GROUND = ("_checks", "_extras", "files", "seeds")
+GROUND = ("_checks", "_extras", "_means", "files", "seeds")
 FEDKSEED = {
     "_checks": (),
     "_extras": (),
+    "_means": (),
     "files": (),
     "seeds": ("_checks",),
     "data": GROUND,

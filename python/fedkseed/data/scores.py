@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from fedkseed._means import mean
 from fedkseed.data.instructions import Task
 from fedkseed.data.prompts import IGNORED, Batch, pad_token_id
 
@@ -212,18 +213,6 @@ def majority_answer_scores(tasks: Sequence[Task]) -> list[MajorityScore]:
             )
         )
     return scores
-
-
-def mean(values: Iterable[float]) -> float:
-    """Arithmetic mean.
-
-    Raises:
-        ValueError: no values.
-    """
-    listed = list(values)
-    if not listed:
-        raise ValueError("expected at least one value to take the mean of, got none")
-    return sum(listed) / len(listed)
 
 
 def _words(text: str) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fedkseed._checks import check_count
+from fedkseed._means import mean
 from fedkseed.model.randomness import GeneratorStates, active_dropout
 from fedkseed.optim.gradient import ProjectedGradient
 from fedkseed.optim.parameters import Params, tuned_parameters
@@ -188,7 +189,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 bound = self._gradient.max_loss_gap
                 logger.log(level, "skipped: losses %s and %s, max_loss_gap %s", plus, minus, bound)
                 num_skipped += 1
-        return sum((plus + minus) / 2 for plus, minus, _ in directions) / len(directions)
+        return mean((plus + minus) / 2 for plus, minus, _ in directions)
 
     def _check_dropout(self) -> None:
         model, self._model_to_check = self._model_to_check, None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm import tqdm
 
+from fedkseed._means import mean
 from fedkseed.data import Example, Task
 from fedkseed.data.prompts import (
     Batch,
@@ -26,7 +27,6 @@ from fedkseed.data.scores import (
     exact_match,
     generate_greedy,
     majority_answer_scores,
-    mean,
     response_loss,
     response_nll,
     rouge_l,

@@ -14,6 +14,7 @@ from typing import Any, Generic
 import torch
 
 from fedkseed._checks import check_count
+from fedkseed._means import mean
 from fedkseed.federation.client import BatchT
 from fedkseed.federation.config import Sampling, ServerConfig, Weighting
 from fedkseed.federation.server import Server
@@ -351,7 +352,7 @@ class Simulation(Generic[ExampleT, BatchT]):
             round=round,
             clients=members,
             failed=tuple(client for client in members if runs[client].reply is None),
-            train_loss=sum(losses) / len(losses) if losses else None,
+            train_loss=mean(losses) if losses else None,
             evaluation=evaluation,
             bytes_down=sum(len(message) for message in messages.values()),
             bytes_up=sum(len(reply) for _, reply in replies),
