@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,19 @@ def test_make_targets_are_documented() -> None:
     named = {name for page in pages for name in re.findall(r"(?:`|    )make (\w+)", page.read_text())}
     assert named
     assert named <= phony
+
+
+def test_pythons_are_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    classifiers = " ".join(project["project"]["classifiers"])
+    pythons = re.findall(r"Python :: (3\.\d+)", classifiers)
+    oldest, newest = pythons[0], pythons[-1]
+    assert project["project"]["requires-python"] == f">={oldest}"
+    assert project["tool"]["mypy"]["python_version"] == oldest
+    assert project["tool"]["ruff"]["target-version"] == "py" + oldest.replace(".", "")
+    assert f"\nOLDEST := {oldest}\n" in (ROOT / "Makefile").read_text()
+    assert f"Python {oldest} to {newest}," in (ROOT / "README.md").read_text()
+    assert f"Python {oldest} or newer," in (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def test_ci_script() -> None:
