@@ -227,7 +227,7 @@ def seed_axpy(operands: Operands, terms: Terms | DeviceTerms) -> None:
         operands.table = c_abi.pointer_table(operands)
     if not operands.table.size:
         return
-    device = operands.outs.tensors[0].device
+    device = operands.device
     if isinstance(terms, Terms) and terms.seeds.size > MAX_TERMS_BY_VALUE:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(

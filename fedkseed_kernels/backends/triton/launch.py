@@ -140,7 +140,7 @@ def seed_axpy(operands: Operands, terms: Any) -> None:
     """
     if not operands.outs.tensors:
         return
-    device = operands.outs.tensors[0].device
+    device = operands.device
     on_host = isinstance(terms, Terms)
     in_place = operands.outs is operands.inputs and operands.outs_minus is None
     with on_device(device):
