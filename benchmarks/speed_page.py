@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import fedkseed_kernels
 from benchmarks.common import pages
 from benchmarks.common.constants import RESULTS_FOLDER
 from benchmarks.common.environment import REPOSITORY
@@ -45,7 +46,7 @@ def table(processor: str, kernels: Document, steps: Document) -> str:
         ours = min(row["seconds"]["median"] for row in rows if row["kind"] == "ours")
         lines.append(_line(title, official, ours))
     official = _steps(steps, "gaussian").pop(step_contestants.OFFICIAL)
-    for family in ("gaussian", "rademacher"):
+    for family in fedkseed_kernels.FAMILIES:
         modes = {
             name: seconds
             for name, seconds in _steps(steps, family).items()

@@ -42,7 +42,7 @@ def test_the_official_walk_has_the_official_passes_bits(dtype: torch.dtype) -> N
     walk = walks.OfficialWalk(_model(dtype), lr=1e-4, eps=1e-3)
     named, start = list(model.named_parameters()), _bits(model)
     for seed, g in ((7, 3.5), (8, -0.25)):
-        torch_seed = walks.official_seed(seed)
+        torch_seed = official.official_seed(seed)
         for factor in (1, -2, 1):
             official.perturb_(named, torch_seed, factor, 1e-3)
         official.update_(named, torch_seed, g, 1e-4)

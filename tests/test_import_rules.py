@@ -198,3 +198,22 @@ def test_no_circle_of_imports() -> None:
 @pytest.mark.parametrize(("package", "most"), MOST_MODULES.items())
 def test_few_modules_lie_outside_of_rooms(package: str, most: int) -> None:
     assert len(list((ROOT / PACKAGES[package]).glob("*.py"))) <= most
+
+
+def test_no_name_of_a_package_hides_a_module_of_it() -> None:
+    """`import package.module` would give the function of that name."""
+    known = modules(ROOT)
+    hidden = [
+        name
+        for name, path in known.items()
+        if path.name == "__init__.py"
+        for statement in ast.parse(path.read_text()).body
+        if isinstance(statement, (ast.ImportFrom, ast.FunctionDef, ast.ClassDef))
+        for bound in (
+            [(f"{statement.module}.{a.name}", a.asname or a.name) for a in statement.names]
+            if isinstance(statement, ast.ImportFrom)
+            else [("", statement.name)]
+        )
+        if f"{name}.{bound[1]}" in known and bound[0] != f"{name}.{bound[1]}"
+    ]
+    assert hidden == []

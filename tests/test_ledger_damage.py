@@ -263,3 +263,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         small().save(tmp_path / "absent" / "ledger")
     with pytest.raises(TypeError, match="expected a ledger as bytes, got str"):
         Ledger.from_bytes("ledger")  # type: ignore[arg-type]
+
+
+def test_every_error_can_be_caught_by_its_name() -> None:
+    names = {error.__name__ for error in LedgerError.__subclasses__()}
+    assert {"LedgerDamagedError", "LedgerSignatureError"} < names < set(fedkseed.ledger.__all__)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import fedkseed_kernels
 from benchmarks.baselines import mezo
 from benchmarks.common import memory
 from benchmarks.common.constants import LEARNING_RATE, ZO_EPS
@@ -74,7 +75,7 @@ class TestModes:
 
 class TestContestants:
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("family", step.FAMILIES)
+    @pytest.mark.parametrize("family", fedkseed_kernels.FAMILIES)
     def test_steps_move_the_weights_and_forward_passes_do_not(self, dtype: torch.dtype, family: str) -> None:
         for name in step_contestants.names(dtype, family):
             model = copy.deepcopy(_work(dtype).model)
@@ -119,7 +120,7 @@ class TestMeasure:
         assert found == [
             (size, family, name)
             for size in (1, 2)
-            for family in step.FAMILIES
+            for family in fedkseed_kernels.FAMILIES
             for name in step_contestants.names(torch.bfloat16, family)
         ]
         lines = step.table(document).splitlines()

@@ -83,11 +83,11 @@ def is_decayed(name: str) -> bool:
     return not any(part in name for part in _NOT_DECAYED)
 
 
-def _noise_like(parameter: torch.nn.Parameter) -> torch.Tensor:
-    data = parameter.data
-    return torch.normal(mean=0, std=1, size=data.size(), device=data.device, dtype=data.dtype)
-
-
 def official_seed(seed: int) -> int:
     """The seed of torch's generator that stands for a candidate seed: torch takes 63 bits."""
     return seed >> 1
+
+
+def _noise_like(parameter: torch.nn.Parameter) -> torch.Tensor:
+    data = parameter.data
+    return torch.normal(mean=0, std=1, size=data.size(), device=data.device, dtype=data.dtype)

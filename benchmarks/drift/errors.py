@@ -10,7 +10,6 @@ import torch
 
 import fedkseed_kernels
 from benchmarks.baselines import official
-from benchmarks.baselines.official import official_seed
 from benchmarks.drift.settings import DriftSettings
 from benchmarks.drift.walks import StorageWalk, value64
 from benchmarks.models import modes
@@ -70,7 +69,7 @@ def of_official(settings: DriftSettings, dtype: torch.dtype, master: Any) -> dic
     seeds = settings.pool.seeds
     measured, reference = [], []
     for step in range(settings.num_g_steps):
-        rows, seed = work.train[step : step + 1], official_seed(int(seeds[step]))
+        rows, seed = work.train[step : step + 1], official.official_seed(int(seeds[step]))
         values = [parameter.detach().float() for _, parameter in named]
         reference.append(_reference(master, values, rows, settings.eps, _torch_noise_adder(seed, dtype)))
         official.perturb_(named, seed, 1, settings.eps)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import fedkseed_kernels
-from benchmarks.baselines.official import official_seed
+from benchmarks.baselines import official
 from benchmarks.models.workloads import mean_loss
 from fedkseed import FedKSeedSGD, Inplace, SeedPool, Streamed
 from fedkseed.model.manifest import manifest_parameters
@@ -94,7 +94,7 @@ class OfficialWalk:
     def step(self, seed: int, g: float) -> tuple[int, int]:
         """One step along the noise of seed; (elements with z != 0 that kept their value, all with z != 0)."""
         num_kept = num_due = 0
-        torch.manual_seed(official_seed(seed))
+        torch.manual_seed(official.official_seed(seed))
         for parameter, rebuilt, exact in zip(self.parameters, self.rebuilt, self.exact, strict=True):
             z = torch.normal(0, 1, size=parameter.shape, device=parameter.device, dtype=parameter.dtype)
             w = parameter.data

@@ -14,11 +14,10 @@ from typing import Any
 import fedkseed_kernels
 from benchmarks.common import environment, memory
 from benchmarks.common.constants import DTYPES, RESULTS_FOLDER
-from benchmarks.kernels import report
-from benchmarks.kernels import results as results
+from benchmarks.kernels import report, results
 from benchmarks.kernels.settings import Settings, make_settings
 from benchmarks.kernels.weights import num_parameters
-from fedkseed._extras import require_extra
+from fedkseed._extras import MissingExtraError, require_extra
 
 SUITE = "benchmarks/kernels/bench_kernels.py"
 
@@ -104,7 +103,10 @@ def main() -> None:
     options += ["--bench-quick"] if arguments.quick else []
 
     described = environment.describe(settings.num_threads)
-    rows = run_suite(options)
+    try:
+        rows = run_suite(options)
+    except MissingExtraError as error:
+        parser.error(str(error))
     document: results.Document = {
         "schema": results.SCHEMA_VERSION,
         "command": command_line(arguments),

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.memory import LIMIT_BYTES
-from benchmarks.kernels import cases
-from benchmarks.kernels import results as results
+from benchmarks.kernels import cases, results
 
 Row = Mapping[str, Any]
 

@@ -1,5 +1,6 @@
 // The gate of the noise contract: only Philox, the Gaussian transform and one fma, in a loop over K seeds.
-// benchmarks/machine_code/gate.py compiles it for a GPU and counts the instructions of the loop; it is not part of the library.
+// benchmarks/machine_code/gate.py compiles it for a GPU and counts the instructions of the loop; the library has
+// no part of it.
 // The transform and all constants come from csrc/include. Philox is written out here because its round keys are
 // prepared in shared memory, which saves three instructions for each normal.
 #include "normal.h"

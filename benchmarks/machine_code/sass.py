@@ -3,7 +3,7 @@
     python -m benchmarks.machine_code.sass [--arch sm_90] [--json FILE] [--check] [--write-budget]
 
 CUDA kernels come out of the built library, Triton's are compiled here as the package launches them. Counted
-is the hot path, machine_code.hot_path: the innermost loop that makes most, else the way through the kernel.
+is the hot path, `reader.hot_path`: the innermost loop that makes most, else the way through the kernel.
 Of a kernel of matrix products the loops around it are counted too, where its operands are made.
 No GPU is needed. A ceiling is what an H100 could do at most, by issue slots and by memory; nothing is
 measured. Exit status: 0, 1 past the committed budget (--check), 2 if something needed is missing.
@@ -38,7 +38,6 @@ BYTES_PER_SECOND = 3.35e12
 #: What a budget leaves to another patch release of a compiler.
 MARGIN = 1.01
 ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-RADEMACHER_GROUP = 128
 
 _INTEGER_TO_FLOAT = re.compile(r"I2FP?(\.F32\.S32|\.S32)?$")  # two a word, which gives two normals
 _FMA = re.compile(r"[FD]FMA")  # of a short Rademacher kernel: alpha w + acc, and Rule.num_fmas says what else

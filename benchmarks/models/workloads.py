@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 #: The pretrained model of the demo on its instruction text; random models and the bare one on random tokens.
 MODELS = ("smollm2", "random-1b", "random-tiny", "bare", "bare-tiny")
-#: Rows of a block's weight and vocabulary of `bare_model.BareModel`.
+#: Rows of a block's weight and vocabulary of `bare.BareModel`.
 _BARE = {"bare": (bare.NUM_ROWS, bare.VOCABULARY), "bare-tiny": (2, 16)}
 
 #: Randomly initialised Llama models, head tied. 1b: 1,235,814,400 parameters, the sizes of Llama 3.2 1B.

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import environment
+from benchmarks.common.constants import LEARNING_RATE, ZO_EPS
 from benchmarks.common.measure import spread
 from fedkseed import ModelIdentity, Reply, SeedPool, Server, ServerConfig
 from fedkseed.federation.config import Sampling
@@ -40,7 +41,9 @@ Replies = list[tuple[int, bytes]]
 
 def make_server(num_invited: int, sampling: Sampling, num_clients: int = 1 << 24) -> Server:
     """A server at the paper's size whose rounds invite ``num_invited`` clients."""
-    config = ServerConfig(num_clients, num_invited, NUM_STEPS, lr=1e-6, eps=5e-4, sampling=sampling)
+    config = ServerConfig(
+        num_clients, num_invited, NUM_STEPS, lr=LEARNING_RATE, eps=ZO_EPS, sampling=sampling
+    )
     return Server(_IDENTITY, SeedPool(1, NUM_SEEDS), config)
 
 
@@ -64,7 +67,7 @@ def check_answer(sampling: Sampling) -> None:
     total = sum(Reply.from_bytes(message).data_size for _, message in replies)
     for client, message in replies:
         reply = Reply.from_bytes(message)
-        moves = 1e-6 * reply.data_size / total * reply.scalars.astype(np.float64)
+        moves = server.config.lr * reply.data_size / total * reply.scalars.astype(np.float64)
         np.subtract.at(expected, server.schedule(client), moves)
     server.merge(replies)
     np.testing.assert_allclose(server.coefficients, expected, rtol=1e-9, atol=1e-18)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+import fedkseed_kernels
 from benchmarks.common import environment
 from benchmarks.common.constants import DTYPES
 from benchmarks.common.measure import Contestant, interleave, spread
@@ -27,8 +28,6 @@ from benchmarks.models import workloads
 from benchmarks.step import contestants as step_contestants
 from benchmarks.step import memory as step_memory
 from fedkseed.files import write_atomically
-
-FAMILIES = ("gaussian", "rademacher")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class StepSettings:
     device: str = "cpu"
     batch_sizes: tuple[int, ...] = (1,)
     num_tokens: int = 128
-    families: tuple[str, ...] = FAMILIES
+    families: tuple[str, ...] = fedkseed_kernels.FAMILIES
     num_samples: int = 5
     only: tuple[str, ...] = ()
     measures_memory: bool = True
@@ -204,7 +203,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help=f"({default.device})")
     parser.add_argument("--batch-sizes", type=_integers, metavar="N,...", help="rows of a batch (1)")
     parser.add_argument("--num-tokens", type=int, help=f"tokens of a row ({default.num_tokens})")
-    parser.add_argument("--families", type=_texts, metavar="NAME,...", help=f"({','.join(FAMILIES)})")
+    parser.add_argument(
+        "--families", type=_texts, metavar="NAME,...", help=f"({','.join(fedkseed_kernels.FAMILIES)})"
+    )
     parser.add_argument("--num-samples", type=int, help=f"of each contestant ({default.num_samples})")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contestants beside the forwards (all)")
     parser.add_argument("--no-memory", action="store_true", help="measure time alone")

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from benchmarks.baselines import mezo, official
-from benchmarks.baselines.official import official_seed
 from benchmarks.common.constants import LEARNING_RATE, ZO_EPS
 from benchmarks.models import modes
 from benchmarks.models.workloads import mean_loss
@@ -101,7 +100,7 @@ def _two_forwards(model: Any, batch: torch.Tensor) -> Step:
 
 
 def _seeds() -> Any:
-    return iter([official_seed(int(seed)) for seed in _POOL.seeds])
+    return iter([official.official_seed(int(seed)) for seed in _POOL.seeds])
 
 
 def _ignore(_: object) -> None:

@@ -19,4 +19,4 @@ def mean(values: Iterable[float]) -> float:
     listed = list(values)
     if not listed:
         raise ValueError("expected at least one value to take the mean of, got none")
-    return reduce(operator.add, listed) / len(listed)
+    return reduce(operator.add, listed, 0.0) / len(listed)

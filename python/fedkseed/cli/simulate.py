@@ -45,6 +45,9 @@ def run(options: argparse.Namespace) -> int:
     from fedkseed.scenarios.settings import RunSettings, SettingsError, make_settings
 
     flags = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(RunSettings)}
+    folder = options.resume or options.out or _free_folder()
+    # Made first: it refuses a missing package before the folder is.
+    place = instruction_run.Place(folder, options.resume is not None, options.tensorboard)
     if options.resume is not None:
         given = sorted(name for name, value in flags.items() if value is not None and name != "workers")
         if given or options.quick or options.config or options.out:
@@ -52,13 +55,9 @@ def run(options: argparse.Namespace) -> int:
                 "expected --resume without other settings (they are in the folder; only --workers and "
                 f"--tensorboard may change), got {', '.join(given) or '--quick, --config or --out'}"
             )
-        folder = options.resume
         settings = _saved_settings(folder / _SETTINGS, flags["workers"])
-        place = instruction_run.Place(folder, True, options.tensorboard)
     else:
         settings = make_settings(flags, quick=options.quick, toml=options.config)
-        folder = options.out or _free_folder()
-        place = instruction_run.Place(folder, False, options.tensorboard)
         if folder.exists() and any(folder.iterdir()):
             raise SettingsError(
                 f"expected an empty or new folder for the run, got {folder}; "

@@ -13,7 +13,8 @@ from torch import nn
 from fedkseed._checks import check_count
 from fedkseed.federation.messages import Broadcast, ProtocolError, Reply, broadcast_digest
 from fedkseed.model.working_copy import WorkingCopy
-from fedkseed.optim.optimizers import FedKSeedSGD, Loss
+from fedkseed.optim.base import Loss
+from fedkseed.optim.optimizers import FedKSeedSGD
 from fedkseed.seeds import MAX_CLIENTS, SeedPool
 from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
 

@@ -34,7 +34,7 @@ class Round:
         number: of the round.
         identity: of the model w0.
         pool: the candidate seeds; schedules and the sample of clients derive from its base seed too.
-        config: the federation's fixed numbers, with a run id as soon as a message is made.
+        config: the federation's fixed numbers, with its run id.
         coefficients: fp32 [K], the round's model as it travels.
         significance: what FedKSeed-Pro draws the schedules from; None with uniform sampling. Not changed.
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from fedkseed.ledger.describe import describe
-from fedkseed.ledger.format import LedgerContractError, LedgerDamagedError, LedgerError
+from fedkseed.ledger.format import (
+    LedgerContractError,
+    LedgerDamagedError,
+    LedgerError,
+    LedgerFormatError,
+    LedgerSignatureError,
+    LedgerTooLargeError,
+    LedgerUnsignedError,
+)
 from fedkseed.ledger.ledger import Ledger, open_ledger
 from fedkseed.ledger.signature import SigningKeyError
 from fedkseed.ledger.tuned_model import load, write_tuned_model
@@ -13,8 +20,11 @@ __all__ = [
     "LedgerContractError",
     "LedgerDamagedError",
     "LedgerError",
+    "LedgerFormatError",
+    "LedgerSignatureError",
+    "LedgerTooLargeError",
+    "LedgerUnsignedError",
     "SigningKeyError",
-    "describe",
     "load",
     "open_ledger",
     "write_tuned_model",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import numbers
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -64,8 +64,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._storage: Storage = storage.open(
             TunedWeights(tensors, self._streams, self.eps, family, seed, whole)
         )
-        devices = {tensor.device for group in tensors for tensor in group}
-        self._devices = sorted(devices - {torch.device("cpu")}, key=str)
+        self._devices = {tensor.device for group in tensors for tensor in group}
         #: Looked at in the first step, when the caller has chosen between train and eval mode.
         self._model_to_check = whole
 
@@ -209,7 +208,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 class _Evaluation:
     """The closure, called each time with the generators as they stood when the step began."""
 
-    def __init__(self, closure: Callable[[], Any], devices: Sequence[torch.device]) -> None:
+    def __init__(self, closure: Callable[[], Any], devices: Iterable[torch.device]) -> None:
         self._closure = closure
         self._generators = GeneratorStates(devices)
 

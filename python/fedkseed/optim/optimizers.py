@@ -41,8 +41,6 @@ from fedkseed.seeds import SeedPool, derived_seed
 from fedkseed.storage import DEFAULT_STORAGE, GroupUpdate, StorageOptions
 from fedkseed_kernels import derived
 
-__all__ = ["ZOSGD", "FedKSeedSGD", "Loss", "Params"]
-
 _REBUILD = (
     "a model tuned by FedKSeed is w0 plus one coefficient a seed for all of its parameters, and could not be "
     "rebuilt from seeds and scalars otherwise"

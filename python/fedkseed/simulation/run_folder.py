@@ -1,6 +1,6 @@
 """The folder of a run: the server's state, the ledger, the metrics of each round and what they took.
 
-    server.state        the server's, see `server_state`
+    server.state        the server's, see `federation.state`
     clients.json        what the clients compute with; a resumed run must have the same
     ledger.safetensors  the model after the last round that is complete
     metrics.jsonl       one line a round; the same bytes in every run of the same configuration

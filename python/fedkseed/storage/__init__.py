@@ -33,7 +33,8 @@ __all__ = [
 
 DEFAULT_STORAGE: StorageOptions = Inplace()
 
-#: Those that a closure with one loss serves; the paired ones need a closure of their own.
+#: Modes by their names in flags and configuration files: those that a closure with one loss serves;
+#: the paired ones need a closure of their own.
 STORAGE_MODES: Mapping[str, StorageOptions] = {
     "inplace": DEFAULT_STORAGE,
     "chained": Inplace(chained=True),

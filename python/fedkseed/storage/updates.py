@@ -110,9 +110,9 @@ class GroupedWeights:
             if len(weights.groups) == 1
             else [
                 fedkseed_kernels.prepare(
-                    list(group), streams=list(streams), family=weights.family, residuals=list(left)
+                    list(group), streams=list(streams), family=weights.family, residuals=list(of_group)
                 )
-                for group, streams, left in zip(weights.groups, weights.streams, residuals, strict=True)
+                for group, streams, of_group in zip(weights.groups, weights.streams, residuals, strict=True)
             ]
         )
 

@@ -1,4 +1,5 @@
-"""The units of a model: modules whose parameters are perturbed together, just before the module runs."""
+"""The units of a model: modules whose parameters are perturbed together, just before the module runs;
+and which models cannot be split so."""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ from fedkseed.model.manifest import types_if_imported
 
 #: What models keep their repeated layers in.
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
-
 
 #: (module of the type, type, why), see `types_if_imported`.
 _REFUSED = (
