@@ -79,6 +79,7 @@ NVCC_LINK_FLAGS = [
 ]
 NVCC_MIN_MAJOR = 13
 NVCC_VARIABLES = ("NVCC_APPEND_FLAGS", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS")
+NVCC_HOST_VERSION = ("-x", "cu", "-E", "-Xcompiler=--version", os.devnull)
 
 # The headers that a compiler names in the file of -MF are inputs of the object from then on.
 NINJA_RULES = """\
@@ -128,6 +129,7 @@ class Library(NamedTuple):
     sources: Mapping[Path, Sequence[str]]
     link_flags: Sequence[str]
     variables: Sequence[str] = ()  # of the environment, which the compiler reads beside its command line
+    host_version: Sequence[str] = ()  # what has it print the version of the compiler that it calls
 
 
 def enabled(name: str, default: str = "0") -> bool:
@@ -256,7 +258,15 @@ def cuda_library(toolchain: CudaToolchain) -> Library:
     """The library of csrc/cuda."""
     flags = [*NVCC_FLAGS, f"-I{INCLUDE}"]
     sources = dict.fromkeys(find_sources(CUDA_SOURCES, "*.cu"), flags)
-    return Library(CUDA_LIBRARY, [toolchain.nvcc], CUDA_SOURCES, sources, NVCC_LINK_FLAGS, NVCC_VARIABLES)
+    return Library(
+        CUDA_LIBRARY,
+        [toolchain.nvcc],
+        CUDA_SOURCES,
+        sources,
+        NVCC_LINK_FLAGS,
+        NVCC_VARIABLES,
+        NVCC_HOST_VERSION,
+    )
 
 
 def find_sources(folder: Path, pattern: str) -> list[Path]:
@@ -303,6 +313,8 @@ def compile_library(library: Library, folder: Path) -> Path:
     # The identity is an input of all: a compiler can change behind an unchanged command line.
     identity, script = folder / "compiler", folder / "build.ninja"
     known = run([*library.compiler, "--version"])
+    if library.host_version:
+        known += run([*library.compiler, *library.host_version])
     known += "".join(f"{name}={os.environ[name]}\n" for name in library.variables if name in os.environ)
     if not identity.exists() or identity.read_text() != known:
         publish(identity, known)
@@ -328,7 +340,7 @@ def ninja_script(library: Library, folder: Path, identity: Path) -> str:
         objects.append(path(folder / source.relative_to(library.root).with_suffix(".o")))
         lines.append(f"build {objects[-1]}: object {path(source)} | {path(identity)}")
         lines.append(f"  flags = {words(flags)}")
-    lines.append(f"build {path(folder / library.name)}: library {' '.join(objects)} | {path(identity)}")
+    lines.append(f"build {path(folder / library.name)}: library {' '.join(objects)}")
     lines.append(f"  flags = {words(library.link_flags)}")
     return "\n".join(lines) + "\n"
 

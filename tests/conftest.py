@@ -60,7 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return  # files may be collected in part
     with_fast_case = {item.path for item in items if not item.get_closest_marker("slow")}
     if without := sorted({str(item.path) for item in items} - {str(path) for path in with_fast_case}):
-        raise pytest.UsageError(
+        # Not pytest's UsageError: of that a worker of pytest-xdist passes on that it came, and no text.
+        raise AssertionError(
             f"expected a case that is not slow in every test file, got none in {', '.join(without)}: "
             "leave one case without the mark, or write a small one"
         )

@@ -24,6 +24,7 @@ NUM_SEEDS = 4096
 # Draws enough that every seed is among them, 18 times on average.
 FEDERATION = {"num_clients": 128, "clients_per_round": 128, "num_local_steps": 200, "lr": 0.01}
 NUM_ROUNDS = 3
+FAST_ISA = native_cpu.usable_isas()[-1] if native_cpu.unavailable() is None else "baseline"
 
 
 class Tuned(NamedTuple):
@@ -52,12 +53,11 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     return Tuned(folder / "base", folder / "ledger", content)
 
 
-@pytest.mark.few(1)
 @pytest.mark.skipif(native_cpu.unavailable() is not None, reason="tests/test_native.py says why")
 @pytest.mark.parametrize(
     "isa",
     [
-        pytest.param(name, marks=() if name == "avx2" else pytest.mark.slow)
+        pytest.param(name, marks=() if name == FAST_ISA else pytest.mark.slow)
         for name in ISA_CODES
         if name != "auto"
     ],

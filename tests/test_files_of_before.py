@@ -140,7 +140,6 @@ def test_a_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
         ]
 
 
-@pytest.mark.slow
 def test_the_folder_of_simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed with no round left: the summary is written anew; what the rounds left stays as it was."""
     old = FOLDER / "simulate"

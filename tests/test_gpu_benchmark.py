@@ -98,7 +98,6 @@ def test_a_contestant_that_raises_costs_its_own_row_alone(monkeypatch: pytest.Mo
     assert "randn_like + add_ (perturb)" in run.document["failed"]["weights, bf16"]
 
 
-@pytest.mark.slow
 def test_a_dry_run_has_all_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "result.json"
     assert gpu.main(["--dry-run", "--dtypes", "bf16,fp32", "--json", str(path)]) == 0

@@ -26,8 +26,8 @@ KERNELS = {
     "arguments": ("contract", "operands", "layout"),
     "backends": ("contract", "operands", "layout"),
     "dispatch": ("_version", "contract", "operands", "backends"),
-    "ops": ("contract", "operands", "arguments", "dispatch"),
-    "prepared": ("contract", "operands", "arguments", "dispatch"),
+    "ops": ("operands", "arguments", "dispatch"),
+    "prepared": ("operands", "arguments", "dispatch"),
     "__init__": ("_version", "contract", "dispatch", "ops", "prepared"),
     "conformance": ("*",),
 }

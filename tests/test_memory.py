@@ -17,7 +17,6 @@ needs_native = pytest.mark.skipif(
 )
 
 
-@pytest.mark.few(3)
 @needs_native
 @pytest.mark.parametrize("dtype", [pytest.param("bf16"), pytest.param("fp32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
@@ -43,7 +42,6 @@ def test_the_measurement_sees_a_temporary() -> None:
 UNIT, RESIDUALS = 2 * bare.UNIT_NUMEL, 2 * bare.NUMEL
 
 
-@pytest.mark.few(2)
 @needs_native
 @pytest.mark.parametrize(
     ("mode", "num_bytes"),

@@ -146,8 +146,10 @@ class SmallTree:
         takes = "-gencode=*|-fmad=*|-cudart=*|-Xcompiler=*|-Xlinker=*"
         compiles = (
             f'for word; do shift; case "$word" in {takes}) ;; *) set -- "$@" "$word";; esac; done\n'
-            f'case " $* " in *" -c "*) {host} -x c++ "$@";; *) {host} "$@";; esac'
+            f'case " $* " in *" -E "*) cat {shlex.quote(str(folder / "host"))};; '
+            f'*" -c "*) {host} -x c++ "$@";; *) {host} "$@";; esac'
         )
+        (folder / "host").write_text("the compiler that nvcc calls, release 1\n")
         (folder / "toolkit").mkdir()
         fake_nvcc(folder / "toolkit", "13.0.88", compiles)
         patch.setenv("CUDA_HOME", str(folder / "toolkit"))
@@ -210,6 +212,19 @@ def test_libraries_of_an_earlier_build_are_replaced(small_tree: SmallTree) -> No
     }
 
 
+def test_libraries_that_are_built_no_more_go_away(
+    small_tree: SmallTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the package would load what build_info.json says is not there."""
+    small_tree.made_by(lambda: None)
+    monkeypatch.delenv("FEDKSEED_REQUIRE_CUDA")
+    for name in ("FEDKSEED_BUILD_CPU", "FEDKSEED_BUILD_CUDA"):
+        monkeypatch.setenv(name, "0")
+    assert small_tree.made_by(lambda: None) == set()
+    published = small_tree.folder / "lib" / "fedkseed_kernels" / "_lib"
+    assert [path.name for path in published.iterdir()] == ["build_info.json"]
+
+
 def test_another_flag_recompiles_all(small_tree: SmallTree, monkeypatch: pytest.MonkeyPatch) -> None:
     small_tree.made_by(lambda: None)
     flags = [*small_tree.build.COMPILE_FLAGS, "-DFK_OTHER=1"]
@@ -240,6 +255,9 @@ def test_another_compiler_recompiles_all(small_tree: SmallTree, monkeypatch: pyt
     assert small_tree.made_by(lambda: release(1)) == set()
     assert small_tree.made_by(lambda: release(2)) == CPU_MADE
     assert small_tree.made_by(lambda: monkeypatch.setenv("NVCC_CCBIN", real)) == CUDA_MADE
+    host = small_tree.folder / "host"
+    assert small_tree.made_by(lambda: host.write_text("the same, release 2\n")) == CUDA_MADE
+    assert small_tree.made_by(lambda: None) == set()
 
 
 def test_a_source_renamed_and_a_header_removed(small_tree: SmallTree) -> None:

@@ -36,11 +36,11 @@ def test_environment_variables_are_documented() -> None:
 
 def test_make_targets_are_documented() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    phony = set(re.findall(r"^\.PHONY: (\w+)$", makefile, re.M))
-    described = set(re.findall(r"^(\w+):.*## \w", makefile, re.M))
+    phony = set(re.findall(r"^\.PHONY: ([\w-]+)$", makefile, re.M))
+    described = set(re.findall(r"^([\w-]+):.*## \w", makefile, re.M))
     assert phony == described
-    pages = [ROOT / name for name in ("README.md", "CHANGELOG.md", ".ci/run")]
-    named = {name for page in pages for name in re.findall(r"(?:`|    )make (\w+)", page.read_text())}
+    pages = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".ci/run")]
+    named = {name for page in pages for name in re.findall(r"(?:`|    )make ([\w-]+)", page.read_text())}
     assert named
     assert named <= phony
 

@@ -114,7 +114,6 @@ def test_a_simulation_of_16_bit_weights_in_every_mode(name: str) -> None:
     assert ModelIdentity.of(tuned).content == ModelIdentity.of(simulation.working.model).content
 
 
-@pytest.mark.slow
 def test_workers_change_no_bit_of_signs_on_streamed_weights(tmp_path: Path) -> None:
     changes = {"num_rounds": 2, "family": "rademacher", "storage": storage_mode("streamed-fp32")}
     config = SimulationConfig(**{**CONFIG, **changes})

@@ -80,7 +80,7 @@ assert flushed == n, f"{flushed} of {n} flushed after"
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("isa", [target.isa for target in TARGETS if target.isa])
+@pytest.mark.parametrize("isa", [target.isa for target in reversed(TARGETS) if target.isa])
 def test_workers_that_flush(isa: str) -> None:
     if not torch.set_flush_denormal(False):
         pytest.skip("this CPU has no flush-to-zero mode that torch can set")

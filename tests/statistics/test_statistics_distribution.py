@@ -12,7 +12,6 @@ from noise_samples import long_sample
 from thresholds import Judge
 
 
-@pytest.mark.slow
 def test_moments(judge: Judge) -> None:
     z = long_sample()
     both = (noise_domain.EVEN_MOMENTS + noise_domain.ODD_MOMENTS) / 2
