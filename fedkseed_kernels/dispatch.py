@@ -228,8 +228,9 @@ def info() -> dict[str, Any]:
     Keys: `version`, `contract_version`, `abi_version`, `torch`, `numpy`; `backends`: for each name
     `available` and `reason` (why not, else None; `native` is the CPU library); `native_cuda`: the same of the
     CUDA library; `devices`: the dispatch table; `cpu_backend`: the backend that a call would take now, or the
-    reason why it would fail; `cpu_isa`, `cpu_isas_built`, `cpu_isas_usable`: of the native library (None and
-    empty without it); `num_threads`, `threads`: how many a call may use, and whose they are; `environment`:
+    reason why it would fail; `cpu_isa`, `cpu_isas_built`, `cpu_isas_usable`: instruction sets of the native
+    library, the first being what a call would take (None without the library, or where the call would fail);
+    `num_threads`, `threads`: how many a call may use, and whose they are; `environment`:
     the switches as they are set, None for unset.
     """
     reasons = {name: backend_of(name, "cpu").unavailable() for name in NAMES}
@@ -240,8 +241,10 @@ def info() -> dict[str, Any]:
         chosen = select("cpu")
         cpu_backend, isa = chosen.name, chosen.isa
     except (RuntimeError, ValueError) as error:
-        cpu_backend, isa = str(error), "auto"
+        cpu_backend, isa = str(error), None
     usable = native_cpu.usable_isas() if has_native else []
+    if isa == "auto":
+        isa = usable[-1] if has_native else None
     if threaded:
         threads = "torch's pool (torch.set_num_threads)"
     elif has_native:
@@ -260,7 +263,7 @@ def info() -> dict[str, Any]:
         "native_cuda": {"available": cuda_reason is None, "reason": cuda_reason},
         "devices": {device: list(names) for device, names in TABLE.items()},
         "cpu_backend": cpu_backend,
-        "cpu_isa": (usable[-1] if isa == "auto" else isa) if has_native else None,
+        "cpu_isa": isa,
         "cpu_isas_built": native_cpu.built_isas() if has_native else [],
         "cpu_isas_usable": usable,
         "num_threads": torch.get_num_threads() if threaded else 1,

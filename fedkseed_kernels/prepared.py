@@ -22,6 +22,12 @@ from fedkseed_kernels.arguments.encoding import (
 from fedkseed_kernels.arguments.terms import Coeffs, IntLike, Seeds
 from fedkseed_kernels.operands import View
 
+_WRITTEN = {
+    "prepare": "the tensors in place",
+    "prepare_out": "the outputs",
+    "prepare_pair": "the outputs of both sides",
+}
+
 
 class _Options(TypedDict, total=False):
     """What `Prepared.seed_axpy` takes by keyword alone."""
@@ -36,8 +42,9 @@ class Prepared:
     """Lists of tensors checked once; made by `prepare` (in place), `prepare_out` and `prepare_pair`.
 
     It holds the tensors themselves, so their memory stays. Each call compares every tensor's address, shape,
-    strides and dtype with what was checked, so a stale pointer is never used. `seed_axpy` runs on whatever
-    was prepared; the other methods bear the names of the functions, and refuse a handle of another kind.
+    strides and dtype with what was checked, so a stale pointer is never used. `seed_axpy` writes whatever was
+    prepared to be written: the tensors themselves in place, or the outputs. The other methods do what the
+    functions of their names do, and refuse a handle of another kind.
     """
 
     def __init__(
@@ -134,7 +141,8 @@ class Prepared:
     def _expect(self, maker: str) -> None:
         if self._maker != maker:
             raise TypeError(
-                f"expected a handle of {maker}, got one of {self._maker}; call seed_axpy, which runs on any"
+                f"expected a handle of {maker}, got one of {self._maker}, whose seed_axpy writes "
+                f"{_WRITTEN[self._maker]}; call that, or {maker}"
             )
 
     def seed_axpy_(self, seeds: Seeds, coeffs: Coeffs, **options: Unpack[_Options]) -> None:

@@ -131,6 +131,7 @@ def test_unknown_names_list_the_known_ones(monkeypatch: pytest.MonkeyPatch, name
         with pytest.raises(ValueError, match=f"expected FEDKSEED_CPU_ISA to be one of {isas}, got '{name}'"):
             fk.perturb_(weights, 1, 0.5)
         assert name in fk.info()["cpu_backend"]
+        assert fk.info()["cpu_isa"] is None
         assert torch.equal(weights, torch.ones(4))
 
 

@@ -94,13 +94,14 @@ def test_a_method_of_another_kind_of_handle_writes_nothing() -> None:
     in_place, one, both = fk.prepare(weight), fk.prepare_out(weight, out), fk.prepare_pair(weight, out, other)
     for handle, maker in ((one, "prepare_out"), (both, "prepare_pair")):
         with pytest.raises(
-            TypeError, match=f"expected a handle of prepare, got one of {maker}; call seed_axpy"
+            TypeError,
+            match=f"expected a handle of prepare, got one of {maker}, whose seed_axpy writes the outputs",
         ):
             handle.seed_axpy_([3], [0.5])
         with pytest.raises(TypeError, match=f"expected a handle of prepare, got one of {maker}"):
             handle.perturb_(3, 0.5)
     for handle, maker in ((one, "prepare_out"), (in_place, "prepare")):
-        with pytest.raises(TypeError, match=f"expected a handle of prepare_pair, got one of {maker};"):
+        with pytest.raises(TypeError, match=f"expected a handle of prepare_pair, got one of {maker}, whose "):
             handle.seed_axpy_pair([3], [0.5])
     for tensor in (weight, out, other):
         assert torch.equal(tensor, torch.ones(9))

@@ -225,7 +225,9 @@ def _common(values: Sequence[float]) -> float:
 
 def main() -> None:
     """Runs it, prints the table, writes what was asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.drift", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny random model, seconds: a smoke test")
     parser.add_argument("--threads", type=int, default=2, help="processor cores to use (%(default)s)")
     parser.add_argument("--steps", type=int, help=f"local steps ({DriftSettings.num_steps})")

@@ -197,7 +197,9 @@ def _describe(device: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs it all; 1 if a part failed."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--json", type=Path, help="the result (benchmarks/results/gpu-<device>.json)")
     parser.add_argument(
         "--no-tests", action="store_true", help="no tests, sanitizer and profile: times alone"

@@ -77,7 +77,9 @@ def command_line(arguments: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument(
         "--threads", type=int, default=Settings.num_threads, help="threads of every contestant"
     )

@@ -195,7 +195,9 @@ def write(path: Path) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels.report", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("results", type=Path, nargs="+", help="JSON files written by benchmarks.kernels")
     for path in parser.parse_args().results:
         print(write(path))

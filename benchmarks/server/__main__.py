@@ -139,7 +139,9 @@ def _registered_peaks() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.server", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--replies", type=int, default=20_000, help="clients that reply in a round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     options = parser.parse_args()

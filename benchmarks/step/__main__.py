@@ -195,7 +195,9 @@ def _key(row: dict[str, Any], contestant: str) -> tuple[int, str, str]:
 
 def main() -> None:
     """Runs it, prints the table, writes JSON if asked to."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=(__doc__ or "").splitlines()[0]
+    )
     default = StepSettings()
     parser.add_argument("--quick", action="store_true", help="a tiny random model, seconds: a smoke test")
     parser.add_argument("--model", choices=workloads.MODELS, help=f"({default.model})")
