@@ -4,7 +4,7 @@ host, DeviceTerms on a GPU)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -98,10 +98,10 @@ class Terms:
     rounding_seed: int
 
     def to(self, device: torch.device) -> DeviceTerms:
-        """The same terms with seeds and coefficients in the memory of a device."""
+        """The same terms with seeds and coefficients in the memory of a device, as `upload` brings them."""
         return DeviceTerms(
-            seeds=torch.from_numpy(self.seeds.view(np.int64)).to(device, non_blocking=True),
-            coeffs=torch.from_numpy(self.coeffs).to(device, non_blocking=True),
+            seeds=upload(self.seeds.view(np.int64), device, "seeds"),
+            coeffs=upload(self.coeffs, device, "coefficients"),
             alpha=self.alpha,
             family=self.family,
             rounding=self.rounding,
@@ -111,18 +111,47 @@ class Terms:
 
 @dataclass(slots=True)
 class DeviceTerms:
-    """Terms whose values only a device knows: they may change between replays of a captured graph.
+    """Terms of which only a device knows some: these may change between replays of a captured graph.
 
-    `seeds` int64 [K] (bit patterns) and `coeffs` fp64 [K], contiguous, on the device; NaN and infinite
-    coefficients are skipped like zeros and their number is added to `num_skipped` (int32, one element) where
-    there is one. `alpha` (fp64) and `rounding_seed` (int64) are numbers like those of Terms, or tensors of
-    one element on the device; alpha is rounded to fp32 there.
+    Tensors are on the device: `seeds` int64 [K] (bit patterns) and `coeffs` fp64 [K], contiguous; NaN and
+    infinite coefficients are skipped like zeros and their number is added to `num_skipped` (int32, one
+    element) where there is one. `alpha` (fp64, rounded to fp32 there) and `rounding_seed` (int64) have one
+    element. What the host knows stays arrays and numbers like those of Terms.
     """
 
-    seeds: Tensor
-    coeffs: Tensor
+    seeds: Tensor | NDArray[np.uint64]
+    coeffs: Tensor | NDArray[np.float64]
     alpha: float | Tensor
     family: str
     rounding: str
     rounding_seed: int | Tensor
     num_skipped: Tensor | None = None
+
+    def to(self, device: torch.device) -> DeviceTerms:
+        """The same terms with seeds and coefficients in the memory of the device, as `upload` brings them."""
+        seeds, coeffs = self.seeds, self.coeffs
+        return replace(
+            self,
+            seeds=seeds if isinstance(seeds, Tensor) else upload(seeds.view(np.int64), device, "seeds"),
+            coeffs=coeffs if isinstance(coeffs, Tensor) else upload(coeffs, device, "coefficients"),
+        )
+
+
+def upload(array: NDArray[Any] | Tensor, device: torch.device, what: str) -> Tensor:
+    """A copy on the device, which nothing waits for; the array itself on the processor.
+
+    From pageable memory the driver might wait for the CUDA stream, and a graph cannot capture such a copy.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured: its replays would read host memory that is gone.
+    """
+    host = array if isinstance(array, Tensor) else torch.from_numpy(array)
+    if device.type == "cpu":
+        return host
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"expected no copy from the host while a CUDA graph is captured, but the {what} are on the host; "
+            f"pass them as tensors on {device}, or few enough to travel by value, and use a prepared list "
+            "that has run once"
+        )
+    return host.pin_memory().to(device, non_blocking=True)

@@ -91,9 +91,30 @@ def test_what_a_backend_is_handed() -> None:
     )
     terms = term_checks.check_terms(arguments, all_fp64=False, device=device)
     assert isinstance(terms, DeviceTerms)
+    assert isinstance(terms.seeds, torch.Tensor)
+    assert isinstance(terms.coeffs, torch.Tensor)
     assert terms.seeds.device == terms.coeffs.device == device
     assert terms.alpha is given["alpha"]
     assert terms.rounding_seed == 0
+
+
+def test_what_the_host_knows_stays_there() -> None:
+    """The step of a device: seeds from the host beside coefficients that only the device knows. No copy of
+    pageable memory, which a graph cannot capture and a driver may wait for."""
+    device, seeds = torch.device("cuda:0"), torch.tensor([7, -1, 0])
+    with FakeTensorMode():
+        given = on("cuda:0", num_skipped=None)
+        coeffs = given["coeffs"].double()
+    arguments = term_checks.TermArguments(
+        seeds, coeffs, given["alpha"], [], [], [], "gaussian", "nearest", None
+    )
+    terms = term_checks.check_terms(arguments, all_fp64=False, device=device)
+    assert isinstance(terms, DeviceTerms)
+    assert isinstance(terms.seeds, np.ndarray)
+    assert terms.seeds.tolist() == [7, 2**64 - 1, 0]
+    assert not np.shares_memory(terms.seeds, seeds.numpy())
+    assert isinstance(terms.coeffs, torch.Tensor)
+    assert terms.coeffs.device == device
 
 
 def test_host_terms_move_to_a_device_unchanged() -> None:
@@ -101,6 +122,7 @@ def test_host_terms_move_to_a_device_unchanged() -> None:
         np.array([1, 2**64 - 1], np.uint64), np.array([0.5, -2.0]), 0.75, "rademacher", "stochastic", 9
     )
     moved = terms.to(CPU)
+    assert isinstance(moved.seeds, torch.Tensor)
     assert moved.seeds.tolist() == [1, -1]
     assert moved.coeffs.tolist() == [0.5, -2.0]
     assert (moved.alpha, moved.family, moved.rounding, moved.rounding_seed) == (
@@ -109,3 +131,23 @@ def test_host_terms_move_to_a_device_unchanged() -> None:
         "stochastic",
         9,
     )
+
+
+def test_a_copy_to_a_gpu_is_from_pinned_memory_and_never_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here without a GPU: what upload asks of torch."""
+    asked: list[object] = []
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append("pinned") or tensor)
+    monkeypatch.setattr(
+        torch.Tensor,
+        "to",
+        lambda tensor, device, non_blocking: asked.append((device, non_blocking)) or tensor,
+    )
+    seeds, device = np.array([1, 2], np.uint64), torch.device("cuda:1")
+    terms = DeviceTerms(seeds, torch.ones(2), 1.0, "gaussian", "nearest", 0)
+    assert isinstance(terms.to(device).seeds, torch.Tensor)
+    assert asked == ["pinned", (device, True)]
+    capturing = True
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured, but the seeds are on the host"):
+        terms.to(device)

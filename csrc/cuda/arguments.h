@@ -8,8 +8,8 @@
 #define FK_PARAMETER_BYTES 24000
 
 struct TermArguments {
-  const uint64_t *seeds; // device memory; NULL: seeds_by_value and coeffs_by_value
-  const double *coeffs;
+  const uint64_t *seeds; // device memory; NULL: seeds_by_value
+  const double *coeffs;  // device memory; NULL: coeffs_by_value
   const double *device_alpha;
   const uint64_t *device_rounding_seed;
   int32_t *num_skipped; // NULL but in the one launch of a call that counts skipped terms

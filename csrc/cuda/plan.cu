@@ -24,8 +24,8 @@ const Kernels &kernels_of(int32_t dtype) {
   }
 }
 
-// The terms of a launch. Of those by value only the ones that count are kept, in the arithmetic of the dtype; the
-// kernels themselves skip such terms on the device.
+// The terms of a launch. Where all are known here only those that count are kept, in the arithmetic of the dtype;
+// otherwise the kernels themselves skip the rest.
 TermArguments make_terms(const fk_cuda_terms &terms, bool fp64) {
   TermArguments made = {};
   made.device_alpha = terms.device_alpha;
@@ -33,9 +33,11 @@ TermArguments make_terms(const fk_cuda_terms &terms, bool fp64) {
   made.device_rounding_seed = terms.device_rounding_seed;
   made.rounding_seed = terms.rounding_seed;
   made.stochastic = terms.rounding == FK_STOCHASTIC;
-  if (terms.on_device) {
-    made.seeds = terms.seeds;
-    made.coeffs = terms.coeffs;
+  if (terms.seeds_on_device) made.seeds = terms.seeds;
+  if (terms.coeffs_on_device) made.coeffs = terms.coeffs;
+  if (made.seeds || made.coeffs) {
+    for (int64_t k = 0; k < terms.count && !made.seeds; ++k) made.seeds_by_value[k] = terms.seeds[k];
+    for (int64_t k = 0; k < terms.count && !made.coeffs; ++k) made.coeffs_by_value[k] = terms.coeffs[k];
     made.count = terms.count;
     return made;
   }

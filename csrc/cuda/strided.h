@@ -38,6 +38,7 @@ template <typename Arithmetic> FK_DEVICE void look_at_terms(Rademacher, const Te
   survey_terms<kStridedThreads>(terms, shared.survey);
   __syncthreads();
   if (threadIdx.x == 0) shared.any_term = shared.survey.num_terms;
+  __syncthreads(); // without terms no other barrier comes before any_term is read
 }
 
 // The finished sums, as numbers.

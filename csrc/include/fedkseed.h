@@ -11,7 +11,7 @@
 extern "C" {
 #endif
 
-#define FK_ABI_VERSION 3
+#define FK_ABI_VERSION 4
 #define FK_CONTRACT_VERSION 1
 #define FK_MAX_DIMS 16
 

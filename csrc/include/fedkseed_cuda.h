@@ -14,19 +14,19 @@ extern "C" {
 #define FK_CUDA_MAX_TERMS_BY_VALUE 64
 
 typedef struct fk_cuda_terms {
-  const uint64_t *seeds; // [count]; device memory if on_device
-  const double *coeffs;  // [count]; likewise. On a device NaN and infinite ones are skipped like zeros
-  int64_t count;         // K; at most FK_CUDA_MAX_TERMS_BY_VALUE unless on_device
-  double alpha;          // already rounded to fp32; read if device_alpha is NULL
+  const uint64_t *seeds; // [count]; device memory if seeds_on_device
+  const double *coeffs; // [count]; device memory if coeffs_on_device, where NaN and infinite ones are skipped
+  int64_t count;        // K; at most FK_CUDA_MAX_TERMS_BY_VALUE unless both are on the device
+  double alpha;         // already rounded to fp32; read if device_alpha is NULL
   const double *device_alpha;
   uint64_t rounding_seed; // read if device_rounding_seed is NULL
   const uint64_t *device_rounding_seed;
   // Device, or NULL: each call adds the number of its NaN and infinite coefficients.
   int32_t *num_skipped;
-  int32_t on_device;
+  int32_t seeds_on_device;
+  int32_t coeffs_on_device;
   int32_t family;
   int32_t rounding;
-  int32_t reserved; // 0
 } fk_cuda_terms;
 
 // Versions as CUDA encodes them (13000 for 13.0); the driver's is 0 without a driver. Neither touches a

@@ -249,8 +249,8 @@ def check_term_metadata(arguments: TermArguments, device: torch.device) -> None:
 
 
 def check_terms(arguments: TermArguments, all_fp64: bool, device: torch.device) -> Terms | DeviceTerms:
-    """Check the terms as the ops take them. Values on the host are checked, and copied unless some term is on
-    a GPU: the host does not synchronise for that one, and all are left to the GPU.
+    """Check the terms as the ops take them. Values on the host are checked and copied; for those on a GPU the
+    host does not synchronise.
 
     Args:
         all_fp64: whether every tensor of the list is fp64, so that nothing is rounded to fp32.
@@ -267,23 +267,26 @@ def check_terms(arguments: TermArguments, all_fp64: bool, device: torch.device) 
     if rounding_seed is not None:
         on_host = rounding_seed.device.type == "cpu"
         rounding_value = int(rounding_seed.item()) % (1 << 64) if on_host else rounding_seed
+    # Copies: the caller may hold these tensors in the very list that is about to be written.
+    host_seeds = np.array(seeds.numpy()).view(np.uint64) if seeds.device.type == "cpu" else None
+    host_coeffs = np.array(coeffs.numpy()) if coeffs.device.type == "cpu" else None
     if (
-        seeds.device.type == coeffs.device.type == "cpu"
+        host_seeds is not None
+        and host_coeffs is not None
         and isinstance(alpha_value, float)
         and isinstance(rounding_value, int)
     ):
-        # Copies: the caller may hold these tensors in the very list that is about to be written.
         return Terms(
-            seeds=np.array(seeds.numpy()).view(np.uint64),
-            coeffs=np.array(coeffs.numpy()),
+            seeds=host_seeds,
+            coeffs=host_coeffs,
             alpha=alpha_value,
             family=family,
             rounding=rounding,
             rounding_seed=rounding_value,
         )
     return DeviceTerms(
-        seeds=seeds.to(device, non_blocking=True).contiguous(),
-        coeffs=coeffs.to(device, non_blocking=True).contiguous(),
+        seeds=seeds.contiguous() if host_seeds is None else host_seeds,
+        coeffs=coeffs.contiguous() if host_coeffs is None else host_coeffs,
         alpha=alpha_value,
         family=family,
         rounding=rounding,

@@ -14,7 +14,7 @@ from fedkseed_kernels.contract.reference import CONTRACT_VERSION
 from fedkseed_kernels.layout import collapsed_layout, strided_positions
 from fedkseed_kernels.operands import DTYPE_CODES, MAX_DIMS, Operands
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 LIBRARY_FOLDER = Path(__file__).parents[1] / "_lib"
 BUILD_INFO_PATH = LIBRARY_FOLDER / "build_info.json"
@@ -73,10 +73,10 @@ class FkCudaTerms(ctypes.Structure):
         ("rounding_seed", ctypes.c_uint64),
         ("device_rounding_seed", ctypes.c_void_p),
         ("num_skipped", ctypes.c_void_p),
-        ("on_device", ctypes.c_int32),
+        ("seeds_on_device", ctypes.c_int32),
+        ("coeffs_on_device", ctypes.c_int32),
         ("family", ctypes.c_int32),
         ("rounding", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
     )
 
 

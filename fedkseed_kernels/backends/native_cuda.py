@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,6 +160,7 @@ def _host_terms(terms: Terms) -> c_abi.FkCudaTerms:
         None,
         None,
         0,
+        0,
         FAMILY_CODES[terms.family],
         ROUNDING_CODES[terms.rounding],
     )
@@ -171,16 +173,20 @@ def _device_terms(terms: DeviceTerms) -> c_abi.FkCudaTerms:
     def pointer(value: float | Tensor | None) -> int | None:
         return value.data_ptr() if isinstance(value, Tensor) else None
 
+    def values(of: Tensor | NDArray[Any]) -> int:
+        return of.data_ptr() if isinstance(of, Tensor) else of.ctypes.data
+
     return c_abi.FkCudaTerms(
-        terms.seeds.data_ptr(),
-        terms.coeffs.data_ptr(),
-        terms.seeds.numel(),
+        values(terms.seeds),
+        values(terms.coeffs),
+        len(terms.seeds),
         terms.alpha if by_value(terms.alpha) else 0.0,
         pointer(terms.alpha),
         terms.rounding_seed if by_value(terms.rounding_seed) else 0,
         pointer(terms.rounding_seed),
         pointer(terms.num_skipped),
-        1,
+        isinstance(terms.seeds, Tensor),
+        isinstance(terms.coeffs, Tensor),
         FAMILY_CODES[terms.family],
         ROUNDING_CODES[terms.rounding],
     )
@@ -202,7 +208,7 @@ def launch(
         table: c_abi.TABLE_DTYPE [num_tensors]; the memory that it points to must outlive the kernels.
         rows: int64 [sizes[0] of every tensor], contiguous, on the device; or None.
         num_source_rows: rows of every input, which `rows` counts.
-        terms: the sum of noises; at most MAX_TERMS_BY_VALUE unless on the device.
+        terms: the sum of noises; at most MAX_TERMS_BY_VALUE unless all are on the device.
         device: index of the GPU.
         stream: its cudaStream_t.
     Raises:
@@ -228,24 +234,26 @@ def seed_axpy(operands: Operands, terms: Terms | DeviceTerms) -> None:
     if not operands.table.size:
         return
     device = operands.device
-    if isinstance(terms, Terms) and terms.seeds.size > MAX_TERMS_BY_VALUE:
-        if torch.cuda.is_current_stream_capturing():
+    if (num_terms := len(terms.seeds)) > MAX_TERMS_BY_VALUE:
+        is_on_host = isinstance(terms.seeds, np.ndarray) or isinstance(terms.coeffs, np.ndarray)
+        if is_on_host and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"expected at most {MAX_TERMS_BY_VALUE} terms from the host while a CUDA graph "
-                f"is captured, got {terms.seeds.size}; pass seeds and coeffs as tensors on {device}"
+                f"is captured, got {num_terms}; pass seeds and coeffs as tensors on {device}"
             )
         terms = terms.to(device)
     num_source_rows = 0
     if operands.rows is not None and operands.inputs is not None:
         num_source_rows = operands.inputs.tensors[0].shape[0]
     index = torch.cuda.current_device() if device.index is None else device.index
-    load_kernels(index)
-    launch(
-        library(),
-        operands.table,
-        operands.rows,
-        num_source_rows,
-        terms,
-        index,
-        torch.cuda.current_stream(device).cuda_stream,
-    )
+    with torch.cuda.device(index):  # torch restores the caller's without making a context there
+        load_kernels(index)
+        launch(
+            library(),
+            operands.table,
+            operands.rows,
+            num_source_rows,
+            terms,
+            index,
+            torch.cuda.current_stream(device).cuda_stream,
+        )

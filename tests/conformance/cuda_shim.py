@@ -66,6 +66,7 @@ class ShimBackend:
         assert not isinstance(handle, str), handle
         self.handle = handle
         handle.fk_shim_num_launches.restype = ctypes.c_uint64
+        handle.fk_shim_devices_set.argtypes = (ctypes.c_void_p, ctypes.c_int32)
         handle.fk_shim_only_blocks.argtypes = (ctypes.c_uint32, ctypes.c_uint32)
 
     def unavailable(self) -> None:
@@ -73,12 +74,18 @@ class ShimBackend:
 
     def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms, isa: str = "auto") -> None:
         table = c_abi.pointer_table(operands)
-        if isinstance(terms, Terms) and terms.seeds.size > native_cuda.MAX_TERMS_BY_VALUE:
+        if len(terms.seeds) > native_cuda.MAX_TERMS_BY_VALUE:
             terms = terms.to(operands.outs.tensors[0].device)
         num_source_rows = 0
         if operands.rows is not None and operands.inputs is not None:
             num_source_rows = operands.inputs.tensors[0].shape[0]
         native_cuda.launch(self.handle, table, operands.rows, num_source_rows, terms, 0, 0)
+
+    def devices_set(self) -> list[int]:
+        """What was made the current device since the last time."""
+        found = (ctypes.c_int32 * 8)()
+        count = self.handle.fk_shim_devices_set(found, len(found))
+        return list(found)[:count]
 
     def descending(self, on: bool) -> None:
         """Run the threads of a block in descending order, or in ascending."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +47,38 @@ def test_nothing_to_do_launches_nothing(shim: cuda_shim.ShimBackend) -> None:
     operands = tensor_checks.check_operands([torch.empty(0), torch.empty(3, 0)], None, None, None, [], [], [])
     shim.seed_axpy(operands, device_terms([1], [0.5]))
     assert shim.num_launches == before
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_a_device_is_set_only_where_it_is_another(shim: cuda_shim.ShimBackend, device: int) -> None:
+    """Setting the one that is set makes a context on it (0.5 GB of each rank on GPU 0)."""
+    table = c_abi.pointer_table(
+        tensor_checks.check_operands([weights(9, "float32")], None, None, None, [], [], [])
+    )
+    shim.devices_set()
+    native_cuda.check(shim.handle, shim.handle.fk_cuda_load(device))
+    native_cuda.launch(shim.handle, table, None, 0, device_terms([1], [0.5]), device, 0)
+    assert shim.devices_set() == [1, 0, 1, 0][: 4 * device]
+
+
+@all_families
+@pytest.mark.parametrize("num_terms", [0, 1, 2, 3, 64, 65])
+@pytest.mark.parametrize("on_device", ["seeds", "coeffs"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_some_terms_by_value_and_some_on_the_device(
+    shim: cuda_shim.ShimBackend, on_device: str, num_terms: int, family: str, dtype: str
+) -> None:
+    seeds, coeffs = terms(num_terms)
+    given = device_terms(seeds, coeffs, family=family)
+    if on_device == "seeds":
+        given.coeffs = np.array(coeffs)
+    else:
+        given.seeds = np.array(seeds, np.int64).view(np.uint64)
+    tensors, expected = ([weights(9000, dtype), weights(64, dtype).reshape(8, 8).t()] for _ in range(2))
+    run_in_place(shim, tensors, given)
+    fk.seed_axpy_(expected, seeds, coeffs, family=family)
+    for got, want in zip(tensors, expected, strict=True):
+        assert_same(stored_of(got), stored_of(want), dtype)
 
 
 @all_families
@@ -130,6 +163,7 @@ def test_unknown_codes_are_refused(shim: cuda_shim.ShimBackend) -> None:
 @pytest.fixture
 def backend(shim: cuda_shim.ShimBackend, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """`native_cuda` on the shim; `capturing` says whether a graph is being captured."""
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
     state = SimpleNamespace(capturing=False, seed_axpy=native_cuda.seed_axpy)
     monkeypatch.setattr(native_cuda, "_load", lambda: shim.handle)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -168,6 +202,25 @@ def test_many_terms_of_the_host_cannot_be_captured(backend: SimpleNamespace) -> 
         backend.seed_axpy(operands, host_terms(65))
     assert torch.equal(tensor, torch.ones(5))
     backend.seed_axpy(operands, host_terms(64))
+
+
+@pytest.mark.parametrize("on_host", ["seeds", "coeffs"])
+def test_terms_of_both_places_are_captured_where_they_go_by_value(
+    backend: SimpleNamespace, on_host: str
+) -> None:
+    backend.capturing = True
+    for num_terms in (64, 65):
+        tensor, want = weights(50, "float32"), weights(50, "float32")
+        operands = tensor_checks.check_operands([tensor], None, None, None, [], [], [])
+        host, given = host_terms(num_terms), device_terms(*terms(num_terms))
+        setattr(given, on_host, getattr(host, on_host))
+        if num_terms == 64:
+            backend.seed_axpy(operands, given)
+            fk.seed_axpy_(want, *terms(num_terms))
+        else:
+            with pytest.raises(RuntimeError, match="at most 64 terms from the host"):
+                backend.seed_axpy(operands, given)
+        assert_same(stored_of(tensor), stored_of(want), "float32")
 
 
 def test_rows_count_those_of_the_input(backend: SimpleNamespace) -> None:

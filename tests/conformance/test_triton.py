@@ -15,7 +15,7 @@ import fedkseed_kernels as fk
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.conformance.checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
-from fedkseed_kernels.operands import Terms
+from fedkseed_kernels.operands import DeviceTerms, Terms
 
 pytest.importorskip("triton", reason="the Triton backend needs the package triton")
 
@@ -308,18 +308,18 @@ def test_transform_of_chosen_words_and_its_digest() -> None:
     assert test_entries.normal_digest(first, count, "cpu") == reference.normal_digest(first, count)
 
 
-class _OnDevice:
+def on_device(num_terms: int, **fields: Any) -> DeviceTerms:
     """Terms as a device holds them; here its memory is the host's."""
-
-    def __init__(self, num_terms: int, **fields: Any):
-        self.seeds = torch.tensor(np.array(SEEDS[:num_terms], dtype=np.uint64).view(np.int64))
-        self.coeffs = torch.tensor(COEFFS[:num_terms], dtype=torch.float64)
-        self.alpha: Any = torch.tensor([ALPHA], dtype=torch.float64)
-        self.family, self.rounding = "gaussian", "stochastic"
-        self.rounding_seed: Any = torch.tensor(-9)
-        self.num_skipped: Any = torch.tensor([5], dtype=torch.int32)
-        for name, value in fields.items():
-            setattr(self, name, value)
+    given: dict[str, Any] = {
+        "seeds": torch.tensor(np.array(SEEDS[:num_terms], dtype=np.uint64).view(np.int64)),
+        "coeffs": torch.tensor(COEFFS[:num_terms], dtype=torch.float64),
+        "alpha": torch.tensor([ALPHA], dtype=torch.float64),
+        "family": "gaussian",
+        "rounding": "stochastic",
+        "rounding_seed": torch.tensor(-9),
+        "num_skipped": torch.tensor([5], dtype=torch.int32),
+    }
+    return DeviceTerms(**given | fields)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
@@ -329,27 +329,42 @@ def test_terms_on_the_device(dtype: str, num_terms: int) -> None:
     from fedkseed_kernels.arguments.tensors import check_operands
     from fedkseed_kernels.backends.triton import launch
 
-    stored, terms = weights(19, dtype), _OnDevice(num_terms)
-    bad = torch.tensor([torch.nan, -torch.inf, 0.0, -0.0], dtype=torch.float64)
-    terms.coeffs = torch.cat([bad[:2], terms.coeffs, bad[2:]])
-    terms.seeds = torch.cat([torch.tensor([1, 2]), terms.seeds, torch.tensor([3, 4])])
+    stored = weights(19, dtype)
+    seeds = np.array([1, 2, *SEEDS[:num_terms], 3, 4], dtype=np.uint64).view(np.int64)
+    coeffs = [torch.nan, -torch.inf, *COEFFS[:num_terms], 0.0, -0.0]
+    num_skipped = torch.tensor([5], dtype=torch.int32)
+    terms = on_device(
+        num_terms,
+        seeds=torch.tensor(seeds),
+        coeffs=torch.tensor(coeffs, dtype=torch.float64),
+        num_skipped=num_skipped,
+    )
     tensor = tensor_of(stored, dtype)
     launch.seed_axpy(check_operands([tensor], None, None, None, [STREAM], [0], []), terms)
     chosen = options("stochastic", "gaussian")
     assert_same(tensor, expected(stored, np.arange(19), dtype, num_terms, 1, **chosen), dtype)
-    assert terms.num_skipped.tolist() == [7]
+    assert num_skipped.tolist() == [7]
 
 
-def test_terms_on_the_device_with_numbers_of_the_host() -> None:
+@pytest.mark.parametrize("num_terms", [1, 2, 3])
+@pytest.mark.parametrize("on_host", [["seeds"], ["coeffs"], ["seeds", "coeffs", "numbers"]])
+def test_terms_on_the_device_with_some_of_the_host(on_host: list[str], num_terms: int) -> None:
     from fedkseed_kernels.arguments.tensors import check_operands
     from fedkseed_kernels.backends.triton import launch
 
     stored = weights(19, "float16")
-    terms = _OnDevice(2, alpha=float(np.float32(ALPHA)), rounding_seed=2**64 - 9, num_skipped=None)
+    known: dict[str, Any] = {"num_skipped": None}
+    if "seeds" in on_host:
+        known["seeds"] = np.array(SEEDS[:num_terms], dtype=np.uint64)
+    if "coeffs" in on_host:
+        known["coeffs"] = np.array(COEFFS[:num_terms])
+    if "numbers" in on_host:
+        known |= {"alpha": float(np.float32(ALPHA)), "rounding_seed": 2**64 - 9}
     tensor = tensor_of(stored, "float16")
-    launch.seed_axpy(check_operands([tensor], None, None, None, [STREAM], [0], []), terms)
+    operands = check_operands([tensor], None, None, None, [STREAM], [0], [])
+    launch.seed_axpy(operands, on_device(num_terms, **known))
     chosen = options("stochastic", "gaussian")
-    assert_same(tensor, expected(stored, np.arange(19), "float16", 2, 1, **chosen), "float16")
+    assert_same(tensor, expected(stored, np.arange(19), "float16", num_terms, 1, **chosen), "float16")
 
 
 @pytest.mark.parametrize("num_terms", [1, 2, 3])
@@ -386,7 +401,7 @@ def test_a_row_out_of_range_is_nan() -> None:
     )
     assert operands.rows is not None
     operands.rows[1], operands.rows[2] = 4, -1
-    launch.seed_axpy(operands, _OnDevice(0, alpha=1.0, rounding="nearest", rounding_seed=0))
+    launch.seed_axpy(operands, on_device(0, alpha=1.0, rounding="nearest", rounding_seed=0))
     assert torch.isnan(out).all(dim=1).tolist() == [False, True, True, False]
     assert (out[[0, 3]] == 1).all()
 

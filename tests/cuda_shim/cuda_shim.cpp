@@ -29,6 +29,8 @@ bool descending;
 uint64_t num_launches;
 unsigned first_block, end_block = ~0u; // the blocks of a launch that are run
 cudaError_t last_error = cudaSuccess;
+int current_device;
+std::vector<int> devices_set;
 
 void run_fiber() {
   (*running)();
@@ -128,6 +130,17 @@ void fk_shim_run(unsigned blocks, unsigned threads, const std::function<void()> 
   }
 }
 
+cudaError_t cudaGetDevice(int *device) {
+  *device = current_device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  current_device = device;
+  devices_set.push_back(device);
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
   last_error = cudaSuccess;
@@ -139,6 +152,16 @@ const char *cudaGetErrorString(cudaError_t error) {
 }
 
 extern "C" void fk_shim_descending(int32_t on) { descending = on != 0; }
+// What was set since the last time, in `devices`, which has place for `most`; returns how many there were.
+extern "C" int32_t fk_shim_devices_set(int32_t *devices, int32_t most) {
+  int32_t count = 0;
+  for (int device : devices_set) {
+    if (count < most) devices[count] = device;
+    ++count;
+  }
+  devices_set.clear();
+  return count;
+}
 extern "C" uint64_t fk_shim_num_launches(void) { return num_launches; }
 extern "C" void fk_shim_only_blocks(uint32_t first, uint32_t end) {
   first_block = first;

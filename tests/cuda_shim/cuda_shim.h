@@ -61,11 +61,9 @@ void fk_shim_run(unsigned blocks, unsigned threads, const std::function<void()> 
 cudaError_t cudaGetLastError();
 const char *cudaGetErrorString(cudaError_t error);
 
-static inline cudaError_t cudaGetDevice(int *device) {
-  *device = 0;
-  return cudaSuccess;
-}
-static inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+// The current device, of as many as are asked for; each cudaSetDevice is kept (fk_shim_devices_set).
+cudaError_t cudaGetDevice(int *device);
+cudaError_t cudaSetDevice(int device);
 static inline cudaError_t cudaDriverGetVersion(int *version) {
   *version = 13000;
   return cudaSuccess;

@@ -30,9 +30,9 @@ from fedkseed_kernels.backends.triton.terms import (
     count_skipped,
     pack_device_terms,
     pack_host_terms,
-    upload,
+    placed,
 )
-from fedkseed_kernels.operands import Operands, Terms
+from fedkseed_kernels.operands import DeviceTerms, Operands, Terms, upload
 
 #: True when TRITON_INTERPRET=1 was set before Triton was imported: the kernels then run on the CPU.
 IS_INTERPRETED = not isinstance(segments_kernel, JITFunction)
@@ -131,26 +131,27 @@ def _tables_of(operands: Operands, device: torch.device) -> _DeviceTables:
     return found
 
 
-def seed_axpy(operands: Operands, terms: Any) -> None:
+def seed_axpy(operands: Operands, terms: Terms | DeviceTerms) -> None:
     """Write the primitive's result into `operands.outs` (and `outs_minus`); in place, residuals too.
 
     At most two launches a dtype, and as many again for those of its tensors that have residuals.
-
-    terms: Terms, or terms in device memory with the fields that `pack_device_terms` and `count_skipped` name.
     """
     if not operands.outs.tensors:
         return
     device = operands.device
-    on_host = isinstance(terms, Terms)
     in_place = operands.outs is operands.inputs and operands.outs_minus is None
     with on_device(device):
         found = _tables_of(operands, device)
+        if isinstance(terms, DeviceTerms):
+            terms = placed(terms, device)
         packed: dict[bool, PackedTerms] = {}
         for kind, (segments, runs) in found.tables.items():
             fp64 = kind.dtype == torch.float64
             if fp64 not in packed:
                 packed[fp64] = (
-                    pack_host_terms(terms, fp64, device) if on_host else pack_device_terms(terms, fp64)
+                    pack_host_terms(terms, fp64, device)
+                    if isinstance(terms, Terms)
+                    else pack_device_terms(terms, fp64)
                 )
             if in_place and packed[fp64].is_empty and terms.alpha == 1.0:
                 continue
@@ -159,14 +160,14 @@ def seed_axpy(operands: Operands, terms: Any) -> None:
                 call.run_segments(segments, found.copies[kind, "segments"])
             if runs is not None:
                 call.run_runs(runs, found.copies[kind, "runs"])
-        if not on_host:
+        if isinstance(terms, DeviceTerms):
             count_skipped(terms, all_fp64=all(kind.dtype == torch.float64 for kind in found.tables))
 
 
 class _Call:
     """The arguments that both kernels share, for one kind."""
 
-    def __init__(self, operands: Operands, terms: Any, packed: PackedTerms, kind: Kind):
+    def __init__(self, operands: Operands, terms: Terms | DeviceTerms, packed: PackedTerms, kind: Kind):
         dtype = kind.dtype
         self._rows, self._dtype, self._family = operands.rows, dtype, terms.family
         self._packed = packed

@@ -6,6 +6,7 @@ again at each replay.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from fedkseed_kernels.contract.arithmetic import ieee_arithmetic
 from fedkseed_kernels.contract.sums import SUM_BITS, SUM_SMALLEST, integer_terms
-from fedkseed_kernels.operands import Terms
+from fedkseed_kernels.operands import DeviceTerms, Terms, upload
 
 # Terms up to this number travel as kernel arguments, through kernels without a loop over terms.
 MAX_TERMS_BY_VALUE = 2
@@ -99,6 +100,21 @@ def pack_host_terms(terms: Terms, fp64: bool, device: torch.device) -> PackedTer
     return PackedTerms(0, _NOTHING_BY_VALUE, upload(records, device, "terms"), is_empty=kept.size == 0)
 
 
+def placed(terms: DeviceTerms, device: torch.device) -> DeviceTerms:
+    """The terms with seeds and coefficients on the device: few from the host without a copy, as launches."""
+
+    def of(values: Tensor | NDArray[Any], dtype: torch.dtype) -> Tensor | NDArray[Any]:
+        if isinstance(values, Tensor) or len(values) > MAX_TERMS_BY_VALUE:
+            return values
+        tensor = torch.empty(len(values), dtype=dtype, device=device)
+        for k, value in enumerate(values.tolist()):
+            tensor[k].fill_(signed_word(value) if isinstance(value, int) else value)
+        return tensor
+
+    few = replace(terms, seeds=of(terms.seeds, torch.int64), coeffs=of(terms.coeffs, torch.float64))
+    return few.to(device)
+
+
 def pack_device_terms(terms: Any, fp64: bool) -> PackedTerms:
     """Terms in device memory, packed there: as records, since only the device knows how many are kept.
 
@@ -172,20 +188,3 @@ def count_skipped(terms: Any, all_fp64: bool) -> None:
     if terms.num_skipped is not None:
         coefficients = terms.coeffs if all_fp64 else terms.coeffs.to(torch.float32)
         terms.num_skipped += (~torch.isfinite(coefficients)).sum().to(torch.int32)
-
-
-def upload(array: NDArray[Any] | Tensor, device: torch.device, what: str) -> Tensor:
-    """A copy on the device, which nothing waits for; the array itself on the CPU.
-
-    Raises:
-        RuntimeError: a CUDA graph is being captured.
-    """
-    host = array if isinstance(array, Tensor) else torch.from_numpy(array)
-    if device.type == "cpu":
-        return host
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"expected no copy from the host while a CUDA graph is captured, but the {what} are on the host; "
-            "use a prepared list that has run once, and at most two terms"
-        )
-    return host.pin_memory().to(device, non_blocking=True)
