@@ -34,14 +34,22 @@ class Backend(Protocol):
     #: Whether it writes results of 16-bit tensors to fp32 outputs; `backends.widening` does it for others.
     WRITES_FP32: bool
 
-    def unavailable(self) -> str | None:
-        """Why it cannot be used, with what to do about it; None when it can."""
+    def unavailable(self, device: torch.device | None = None) -> str | None:
+        """Why it cannot be used, with what to do about it; None when it can.
+
+        Args:
+            device: the answer is then that very device's (which type it serves is the table's matter). It is
+                asked for at every call, so the backend remembers it. None asks for this machine.
+        """
 
     @property
     def seed_axpy(self) -> Callable[..., None]:
         """The primitive over checked operands and terms: Terms; backends of cuda tensors also take
         DeviceTerms, the native one of cpu tensors an instruction set, `isa`."""
 
+
+# What the choice is made for; "cuda" without an index is the current device.
+Device = torch.device | str
 
 # The whole choice: for each device type the backends that can serve it, best first.
 TABLE: dict[str, dict[str, Backend]] = {
@@ -52,7 +60,7 @@ NAMES = ("native", "triton", "reference")
 
 _backend_override: ContextVar[str | None] = ContextVar("fedkseed_backend", default=None)
 _isa_override: ContextVar[str | None] = ContextVar("fedkseed_cpu_isa", default=None)
-_logged: set[tuple[str, str]] = set()
+_logged: set[tuple[torch.device, str]] = set()
 
 
 class Selection(NamedTuple):
@@ -121,38 +129,42 @@ def backend_of(name: str, device_type: str) -> Backend:
     return found or next(backends[name] for backends in TABLE.values() if name in backends)
 
 
-def _reasons_against(names: Iterable[str], device_type: str) -> str:
-    reasons = {name: backend_of(name, device_type).unavailable() for name in names}
+def _refusal(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot serve tensors of a device, itself or in general; None when it can."""
+    return backend_of(name, device.type).unavailable(device)
+
+
+def _reasons_against(names: Iterable[str], device: torch.device) -> str:
+    reasons = {name: _refusal(name, device) for name in names}
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
 
 
-def _log_choice(device_type: str, chosen: str) -> None:
-    """Say once for each device type what the automatic choice was, and why."""
-    if (device_type, chosen) in _logged:
-        return
-    _logged.add((device_type, chosen))
-    candidates = list(TABLE[device_type])
+def _log_choice(device: torch.device, chosen: str) -> None:
+    """Say what the automatic choice was for a device, and why; the caller asks but once for each."""
+    if device.type == "cuda" and device.index is None:
+        return  # it is said of the device that "cuda" comes to
+    _logged.add((device, chosen))
+    candidates = list(TABLE[device.type])
     better = candidates[: candidates.index(chosen)]
-    reasons = _reasons_against(better, device_type)
+    reasons = _reasons_against(better, device)
     if chosen == "reference":
-        logger.warning("%s tensors are served by NumPy, %s; %s", device_type, reference.COST, reasons)
+        logger.warning("%s tensors are served by NumPy, %s; %s", device, reference.COST, reasons)
     elif better:
-        logger.warning("%s tensors are served by the %s backend; %s", device_type, chosen, reasons)
+        logger.warning("%s tensors are served by the %s backend; %s", device, chosen, reasons)
     else:
-        logger.info("%s tensors are served by the %s backend, the best that works here", device_type, chosen)
+        logger.info("%s tensors are served by the %s backend, the best that works here", device, chosen)
 
 
-def _automatic(device_type: str, isa: str) -> str:
-    candidates = TABLE[device_type]
-    chosen = next((name for name in candidates if backend_of(name, device_type).unavailable() is None), None)
+def _automatic(device: torch.device, isa: str) -> str:
+    candidates = TABLE[device.type]
+    chosen = next((name for name, served in candidates.items() if served.unavailable(device) is None), None)
     if chosen is None:
-        raise RuntimeError(
-            f"no backend can serve {device_type} tensors: {_reasons_against(candidates, device_type)}"
-        )
-    if isa != "auto" and chosen != "native" and device_type == "cpu":
-        reasons = _reasons_against(candidates, device_type)
+        raise RuntimeError(f"no backend can serve {device} tensors: {_reasons_against(candidates, device)}")
+    if isa != "auto" and chosen != "native" and device.type == "cpu":
+        reasons = _reasons_against(candidates, device)
         raise RuntimeError(f"{CPU_ISA_VARIABLE} asks for {isa}, which needs the native backend: {reasons}")
-    _log_choice(device_type, chosen)
+    if (device, chosen) not in _logged:
+        _log_choice(device, chosen)
     return chosen
 
 
@@ -162,34 +174,43 @@ def serves(name: str, device_type: str) -> bool:
     return name in TABLE.get(device_type, ()) or is_interpreted
 
 
-def unavailable(name: str, device_type: str) -> str | None:
-    """Why a backend cannot serve tensors of a device type here; None when it can.
+def unavailable(name: str, device: Device) -> str | None:
+    """Why a backend cannot serve tensors of a device here; None when it can.
 
+    Args:
+        device: a device, its name ("cuda:1"), or a device type: "cuda" is the current device. A GPU is asked
+            once torch has initialized CUDA; until then the answer is this machine's.
     Raises:
         ValueError: there is no backend of that name.
+        RuntimeError: torch knows no such device; or the native kernels cannot be loaded on the GPU just now
+            (out of memory, say), which is no answer.
     """
     _known("backend", name, NAMES)
-    if (reason := backend_of(name, device_type).unavailable()) is not None:
+    device = torch.device(device)
+    if (reason := _refusal(name, device)) is not None:
         return reason
-    return None if serves(name, device_type) else f"it does not serve {device_type} tensors"
+    return None if serves(name, device.type) else f"it does not serve {device.type} tensors"
 
 
-def select(device_type: str) -> Selection:
-    """The backend for tensors of a device type.
+def select(device: Device) -> Selection:
+    """The backend for tensors of a device: a device, its name, or a device type (of which it is the current).
 
     Raises:
         ValueError: FEDKSEED_BACKEND or FEDKSEED_CPU_ISA holds an unknown name.
         RuntimeError: what was asked for cannot be had on this machine or for this device.
     """
     name, isa = requested_backend(), requested_cpu_isa()
+    if isinstance(device, str):
+        device = torch.device(device)
+    device_type = device.type
     if device_type not in TABLE:
         raise RuntimeError(
             f"expected tensors on one of {', '.join(TABLE)}, got {device_type}; move them there"
         )
     if name == "auto":
-        name = _automatic(device_type, isa)
+        name = _automatic(device, isa)
     else:
-        if (reason := backend_of(name, device_type).unavailable()) is not None:
+        if (reason := _refusal(name, device)) is not None:
             raise RuntimeError(f"{BACKEND_VARIABLE} asks for {name}, which cannot be used: {reason}")
         if not serves(name, device_type):
             raise RuntimeError(
@@ -210,7 +231,7 @@ def select(device_type: str) -> Selection:
 def execute(operands: Operands, terms: Terms | DeviceTerms) -> None:
     """Run the primitive on the backend of the operands' device, and raise the outputs' version counters."""
     outs = operands.outs.tensors
-    chosen = select(operands.device.type)
+    chosen = select(operands.device)
     if not chosen.backend.WRITES_FP32:
         operands = widening.widened(operands)
     chosen.seed_axpy(operands, terms)

@@ -193,7 +193,7 @@ def _execute_normal(
     tensor_checks.check_noise_indices([math.prod(shape)], [stream], [offset], [None])
     if device.type == "meta":
         return _fake_normal(shape, seed, stream, offset, dtype, device, family)
-    dispatch.select(device.type)  # before torch looks for the device
+    dispatch.select(device)  # before torch looks for the device
     out = _fake_normal(shape, seed, stream, offset, dtype, device, family)
     one = torch.ones((), dtype=torch.float64, device="cpu")
     arguments = TermArguments(

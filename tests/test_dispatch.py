@@ -57,17 +57,21 @@ def test_the_automatic_choice_is_said_once(caplog: pytest.LogCaptureFixture) -> 
 def test_a_second_choice_for_a_gpu_is_said_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native_cuda, "unavailable", lambda: "the NVIDIA driver is too old")
-    monkeypatch.setattr(dispatch.TABLE["cuda"]["triton"], "unavailable", lambda: None)
+    monkeypatch.setattr(native_cuda, "unavailable", lambda device: "the NVIDIA driver is too old")
+    monkeypatch.setattr(dispatch.TABLE["cuda"]["triton"], "unavailable", lambda device: None)
     with caplog.at_level(logging.INFO, logger="fedkseed_kernels"):
-        assert [dispatch.select("cuda").name for _ in range(2)] == ["triton"] * 2
+        assert [dispatch.select(f"cuda:{index}").name for index in (0, 1, 0, 1)] == ["triton"] * 4
     assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
-        ("WARNING", "cuda tensors are served by the triton backend; native: the NVIDIA driver is too old")
+        (
+            "WARNING",
+            f"cuda:{index} tensors are served by the triton backend; native: the NVIDIA driver is too old",
+        )
+        for index in (0, 1)
     ]
 
 
 def test_cuda_tensors_have_a_native_backend_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_cuda, "unavailable", lambda: None)
+    monkeypatch.setattr(native_cuda, "unavailable", lambda device: None)
     with dispatch.backend("native"), dispatch.cpu_isa("baseline"):
         assert dispatch.select("cuda").backend is native_cuda
 

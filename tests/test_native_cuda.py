@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +43,9 @@ def _fresh() -> Iterator[None]:
     remembering = [
         native_cuda._load,
         native_cuda._why_the_driver_cannot_serve,
+        native_cuda._why_a_gpu_is_too_old,
         native_cuda._why_a_gpu_cannot_serve,
+        native_cuda.load_kernels,
     ]
     for function in remembering:
         function.cache_clear()
@@ -137,22 +141,89 @@ def test_torch_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_reason(f"torch {torch.__version__} is built without CUDA", "install")
 
 
-@needs_library
+class StandIn:
+    """A handle of a library on a machine of its own: what its calls return is chosen here."""
+
+    def __init__(self, driver: int = 13000, runtime: int = 13000, load: dict[int, int] | None = None):
+        self.versions = {"driver": driver, "runtime": runtime}
+        self.load = load or {}
+        self.loaded: list[int] = []
+
+    def _version(self, of: str, target: Any) -> int:
+        target._obj.value = self.versions[of]
+        return 0
+
+    def fk_cuda_driver_version(self, target: Any) -> int:
+        return self._version("driver", target)
+
+    def fk_cuda_runtime_version(self, target: Any) -> int:
+        return self._version("runtime", target)
+
+    def fk_cuda_load(self, device: int) -> int:
+        self.loaded.append(device)
+        return self.load.get(device, 0)
+
+    def fk_cuda_error_string(self, status: int) -> bytes:
+        return b"CUDA's words"
+
+
+Machine = Callable[..., StandIn]
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Makes a machine of two GPUs that torch has found, with a stand-in for the library."""
+
+    def make(
+        *versions: int,
+        load: dict[int, int] | None = None,
+        capabilities: Sequence[tuple[int, int]] = ((9, 0),) * 2,
+    ) -> StandIn:
+        handle = StandIn(*versions, load=load)
+        monkeypatch.setattr(native_cuda, "_load", lambda: handle)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+        monkeypatch.setattr(dispatch.TABLE["cuda"]["triton"], "unavailable", lambda device=None: None)
+        monkeypatch.setattr(dispatch, "_logged", set())
+        return handle
+
+    return make
+
+
 @pytest.mark.parametrize(
-    ("driver", "message"),
+    ("driver", "runtime", "needed"),
     [
-        (0, "no NVIDIA driver"),
-        (
-            12080,
-            "serves CUDA 12.8, the library needs 13.0 or later; update the driver or use FEDKSEED_BACKEND",
-        ),
+        (12080, 13000, "13.0"),
+        (12090, 13020, "13.0"),
+        (13000, 13000, None),
+        (13000, 13020, None),  # one driver serves every minor version of its major one
+        (13020, 13000, None),
+        (14000, 13000, None),
+        (11080, 12080, "12.1"),
+        (12000, 12080, "12.1"),  # it takes 4 KB of parameters
+        (12010, 12080, None),
+        (12020, 12090, None),
+        (13000, 12080, None),
     ],
 )
-def test_drivers(monkeypatch: pytest.MonkeyPatch, driver: int, message: str) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    real = native_cuda._version
-    monkeypatch.setattr(native_cuda, "_version", lambda h, of: driver if of == "driver" else real(h, of))
-    assert_reason(message)
+def test_drivers(machine: Machine, driver: int, runtime: int, needed: str | None) -> None:
+    machine(driver, runtime)
+    if needed is None:
+        assert native_cuda.unavailable() is None
+    else:
+        assert_reason(
+            f"serves CUDA {driver // 1000}.{driver % 1000 // 10}, the library needs {needed} or later",
+            "update the driver or use FEDKSEED_BACKEND",
+        )
+
+
+def test_no_driver(machine: Machine) -> None:
+    machine(0)
+    assert_reason("no NVIDIA driver")
 
 
 @needs_library
@@ -163,16 +234,89 @@ def test_a_new_enough_driver_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert native_cuda.unavailable() is None
 
 
-@needs_library
-def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(native_cuda, "_why_the_driver_cannot_serve", lambda: None)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
-    why = native_cuda.unavailable()
+def test_torch_for_rocm(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine()
+    monkeypatch.setattr(torch.version, "hip", "6.4.43484")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert_reason(f"torch {torch.__version__} is built for ROCm", "NVIDIA GPUs alone")
+
+
+# --- each GPU by itself
+
+
+def chosen_for(*devices: str) -> list[str]:
+    return [dispatch.select(device).name for device in devices]
+
+
+def test_a_gpu_that_is_too_old_leaves_the_others_to_the_library(machine: Machine) -> None:
+    handle = machine(capabilities=[(9, 0), (7, 5)])
+    assert native_cuda.unavailable() is None
+    assert chosen_for("cuda:0", "cuda:1", "cuda") == ["native", "triton", "triton"]
+    assert handle.loaded == [0]
+    why = fk.unavailable("native", torch.device("cuda", 1))
     assert why is not None
     assert "cuda:1 is of compute capability 7.5, the library is built for 8.0 and later" in why
+    assert fk.unavailable("native", "cuda:0") is None
+
+
+def test_where_every_gpu_is_too_old_the_machine_cannot_serve(machine: Machine) -> None:
+    machine(capabilities=[(7, 0), (7, 5)])
+    assert_reason("cuda:0 is of compute capability 7.0")
+
+
+@pytest.mark.parametrize("status", native_cuda.REFUSALS)
+def test_kernels_that_do_not_load_send_their_gpu_alone_to_triton(
+    machine: Machine, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    handle = machine(load={0: status})
+    reason = f"the library does not load on cuda:0: {native_cuda.REFUSALS[status]} (CUDA error {status})"
+    with caplog.at_level(logging.INFO, logger="fedkseed_kernels"):
+        for _ in range(3):
+            assert chosen_for("cuda:0", "cuda:1", "cuda") == ["triton", "native", "native"]
+    assert handle.loaded == [0, 1]
+    first, second = caplog.records
+    assert first.levelname == "WARNING"
+    assert first.getMessage().startswith(
+        f"cuda:0 tensors are served by the triton backend; native: {reason}; use FEDKSEED_BACKEND=triton"
+    )
+    assert second.levelname == "INFO"
+    assert second.getMessage().startswith("cuda:1 tensors are served by the native backend")
+    with dispatch.backend("native"):
+        assert chosen_for("cuda:1") == ["native"]
+        with pytest.raises(RuntimeError, match=re.escape(f"which cannot be used: {reason}")):
+            dispatch.select("cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (2, r"CUDA's words \(CUDA error 2\); free some \(torch.cuda.empty_cache\(\)\) and call again"),
+        (46, r"CUDA's words \(CUDA error 46\)$"),
+        (700, r"CUDA's words \(CUDA error 700\)$"),
+        (-1, "does not know a code"),
+    ],
+)
+def test_what_may_pass_is_raised_and_tried_again(machine: Machine, status: int, message: str) -> None:
+    handle = machine(load={0: status})
+    for name in ("auto", "native"):
+        with dispatch.backend(name), pytest.raises(native_cuda.CudaError, match=message):
+            dispatch.select("cuda:0")
+    handle.load.clear()
+    assert chosen_for("cuda:0") == ["native"]
+    assert handle.loaded == [0] * 3
+
+
+def test_no_gpu_is_asked_before_torch_has_found_it(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    handle = machine(load={1: 222})
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    for name in ("current_device", "device_count", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: pytest.fail(f"asked {name}"))
+    with caplog.at_level(logging.INFO, logger="fedkseed_kernels"):
+        assert chosen_for("cuda") == ["native"]
+    assert handle.loaded == []
+    assert not caplog.records, "said before there was a device to say it of"
 
 
 @needs_library

@@ -1,1 +1,1 @@
-"""Who computes. A module of a backend has WRITES_FP32, unavailable() and seed_axpy()."""
+"""Who computes. A module of a backend has WRITES_FP32, unavailable(device) and seed_axpy()."""

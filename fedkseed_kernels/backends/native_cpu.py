@@ -103,7 +103,7 @@ def _load() -> _Library | str:
     return _Library(handle, _parallel_for_of_libtorch())
 
 
-def unavailable() -> str | None:
+def unavailable(device: torch.device | None = None) -> str | None:
     """Why the native library cannot be used, with what to do about it; None when it can."""
     library = _load()
     return library if isinstance(library, str) else None

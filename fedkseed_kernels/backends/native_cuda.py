@@ -23,6 +23,23 @@ LIBRARY_PATH = c_abi.LIBRARY_FOLDER / "libfedkseed_cuda.so"
 WRITES_FP32 = False
 MAX_TERMS_BY_VALUE = 64
 MIN_COMPUTE_CAPABILITY = (8, 0)
+# The first CUDA whose drivers (R530) take a launch's 24,000 bytes of parameters.
+OLDEST_DRIVER = 12010
+OUT_OF_MEMORY = 2
+# Statuses of `fk_cuda_load` that stay what they are while this library, driver and GPU do: reasons to choose
+# another backend on that GPU. Any other (out of memory, a GPU in use, a kernel that crashed before) may pass
+# or is no fault of the library's: it is raised, and the next call tries again.
+REFUSALS = {
+    35: "the driver is older than the library's CUDA runtime",
+    36: "the driver lacks a function that the library calls",
+    98: "the library has no code for this GPU",
+    200: "the driver cannot read the library's code",
+    209: "the library has no code for this GPU",
+    218: "the driver cannot compile the library's PTX",
+    221: "the driver's compiler of PTX is not installed",
+    222: "the driver is older than the compiler that made the library's PTX",
+    223: "compiling PTX is switched off (CUDA_DISABLE_PTX_JIT)",
+}
 
 _REBUILD = "install the CUDA toolkit (nvcc) and reinstall (from a checkout: make)"
 
@@ -83,29 +100,56 @@ def _why_the_driver_cannot_serve() -> str | None:
     driver, runtime = _version(handle, "driver"), _version(handle, "runtime")
     if driver == 0:
         return "this machine has no NVIDIA driver; install one or use cpu tensors"
-    if driver // 1000 < runtime // 1000:
+    # A driver serves every minor version of its major one.
+    needed = max(runtime // 1000 * 1000, OLDEST_DRIVER)
+    if driver < needed:
         return (
-            f"the NVIDIA driver serves CUDA {_readable(driver)}, the library needs {runtime // 1000}.0 or "
+            f"the NVIDIA driver serves CUDA {_readable(driver)}, the library needs {_readable(needed)} or "
             "later; update the driver or use FEDKSEED_BACKEND=triton"
         )
     return None
 
 
 @functools.cache
-def _why_a_gpu_cannot_serve() -> str | None:
-    for index in range(torch.cuda.device_count()):
-        capability = torch.cuda.get_device_capability(index)
-        if capability < MIN_COMPUTE_CAPABILITY:
-            got, needed = (".".join(map(str, c)) for c in (capability, MIN_COMPUTE_CAPABILITY))
-            return (
-                f"cuda:{index} is of compute capability {got}, the library is built for {needed} and later; "
-                "hide it with CUDA_VISIBLE_DEVICES or use FEDKSEED_BACKEND=triton"
-            )
+def _why_a_gpu_is_too_old(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= MIN_COMPUTE_CAPABILITY:
+        return None
+    got, needed = (".".join(map(str, c)) for c in (capability, MIN_COMPUTE_CAPABILITY))
+    return (
+        f"cuda:{index} is of compute capability {got}, the library is built for {needed} and later; "
+        "use another GPU or FEDKSEED_BACKEND=triton"
+    )
+
+
+@functools.cache
+def _why_a_gpu_cannot_serve(index: int) -> str | None:
+    """The verdict on one GPU; it ends with every kernel loaded there. What is raised is no verdict."""
+    if (reason := _why_a_gpu_is_too_old(index)) is not None:
+        return reason
+    try:
+        load_kernels(index)
+    except CudaError as error:
+        if error.status not in REFUSALS:
+            raise
+        return (
+            f"the library does not load on cuda:{index}: {REFUSALS[error.status]} "
+            f"(CUDA error {error.status}); use FEDKSEED_BACKEND=triton"
+        )
     return None
 
 
-def unavailable() -> str | None:
-    """Why the CUDA library cannot be used, with what to do about it; None when it can."""
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Why the CUDA library cannot be used, with what to do about it; None when it can.
+
+    Args:
+        device: the GPU that is asked about ("cuda" is the current one), on which the kernels are then loaded;
+            None for this machine. Before torch has initialized CUDA the answer for a GPU is the machine's.
+    Raises:
+        CudaError: loading failed in a way that may pass (out of memory, say), so there is no answer yet.
+    """
+    if torch.version.hip is not None:
+        return f"torch {torch.__version__} is built for ROCm, the CUDA library serves NVIDIA GPUs alone"
     handle = _load()
     if isinstance(handle, str):
         return handle
@@ -113,9 +157,12 @@ def unavailable() -> str | None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
     reason = _why_the_driver_cannot_serve()
     # No GPU is asked before torch has done so: tensors that need an answer are there only afterwards.
-    if reason is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        reason = _why_a_gpu_cannot_serve()
-    return reason
+    if reason is not None or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return reason
+    if device is not None:
+        return _why_a_gpu_cannot_serve(torch.cuda.current_device() if device.index is None else device.index)
+    reasons = [_why_a_gpu_is_too_old(index) for index in range(torch.cuda.device_count())]
+    return None if None in reasons else next(iter(reasons), None)
 
 
 def library() -> ctypes.CDLL:
@@ -130,15 +177,25 @@ def library() -> ctypes.CDLL:
     return handle
 
 
+class CudaError(RuntimeError):
+    """A call of the library that failed: `status` is a cudaError_t where positive."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
+
+
 def check(handle: ctypes.CDLL, status: int) -> None:
-    """Raise for a status of the library that is not 0."""
+    """Raise CudaError for a status of the library that is not 0."""
     if status > 0:
         message = handle.fk_cuda_error_string(status).decode()
-        raise RuntimeError(f"the native CUDA library failed: {message} (CUDA error {status})")
+        advice = "; free some (torch.cuda.empty_cache()) and call again" if status == OUT_OF_MEMORY else ""
+        raise CudaError(f"the native CUDA library failed: {message} (CUDA error {status}){advice}", status)
     if status < 0:
-        raise RuntimeError(
+        raise CudaError(
             "the native CUDA library failed: it does not know a code or a size of this call "
-            f"(status {status}); reinstall"
+            f"(status {status}); reinstall",
+            status,
         )
 
 

@@ -25,7 +25,7 @@ COST = "100 to 350 times slower than the native library (about 0.2 microseconds 
 _NAMES = {getattr(torch, name): name for name in reference.DTYPES}
 
 
-def unavailable() -> str | None:
+def unavailable(device: torch.device | None = None) -> str | None:
     """None: NumPy is always there."""
     return None
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -69,7 +70,7 @@ class ShimBackend:
         handle.fk_shim_devices_set.argtypes = (ctypes.c_void_p, ctypes.c_int32)
         handle.fk_shim_only_blocks.argtypes = (ctypes.c_uint32, ctypes.c_uint32)
 
-    def unavailable(self) -> None:
+    def unavailable(self, device: torch.device | None = None) -> None:
         return None
 
     def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms, isa: str = "auto") -> None:

@@ -40,7 +40,7 @@ def is_interpreting() -> bool:
     return os.environ.get(INTERPRET_VARIABLE) == "1"
 
 
-def unavailable() -> str | None:
+def unavailable(device: torch.device | None = None) -> str | None:
     """Why it cannot be used, with what to do about it; None when it can."""
     if (reason := _why_not_installed()) is not None:
         return reason
