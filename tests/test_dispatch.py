@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import util
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -170,12 +175,80 @@ def test_triton_serves_cpu_tensors_only_in_its_interpreter(monkeypatch: pytest.M
     [("3.5.1", False), ("3.6.0", True), ("3.9.0+git1", True), ("3.10.0", False), ("?", False)],
 )
 def test_releases_of_triton(version: str, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(triton_backend.metadata, "version", lambda name: version)
+    monkeypatch.setattr(triton_backend, "_installed_version", lambda: version)
     reason = triton_backend._why_not_installed.__wrapped__()
     assert (
         reason is None if works else reason.startswith(f"expected triton 3.6 to 3.9, got {version}; install")
     )
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"triton/__init__.py": '"""isort:skip_file"""\n__version__ = \'3.7.1\'\nimport nothing\n'}, "3.7.1"),
+        ({"triton/__init__.py": "version = 3\n"}, "one without a version in "),
+        ({"triton/README.md": "a checkout's folder"}, None),
+        ({}, None),
+    ],
+    ids=["source", "no version", "a folder", "nothing"],
+)
+def test_the_version_of_triton_is_its_sources(
+    files: dict[str, str], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(sys, "meta_path", [PathFinder])
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    found = triton_backend._installed_version()
+    assert found == expected or (expected is not None and str(found).startswith(expected))
+    assert "triton" not in sys.modules
+
+
+def test_an_empty_module_named_triton_is_not_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    assert "not installed" in triton_backend._why_not_installed.__wrapped__()
+
+
+SMALL_CALL = """
+from importlib import metadata
+import torch
+import fedkseed_kernels as fk
+names = {d.metadata["Name"] for d in metadata.distributions()}
+assert "triton" not in names and "torch" in names, names
+print(*(n for n in names if "triton" in n))
+assert fk.unavailable("triton", "cpu") is None
+got, want = (torch.linspace(-1, 1, 301, dtype=torch.bfloat16) for _ in range(2))
+fk.seed_axpy_([got], [1, 2, 3], [0.5, -0.25, 1.0], alpha=0.75)
+with fk.backend("reference"):
+    fk.seed_axpy_([want], [1, 2, 3], [0.5, -0.25, 1.0], alpha=0.75)
+assert torch.equal(got, want)
+"""
+
+
+@pytest.mark.skipif(util.find_spec("triton") is None, reason="needs the package triton")
+@pytest.mark.parametrize("distribution", ["triton_rocm", None])
+def test_triton_of_any_distribution_serves(distribution: str | None, tmp_path: Path) -> None:
+    """torch for ROCm brings triton-rocm, Windows has triton-windows; a build may have no record at all."""
+    for found in {Path(util.find_spec(name).origin).parents[1] for name in ("torch", "triton", "numpy")}:
+        for entry in found.iterdir():
+            if not re.match(r"(triton-|__editable__|_)", entry.name) and entry.suffix != ".pth":
+                (tmp_path / entry.name).symlink_to(entry)
+    if distribution is not None:
+        record = tmp_path / f"{distribution}-3.9.0.dist-info"
+        record.mkdir()
+        (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 3.9.0\n")
+    environment = os.environ | {
+        "PYTHONPATH": f"{Path(fk.__file__).parents[1]}{os.pathsep}{tmp_path}",
+        triton_backend.INTERPRET_VARIABLE: "1",
+        dispatch.BACKEND_VARIABLE: "triton",
+    }
+    result = subprocess.run(  # -S: without the folder that those links point to
+        [sys.executable, "-S", "-c", SMALL_CALL], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ([] if distribution is None else [distribution])
 
 
 def test_a_backend_that_does_not_serve_the_device() -> None:

@@ -31,6 +31,7 @@ FORBIDDEN = r"\.ftz|\.approx|\bmad\.rn\.f|\bmad\.f|sin\.|lg2\.|rsqrt|div\.full"
 )
 def test_compiles(target: str, variant: Variant) -> None:
     compiled = triton_kernels.compile_variant(variant, TARGETS[target])
+    assert compiled.metadata.num_warps * TARGETS[target].warp_size == 128
     if target == "gfx942":
         assert compiled.asm["amdgcn"]
         return

@@ -111,5 +111,5 @@ def compile_variant(variant: Variant, target: GPUTarget) -> Any:
         # What torch's allocations have and a launch finds out.
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ("table", "terms")},
     )
-    options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
+    options = {"num_warps": config.num_warps(target.warp_size), "enable_fp_fusion": False}
     return triton.compile(source, target=target, options=options)

@@ -125,6 +125,7 @@ def test_another_stream_is_used() -> None:
     """The work is ordered with torch's on the current stream and with no other."""
     tensor = weights(1 << 22, torch.float32, "cuda")
     want = tensor.cpu()
+    native_cuda.load_kernels(torch.cuda.current_device())  # loading may wait for the GPU
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

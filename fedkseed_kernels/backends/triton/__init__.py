@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import os
 import re
-from importlib import metadata, util
+from importlib import util
+from importlib.abc import InspectLoader
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,12 +24,29 @@ INTERPRET_VARIABLE = "TRITON_INTERPRET"
 OLDEST, NEWEST = (3, 6), (3, 9)
 
 
+def _installed_version() -> str | None:
+    """The version of the package that `import triton` would find; None if there is none.
+
+    Distributions have several names for it (triton, triton-rocm, triton-windows), so their records are not
+    asked. Its source is read, not run: importing takes a quarter of a second, and fixes for the whole process
+    whether kernels are interpreted.
+    """
+    try:
+        spec = util.find_spec("triton")
+    except ValueError:  # someone's empty module of that name
+        return None
+    if spec is None or not isinstance(spec.loader, InspectLoader) or spec.origin is None:
+        return None  # a folder named triton, of a checkout say, is not the package either
+    line = re.search(r"""^__version__\s*=\s*["']([^"']*)""", spec.loader.get_source("triton") or "", re.M)
+    return line.group(1) if line else f"one without a version in {spec.origin}"
+
+
 @functools.cache
 def _why_not_installed() -> str | None:
     known = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
-    if util.find_spec("triton") is None:
+    version = _installed_version()
+    if version is None:
         return f"the package triton is not installed; pip install 'triton>={OLDEST[0]}.{OLDEST[1]}'"
-    version = metadata.version("triton")
     found = re.match(r"(\d+)\.(\d+)", version)
     if found is None or not OLDEST <= tuple(map(int, found.groups())) <= NEWEST:
         return f"expected triton {known}, got {version}; install one of those"

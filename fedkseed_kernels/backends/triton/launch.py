@@ -6,12 +6,14 @@ list (once for a prepared one) and, for three terms or more, the terms.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from fedkseed_kernels.backends.triton import noise
@@ -54,6 +56,12 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return exact_arithmetic() if IS_INTERPRETED else torch.cuda.device(device)
 
 
+@functools.cache
+def warp_size(device: torch.device) -> int:
+    """Threads of a warp of a device, which must be the current one: 32 on NVIDIA's, 64 on AMD's gfx942."""
+    return 1 if IS_INTERPRETED else int(driver.active.get_current_target().warp_size)
+
+
 class Config(NamedTuple):
     """How one kernel is compiled and run. A pure function of the call's kind: `choose_config`."""
 
@@ -61,8 +69,12 @@ class Config(NamedTuple):
     block: int  # lanes of a block
     num_blocks: int  # blocks of a program
     unroll: int  # terms of one pass of the loop
-    num_warps: int
+    num_threads: int  # of a program; at most its lanes, or several threads would compute the same
     tile: int
+
+    def num_warps(self, warp_size: int) -> int:
+        """The warps that these threads are on a device."""
+        return self.num_threads // warp_size
 
 
 def choose_config(
@@ -77,11 +89,11 @@ def choose_config(
         by_group = family == "rademacher" and num_by_value == 0 and dtype != torch.float64
         return Config(RADEMACHER_GROUP if by_group else OCTET, 2 if by_group else 16, 2, 1, 1, 64)
     if num_by_value:
-        return Config(OCTET, 512, 8 if num_tiles > FEW_TILES else 1, 1, 4, TILE)
+        return Config(OCTET, 512, 8 if num_tiles > FEW_TILES else 1, 1, 128, TILE)
     if family == "rademacher" and dtype != torch.float64:
-        return Config(RADEMACHER_GROUP, 128, 1, 1, 4, TILE)
+        return Config(RADEMACHER_GROUP, 128, 1, 1, 128, TILE)
     heavy = dtype == torch.float64 or num_sides == 2
-    return Config(OCTET, 256 if heavy else 512, 1, 1, 4, TILE)
+    return Config(OCTET, 256 if heavy else 512, 1, 1, 128, TILE)
 
 
 def num_sides(family: str, num_by_value: int, pair: bool) -> int:
@@ -98,7 +110,14 @@ def residuals_use(is_compensated: bool, writes_residuals: bool) -> str:
 
 def runs_config() -> Config:
     """The configuration for runs."""
-    return Config(OCTET, 16, 1, 1, 1, 64) if IS_INTERPRETED else Config(OCTET, 256, 1, 1, 4, TILE)
+    return Config(OCTET, 16, 1, 1, 1, 64) if IS_INTERPRETED else Config(OCTET, 256, 1, 1, 128, TILE)
+
+
+class _Upload(NamedTuple):
+    """When the tables of a list were copied to a GPU, and on which stream: their memory is that stream's."""
+
+    done: torch.cuda.Event
+    stream: torch.cuda.Stream
 
 
 class _DeviceTables(NamedTuple):
@@ -106,7 +125,19 @@ class _DeviceTables(NamedTuple):
 
     tables: dict[Kind, KindTables]
     copies: dict[tuple[Kind, str], Tensor]
-    copied: torch.cuda.Event | None  # None on the CPU
+    upload: _Upload | None  # None on the CPU
+
+    def use_on_current_stream(self, device: torch.device) -> None:
+        """Make the copies safe to read in what is launched next, wherever they were made."""
+        # (A capture begins when the device is idle, and what replays a graph keeps what the graph reads.)
+        if self.upload is None or torch.cuda.is_current_stream_capturing():
+            return
+        stream = torch.cuda.current_stream(device)
+        if stream == self.upload.stream:
+            return
+        stream.wait_event(self.upload.done)
+        for copy in self.copies.values():
+            copy.record_stream(stream)  # the list may be dropped while a kernel of this stream reads them
 
 
 def _tables_of(operands: Operands, device: torch.device) -> _DeviceTables:
@@ -118,16 +149,13 @@ def _tables_of(operands: Operands, device: torch.device) -> _DeviceTables:
             for name, table in zip(("segments", "runs"), pair, strict=True)
             if table is not None
         }
-        copied = None
+        uploaded = None
         if device.type != "cpu":
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            copied.record()
-        operands.device_tables = _DeviceTables(tables, copies, copied)
+            stream = torch.cuda.current_stream(device)
+            uploaded = _Upload(stream.record_event(), stream)
+        operands.device_tables = _DeviceTables(tables, copies, uploaded)
     found: _DeviceTables = operands.device_tables
-    # A prepared list may be used on another stream than the one that its tables were copied on. (A capture
-    # begins when the device is idle.)
-    if found.copied is not None and not torch.cuda.is_current_stream_capturing():
-        torch.cuda.current_stream(device).wait_event(found.copied)
+    found.use_on_current_stream(device)
     return found
 
 
@@ -155,7 +183,7 @@ def seed_axpy(operands: Operands, terms: Terms | DeviceTerms) -> None:
                 )
             if in_place and packed[fp64].is_empty and terms.alpha == 1.0:
                 continue
-            call = _Call(operands, terms, packed[fp64], kind)
+            call = _Call(operands, terms, packed[fp64], kind, warp_size(device))
             if segments is not None:
                 call.run_segments(segments, found.copies[kind, "segments"])
             if runs is not None:
@@ -167,8 +195,16 @@ def seed_axpy(operands: Operands, terms: Terms | DeviceTerms) -> None:
 class _Call:
     """The arguments that both kernels share, for one kind."""
 
-    def __init__(self, operands: Operands, terms: Terms | DeviceTerms, packed: PackedTerms, kind: Kind):
+    def __init__(
+        self,
+        operands: Operands,
+        terms: Terms | DeviceTerms,
+        packed: PackedTerms,
+        kind: Kind,
+        warp_size: int,
+    ):
         dtype = kind.dtype
+        self._warp_size = warp_size
         self._rows, self._dtype, self._family = operands.rows, dtype, terms.family
         self._packed = packed
         pair = operands.outs_minus is not None
@@ -212,7 +248,7 @@ class _Call:
             NUM_BLOCKS=config.num_blocks,
             UNROLL=config.unroll,
             TILE=config.tile,
-            num_warps=config.num_warps,
+            num_warps=config.num_warps(self._warp_size),
         )
 
     def run_runs(self, table: Table, copy: Tensor) -> None:
@@ -227,5 +263,5 @@ class _Call:
             HAS_ROWS=self._rows is not None,
             BLOCK=config.block,
             TILE=config.tile,
-            num_warps=config.num_warps,
+            num_warps=config.num_warps(self._warp_size),
         )
