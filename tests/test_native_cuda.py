@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
         monkeypatch.setattr(dispatch.TABLE["cuda"]["triton"], "unavailable", lambda device=None: None)
@@ -326,7 +328,7 @@ def test_the_library_loads_without_a_driver_and_calls_say_what_is_missing() -> N
     with pytest.raises(
         RuntimeError, match=r"the native CUDA library failed: .*(driver|device).*\(CUDA error \d+\)"
     ):
-        native_cuda.load_kernels(0)
+        native_cuda.check(handle, handle.fk_cuda_load(0))
     assert b"driver" in handle.fk_cuda_error_string(35)
     with pytest.raises(RuntimeError, match="no backend can serve cuda tensors: native: "):
         fk.normal(3, 1, device="cuda")

@@ -203,7 +203,8 @@ def check(handle: ctypes.CDLL, status: int) -> None:
 def load_kernels(device: int) -> None:
     """Load every kernel on a device, once; lazy loading by the runtime would fail inside a graph capture."""
     handle = library()
-    check(handle, handle.fk_cuda_load(device))
+    with torch.cuda.device(device):  # torch restores the caller's without making a context there
+        check(handle, handle.fk_cuda_load(device))
 
 
 def _host_terms(terms: Terms) -> c_abi.FkCudaTerms:
@@ -303,8 +304,8 @@ def seed_axpy(operands: Operands, terms: Terms | DeviceTerms) -> None:
     if operands.rows is not None and operands.inputs is not None:
         num_source_rows = operands.inputs.tensors[0].shape[0]
     index = torch.cuda.current_device() if device.index is None else device.index
-    with torch.cuda.device(index):  # torch restores the caller's without making a context there
-        load_kernels(index)
+    load_kernels(index)
+    with torch.cuda.device(index):  # as in load_kernels
         launch(
             library(),
             operands.table,
