@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parent
 CPU_SOURCES = ROOT / "csrc" / "cpu"
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 INCLUDE = ROOT / "csrc" / "include"
+STUB_MAKER = CUDA_SOURCES / "glibc_stubs.py"
 LIB_PACKAGE = Path("fedkseed_kernels", "_lib")
 LIBRARY = "libfedkseed_cpu.so"
 CUDA_LIBRARY = "libfedkseed_cuda.so"
@@ -64,19 +65,22 @@ ISA_FLAGS = {
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
 }
 
-
-# Machine code for these, and PTX of the newest for what comes after it. The runtime is linked in, so that the
-# library loads without CUDA; its symbols stay inside, so that torch's own runtime is left alone.
-CUDA_ARCHS = (80, 90, 100)
+# Machine code serves the GPUs of its major version, PTX those of its own version and of all later ones: of
+# 10.0 rather than of 12.0, or 11.x would have none. docs/native-libraries.md says which drivers take it.
+CUDA_ARCHS = (80, 90, 100, 120)
+PTX_ARCH = 100
+# Exceptions would bring in the C++ runtime, and its static unwinder needs glibc 2.35. So would guards of
+# static variables; nvcc makes such for <<<>>>, in code that nothing here runs (csrc/cuda/target.h).
 NVCC_FLAGS = [
     *("-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"),
+    "-Xcompiler=-fno-exceptions,-fno-threadsafe-statics",
     *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS),
-    f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}",
+    f"-gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}",
 ]
-NVCC_LINK_FLAGS = [
-    *("-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL"),
-    "-Xcompiler=-static-libgcc,-static-libstdc++",
-]
+# CUDA's runtime is linked in, so that the library loads without CUDA; its symbols stay inside, so that
+# torch's own is left alone. What it takes from glibc the linker finds in stubs, in versions of old systems.
+NVCC_LINK_FLAGS = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL,--as-needed"]
+GLIBC_STUBS = ("libdl.so", "libpthread.so", "librt.so")
 NVCC_MIN_MAJOR = 13
 NVCC_VARIABLES = ("NVCC_APPEND_FLAGS", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS")
 NVCC_HOST_VERSION = ("-x", "cu", "-E", "-Xcompiler=--version", os.devnull)
@@ -93,6 +97,9 @@ rule object
 
 rule library
   command = $compiler $in $flags -o $out
+
+rule stub
+  command = {stub_maker} $out $compiler
 """
 
 
@@ -128,6 +135,7 @@ class Library(NamedTuple):
     root: Path
     sources: Mapping[Path, Sequence[str]]
     link_flags: Sequence[str]
+    stubs: Sequence[str] = ()  # libraries made by csrc/cuda/glibc_stubs.py, which the linker finds first
     variables: Sequence[str] = ()  # of the environment, which the compiler reads beside its command line
     host_version: Sequence[str] = ()  # what has it print the version of the compiler that it calls
 
@@ -228,9 +236,8 @@ def find_cuda_toolchain() -> CudaToolchain:
         release = re.search(r"release (\d+)\.\d+, V([\d.]+)", run([nvcc, "--version"]))
         if release is not None and int(release.group(1)) >= NVCC_MIN_MAJOR:
             return CudaToolchain(nvcc, release.group(2), "")
-        reason = (
-            f"{nvcc} is of CUDA {release.group(2) if release else 'unknown'}, {NVCC_MIN_MAJOR}.0 is needed"
-        )
+        found = release.group(2) if release else "unknown"
+        reason = f"{nvcc} is of CUDA {found}, {NVCC_MIN_MAJOR}.0 is needed (docs/native-libraries.md)"
     if enabled("FEDKSEED_REQUIRE_CUDA"):
         raise CompileError(
             f"FEDKSEED_REQUIRE_CUDA=1 expects the native CUDA library, but {reason}; install the CUDA "
@@ -258,15 +265,8 @@ def cuda_library(toolchain: CudaToolchain) -> Library:
     """The library of csrc/cuda."""
     flags = [*NVCC_FLAGS, f"-I{INCLUDE}"]
     sources = dict.fromkeys(find_sources(CUDA_SOURCES, "*.cu"), flags)
-    return Library(
-        CUDA_LIBRARY,
-        [toolchain.nvcc],
-        CUDA_SOURCES,
-        sources,
-        NVCC_LINK_FLAGS,
-        NVCC_VARIABLES,
-        NVCC_HOST_VERSION,
-    )
+    of_nvcc = (NVCC_LINK_FLAGS, GLIBC_STUBS, NVCC_VARIABLES, NVCC_HOST_VERSION)
+    return Library(CUDA_LIBRARY, [toolchain.nvcc], CUDA_SOURCES, sources, *of_nvcc)
 
 
 def find_sources(folder: Path, pattern: str) -> list[Path]:
@@ -334,14 +334,18 @@ def ninja_script(library: Library, folder: Path, identity: Path) -> str:
     def words(command: Sequence[str]) -> str:
         return shlex.join(command).replace("$", "$$")
 
-    lines = [NINJA_RULES.format(folder=path(folder), compiler=words(library.compiler))]
+    maker = words([sys.executable, str(STUB_MAKER)])
+    lines = [NINJA_RULES.format(folder=path(folder), compiler=words(library.compiler), stub_maker=maker)]
     objects = []
     for source, flags in library.sources.items():
         objects.append(path(folder / source.relative_to(library.root).with_suffix(".o")))
         lines.append(f"build {objects[-1]}: object {path(source)} | {path(identity)}")
         lines.append(f"  flags = {words(flags)}")
-    lines.append(f"build {path(folder / library.name)}: library {' '.join(objects)}")
-    lines.append(f"  flags = {words(library.link_flags)}")
+    stubs = [path(folder / "glibc" / name) for name in library.stubs]
+    lines += [f"build {stub}: stub | {path(STUB_MAKER)} {path(identity)}" for stub in stubs]
+    lines.append(f"build {path(folder / library.name)}: library {' '.join(objects)} | {' '.join(stubs)}")
+    found_first = [f"-L{folder / 'glibc'}"] if stubs else []
+    lines.append(f"  flags = {words([*found_first, *library.link_flags])}")
     return "\n".join(lines) + "\n"
 
 

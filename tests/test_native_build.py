@@ -13,7 +13,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from support.native_build import SWITCHES, build_command, exported_names, fake_nvcc, load_setup
+from support.native_build import (
+    SWITCHES,
+    assert_loads_on_glibc_2_28,
+    build_command,
+    exported_names,
+    fake_nvcc,
+    load_script,
+    load_setup,
+    needed_libraries,
+)
 
 ELF_AARCH64 = 183
 
@@ -143,11 +152,14 @@ class SmallTree:
             patch.setattr(build, name, folder / "csrc" / source)
         patch.setattr(build, "contract_version", lambda: 1)
         host = f"{shlex.join(toolchain.command)} -fPIC"
-        takes = "-gencode=*|-fmad=*|-cudart=*|-Xcompiler=*|-Xlinker=*"
+        drops = "-gencode=*|-fmad=*|-cudart=*"
         compiles = (
-            f'for word; do shift; case "$word" in {takes}) ;; *) set -- "$@" "$word";; esac; done\n'
-            f'case " $* " in *" -E "*) cat {shlex.quote(str(folder / "host"))};; '
-            f'*" -c "*) {host} -x c++ "$@";; *) {host} "$@";; esac'
+            f'for word; do shift; case "$word" in {drops}) ;; '
+            '-Xcompiler=*) set -- "$@" $(echo "${word#*=}" | tr , " ");; '
+            '-Xlinker=*) set -- "$@" "-Wl,${word#*=}";; *) set -- "$@" "$word";; esac; done\n'
+            f'case " $* " in *" -print-file-name="*) {host} "$@";; '
+            f'*" -E "*) cat {shlex.quote(str(folder / "host"))};; '
+            f'*" -c "*) {host} -x c++ "$@";; *) {host} "$@" -lrt -lpthread -ldl;; esac'
         )
         (folder / "host").write_text("the compiler that nvcc calls, release 1\n")
         (folder / "toolkit").mkdir()
@@ -180,7 +192,8 @@ def small_tree(build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 CPU_LINKED, CUDA_LINKED = "cpu/libfedkseed_cpu.so", "cuda/libfedkseed_cuda.so"
 CPU_MADE = {"cpu/one.o", "cpu/two.o", CPU_LINKED}
-CUDA_MADE = {"cuda/three.o", "cuda/inner/four.o", CUDA_LINKED}
+CUDA_COMPILED = {"cuda/three.o", "cuda/inner/four.o", CUDA_LINKED}
+CUDA_MADE = {*CUDA_COMPILED, "cuda/glibc/libdl.so", "cuda/glibc/libpthread.so", "cuda/glibc/librt.so"}
 
 
 def test_an_edit_recompiles_what_it_touches(small_tree: SmallTree) -> None:
@@ -232,7 +245,8 @@ def test_another_flag_recompiles_all(small_tree: SmallTree, monkeypatch: pytest.
         small_tree.made_by(lambda: monkeypatch.setattr(small_tree.build, "COMPILE_FLAGS", flags)) == CPU_MADE
     )
     flags = [*small_tree.build.NVCC_FLAGS, "-DFK_OTHER=1"]
-    assert small_tree.made_by(lambda: monkeypatch.setattr(small_tree.build, "NVCC_FLAGS", flags)) == CUDA_MADE
+    made = small_tree.made_by(lambda: monkeypatch.setattr(small_tree.build, "NVCC_FLAGS", flags))
+    assert made == CUDA_COMPILED
     flags = [*small_tree.build.LINK_FLAGS, "-Wl,--as-needed"]
     assert small_tree.made_by(lambda: monkeypatch.setattr(small_tree.build, "LINK_FLAGS", flags)) == {
         CPU_LINKED
@@ -301,6 +315,51 @@ def test_warnings_are_shown(small_tree: SmallTree, capsys: pytest.CaptureFixture
     assert "look here" in capsys.readouterr().err
 
 
+MOVED_FUNCTIONS = """\
+#include <dlfcn.h>
+#include <pthread.h>
+#include <semaphore.h>
+#include <sys/mman.h>
+extern "C" int fk_uses_them(pthread_rwlock_t *lock, pthread_cond_t *condition, sem_t *semaphore) {
+  return pthread_rwlock_rdlock(lock) + pthread_cond_signal(condition) + pthread_once(0, 0) +
+         sem_post(semaphore) + shm_unlink("/name") + dlclose(dlopen("name", RTLD_LAZY));
+}"""
+
+
+def test_functions_that_glibc_moved_are_found_where_old_systems_have_them(small_tree: SmallTree) -> None:
+    """Through the compiler that nvcc calls, whatever glibc is on this machine."""
+    small_tree.made_by(lambda: small_tree.write("cuda/three.cu", MOVED_FUNCTIONS))
+    library = small_tree.folder / "temp" / CUDA_LINKED
+    assert_loads_on_glibc_2_28(library)
+    assert {"libdl.so.2", "libpthread.so.0", "librt.so.1"} <= needed_libraries(library)
+    small_tree.build.run([sys.executable, "-c", f"import ctypes; ctypes.CDLL({str(library)!r})"])
+
+
+def test_stubs_have_versions_up_to_2_28(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    stubs = load_script(build.STUB_MAKER)
+    table = """\
+   Num:    Value          Size Type    Bind   Vis      Ndx Name
+     5: 0000000000000000     0 FUNC    GLOBAL DEFAULT  UND pthread_kill@GLIBC_2.17 (2)
+    10: 0000000000089380  3821 FUNC    GLOBAL DEFAULT   15 pthread_create@GLIBC_2.2.5
+    11: 0000000000089380  3821 FUNC    GLOBAL DEFAULT   15 pthread_create@@GLIBC_2.34
+    12: 0000000000089390    42 FUNC    GLOBAL DEFAULT   15 pthread_cond_wait@@GLIBC_2.3.2
+    13: 00000000000893a0    42 FUNC    GLOBAL DEFAULT   15 pthread_cond_wait@GLIBC_2.2.5
+    14: 00000000000893b0    42 FUNC    WEAK   DEFAULT   15 pthread_mutex_lock@@GLIBC_2.17
+    15: 00000000000893c0    42 FUNC    GLOBAL DEFAULT   15 pthread_cond_clockwait@@GLIBC_2.30
+    16: 00000000000893d0    42 FUNC    GLOBAL DEFAULT   15 __pthread_get_minstack@@GLIBC_PRIVATE
+    17: 00000000000893e0    42 FUNC    GLOBAL DEFAULT   15 mtx_pthread_like@@GLIBC_2.28
+    18: 00000000000893f0    42 FUNC    GLOBAL DEFAULT   15 sem_wait@@GLIBC_2.28
+"""
+    _, pattern = stubs.LIBRARIES["libpthread.so"]
+    assert stubs.old_versions(table, pattern) == {
+        "pthread_cond_wait": "2.3.2",
+        "pthread_create": "2.2.5",
+        "pthread_mutex_lock": "2.17",
+        "sem_wait": "2.28",
+    }
+
+
 def test_paths_with_spaces_and_dollars(
     build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,3 +409,4 @@ def test_baseline_builds_for_aarch64(
     assert not [path.name for path in tmp_path.rglob("*.o") if "avx" in path.name]
     header = library.read_bytes()[:20]
     assert int.from_bytes(header[18:20], "little") == ELF_AARCH64
+    assert_loads_on_glibc_2_28(library)

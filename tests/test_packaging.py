@@ -18,12 +18,14 @@ import pytest
 from support.native_build import (
     ROOT,
     SWITCHES,
+    assert_loads_on_glibc_2_28,
     exported_names,
     load_setup,
     run_pip_wheel,
     without_ninja,
 )
 
+from benchmarks.machine_code.reader import find_binary_tool
 from fedkseed_kernels import CONTRACT_VERSION, __version__
 
 
@@ -102,7 +104,7 @@ def test_wheel_with_compiler(built_wheel: Path, has_nvcc: bool, tmp_path: Path) 
         opened.extractall(tmp_path / "site")
     if has_nvcc:
         assert info["cuda"]["built"] is True
-        assert info["cuda"]["archs"] == ["sm_80", "sm_90", "sm_100"]
+        assert info["cuda"]["archs"] == ["sm_80", "sm_90", "sm_100", "sm_120"]
         cuda = tmp_path / "site" / "fedkseed_kernels" / "_lib" / "libfedkseed_cuda.so"
         exported = exported_names(cuda)
         assert {name for name in exported if not name.startswith("fk_")} == set()
@@ -119,6 +121,52 @@ def test_wheel_with_compiler(built_wheel: Path, has_nvcc: bool, tmp_path: Path) 
     assert info["cpu"]["built"] is True
     assert info["cpu"]["reason"] == ""
     assert info["cpu"]["isas"][0] == "baseline"
+
+
+@pytest.mark.slow
+def test_the_wheel_loads_on_glibc_2_28(build: ModuleType, built_wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(built_wheel) as opened:
+        names = [name for name in opened.namelist() if name.endswith(".so")]
+        for name in names:
+            assert_loads_on_glibc_2_28(Path(opened.extract(name, tmp_path)))
+    assert f"fedkseed_kernels/_lib/{build.LIBRARY}" in names
+
+
+@pytest.mark.parametrize("name", ["LIBRARY", "CUDA_LIBRARY"])
+def test_the_built_libraries_load_on_glibc_2_28(build: ModuleType, name: str) -> None:
+    """Those of this checkout, as make left them."""
+    library = ROOT / build.LIB_PACKAGE / getattr(build, name)
+    if not library.exists():
+        pytest.skip(f"{library.name} is not built here")
+    assert_loads_on_glibc_2_28(library)
+
+
+@pytest.mark.slow
+def test_gpus_and_ptx_of_the_cuda_library(
+    build: ModuleType, built_wheel: Path, has_nvcc: bool, tmp_path: Path
+) -> None:
+    """Machine code for what is listed, PTX for 11.x and what follows; no code path of <<<>>> (target.h)."""
+    if not has_nvcc:
+        pytest.skip("nvcc is not here")
+    with zipfile.ZipFile(built_wheel) as opened:
+        library = Path(opened.extract(f"fedkseed_kernels/_lib/{build.CUDA_LIBRARY}", tmp_path))
+
+    def listed(option: str, path: Path) -> set[str]:
+        command = [find_binary_tool("cuobjdump"), option, str(path)]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        return set(re.findall(r"\.(sm_\d+)\.(?:cubin|ptx)$", result.stdout, re.M))
+
+    machine_code = {"sm_80", "sm_90", "sm_100", "sm_120"}
+    assert machine_code <= listed("--list-elf", library)  # beside it an empty one, of nvcc's own link step
+    assert listed("--list-ptx", library) == {"sm_100"}
+    objects = sorted((built_wheel.parent / "tree" / "build" / "native" / "cuda").rglob("*.o"))
+    assert len(objects) == len(build.find_sources(build.CUDA_SOURCES, "*.cu"))
+    for path in objects:
+        table = subprocess.run(["nm", str(path)], capture_output=True, text=True, check=True).stdout
+        assert "__cudaPushCallConfiguration" not in table, f"{path.name} launches by <<<>>>"
+        if "__cudaRegisterFunction" in table:
+            assert listed("--list-elf", path) == machine_code, path.name
+            assert listed("--list-ptx", path) == {"sm_100"}, path.name
 
 
 @pytest.mark.slow

@@ -4,8 +4,14 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+// Not by <<<>>>: what nvcc 13 makes of that keeps a static of its own for each kernel, whose guard needs the C++
+// runtime. See the flags in setup.py.
 #define FK_LAUNCH(kernel, blocks, threads, cuda_stream, argument)                                            \
-  kernel<<<(unsigned)(blocks), (unsigned)(threads), 0, (cudaStream_t)(cuda_stream)>>>(argument)
+  do {                                                                                                       \
+    void *launch_arguments[] = {(void *)&(argument)};                                                        \
+    cudaLaunchKernel((const void *)(kernel), dim3((unsigned)(blocks)), dim3((unsigned)(threads)),            \
+                     launch_arguments, 0, (cudaStream_t)(cuda_stream));                                      \
+  } while (0)
 #else
 #include <cuda_shim.h>
 #endif

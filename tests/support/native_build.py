@@ -1,9 +1,10 @@
-"""setup.py as a module, builds in a folder of their own, and what their libraries export."""
+"""setup.py as a module, builds in a folder of their own, and what their libraries export and need."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,14 +22,19 @@ SWITCHES = (
 )
 
 
-def load_setup() -> ModuleType:
-    """setup.py as a module: importing it builds nothing."""
-    spec = importlib.util.spec_from_file_location("fedkseed_setup", ROOT / "setup.py")
+def load_script(path: Path) -> ModuleType:
+    """A script that belongs to no package, as a module."""
+    spec = importlib.util.spec_from_file_location(f"fedkseed_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def load_setup() -> ModuleType:
+    """setup.py as a module: importing it builds nothing."""
+    return load_script(ROOT / "setup.py")
 
 
 def run_pip_wheel(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -71,3 +77,32 @@ def exported_names(library: Path) -> set[str]:
     command = ["nm", "--dynamic", "--defined-only", str(library)]
     table = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {line.split()[-1] for line in table.splitlines()}
+
+
+def needed_libraries(library: Path) -> set[str]:
+    """The libraries that it is loaded with."""
+    return set(re.findall(r"\(NEEDED\).*\[(.+)\]", _readelf("--dynamic", library)))
+
+
+def needed_versions(library: Path) -> set[str]:
+    """The versions of symbols that it asks of them, like GLIBC_2.17."""
+    needs = _readelf("--version-info", library).partition("Version needs section")[2]
+    return set(re.findall(r"Name: (\S+)", needs))
+
+
+def assert_loads_on_glibc_2_28(library: Path) -> None:
+    """It needs the libraries of glibc alone, and of them nothing newer than version 2.28 has."""
+    libraries, versions = needed_libraries(library), needed_versions(library)
+    assert versions, f"{library.name} needs nothing of glibc: was it read?"
+    known = r"lib(c|dl|m|pthread|rt)\.so\.\d|ld-linux\S+"
+    problems = {name for name in libraries if not re.fullmatch(known, name)}
+    for version in versions:
+        number = re.fullmatch(r"GLIBC_2\.(\d+)(\.\d+)?", version)
+        if number is None or int(number[1]) > 28:
+            problems.add(version)
+    assert not problems, f"{library.name} needs {', '.join(sorted(problems))}"
+
+
+def _readelf(option: str, library: Path) -> str:
+    command = ["readelf", "--wide", option, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
