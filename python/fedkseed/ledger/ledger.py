@@ -26,6 +26,7 @@ from fedkseed.ledger.format import (
 from fedkseed.ledger.signature import PrivateKey, PublicKey, Signature
 from fedkseed.model.identity import IdentityError, ModelIdentity, frozen_indices
 from fedkseed.model.manifest import manifest_parameters
+from fedkseed.model.placement import PreparedTensors
 from fedkseed.seeds import SeedPool
 
 
@@ -230,7 +231,7 @@ class Ledger:
         Raises:
             IdentityError: another model, or other weights.
             LedgerUnsignedError, LedgerSignatureError: as `verify`.
-            TypeError, ValueError: as `ModelIdentity.of` and `fedkseed_kernels.seed_axpy_`.
+            TypeError, ValueError: as `ModelIdentity.of` and `fedkseed_kernels.prepare`.
         """
         if public_key is not None:
             self.verify(public_key)
@@ -243,13 +244,8 @@ class Ledger:
         self.identity.require(ModelIdentity.of(model, self.frozen))
         frozen = frozenset(self.frozen)
         streams = [stream for stream in range(len(parameters)) if stream not in frozen]
-        fedkseed_kernels.seed_axpy_(
-            [parameters[stream][1] for stream in streams],
-            self.seed_pool.seeds,
-            self.coefficients,
-            streams=streams,
-            family=self.family,
-        )
+        weights = PreparedTensors([parameters[stream][1] for stream in streams], streams, self.family)
+        weights.seed_axpy_(self.seed_pool.seeds, self.coefficients)
 
     def _unsigned_bytes(self) -> bytes:
         return replace(self, signature=None).to_bytes()

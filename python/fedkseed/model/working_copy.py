@@ -15,6 +15,7 @@ from torch import nn
 import fedkseed_kernels
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import Manifest, manifest_parameters
+from fedkseed.model.placement import by_device
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.seeds import SeedPool
 
@@ -115,14 +116,15 @@ class WorkingCopy:
                 weight.copy_(kept)
             self.seconds_reset += perf_counter() - start
             return
-        fedkseed_kernels.seed_axpy(
-            self.w0,
-            torch.from_numpy(pool.seeds.view(np.int64).copy()),
-            torch.from_numpy(coefficients.astype(np.float64)),
-            streams=self._streams,
-            out=self._weights,
-            family=family,
-        )
+        for positions in by_device(self._weights).values():
+            fedkseed_kernels.seed_axpy(
+                [self.w0[position] for position in positions],
+                torch.from_numpy(pool.seeds.view(np.int64).copy()),
+                torch.from_numpy(coefficients.astype(np.float64)),
+                streams=[self._streams[position] for position in positions],
+                out=[self._weights[position] for position in positions],
+                family=family,
+            )
         self.seconds_rebuild += perf_counter() - start
         if self._round_model is not None:
             start = perf_counter()

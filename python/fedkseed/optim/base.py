@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import numbers
 import warnings
@@ -64,7 +65,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._storage: Storage = storage.open(
             TunedWeights(tensors, self._streams, self.eps, family, seed, whole)
         )
-        self._devices = {tensor.device for group in tensors for tensor in group}
+        # The model draws random numbers where its frozen parameters are, too.
+        placed = [*itertools.chain(*tensors), *(whole.parameters() if whole is not None else ())]
+        self._devices = {tensor.device for tensor in placed if not tensor.is_meta}
         #: Looked at in the first step, when the caller has chosen between train and eval mode.
         self._model_to_check = whole
 

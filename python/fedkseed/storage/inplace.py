@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import fedkseed_kernels
+from fedkseed.model.placement import by_device
 from fedkseed.model.waiting import flush_before_reads
 from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
 from fedkseed.storage.updates import (
@@ -74,7 +75,7 @@ class InplaceStorage:
     has to be given the compiled model): there call ``optimizer.flush()`` first.
 
     Raises:
-        TypeError, ValueError: what the kernels refuse: a dtype, tensors that overlap, devices that are mixed.
+        TypeError, ValueError: as `GroupedWeights`.
         ValueError: chained without a model.
     """
 
@@ -198,14 +199,15 @@ class PerturbedWeights:
         """Moves back to w, wherever the tensors are now, for they may be what was changed."""
         if self.offset:
             with torch.no_grad(), self._pass() as rounding_seed:
-                fedkseed_kernels.perturb_(
-                    self.tensors,
-                    self.seed,
-                    -self.offset,
-                    streams=self._streams,
-                    family=self._family,
-                    **rounding_options(rounding_seed),
-                )
+                for positions in by_device(self.tensors).values():
+                    fedkseed_kernels.perturb_(
+                        [self.tensors[position] for position in positions],
+                        self.seed,
+                        -self.offset,
+                        streams=[self._streams[position] for position in positions],
+                        family=self._family,
+                        **rounding_options(rounding_seed),
+                    )
                 self.offset = 0.0
                 self.is_waiting = False
 

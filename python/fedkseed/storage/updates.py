@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-import fedkseed_kernels
 from fedkseed._checks import check_count
+from fedkseed.model.placement import PreparedTensors
 from fedkseed.seeds import derived_seed
 from fedkseed.storage.interface import Direction, GroupUpdate, TunedWeights
 from fedkseed_kernels import derived
@@ -88,10 +88,11 @@ class GroupedWeights:
         residuals: for each tensor of each group None or its residual (contract, section 6.5).
 
     Attributes:
-        whole: all tensors; one pass.
+        whole: all tensors; one pass, of one call for each device.
 
     Raises:
-        TypeError, ValueError: what the kernels refuse: a dtype, tensors that overlap, devices that are mixed.
+        TypeError, ValueError: what the kernels refuse: a dtype, tensors that overlap, a device without a
+            backend.
     """
 
     def __init__(
@@ -99,19 +100,17 @@ class GroupedWeights:
     ) -> None:
         if residuals is None:
             residuals = [[None] * len(group) for group in weights.groups]
-        self.whole = fedkseed_kernels.prepare(
+        self.whole = PreparedTensors(
             [tensor for group in weights.groups for tensor in group],
-            streams=[stream for group in weights.streams for stream in group],
-            family=weights.family,
-            residuals=[residual for group in residuals for residual in group],
+            [stream for group in weights.streams for stream in group],
+            weights.family,
+            [residual for group in residuals for residual in group],
         )
         self._groups = (
             [self.whole]
             if len(weights.groups) == 1
             else [
-                fedkseed_kernels.prepare(
-                    list(group), streams=list(streams), family=weights.family, residuals=list(of_group)
-                )
+                PreparedTensors(group, streams, weights.family, of_group)
                 for group, streams, of_group in zip(weights.groups, weights.streams, residuals, strict=True)
             ]
         )
@@ -122,7 +121,7 @@ class GroupedWeights:
         Raises:
             RuntimeError: a tensor is not where, or what, it was at construction.
         """
-        self.whole.seed_axpy_([], [])
+        self.whole.check()
 
     def update(
         self,

@@ -79,7 +79,8 @@ class StreamedStorage:
 
     Raises:
         TypeError: no model, or one that cannot be served (`units.check_servable`).
-        ValueError: a tensor that no unit of the model reads, an embedding with max_norm.
+        ValueError: a tensor that no unit of the model reads, an embedding with max_norm, a unit on several
+            devices.
     """
 
     def __init__(self, weights: TunedWeights, options: Streamed) -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from fedkseed.model.packed import packed_bytes
+from fedkseed.model.placement import by_device
 from fedkseed.storage.streamed.copies import Copies, Perturbation, Scratch, Weight
 from fedkseed.storage.streamed.guard import ReadGuard, StandIns
 from fedkseed.storage.streamed.pairing import Pairing, map_tensors
@@ -34,7 +35,8 @@ class PerturbedModel:
         is_paired: whether evaluations are of both sides at once, by `evaluate_both`.
 
     Raises:
-        ValueError: a parameter of ``weights`` belongs to no unit, or an embedding renormalises its weight.
+        ValueError: a parameter of ``weights`` belongs to no unit, an embedding renormalises its weight, or a
+            unit has parameters on several devices.
     """
 
     def __init__(self, model: nn.Module, weights: Sequence[Weight], is_paired: bool = False) -> None:
@@ -43,9 +45,13 @@ class PerturbedModel:
         self._of_parameter = {id(weight.parameter): weight for weight in weights}
         self.units = partition(model, [weight.parameter for weight in weights])
         self._check_units()
-        device = weights[0].stored.device
-        num_bytes = _largest_need(self.units, self._of_parameter)
-        self._scratches = [Scratch(num_bytes, device) for _ in range(1 + is_paired)]
+        self._devices = {unit: self._device_of(unit) for unit in self.units}
+        self._is_paired = is_paired
+        #: On each device one for each side, for the units there.
+        self._scratches = {
+            device: [Scratch(num_bytes, device) for _ in range(1 + is_paired)]
+            for device, num_bytes in _largest_needs(self._devices, self._of_parameter).items()
+        }
         #: Those in scratch, which are the same each time that the same units run.
         self._copies: dict[tuple[Any, ...], Copies] = {}
         self._stand_ins = StandIns(self._weights)
@@ -56,7 +62,7 @@ class PerturbedModel:
         #: 1 or -1: the side that is evaluated; 0: both, each unit splits its batch.
         self._sign = 1
         self._is_checked = False
-        self._pairing = Pairing(model, self._guard)
+        self._pairing = Pairing(model, self._guard, self._scratches)
 
     def evaluate(self, closure: Callable[[], float], perturbation: Perturbation, sign: int) -> float:
         """The closure at w + sign eps z, within `swapped`.
@@ -102,7 +108,7 @@ class PerturbedModel:
                     module = unit.module
                     forwards.append((module, vars(module).get("forward")))
                     vars(module)["forward"] = self._wrapper(unit, module.forward)
-                if len(self._scratches) == 2:
+                if self._is_paired:
                     forwards.append((self._model, vars(self._model).get("forward")))
                     vars(self._model)["forward"] = self._pairing.around_model(self._model.forward)
                 for weight in self._weights:
@@ -119,8 +125,9 @@ class PerturbedModel:
                         vars(module)["forward"] = forward
                 self._loaded.clear()
                 self._running.clear()
-                for scratch in self._scratches:
-                    scratch.level = 0
+                for scratches in self._scratches.values():
+                    for scratch in scratches:
+                        scratch.level = 0
 
     def _wrapper(self, unit: Unit, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
@@ -157,10 +164,11 @@ class PerturbedModel:
         # What a unit around this one has perturbed already stays as it is.
         weights = [self._of_parameter[id(p)] for p in unit.parameters if id(p) not in self._loaded]
         signs = [self._sign] if self._sign else [1, -1]
-        outer_sign, levels = self._sign, [scratch.level for scratch in self._scratches]
+        scratches = self._scratches[self._devices[unit]][: len(signs)]
+        outer_sign, levels = self._sign, [scratch.level for scratch in scratches]
         self._running.append(unit)
         try:
-            copies = self._in_scratch(weights, len(signs))
+            copies = self._in_scratch(weights, scratches)
             copies.write(self._perturbation, signs[0])
             yield [
                 (sign, functools.partial(self._load, weights, side))
@@ -171,15 +179,14 @@ class PerturbedModel:
             for weight in weights:
                 self._loaded.discard(id(weight.parameter))
                 weight.parameter.data = self._stand_ins[weight]
-            for scratch, level in zip(self._scratches, levels, strict=True):
+            for scratch, level in zip(scratches, levels, strict=True):
                 scratch.level = level
             self._running.pop()
 
-    def _in_scratch(self, weights: Sequence[Weight], num_sides: int) -> Copies:
-        """Copies of the unit's weights that the units around it have not perturbed."""
+    def _in_scratch(self, weights: Sequence[Weight], scratches: Sequence[Scratch]) -> Copies:
+        """Copies of the unit's weights that the units around it have not perturbed, for each side."""
         shapes, dtypes = [w.stored.shape for w in weights], [w.dtype for w in weights]
-        scratches = self._scratches[:num_sides]
-        key = (self._perturbation.family, num_sides, *self._running)
+        key = (self._perturbation.family, len(scratches), *self._running)
         copies = self._copies.get(key)
         if copies is not None:
             for scratch in scratches:
@@ -198,7 +205,7 @@ class PerturbedModel:
 
     def _copied_out(self, tensor: Tensor) -> Tensor:
         """A copy of a result that would change when the unit is left."""
-        is_scratch = any(scratch.holds(tensor) for scratch in self._scratches)
+        is_scratch = any(s.holds(tensor) for scratches in self._scratches.values() for s in scratches)
         return tensor.clone() if is_scratch or id(tensor) in self._loaded else tensor
 
     def _lookup(self, unit: Unit) -> AbstractContextManager[Any]:
@@ -211,7 +218,7 @@ class PerturbedModel:
         if ids.numel() < weight.stored.shape[0]:
             return self._perturbation.rows(weight, ids, self._sign)
         # Every row is drawn once, in the scratch that the unit which reads the weight leaves free.
-        scratch = self._scratches[0]
+        scratch = self._scratches[weight.stored.device][0]
         level = scratch.level
         (values,) = scratch.take([weight.stored.shape], [weight.dtype])
         try:
@@ -232,6 +239,21 @@ class PerturbedModel:
     def _reads(unit: Unit, weight: Weight) -> bool:
         return weight.parameter is unit.gathered or any(weight.parameter is p for p in unit.parameters)
 
+    def _device_of(self, unit: Unit) -> torch.device:
+        """Where a unit's parameters are.
+
+        Raises:
+            ValueError: on several devices.
+        """
+        parameters = unit.parameters or (unit.gathered,)
+        devices = list(by_device(self._of_parameter[id(parameter)].stored for parameter in parameters))
+        if len(devices) > 1:
+            raise ValueError(
+                f"expected all tuned parameters of a unit on one device, got those of {unit} on "
+                f"{', '.join(map(str, devices))}; place such modules as a whole, or use storage=Inplace()"
+            )
+        return devices[0]
+
     def _check_units(self) -> None:
         for weight in self._weights:
             if not any(self._reads(unit, weight) for unit in self.units):
@@ -247,23 +269,26 @@ class PerturbedModel:
                 )
 
 
-def _largest_need(units: Sequence[Unit], weights: Mapping[int, Weight]) -> int:
-    """Bytes of scratch for the largest unit and the containers around it."""
+def _largest_needs(
+    devices: Mapping[Unit, torch.device], weights: Mapping[int, Weight]
+) -> dict[torch.device, int]:
+    """Bytes of scratch on each device, for the largest unit there and the containers around it."""
     needs = {}
-    for unit in units:
+    for unit in devices:
         entered = [weights[id(parameter)] for parameter in unit.parameters]
         needs[unit] = packed_bytes([w.stored.shape for w in entered], [w.dtype for w in entered])
-    around = {
-        unit: sum(
+    largest = dict.fromkeys(devices.values(), 0)
+    for unit, device in devices.items():
+        around = sum(
             needs[outer]
-            for outer in units
+            for outer in devices
             if outer.is_container
             and outer is not unit
+            and devices[outer] == device
             and (outer.name == "" or unit.name.startswith(outer.name + "."))
         )
-        for unit in units
-    }
-    return max(needs[unit] + around[unit] for unit in units)
+        largest[device] = max(largest[device], needs[unit] + around)
+    return largest
 
 
 class _Lookup(TorchFunctionMode):

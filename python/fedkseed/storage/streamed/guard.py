@@ -17,22 +17,21 @@ _METADATA_PREFIXES, _METADATA_SUFFIXES = ("new_",), ("_like",)
 
 
 class StandIns:
-    """A tensor of NaN for each weight, of its shape and dtype, all elements in one place of memory.
+    """A tensor of NaN for each weight, of its shape, dtype and device, all elements in one place of memory.
 
     ``stand_ins[weight]`` is the tensor.
     """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
-        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._owners: dict[int, Weight] = {}
         self._tensors: dict[Weight, Tensor] = {}
         for position, weight in enumerate(weights):
-            buffer = self._buffers.get(weight.dtype)
+            dtype, device = kind = weight.dtype, weight.stored.device
+            buffer = self._buffers.get(kind)
             if buffer is None:
-                buffer = torch.full(
-                    (len(weights),), float("nan"), dtype=weight.dtype, device=weight.stored.device
-                )
-                self._buffers[weight.dtype] = buffer
+                buffer = torch.full((len(weights),), float("nan"), dtype=dtype, device=device)
+                self._buffers[kind] = buffer
             self._tensors[weight] = buffer[position].expand(weight.stored.shape)
             self._owners[buffer[position].data_ptr()] = weight
 

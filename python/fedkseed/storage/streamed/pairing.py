@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -65,10 +65,14 @@ class Pairing:
     Args:
         model: whose call says what the rows are.
         make_guard: to run the model in, the first time.
+        devices: where its units run.
     """
 
-    def __init__(self, model: nn.Module, make_guard: Callable[[], ReadGuard]) -> None:
+    def __init__(
+        self, model: nn.Module, make_guard: Callable[[], ReadGuard], devices: Collection[torch.device]
+    ) -> None:
         self._model = model
+        self._devices = frozenset(devices)
         self._make_guard = make_guard
         self._num_rows: int | None = None
         self._checked: set[int] = set()
@@ -200,7 +204,7 @@ class Pairing:
         guard: AbstractContextManager[Any] = self._guard if self._guard is not None else nullcontext()
         if self._guard is not None:
             self._guard.mark(inputs)
-        generators = GeneratorStates({tensor.device for tensor in inputs})
+        generators = GeneratorStates(self._devices.union(tensor.device for tensor in inputs))
         try:
             with guard:
                 yield

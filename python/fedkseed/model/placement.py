@@ -1,0 +1,68 @@
+"""Where tensors are: a call of the kernels takes those of one device, a model may be spread over several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+import fedkseed_kernels
+
+
+def by_device(tensors: Iterable[torch.Tensor]) -> dict[torch.device, list[int]]:
+    """Positions of the tensors on each device, devices in the order of their first tensor."""
+    positions: dict[torch.device, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        positions.setdefault(tensor.device, []).append(position)
+    return positions
+
+
+class PreparedTensors:
+    """Tensors checked once for calls in place, one call for each device that they are on.
+
+    Args:
+        tensors: on any devices.
+        streams: the noise stream of each.
+        family: of the noise.
+        residuals: for each tensor None or its residual (contract, section 6.5).
+
+    Raises:
+        TypeError, ValueError: as `fedkseed_kernels.prepare`.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        streams: Sequence[int],
+        family: str,
+        residuals: Sequence[torch.Tensor | None] | None = None,
+    ) -> None:
+        self._handles = [
+            fedkseed_kernels.prepare(
+                [tensors[position] for position in positions],
+                streams=[streams[position] for position in positions],
+                family=family,
+                residuals=None if residuals is None else [residuals[position] for position in positions],
+            )
+            for positions in by_device(tensors).values()
+        ]
+
+    def check(self) -> None:
+        """Moves nothing.
+
+        Raises:
+            RuntimeError: a tensor is not where, or what, it was at construction; a device cannot be served.
+        """
+        for handle in self._handles:
+            handle.seed_axpy_([], [])
+
+    def seed_axpy_(self, seeds: Any, coeffs: Any, **options: Any) -> None:
+        """`fedkseed_kernels.seed_axpy_` on all of the tensors.
+
+        Raises: as that; what `check` raises comes before any tensor has moved.
+        """
+        if len(self._handles) > 1:
+            self.check()
+        for handle in self._handles:
+            handle.seed_axpy_(seeds, coeffs, **options)
