@@ -152,6 +152,7 @@ void begin(Plan &plan, int32_t dtype, bool compensated, const fk_cuda_terms &ter
 
 int32_t fk_cuda_run(const fk_tensor *tensors, int64_t num_tensors, const int64_t *rows,
                     int64_t num_source_rows, const fk_cuda_terms *terms, void *cuda_stream) {
+  cudaGetLastError(); // what an earlier call has returned already: kernels that do not load on another device, say
   Plan plan = {};
   plan.cuda_stream = cuda_stream;
   plan.num_skipped = terms->num_skipped;

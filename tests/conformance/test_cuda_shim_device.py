@@ -174,6 +174,23 @@ def backend(shim: cuda_shim.ShimBackend, monkeypatch: pytest.MonkeyPatch) -> Ite
     native_cuda.load_kernels.cache_clear()
 
 
+def test_a_load_that_failed_is_no_error_of_the_next_launch(
+    backend: SimpleNamespace, shim: cuda_shim.ShimBackend
+) -> None:
+    """CUDA remembers the last error of a thread; the launch may be on a device that loads."""
+    shim.handle.fk_shim_load_status(222)
+    try:
+        with pytest.raises(native_cuda.CudaError) as caught:
+            native_cuda.load_kernels(0)
+    finally:
+        shim.handle.fk_shim_load_status(0)
+    assert caught.value.status == 222
+    tensor, want = weights(50, "float32"), weights(50, "float32")
+    backend.seed_axpy(tensor_checks.check_operands([tensor], None, None, None, [], [], []), host_terms(3))
+    fk.seed_axpy_(want, *terms(3))
+    assert_same(stored_of(tensor), stored_of(want), "float32")
+
+
 def host_terms(count: int) -> Terms:
     seeds, coeffs = terms(count)
     signed = np.array(seeds, np.int64).view(np.uint64)

@@ -28,7 +28,7 @@ const std::function<void()> *running;
 bool descending;
 uint64_t num_launches;
 unsigned first_block, end_block = ~0u; // the blocks of a launch that are run
-cudaError_t last_error = cudaSuccess;
+cudaError_t last_error = cudaSuccess, load_status = cudaSuccess;
 int current_device;
 std::vector<int> devices_set;
 
@@ -141,6 +141,11 @@ cudaError_t cudaSetDevice(int device) {
   return cudaSuccess;
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, const void *) {
+  if (load_status != cudaSuccess) last_error = load_status;
+  return load_status;
+}
+
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
   last_error = cudaSuccess;
@@ -151,6 +156,7 @@ const char *cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "some threads of a block wait at a barrier that others left out";
 }
 
+extern "C" void fk_shim_load_status(int32_t status) { load_status = (cudaError_t)status; }
 extern "C" void fk_shim_descending(int32_t on) { descending = on != 0; }
 // What was set since the last time, in `devices`, which has place for `most`; returns how many there were.
 extern "C" int32_t fk_shim_devices_set(int32_t *devices, int32_t most) {

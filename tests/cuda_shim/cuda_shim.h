@@ -72,7 +72,8 @@ static inline cudaError_t cudaRuntimeGetVersion(int *version) {
   *version = 13000;
   return cudaSuccess;
 }
-static inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, const void *) { return cudaSuccess; }
+// What fk_shim_load_status has chosen; an error is also the last one.
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, const void *);
 
 static inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode *) { return cudaSuccess; }
 
