@@ -251,6 +251,9 @@ def chosen_for(*devices: str) -> list[str]:
 
 
 def test_a_gpu_that_is_too_old_leaves_the_others_to_the_library(machine: Machine) -> None:
+    machine(capabilities=[(7, 5), (9, 0)])
+    assert native_cuda.unavailable() is None
+    native_cuda._why_a_gpu_is_too_old.cache_clear()
     handle = machine(capabilities=[(9, 0), (7, 5)])
     assert native_cuda.unavailable() is None
     assert chosen_for("cuda:0", "cuda:1", "cuda") == ["native", "triton", "triton"]
