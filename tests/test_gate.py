@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.machine_code import gate
+from benchmarks.machine_code import gate, paths, tools
 
 SASS = """
 .L_outer:
@@ -48,7 +48,7 @@ def a_count() -> gate.Count:
 @pytest.mark.parametrize("groups_per_thread", gate.GROUPS_PER_THREAD)
 def test_nvcc_stays_within_the_limit(groups_per_thread: int) -> None:
     _need(gate.find_nvcc)
-    _need(gate.find_binary_tool, "nvdisasm")
+    _need(tools.find_binary_tool, "nvdisasm")
     count = gate.count_nvcc("sm_90", groups_per_thread)
     assert count.spill_instructions == 0
     assert count.instructions_per_normal <= 24.8
@@ -59,7 +59,7 @@ def test_nvcc_stays_within_the_limit(groups_per_thread: int) -> None:
 
 @pytest.mark.slow
 def test_triton_stays_within_the_limit() -> None:
-    _need(gate.find_binary_tool, "nvdisasm")
+    _need(tools.find_binary_tool, "nvdisasm")
     count = gate.count_triton("sm_90")
     assert count.spill_instructions == 0
     assert 13.5 < count.instructions_per_normal <= 26.0
@@ -69,7 +69,7 @@ def test_triton_stays_within_the_limit() -> None:
 @pytest.mark.slow
 def test_nvcc_and_triton_do_the_same_arithmetic() -> None:
     _need(gate.find_nvcc)
-    _need(gate.find_binary_tool, "nvdisasm")
+    _need(tools.find_binary_tool, "nvdisasm")
     by_nvcc = gate.count_nvcc("sm_90", 4).instructions
     by_triton = gate.count_triton("sm_90").instructions
     for opcode in ("FFMA", "FMUL", "FADD", "I2FP.F32.S32", "SHF.R.U32.HI"):
@@ -77,12 +77,12 @@ def test_nvcc_and_triton_do_the_same_arithmetic() -> None:
 
 
 def test_innermost_loop_is_philox_own() -> None:
-    assert gate.innermost_loop(SASS) == ["IMAD.WIDE.U32", "FFMA", "I2FP.F32.S32", "BRA"]
+    assert paths.innermost_loop(SASS) == ["IMAD.WIDE.U32", "FFMA", "I2FP.F32.S32", "BRA"]
 
 
 def test_no_loop() -> None:
     with pytest.raises(gate.GateError, match="expected a loop with 64-bit multiplications"):
-        gate.innermost_loop(SASS.replace("IMAD.WIDE", "IMAD"))
+        paths.innermost_loop(SASS.replace("IMAD.WIDE", "IMAD"))
 
 
 def test_architecture() -> None:

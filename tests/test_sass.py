@@ -8,57 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.machine_code import LOOP, SASS
 
 from benchmarks.common import environment
 from benchmarks.machine_code import reader, sass
 from benchmarks.machine_code.reader import Function, ToolError, Usage
 
-# A search, then a loop over terms that may skip one, a side way behind the exit, and padding.
-SASS = """
-	.section	.text._Z13many_gaussianI4Bf16Ev10FlatLaunch,"ax",@progbits
-.L_search:
-        /*0000*/                   LDG.E R2, desc[UR4][R2.64] ;
-        /*0010*/               @P0 BRA `(.L_search) ;
-        /*0020*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
-.L_loop:
-        /*0030*/                   LDS.128 R4, [R2] ;
-        /*0040*/               @P2 BRA `(.L_skip) ;
-        /*0050*/                   IMAD.WIDE.U32 R4, R4, 0x5, RZ ;
-        /*0060*/                   LOP3.LUT R6, R4, R5, RZ, 0x3c, !PT ;
-        /*0070*/                   I2FP.F32.S32 R5, R6 ;
-        /*0080*/                   I2FP.F32.S32 R7, R6 ;
-        /*0090*/                   FFMA R5, R6, R7, R8 ;
-        /*00a0*/              @!P1 FFMA R9, R6, R7, R8 ;
-        /*00b0*/                   BRA P3, `(.L_aside) ;
-.L_skip:
-        /*00c0*/                   UIADD3 UR4, UR4, 0x1, URZ ;
-        /*00d0*/               @P1 BRA `(.L_loop) ;
-        /*00e0*/                   STG.E.128 desc[UR4][R2.64], R4 ;
-        /*00f0*/                   EXIT ;
-.L_aside:
-        /*0100*/                   STL [R1], R4 ;
-        /*0110*/                   BRA `(.L_skip) ;
-.L_padding:
-        /*0120*/                   BRA `(.L_padding);
-	.section	.text.straight,"ax",@progbits
-        /*0000*/               @P0 EXIT ;
-        /*0010*/                   I2F R5, R6 ;
-        /*0020*/                   MUFU.RSQ R5, R6 ;
-        /*0030*/                   F2FP.BF16.F32.PACK_AB R5, R6, R7 ;
-        /*0040*/                   HFMA2.MMA R5, -RZ, RZ, 0, 0 ;
-        /*0050*/                   EXIT ;
-"""
-LOOP = [
-    "LDS.128",
-    "BRA",
-    "IMAD.WIDE.U32",
-    "LOP3.LUT",
-    *["I2FP.F32.S32"] * 2,
-    *["FFMA"] * 2,
-    "BRA",
-    "UIADD3",
-    "BRA",
-]
 RULE = sass.Rule("a kernel", "gaussian", 0, 4)
 
 
@@ -72,38 +27,6 @@ def row(functions: list[Function]) -> sass.Row:
     return sass.measure(functions[0], Usage(96, 0, 0), "sm_90", RULE)
 
 
-def test_functions_loops_and_names(functions: list[Function]) -> None:
-    assert [len(function.instructions) for function in functions] == [19, 6]
-    assert functions[0].loops() == [(0, 1), (3, 13), (18, 18)]
-    assert functions[0].innermost_loops() == [(0, 1), (3, 13)]
-    assert reader.readable_name(functions[0].name) == "many_gaussian<Bf16>"
-    assert reader.readable_name(functions[1].name) == "straight"
-    few = "_Z9few_termsI4Bf1610RademacherLi2EEv10FlatLaunch"
-    assert reader.readable_name(few) == "few_terms<Bf16, Rademacher, 2>"
-
-
-def test_an_outer_loop_is_not_innermost() -> None:
-    function = reader.parse(
-        ".L_a:\n /*0000*/ NOP ;\n.L_b:\n /*0010*/ NOP ;\n /*0020*/ @P0 BRA `(.L_b) ;\n"
-        " /*0030*/ @P1 BRA `(.L_a) ;"
-    )[0]
-    assert function.loops() == [(1, 2), (0, 3)]
-    assert function.innermost_loops() == [(1, 2)]
-
-
-def test_the_hot_path_is_the_loop_without_its_side_ways(functions: list[Function]) -> None:
-    path = reader.hot_path(functions[0], RULE.makes)
-    assert (path.opcodes, path.num_made, path.is_loop) == (LOOP, 2, True)
-
-
-def test_the_hot_path_of_straight_code(functions: list[Function]) -> None:
-    path = reader.hot_path(functions[1], RULE.makes)
-    assert path.opcodes == ["EXIT", "I2F", "MUFU.RSQ", "F2FP.BF16.F32.PACK_AB", "HFMA2.MMA", "EXIT"]
-    assert not path.is_loop
-    with pytest.raises(ToolError, match="expected DADD in the machine code of straight, got none"):
-        reader.hot_path(functions[1], re.compile("DADD"))
-
-
 def test_counts_of_a_row(row: sass.Row) -> None:
     assert row.instructions_per_element == len(LOOP) / 2
     per_element = {"FMA": 1, "conversion": 1, "integer": 1, "memory": 0.5, "control": 1.5, "uniform": 0.5}
@@ -113,29 +36,6 @@ def test_counts_of_a_row(row: sass.Row) -> None:
     assert row.issue_ceiling == pytest.approx(132 * 128 * 1.755e9 / 5.5)
     assert row.memory_ceiling == pytest.approx(3.35e12 / 4)
     assert row.bound == "memory"
-
-
-@pytest.mark.parametrize(
-    ("opcode", "name"),
-    [
-        ("HFMA2.MMA", "move"),
-        ("HFMA2.BF16_V2", "FMA"),
-        ("HADD2.F32", "conversion"),
-        ("F2FP.BF16.F32.PACK_AB", "conversion"),
-        ("I2FP.F32.S32", "conversion"),
-        ("IMAD.WIDE.U32", "integer"),
-        ("ISETP.GE.AND", "integer"),
-        ("VIADD", "integer"),
-        ("UIMAD.WIDE.U32", "uniform"),
-        ("R2UR", "uniform"),
-        ("STL", "memory"),
-        ("BAR.SYNC", "control"),
-        ("FMUL", "other float"),
-        ("WHAT.IS.THIS", "other"),
-    ],
-)
-def test_classes(opcode: str, name: str) -> None:
-    assert reader.classify(opcode) == name
 
 
 def test_the_loops_around_matrix_products_are_counted() -> None:

@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment
-from benchmarks.machine_code.reader import ToolError as GateError
-from benchmarks.machine_code.reader import find_binary_tool, innermost_loop, read_cubin, run
+from benchmarks.machine_code.paths import innermost_loop
+from benchmarks.machine_code.reader import read_cubin
+from benchmarks.machine_code.tools import ToolError as GateError
+from benchmarks.machine_code.tools import disassembly, run
 from fedkseed._extras import MissingExtraError, require_extra
 
 HERE = Path(__file__).resolve().parent
@@ -83,7 +85,7 @@ def count_loop(cubin: Path, compiler: str, arch: str, groups_per_thread: int) ->
     Raises:
         GateError: the loop found does not make the expected number of normals.
     """
-    sass = run([find_binary_tool("nvdisasm"), "-c", str(cubin)])
+    sass = disassembly(cubin)
     ((_, usage),) = read_cubin(cubin)
     loop = innermost_loop(sass)
     num_normals = GROUP_SIZE * groups_per_thread

@@ -3,7 +3,7 @@
     python -m benchmarks.machine_code.sass [--arch sm_90] [--json FILE] [--check] [--write-budget]
 
 CUDA kernels come out of the built library, Triton's are compiled here as the package launches them. Counted
-is the hot path, `reader.hot_path`: the innermost loop that makes most, else the way through the kernel.
+is the hot path, `paths.hot_path`: the innermost loop that makes most, else the way through the kernel.
 Of a kernel of matrix products the loops around it are counted too, where its operands are made.
 No GPU is needed. A ceiling is what an H100 could do at most, by issue slots and by memory; nothing is
 measured. Exit status: 0, 1 past the committed budget (--check), 2 if something needed is missing.
@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment
-from benchmarks.machine_code import reader
-from benchmarks.machine_code.reader import Function, ToolError, Usage, classify
+from benchmarks.machine_code import paths, reader
+from benchmarks.machine_code.opcodes import CLASSES, classify
+from benchmarks.machine_code.reader import Function, Usage
+from benchmarks.machine_code.tools import ToolError, extract_cubins
 from fedkseed._extras import MissingExtraError, require_extra
 
 HERE = Path(__file__).resolve().parent
@@ -92,7 +94,7 @@ class Rule:
             return num_made / self.num_fmas
         if not self.elements_of_turn:
             return num_made * _ELEMENTS_OF_MATRIX
-        if num_made < reader.PHILOX_PRODUCTS:
+        if num_made < paths.PHILOX_PRODUCTS:
             raise ToolError(f"expected Philox in a turn of the loop of {self.name}, got {num_made} products")
         return self.elements_of_turn
 
@@ -131,12 +133,12 @@ def measure(function: Function, usage: Usage, arch: str, rule: Rule) -> Row:
     Raises:
         ToolError: its machine code does not make what the rule says.
     """
-    path = reader.hot_path(function, rule.makes)
+    path = paths.hot_path(function, rule.makes)
     num_packed = sum(opcode.startswith(_PACKED_FMA) for opcode in path.opcodes) if rule.makes is _FMA else 0
     num_elements = rule.num_elements(path.num_made + num_packed)
     counts = {name: n / num_elements for name, n in Counter(map(classify, path.opcodes)).items()}
     if rule.makes is _MATRIX:
-        _, *around = reader.nested_loops(function, rule.makes)
+        _, *around = paths.nested_loops(function, rule.makes)
         if len(around) != len(TURNS_AROUND_MATRICES):
             raise ToolError(f"expected two loops around the products of {rule.name}, got {len(around)}")
         for opcodes, turn in zip(around, TURNS_AROUND_MATRICES, strict=True):
@@ -195,7 +197,7 @@ def cuda_rule(name: str) -> Rule | None:
 def cuda_rows(library: Path, arches: Sequence[str]) -> Iterator[Row]:
     """The kernels of the built library."""
     with tempfile.TemporaryDirectory() as folder:
-        cubins = reader.extract_cubins(library, Path(folder))
+        cubins = extract_cubins(library, Path(folder))
         for arch in arches:
             if arch not in cubins:
                 raise ToolError(f"expected machine code for {arch} in {library}, got {', '.join(cubins)}")
@@ -279,7 +281,7 @@ def make_budget(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 def print_table(rows: Sequence[Row]) -> None:
     """One line a kernel."""
-    names = [name for name, _ in reader.CLASSES] + ["other"]
+    names = [name for name, _ in CLASSES] + ["control"]
     head = "  ".join(f"{name:>{max(len(name), 6)}}" for name in names)
     print(f"{'kernel':<48} {'arch':<7} {'per element':>11}  {head}  registers  spills  T/s issue  T/s memory")
     for row in rows:
