@@ -1,4 +1,4 @@
-"""The reader of machine code and its budget, on text whose counts are known; and the kernels' own limits."""
+"""Rows and budget of the machine code, on text whose counts are known; and the kernels' own limits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import pytest
 from support.machine_code import LOOP, SASS
 
 from benchmarks.common import environment
-from benchmarks.machine_code import reader, sass
-from benchmarks.machine_code.reader import Function, ToolError, Usage
+from benchmarks.machine_code import few_terms, reader, rows, sass
+from benchmarks.machine_code.reader import Function, Usage
+from benchmarks.machine_code.rules import Rule, cuda_rules
+from benchmarks.machine_code.tools import ToolError
 
-RULE = sass.Rule("a kernel", "gaussian", 0, 4)
+RULE = Rule("a kernel", "gaussian", 0, 4)
 
 
 @pytest.fixture
@@ -23,11 +25,11 @@ def functions() -> list[Function]:
 
 
 @pytest.fixture
-def row(functions: list[Function]) -> sass.Row:
-    return sass.measure(functions[0], Usage(96, 0, 0), "sm_90", RULE)
+def row(functions: list[Function]) -> rows.Row:
+    return rows.measure(functions[0], Usage(96, 0, 0), "sm_90", RULE)
 
 
-def test_counts_of_a_row(row: sass.Row) -> None:
+def test_counts_of_a_row(row: rows.Row) -> None:
     assert row.instructions_per_element == len(LOOP) / 2
     per_element = {"FMA": 1, "conversion": 1, "integer": 1, "memory": 0.5, "control": 1.5, "uniform": 0.5}
     assert row.classes == per_element
@@ -49,9 +51,9 @@ def test_the_loops_around_matrix_products_are_counted() -> None:
     text = ".L_block:\n" + lines(0, prepare) + "\n.L_words:\n" + lines(16, words)
     text += "\n.L_products:\n" + lines(48, [*products, "@P0 BRA `(.L_products)"])
     text += "\n" + lines(56, ["BAR.SYNC 0x0", "@P1 BRA `(.L_words)", "@P2 BRA `(.L_block)"])
-    rule = sass.Rule("a kernel", "rademacher", 0, 4, elements_of_turn=0)
-    row = sass.measure(reader.parse(text)[0], Usage(32, 0, 0), "sm_90", rule)
-    words_turn, block_turn = sass.TURNS_AROUND_MATRICES
+    rule = Rule("a kernel", "rademacher", 0, 4, elements_of_turn=0)
+    row = rows.measure(reader.parse(text)[0], Usage(32, 0, 0), "sm_90", rule)
+    words_turn, block_turn = rows.TURNS_AROUND_MATRICES
     assert row.instructions_per_element == pytest.approx(8 / 32 + 34 / words_turn + 17 / block_turn, abs=1e-3)
     assert row.barriers_on_hot_path == 0
     assert row.classes["matrix"] == pytest.approx(2 / 32, abs=1e-3)
@@ -62,8 +64,8 @@ def test_a_packed_fma_makes_two_elements() -> None:
     text = "\n".join(f" /*{16 * i:04x}*/ {opcode} ;" for i, opcode in enumerate(opcodes))
     function = reader.parse(".L_x:\n" + text)[0]
     for num_fmas, per_element in ((1, 4 / 3), (2, 8 / 3)):
-        rule = sass.Rule("a kernel", "rademacher", 1, 4, num_fmas)
-        row = sass.measure(function, Usage(32, 0, 0), "sm_100", rule)
+        rule = Rule("a kernel", "rademacher", 1, 4, num_fmas)
+        row = rows.measure(function, Usage(32, 0, 0), "sm_100", rule)
         assert row.instructions_per_element == pytest.approx(per_element, abs=1e-3)
 
 
@@ -76,28 +78,41 @@ def test_turns_around_matrices_are_those_of_the_source() -> None:
         for name, number in re.findall(r"constexpr int (kThreads|kWordChunk|kOctetShift) = (\d+);", source)
     }
     octet = 2 ** found["kOctetShift"]
-    assert (octet * found["kWordChunk"], octet * found["kThreads"]) == sass.TURNS_AROUND_MATRICES
+    assert (octet * found["kWordChunk"], octet * found["kThreads"]) == rows.TURNS_AROUND_MATRICES
 
 
 def test_rules_of_cuda_kernels() -> None:
-    assert sass.cuda_rule("many_rademacher<Fp32>") == sass.Rule(
-        "cuda rademacher fp32, K loop", "rademacher", 0, 8, elements_of_turn=0
-    )
-    few = sass.cuda_rule("few_terms<Bf16, Gaussian, 2, 0>")
-    assert few == sass.Rule("cuda gaussian bf16, K = 2", "gaussian", 2, 4)
-    compensated = sass.cuda_rule("few_terms<Bf16, Gaussian, 1, 1>")
-    assert compensated == sass.Rule("cuda gaussian bf16, K = 1, compensated", "gaussian", 1, 8)
-    # The value of an fp16 weight and its residual is an fma of its own.
-    assert [sass.cuda_rule(f"few_terms<{dtype}, Rademacher, 1, 1>") for dtype in ("Bf16", "Fp16")] == [
-        sass.Rule(f"cuda rademacher {dtype}, K = 1, compensated", "rademacher", 1, 8, num_fmas)
-        for dtype, num_fmas in (("bf16", 1), ("fp16", 2))
-    ]
-    assert sass.cuda_rule("_ZN12_GLOBAL__N_11philox_wordsE") is None
+    (many,) = cuda_rules("many_rademacher<Fp32>")
+    assert many == Rule("cuda rademacher fp32, K loop", "rademacher", 0, 8, elements_of_turn=0)
+    (runs,) = cuda_rules("strided<Bf16, Gaussian>")
+    assert runs == Rule("cuda gaussian bf16, K loop, runs", "gaussian", 0, 4)
+    names = {
+        name: [rule.name for rule in cuda_rules(name)]
+        for name in ("few_terms<Bf16, Gaussian, 2, 0>", "few_terms<Fp16, Rademacher, 1, 1>")
+    }
+    assert names == {
+        "few_terms<Bf16, Gaussian, 2, 0>": [
+            "cuda gaussian bf16, K = 2",
+            "cuda gaussian bf16, K = 2, pair",
+            "cuda gaussian bf16, K = 2, stochastic",
+            "cuda gaussian bf16, K = 2, compensated",
+        ],
+        "few_terms<Fp16, Rademacher, 1, 1>": [
+            "cuda rademacher fp16, K = 1, compensated",
+            "cuda rademacher fp16, K = 1, out, compensated",
+            "cuda rademacher fp16, K = 1, pair, compensated",
+        ],
+    }
+    short, pair, noise = cuda_rules("few_terms<Fp32, Gaussian, 1, 0>")
+    assert [rule.bytes_per_element for rule in (short, pair, noise)] == [8, 12, 4]
+    assert [rule.elements_of_turn for rule in (short, pair, noise)] == [16, 8, 8]
+    assert short.landmarks == few_terms.landmarks("fp32", "gaussian", 1, few_terms.ways("fp32", 1, False)[0])
+    assert list(cuda_rules("_ZN12_GLOBAL__N_11philox_wordsE")) == []
     with pytest.raises(ToolError, match="has a rule for, got new_kernel<Bf16>; add one"):
-        sass.cuda_rule("new_kernel<Bf16>")
+        list(cuda_rules("new_kernel<Bf16>"))
 
 
-def test_budget(row: sass.Row) -> None:
+def test_budget(row: rows.Row) -> None:
     budget = sass.make_budget([row])
     assert budget == {"sm_90": {"a kernel": {"instructions_per_element": 5.55, "registers": 96}}}
     assert sass.problems([row], budget, ["sm_90"]) == []
@@ -113,7 +128,7 @@ def test_budget(row: sass.Row) -> None:
 
 
 def test_command(
-    row: sass.Row, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    row: rows.Row, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sass, "BUDGET", tmp_path / "budget.json")
     rows = [replace(row, kernel="triton x")]
@@ -149,6 +164,15 @@ PROMISED = {
 
 def test_the_committed_budget_is_within_what_was_promised() -> None:
     budget = json.loads(sass.BUDGET.read_text())
-    assert set(budget) == set(sass.ARCHES)
+    assert set(budget) == set(rows.ARCHES)
     for kernel, limit in PROMISED.items():
         assert budget["sm_90"][kernel]["instructions_per_element"] <= limit, kernel
+
+
+def test_each_case_stands_beside_its_other_compiler() -> None:
+    """Pairs, stochastic rounding, noise and reads of residuals: Triton's rows have CUDA's beside them."""
+    for arch, kernels in json.loads(sass.BUDGET.read_text()).items():
+        cases = [name for name in kernels if name.startswith("triton") and re.search(r"K = \d, ", name)]
+        beside = [name.replace("triton", "cuda", 1) for name in cases if "rows" not in name]
+        assert len(beside) >= 12
+        assert kernels.keys() >= set(beside), arch

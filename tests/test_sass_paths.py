@@ -11,7 +11,8 @@ from support.machine_code import LOOP, SASS, lines
 
 from benchmarks.machine_code import opcodes, paths, reader, tools
 from benchmarks.machine_code.reader import Function
-from benchmarks.machine_code.sass import ARCHES, LIBRARY
+from benchmarks.machine_code.rows import ARCHES
+from benchmarks.machine_code.sass import LIBRARY
 from benchmarks.machine_code.tools import ToolError
 
 CONVERSION = re.compile(r"I2FP?(\.F32\.S32)?$")

@@ -42,13 +42,13 @@ def test_compiles(target: str, variant: Variant) -> None:
 @pytest.mark.slow
 def test_every_fma_is_written_out(tmp_path: Path) -> None:
     """8.5 fma a normal in the loop over terms: 15 of the transform and two sums a word; nothing was fused."""
-    from benchmarks.machine_code import reader, sass
+    from benchmarks.machine_code import reader, rows, rules
 
     compiled = triton_kernels.compile_variant(Variant("gaussian", "fp32", 0), TARGETS["sm_90"])
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
     ((function, usage),) = reader.read_cubin(cubin)
-    row = sass.measure(function, usage, "sm_90", sass.Rule("loop", "gaussian", 0, 8))
+    row = rows.measure(function, usage, "sm_90", rules.Rule("loop", "gaussian", 0, 8))
     assert row.classes["FMA"] == 8.5
     assert row.barriers_on_hot_path == row.spills == row.stack == 0
     assert row.instructions_per_element <= 26.5

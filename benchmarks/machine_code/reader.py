@@ -19,12 +19,14 @@ class Instruction:
     text: opcode and operands, without the predicate that may guard it.
     goes_on: whether control may go to the next instruction.
     targets: positions of the function's instructions that it may jump to.
+    conditions: predicates and the values that all of them have where it jumps or ends the function.
     """
 
     opcode: str
     text: str
     goes_on: bool
     targets: tuple[int, ...] = ()
+    conditions: tuple[tuple[str, bool], ...] = ()
 
 
 @dataclass
@@ -121,13 +123,18 @@ def _instruction(
     named = re.findall(r"\.L\w+", operands)
     if flow is Flow.CALL:  # CALL of a label never returns: sm_80 leaves loops so
         flow = Flow.JUMP if named else Flow.ON
-    if flow is not Flow.JUMP:
-        return Instruction(opcode, text, goes_on=flow is Flow.ON or bool(guard))
+    if flow is Flow.ON:
+        return Instruction(opcode, text, goes_on=True)
+    # A branch may have a condition as an operand: BRA P1, `(.L); BRA.U !UP0, `(.L).
+    parts = [guard.strip(" @")]
+    if base(opcode) == "BRA":
+        parts.append(operands.partition("`")[0].strip(" ,"))
+    conditions = tuple((part.strip("!"), "!" not in part) for part in parts if part)
+    if flow is Flow.END:
+        return Instruction(opcode, text, bool(conditions), (), conditions)
     if not named or not labels.keys() >= set(named):
         raise ToolError(f"expected labels of {function} that a jump may go to, got {text}")
-    # A branch may have its condition as an operand: BRA P1, `(.L); BRA.U !UP0, `(.L).
-    is_guarded = bool(guard) or (base(opcode) == "BRA" and not operands.startswith("`"))
-    return Instruction(opcode, text, is_guarded, tuple(labels[label] for label in named))
+    return Instruction(opcode, text, bool(conditions), tuple(labels[label] for label in named), conditions)
 
 
 @dataclass(frozen=True)

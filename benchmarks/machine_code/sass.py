@@ -13,234 +13,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment
-from benchmarks.machine_code import paths, reader
-from benchmarks.machine_code.opcodes import CLASSES, classify
-from benchmarks.machine_code.reader import Function, Usage
-from benchmarks.machine_code.tools import ToolError, extract_cubins
-from fedkseed._extras import MissingExtraError, require_extra
+from benchmarks.machine_code.opcodes import CLASSES
+from benchmarks.machine_code.rows import ARCHES, Row, cuda_rows, triton_rows
+from benchmarks.machine_code.tools import ToolError
+from fedkseed._extras import MissingExtraError
 
 HERE = Path(__file__).resolve().parent
 BUDGET = HERE / "budget.json"
 LIBRARY = environment.REPOSITORY / "fedkseed_kernels" / "_lib" / "libfedkseed_cuda.so"
-ARCHES = ("sm_80", "sm_90", "sm_100")
-
-#: H100 SXM: 132 SMs issue 4 instructions for 32 lanes each clock of 1.755 GHz; 3.35 TB/s.
-ISSUE_SLOTS_PER_SECOND = 132 * 128 * 1.755e9
-BYTES_PER_SECOND = 3.35e12
 #: What a budget leaves to another patch release of a compiler.
 MARGIN = 1.01
-ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-
-_INTEGER_TO_FLOAT = re.compile(r"I2FP?(\.F32\.S32|\.S32)?$")  # two a word, which gives two normals
-_FMA = re.compile(r"[FD]FMA")  # of a short Rademacher kernel: alpha w + acc, and Rule.num_fmas says what else
-_PACKED_FMA = "FFMA2"  # of two elements, from sm_100 on
-_PHILOX = re.compile(r"IMAD\.WIDE")  # 16 to 20 a call
-_MATRIX = re.compile(r"IMMA")  # of 16 elements and 32 terms, by 32 threads
-_ELEMENTS_OF_MATRIX = 16
-
-#: Elements of a thread times terms in one turn of the loops around the matrix products of many_rademacher, as
-#: csrc/cuda/many_rademacher.h has them: kOctet times kWordChunk and times kTermBlock.
-TURNS_AROUND_MATRICES = (8 * 64, 8 * 256)
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How to read one kernel: its name in the tables, what makes an element, and the memory that one moves.
-
-    num_terms 0: a loop over any number of terms; the count is then per element and term.
-    num_fmas: of a short Rademacher kernel, fma that an element takes (`num_fmas_of`).
-    elements_of_turn: of a loop over Rademacher terms, elements times terms of a turn; 0 if they are summed
-    as matrix products.
-    """
-
-    name: str
-    family: str
-    num_terms: int
-    bytes_per_element: int
-    num_fmas: int = 1
-    elements_of_turn: int = 8
-
-    @property
-    def makes(self) -> re.Pattern[str]:
-        if self.family == "gaussian":
-            return _INTEGER_TO_FLOAT
-        if not self.is_loop:
-            return _FMA
-        return _PHILOX if self.elements_of_turn else _MATRIX
-
-    @property
-    def is_loop(self) -> bool:
-        return self.num_terms == 0
-
-    def num_elements(self, num_made: int) -> float:
-        """Elements (times terms, in a loop) of a path that makes so many.
-
-        Raises:
-            ToolError: a turn of the loop makes no noise.
-        """
-        if self.family == "gaussian":
-            return num_made / max(self.num_terms, 1)
-        if not self.is_loop:
-            return num_made / self.num_fmas
-        if not self.elements_of_turn:
-            return num_made * _ELEMENTS_OF_MATRIX
-        if num_made < paths.PHILOX_PRODUCTS:
-            raise ToolError(f"expected Philox in a turn of the loop of {self.name}, got {num_made} products")
-        return self.elements_of_turn
-
-
-def num_fmas_of(dtype: str, num_sides: int, is_compensated: bool) -> int:
-    """alpha w + acc on each side, and w itself where it is a compensated fp16 weight."""
-    return num_sides + (is_compensated and dtype == "fp16")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One kernel on one architecture."""
-
-    kernel: str
-    arch: str
-    instructions_per_element: float
-    classes: dict[str, float]
-    is_loop_over_terms: bool
-    elements_of_hot_path: float
-    barriers_on_hot_path: int
-    registers: int
-    stack: int
-    spills: int
-    issue_ceiling: float
-    memory_ceiling: float
-
-    @property
-    def bound(self) -> str:
-        """What limits one pass (a loop over terms: one of a single term) on an H100."""
-        return "memory" if self.memory_ceiling < self.issue_ceiling else "issue"
-
-
-def measure(function: Function, usage: Usage, arch: str, rule: Rule) -> Row:
-    """Count one kernel.
-
-    Raises:
-        ToolError: its machine code does not make what the rule says.
-    """
-    path = paths.hot_path(function, rule.makes)
-    num_packed = sum(opcode.startswith(_PACKED_FMA) for opcode in path.opcodes) if rule.makes is _FMA else 0
-    num_elements = rule.num_elements(path.num_made + num_packed)
-    counts = {name: n / num_elements for name, n in Counter(map(classify, path.opcodes)).items()}
-    if rule.makes is _MATRIX:
-        _, *around = paths.nested_loops(function, rule.makes)
-        if len(around) != len(TURNS_AROUND_MATRICES):
-            raise ToolError(f"expected two loops around the products of {rule.name}, got {len(around)}")
-        for opcodes, turn in zip(around, TURNS_AROUND_MATRICES, strict=True):
-            for name, n in Counter(map(classify, opcodes)).items():
-                counts[name] = counts.get(name, 0) + n / turn
-    total = sum(counts.values())
-    return Row(
-        kernel=rule.name,
-        arch=arch,
-        instructions_per_element=round(total, 3),
-        classes={name: round(n, 3) for name, n in sorted(counts.items(), key=lambda item: -item[1])},
-        is_loop_over_terms=rule.is_loop,
-        elements_of_hot_path=num_elements,
-        barriers_on_hot_path=sum(opcode.startswith("BAR") for opcode in path.opcodes),
-        registers=usage.registers,
-        stack=usage.stack,
-        spills=usage.spills,
-        issue_ceiling=ISSUE_SLOTS_PER_SECOND / total,
-        memory_ceiling=BYTES_PER_SECOND / rule.bytes_per_element,
-    )
-
-
-_CUDA_NAME = re.compile(r"(\w+)<(\w+)(?:, (\w+))?(?:, (\d+))?(?:, ([01]))?>$")
-
-
-def cuda_rule(name: str) -> Rule | None:
-    """The rule of a kernel of csrc/cuda by its readable name; None for the test-only ones, without a dtype.
-
-    Raises:
-        ToolError: the name is none that this tool knows.
-    """
-    found = _CUDA_NAME.match(name)
-    if found is None:
-        return None
-    kernel, storage, family, num_terms, compensated = found.groups()
-    dtype = storage.lower()
-    if kernel in ("many_gaussian", "many_rademacher") and family is None:
-        family = kernel.removeprefix("many_")
-    elif kernel not in ("few_terms", "strided") or family is None:
-        raise ToolError(
-            f"expected a kernel that benchmarks/machine_code/sass.py has a rule for, got {name}; add one"
-        )
-    family = family.lower()
-    terms = int(num_terms or 0)
-    form = f"K = {terms}" if terms else "K loop"
-    is_compensated = compensated == "1"
-    suffix = ", runs" if kernel == "strided" else ", compensated" if is_compensated else ""
-    label = f"cuda {family} {dtype}, {form}{suffix}"
-    of_turn = 0 if kernel == "many_rademacher" else 8
-    moved = 2 * ITEMSIZES[dtype] * (2 if is_compensated else 1)
-    # Kernels of two terms serve both kinds of weights; most fma lie on the way of compensated ones.
-    num_fmas = num_fmas_of(dtype, 1, is_compensated or terms > 1)
-    return Rule(label, family, terms, moved, num_fmas, of_turn)
-
-
-def cuda_rows(library: Path, arches: Sequence[str]) -> Iterator[Row]:
-    """The kernels of the built library."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubins = extract_cubins(library, Path(folder))
-        for arch in arches:
-            if arch not in cubins:
-                raise ToolError(f"expected machine code for {arch} in {library}, got {', '.join(cubins)}")
-            for cubin in cubins[arch]:
-                for function, usage in reader.read_cubin(cubin):
-                    rule = cuda_rule(reader.readable_name(function.name))
-                    if rule is not None:
-                        yield measure(function, usage, arch, rule)
-
-
-def triton_rows(arches: Sequence[str]) -> Iterator[Row]:
-    """The Triton kernels, compiled here.
-
-    Raises:
-        MissingExtraError: the package triton is not installed.
-    """
-    require_extra("bench", "triton")
-    from benchmarks.machine_code import triton_kernels
-
-    moved = {"in place": 2, "pair": 3, "noise": 1, "rows": 2}
-    residuals_moved = {"in place": 2, "pair": 1, "rows": 1}
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        for arch in arches:
-            for variant in triton_kernels.VARIANTS:
-                compiled = triton_kernels.compile_variant(variant, triton_kernels.TARGETS[arch])
-                cubin.write_bytes(compiled.asm["cubin"])
-                ((function, usage),) = reader.read_cubin(cubin)
-                num_sides = 2 if variant.form == "pair" else 1
-                num_moved = moved[variant.form]
-                if variant.compensated:
-                    num_moved += residuals_moved[variant.form]
-                config = triton_kernels.config_of(variant)
-                of_turn = config.num_lanes * config.unroll
-                rule = Rule(
-                    variant.name,
-                    variant.family,
-                    variant.num_terms,
-                    ITEMSIZES[variant.dtype] * num_moved,
-                    num_fmas_of(variant.dtype, num_sides, variant.compensated),
-                    of_turn,
-                )
-                yield measure(function, usage, arch, rule)
 
 
 def problems(rows: Sequence[Row], budget: dict[str, dict[str, Any]], arches: Sequence[str]) -> list[str]:
@@ -313,10 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     try:
         if options.only != "triton":
-            if not options.library.exists():
-                raise ToolError(
-                    f"expected the CUDA library at {options.library}, got none; build it, or --only triton"
-                )
             rows += cuda_rows(options.library, arches)
         if options.only != "cuda":
             rows += triton_rows(arches)

@@ -34,7 +34,7 @@ class Variant:
     family: str
     dtype: str
     num_terms: int
-    form: str = "in place"  # or: pair, noise, rows
+    form: str = "in place"  # or: out, pair, noise, rows
     stochastic: bool = False
     compensated: bool = False
 
@@ -68,6 +68,11 @@ VARIANTS = (
     *(Variant(family, "bf16", 0, compensated=True) for family in ("gaussian", "rademacher")),
     Variant("gaussian", "bf16", 1, "pair", compensated=True),
     Variant("gaussian", "fp16", 1, "rows", compensated=True),
+    Variant("gaussian", "bf16", 1, "out", compensated=True),
+    Variant("gaussian", "bf16", 2, stochastic=True),
+    *(Variant("gaussian", dtype, 1, "pair") for dtype in ("fp16", "fp32")),
+    Variant("rademacher", "bf16", 1, "pair"),
+    Variant("rademacher", "bf16", 1, stochastic=True),
 )  # fmt: skip
 
 
