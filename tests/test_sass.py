@@ -35,9 +35,13 @@ def test_counts_of_a_row(row: rows.Row) -> None:
     assert row.classes == per_element
     assert sum(row.classes.values()) == row.instructions_per_element
     assert row.barriers_on_hot_path == 0
-    assert row.issue_ceiling == pytest.approx(132 * 128 * 1.755e9 / 5.5)
-    assert row.memory_ceiling == pytest.approx(3.35e12 / 4)
-    assert row.bound == "memory"
+    assert row.work == {"issue": 5.5, "wide": 0.5, "alu": 1.5, "fma": 1}
+    assert row.bytes_per_element == 4
+    # A loop over terms: the weights are read and written once for all of them.
+    assert {(bound.chip, bound.limit, bound.copy) for bound in row.bounds} == {
+        ("H100", "issue", None),
+        ("H200", "issue", None),
+    }
 
 
 def test_the_loops_around_matrix_products_are_counted() -> None:
@@ -136,11 +140,19 @@ def test_command(
     target = tmp_path / "rows.json"
     arguments = ["--only", "triton", "--arch", "sm_90"]
     assert sass.main([*arguments, "--write-budget", "--json", str(target)]) == 0
-    assert json.loads(target.read_text())["rows"][0]["bound"] == "memory"
+    assert json.loads(target.read_text())["rows"][0]["bounds"][0]["limit"] == "issue"
+    assert "# What the machine code allows" in target.with_suffix(".md").read_text()
     assert sass.main([*arguments, "--check"]) == 0
     rows[0] = replace(rows[0], instructions_per_element=9.0)
     assert sass.main([*arguments, "--check"]) == 1
     assert "expected instructions_per_element at most 5.55, got 9.0" in capsys.readouterr().err
+    rows[0] = replace(rows[0], kernel="triton y")
+    assert sass.main([*arguments, "--check"]) == 1
+    assert sass.main([*arguments, "--check", "--write-budget"]) == 0
+    assert list(json.loads(sass.BUDGET.read_text())["sm_90"]) == ["triton y"]
+    monkeypatch.setattr(sass, "RESULT", tmp_path / "results" / "sass.json")
+    assert sass.main([*arguments, "--json"]) == 0
+    assert [file.name for file in sorted(sass.RESULT.parent.iterdir())] == ["sass.json", "sass.md"]
     assert sass.main(["--only", "cuda", "--library", str(tmp_path / "none.so")]) == 2
     assert "expected the CUDA library at" in capsys.readouterr().err
 

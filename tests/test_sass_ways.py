@@ -140,6 +140,30 @@ def test_a_predicate_keeps_its_value_until_it_is_written(branch: str, writer: st
     assert bool(way) is is_possible
 
 
+def test_signs_are_those_of_the_term_not_the_roundings_words() -> None:
+    """The shortest way with one call of Philox would skip the term's and take the rounding's."""
+    term = [*PHILOX, *["LOP3.LUT R4, R4, 0x80000000, R5, 0x78, !PT"] * 8]
+    text = lines(
+        ".L_pass:",
+        "LDG.E.128 R4, [R2.64]",
+        "@P0 BRA `(.L_skipped)",
+        *term,
+        ".L_skipped:",
+        "ISETP.NE.AND P1, PT, R4, RZ, PT",
+        "@!P1 BRA `(.L_nearest)",
+        *PHILOX,
+        ".L_nearest:",
+        *["F2FP.BF16.F32.PACK_AB R4, R5, R6"] * 8,
+        "STG.E.128 [R2.64], R4",
+        "STG.E.128 [R2.64], R4",
+        "@P4 BRA `(.L_pass)",
+        "EXIT",
+    )
+    (function,) = reader.parse(text)
+    found = ways.loop_past(function, few_terms.landmarks("bf16", "rademacher", 1, few_terms._PAIR))
+    assert len(found) == 2 + len(term) + 2 + 8 + 3
+
+
 def test_a_short_way_has_two_octets_a_turn() -> None:
     short, compensated = (few_terms.ways("bf16", 1, is_compensated)[0] for is_compensated in (False, True))
     assert (short.num_elements, compensated.num_elements) == (16, 16)

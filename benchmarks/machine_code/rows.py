@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.machine_code import paths, ways
+from benchmarks.machine_code.chips import Bound, bounds, work_of
 from benchmarks.machine_code.few_terms import ITEMSIZES
 from benchmarks.machine_code.opcodes import classify
 from benchmarks.machine_code.reader import Function, Usage, read_cubin, readable_name
@@ -17,10 +18,6 @@ from benchmarks.machine_code.tools import ToolError, extract_cubins
 from fedkseed._extras import require_extra
 
 ARCHES = ("sm_80", "sm_90", "sm_100")
-#: H100 SXM: 132 SMs issue 4 instructions for 32 lanes each clock of 1.755 GHz; 3.35 TB/s.
-ISSUE_SLOTS_PER_SECOND = 132 * 128 * 1.755e9
-BYTES_PER_SECOND = 3.35e12
-
 #: Elements of a thread times terms in one turn of the loops around the matrix products of many_rademacher, as
 #: csrc/cuda/many_rademacher.h has them: kOctet times kWordChunk and times kTermBlock.
 TURNS_AROUND_MATRICES = (8 * 64, 8 * 256)
@@ -29,7 +26,11 @@ _PACKED_FMA = "FFMA2"  # of two elements, from sm_100 on
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel, or one way through it, on one architecture."""
+    """One kernel, or one way through it, on one architecture.
+
+    work: thread instructions for each element, by the pipe that runs them.
+    bytes_per_element: what a pass reads and writes; a loop over terms is not bound by them.
+    """
 
     kernel: str
     arch: str
@@ -41,13 +42,9 @@ class Row:
     registers: int
     stack: int
     spills: int
-    issue_ceiling: float
-    memory_ceiling: float
-
-    @property
-    def bound(self) -> str:
-        """What limits one pass (a loop over terms: one of a single term) on an H100."""
-        return "memory" if self.memory_ceiling < self.issue_ceiling else "issue"
+    work: dict[str, float]
+    bytes_per_element: int
+    bounds: tuple[Bound, ...]
 
 
 def _counts(function: Function, rule: Rule) -> tuple[dict[str, float], float, int]:
@@ -81,11 +78,11 @@ def measure(function: Function, usage: Usage, arch: str, rule: Rule) -> Row:
     classes: dict[str, float] = {}
     for opcode, n in counts.items():
         classes[classify(opcode)] = classes.get(classify(opcode), 0) + n
-    total = sum(counts.values())
+    work = work_of(counts)
     return Row(
         kernel=rule.name,
         arch=arch,
-        instructions_per_element=round(total, 3),
+        instructions_per_element=round(work["issue"], 3),
         classes={name: round(n, 3) for name, n in sorted(classes.items(), key=lambda item: -item[1])},
         is_loop_over_terms=rule.is_loop,
         elements_of_hot_path=num_elements,
@@ -93,8 +90,9 @@ def measure(function: Function, usage: Usage, arch: str, rule: Rule) -> Row:
         registers=usage.registers,
         stack=usage.stack,
         spills=usage.spills,
-        issue_ceiling=ISSUE_SLOTS_PER_SECOND / total,
-        memory_ceiling=BYTES_PER_SECOND / rule.bytes_per_element,
+        work={pipe: round(n, 3) for pipe, n in work.items()},
+        bytes_per_element=rule.bytes_per_element,
+        bounds=bounds(work, arch, None if rule.is_loop else rule.bytes_per_element),
     )
 
 

@@ -1,12 +1,14 @@
 """What every GPU kernel costs, read from machine code: instructions an element, registers, spills, ceilings.
 
-    python -m benchmarks.machine_code.sass [--arch sm_90] [--json FILE] [--check] [--write-budget]
+    python -m benchmarks.machine_code.sass [--arch sm_90] [--json [FILE]] [--check] [--write-budget]
 
 CUDA kernels come out of the built library, Triton's are compiled here as the package launches them. Counted
-is the hot path, `paths.hot_path`: the innermost loop that makes most, else the way through the kernel.
-Of a kernel of matrix products the loops around it are counted too, where its operands are made.
-No GPU is needed. A ceiling is what an H100 could do at most, by issue slots and by memory; nothing is
-measured. Exit status: 0, 1 past the committed budget (--check), 2 if something needed is missing.
+is the way that few_terms.py names, else the hot path, `paths.hot_path`: the innermost loop that makes most,
+or the way through the kernel. Of a kernel of matrix products the loops around it are counted too, where its
+operands are made. No GPU is needed and nothing is measured: a ceiling is what a chip could do at most,
+chips.py.
+--json without a file renews benchmarks/results/sass.json and its page.
+Exit status: 0, 1 past the committed budget (--check), 2 if something needed is missing.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import environment
+from benchmarks.machine_code.chips import CHIPS
 from benchmarks.machine_code.opcodes import CLASSES
+from benchmarks.machine_code.page import in_words, page
 from benchmarks.machine_code.rows import ARCHES, Row, cuda_rows, triton_rows
 from benchmarks.machine_code.tools import ToolError
 from fedkseed._extras import MissingExtraError
 
 HERE = Path(__file__).resolve().parent
 BUDGET = HERE / "budget.json"
+RESULT = environment.REPOSITORY / "benchmarks" / "results" / "sass.json"
 LIBRARY = environment.REPOSITORY / "fedkseed_kernels" / "_lib" / "libfedkseed_cuda.so"
 #: What a budget leaves to another patch release of a compiler.
 MARGIN = 1.01
@@ -72,17 +77,28 @@ def print_table(rows: Sequence[Row]) -> None:
     """One line a kernel."""
     names = [name for name, _ in CLASSES] + ["control"]
     head = "  ".join(f"{name:>{max(len(name), 6)}}" for name in names)
-    print(f"{'kernel':<48} {'arch':<7} {'per element':>11}  {head}  registers  spills  T/s issue  T/s memory")
+    print(f"{'kernel':<48} {'arch':<7} {'per element':>11}  {head}  registers  spills  ceilings, T/s")
     for row in rows:
         classes = "  ".join(f"{row.classes.get(name, 0):>{max(len(name), 6)}.2f}" for name in names)
         per = f"{row.instructions_per_element:.2f}{'*' if row.is_loop_over_terms else ' '}"
+        ceilings = "; ".join(f"{bound.chip} {in_words(asdict(bound))}" for bound in row.bounds)
         print(
             f"{row.kernel:<48} {row.arch:<7} {per:>11}  {classes}  {row.registers:>9}  {row.spills:>6}  "
-            f"{row.issue_ceiling / 1e12:>9.2f}  {row.memory_ceiling / 1e12:>10.2f}"
+            f"{ceilings}"
         )
-    print(
-        "* per element and term. Ceilings: T elements/s of an H100, by issue slots and, one pass, by memory."
-    )
+    print("* per element and term. Ceilings: T elements (times terms) a second, as page.py explains them.")
+
+
+def write_result(rows: Sequence[Row], file: Path) -> None:
+    """The rows with the chips as a result file, and its page beside it."""
+    content = {
+        "environment": environment.describe(num_threads=1),
+        "chips": [asdict(chip) for chip in CHIPS],
+        "rows": [asdict(row) for row in rows],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    file.with_suffix(".md").write_text(page(content, file.name))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +110,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--library", type=Path, default=LIBRARY, help="the CUDA library (default: the package's)"
     )
     parser.add_argument("--only", choices=("cuda", "triton"), help="only these kernels")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to FILE")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=RESULT,
+        metavar="FILE",
+        help=f"write the rows to FILE (default: {RESULT.name} of the results) and its page beside it",
+    )
     parser.add_argument("--check", action="store_true", help=f"fail past {BUDGET.name}")
     parser.add_argument("--write-budget", action="store_true", help=f"write {BUDGET.name} from these rows")
     options = parser.parse_args(arguments)
@@ -110,14 +133,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print_table(rows)
     if options.json:
-        described = environment.describe(num_threads=1)
-        content = {"environment": described, "rows": [{**asdict(row), "bound": row.bound} for row in rows]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_result(rows, options.json)
     budget: dict[str, dict[str, Any]] = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     if options.write_budget:
         for arch, kernels in make_budget(rows).items():
-            budget[arch] = {**budget.get(arch, {}), **kernels}
+            kept = budget.get(arch, {}) if options.only else {}
+            budget[arch] = {
+                **{name: limits for name, limits in kept.items() if not name.startswith(options.only)},
+                **kernels,
+            }
         BUDGET.write_text(json.dumps(budget, indent=1) + "\n")
     if not options.check:
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import add, gt, lt
 
 from benchmarks.machine_code.opcodes import CONTROL, base
 from benchmarks.machine_code.reader import Function, Instruction
@@ -12,6 +13,7 @@ from benchmarks.machine_code.tools import ToolError
 
 #: Values of predicates that a way relies on.
 Needs = frozenset[tuple[str, bool]]
+_PREDICATE = re.compile(r"U?P\d")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def _written(instruction: Instruction) -> frozenset[str]:
     if base(instruction.opcode) == "R2P":
         return frozenset(f"P{i}" for i in range(7))
     operands = instruction.text.removeprefix(instruction.opcode).split(",")[:3]
-    return frozenset(operand.strip() for operand in operands if re.fullmatch(r" *U?P\d", operand))
+    return frozenset(filter(_PREDICATE.fullmatch, map(str.strip, operands)))
 
 
 def way_past(function: Function, first: int, last: int, landmarks: tuple[Landmark, ...]) -> list[Instruction]:
@@ -60,20 +62,22 @@ def way_past(function: Function, first: int, last: int, landmarks: tuple[Landmar
 
     No predicate is true for one jump and false for a later one unless it may have been written between.
     """
+    instructions = function.instructions[first : last + 1]
+    owns = [tuple(int(bool(mark.pattern.match(i.text))) for mark in landmarks) for i in instructions]
+    least, most = [mark.least for mark in landmarks], [mark.most for mark in landmarks]
+    if any(map(lt, map(sum, zip(*owns, strict=True)), least)):
+        return []
     # By position: what is passed from there to last and which predicates that needs, and the shortest way to.
     rests: dict[int, dict[tuple[tuple[int, ...], Needs], _Rest]] = {}
-    for at in range(last, first - 1, -1):
-        instruction = function.instructions[at]
-        own = tuple(int(bool(landmark.pattern.match(instruction.text))) for landmark in landmarks)
-        if at == last:
-            rests[at] = {(own, frozenset()): _Rest(1, -1, ((), frozenset()))}
-            continue
-        written = _written(instruction)
+    rests[last] = {(owns[-1], frozenset()): _Rest(1, -1, ((), frozenset()))}
+    for at in range(last - 1, first - 1, -1):
+        own = owns[at - first]
+        written = _written(function.instructions[at])
         found = rests[at] = {}
         for then, taken in _steps(function, at):
             for state, rest in rests[then].items() if at < then <= last else ():
-                passed = tuple(map(sum, zip(own, state[0], strict=True)))
-                if any(n > landmark.most for n, landmark in zip(passed, landmarks, strict=True)):
+                passed = tuple(map(add, own, state[0]))
+                if any(map(gt, passed, most)):
                     continue
                 needs = taken.union(need for need in state[1] if need[0] not in written)
                 if len({predicate for predicate, _ in needs}) < len(needs):
@@ -81,9 +85,7 @@ def way_past(function: Function, first: int, last: int, landmarks: tuple[Landmar
                 if (passed, needs) not in found or rest.length + 1 < found[passed, needs].length:
                     found[passed, needs] = _Rest(rest.length + 1, then, state)
     complete = [
-        (rest.length, state)
-        for state, rest in rests[first].items()
-        if all(n >= landmark.least for n, landmark in zip(state[0], landmarks, strict=True))
+        (rest.length, state) for state, rest in rests[first].items() if not any(map(lt, state[0], least))
     ]
     if not complete:
         return []
