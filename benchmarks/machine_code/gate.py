@@ -22,7 +22,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +177,14 @@ def measure(arch: str) -> list[Count]:
 
 def report(counts: Sequence[Count], rates: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The content of the result file."""
+    import triton
+
     nvcc_release = re.search(r"V([\d.]+)", run([find_nvcc(), "--version"]))
     return {
         "environment": environment.describe(num_threads=1),
         "compilers": {
             "nvcc": nvcc_release.group(1) if nvcc_release else "unknown",
-            "triton": metadata.version("triton"),
+            "triton": triton.__version__,
         },
         "gpu": [{**asdict(count), "passed": count.passed} for count in counts],
         "cpu": rates,
