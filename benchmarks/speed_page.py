@@ -7,8 +7,7 @@ from typing import Any
 
 import fedkseed_kernels
 from benchmarks.common import pages
-from benchmarks.common.constants import RESULTS_FOLDER
-from benchmarks.common.environment import REPOSITORY
+from benchmarks.common.places import REPOSITORY, RESULTS_FOLDER
 from benchmarks.kernels import cases
 from benchmarks.models import modes as step_modes
 from benchmarks.step import contestants as step_contestants

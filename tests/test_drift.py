@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.baselines import official
 from benchmarks.common import pages
-from benchmarks.common.constants import RESULTS_FOLDER
+from benchmarks.common.places import RESULTS_FOLDER
 from benchmarks.drift import __main__ as drift
 from benchmarks.drift import report as drift_report
 from benchmarks.drift import walks

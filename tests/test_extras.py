@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from benchmarks.drift import report as drift_report
-from benchmarks.gpu import __main__ as gpu
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.machine_code import gate, sass
 from benchmarks.models import workloads
@@ -65,7 +64,6 @@ USES = {
     "kernel suite": Use("bench", "pytest_benchmark", lambda: kernels.run_suite([])),
     "gate": Use("bench", "triton", lambda: gate.count_triton("sm_90")),
     "machine code": Use("bench", "triton", lambda: list(sass.triton_rows(["sm_90"]))),
-    "GPU benchmark": Use("bench", "triton", lambda: gpu._describe("cuda")),
 }
 
 

@@ -1,13 +1,10 @@
-"""Numbers and places that several questions share."""
+"""Numbers that several questions share."""
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.common.environment import REPOSITORY
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-RESULTS_FOLDER = REPOSITORY / "benchmarks" / "results"
 
 #: Hyperparameters of a local step in the FedKSeed paper's runs; their values do not change any timing.
 ZO_EPS = 5e-4

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 
 import fedkseed_kernels
+from benchmarks.common.places import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+#: Names the commit in a tree without git, as copies on other machines are.
+COMMIT_VARIABLE = "FEDKSEED_COMMIT"
 
 # The CPU features that decide which kernels run.
 _CPU_FLAGS = ("fma", "avx2", "avx512f", "asimd")
@@ -38,10 +40,18 @@ def describe(num_threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "pytest_benchmark": metadata.version("pytest-benchmark"),
+        "pytest_benchmark": version_of("pytest-benchmark"),
         "fedkseed_kernels": info["version"],
         "contract_version": info["contract_version"],
     }
+
+
+def version_of(distribution: str) -> str | None:
+    """The version of an installed distribution; None if it is not."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def load_average() -> float:
@@ -55,7 +65,14 @@ def cpu_model() -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, with "-dirty" when files differ from it; "unknown" outside git."""
+    """The commit that FEDKSEED_COMMIT names, else that of the working tree, with "-dirty" when files differ.
+
+    "unknown" in a tree without git, also one that lies inside another repository.
+    """
+    if named := os.environ.get(COMMIT_VARIABLE):
+        return named
+    if not (REPOSITORY / ".git").exists():
+        return "unknown"
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

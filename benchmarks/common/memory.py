@@ -24,7 +24,7 @@ import torch
 import fedkseed_kernels
 from benchmarks.baselines import torch_ways
 from benchmarks.common.constants import DTYPES, LEARNING_RATE, ZO_EPS
-from benchmarks.common.environment import REPOSITORY
+from benchmarks.common.places import REPOSITORY
 from fedkseed_kernels import derived
 
 #: `randn_like` is the control: it must show a temporary of the tensor's size, or nothing is measured.

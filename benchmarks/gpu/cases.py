@@ -1,18 +1,28 @@
-"""What the GPU benchmark times: the weights, each contestant's passes, and what a pass costs in bytes."""
+"""What the GPU benchmark times: the weights, and each contestant's passes over them."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 import fedkseed_kernels
 from benchmarks.baselines import official, torch_ways
 from benchmarks.common.constants import LEARNING_RATE, ZO_EPS
+from benchmarks.common.measure import Contestant
+from benchmarks.gpu.plan import BACKENDS
 
 PROJECTED_GRADIENT = 0.7  # like LEARNING_RATE and ZO_EPS it changes no timing
+#: Of our passes, of rebuilds from many seeds, of the other contestants' passes.
+_OUR_SAMPLES, _LONG_SAMPLES, _THEIR_SAMPLES = 9, 3, 3
+_MANY_TERMS = 256  # a rebuild of so many is warmed up on a small tensor
+_STANDARD_DEVIATION = 0.02
+_SEED = 11
+
+Named = list[tuple[str, torch.nn.Parameter]]
 
 
 def model_shapes() -> list[tuple[int, ...]]:
@@ -25,172 +35,219 @@ def model_shapes() -> list[tuple[int, ...]]:
 
 
 def make_weights(shapes: list[tuple[int, ...]], dtype: torch.dtype, device: str) -> list[torch.nn.Parameter]:
-    """Zeros: no pass depends on the values in time."""
+    """Weights as a model has them, N(0, 0.02).
+
+    Their bits are random: zeros draw less power, and a GPU then runs at higher clocks. All are finite.
+    """
+    generator = torch.Generator(device).manual_seed(_SEED)
     return [
-        torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
+        torch.nn.Parameter(
+            torch.empty(shape, dtype=dtype, device=device).normal_(
+                0, _STANDARD_DEVIATION, generator=generator
+            ),
+            requires_grad=False,
+        )
         for shape in shapes
     ]
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One contestant's way to do a case.
-
-    Attributes:
-        contestant: "cuda", "triton", "official", "official without decay", "tl.randn", "randn_like + add_" or
-            "copy".
-        run: does it once.
-        num_terms: normals for each element.
-        num_accesses: bytes moved a pass, in elements: 2 for a pass in place.
-        repeats: how many of it the whole operation is (over 1: extrapolated).
-        refusal: why its backend does not serve the case; None if it does.
-    """
-
-    contestant: str
-    run: Callable[[], object]
-    num_terms: int = 1
-    num_accesses: int = 2
-    repeats: int = 1
-    refusal: str | None = None
+def make_residuals(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Residuals of any bits, as steps leave them."""
+    generator = torch.Generator(tensors[0].device).manual_seed(_SEED)
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.int16}
+    return [torch.randint(-(2**15), 2**15, t.shape, device=t.device, **options) for t in tensors]
 
 
 @dataclass(frozen=True)
 class Case:
-    """An operation and who does it."""
+    """An operation and who does it.
+
+    Attributes:
+        num_terms: normals that each element needs.
+        num_bytes: bytes that have to be moved for each element.
+        contestants: "cuda", "triton", "official", "official without decay", "tl.randn", "randn_like + add_".
+        refused: contestants whose backend does not serve the case, with the reason.
+    """
 
     name: str
-    passes: list[Pass]
+    num_terms: int
+    num_bytes: int
+    contestants: list[Contestant]
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def with_others(self, *others: Contestant) -> Case:
+        """The same with further contestants."""
+        return Case(self.name, self.num_terms, self.num_bytes, [*self.contestants, *others], self.refused)
 
 
-def ours(
+def _theirs(name: str, kind: str, call: Callable[[], object], repeats: int = 1) -> Contestant:
+    return Contestant(name, kind, lambda _: _ignore(call()), _THEIR_SAMPLES, repeats)
+
+
+def _ignore(_: object) -> None:
+    """A pass returns nothing that is wanted here."""
+
+
+def _ours(
+    name: str,
     call: Callable[[], object],
     device_type: str,
+    *,
+    num_bytes: int,
     num_terms: int = 1,
-    num_accesses: int = 2,
-) -> list[Pass]:
-    """The call served by "cuda" (CUDA C++) and by "triton", if they serve tensors of the device."""
+    warm_up: Callable[[], object] | None = None,
+) -> Case:
+    """A case of the call served by "cuda" (CUDA C++) and by "triton", if they serve tensors of the device."""
 
-    def run(backend: str) -> None:
+    def served(backend: str, what: Callable[[], object], _: int = 0) -> None:
         with fedkseed_kernels.backend(backend):
-            call()
+            what()
 
-    return [
-        Pass(
-            label,
-            functools.partial(run, backend),
-            num_terms,
-            num_accesses,
-            refusal=fedkseed_kernels.unavailable(backend, device_type),
-        )
-        for label, backend in (("cuda", "native"), ("triton", "triton"))
-    ]
+    contestants, refused = [], {}
+    for label, backend in BACKENDS.items():
+        reason = fedkseed_kernels.unavailable(backend, device_type)
+        if reason is not None:
+            refused[label] = reason
+            continue
+        warm = None if warm_up is None else functools.partial(served, backend, warm_up)
+        samples = _OUR_SAMPLES if num_terms < _MANY_TERMS else _LONG_SAMPLES
+        run = functools.partial(served, backend, call)
+        contestants.append(Contestant(label, "ours", run, samples, warm_up=warm))
+    return Case(name, num_terms, num_bytes, contestants, refused)
 
 
 def cases(
     weights: list[torch.nn.Parameter], *, rebuild_seeds: tuple[int, ...], num_official_seeds: int
 ) -> Iterator[Case]:
-    """The cases over these weights, one after the other: a pair's outputs live only while its case runs."""
+    """The cases over these weights, one after the other: a case's outputs live only while it runs.
+
+    Ours run on prepared handles, as a step's passes do.
+    """
     named = [(f"{position}.weight", weight) for position, weight in enumerate(weights)]
     tensors = [weight.data for weight in weights]
+    yield from _in_place(named, tensors)
+    yield from _out_of_place(tensors)
+    if tensors[0].dtype.itemsize == 2:
+        yield from _of_16_bits(tensors)
+        yield from _in_fp32(tensors)
+    for family in fedkseed_kernels.FAMILIES:
+        for num_seeds in rebuild_seeds:
+            rebuild = _rebuild(tensors, num_seeds, family)
+            theirs = _rebuilds_of_theirs(named, num_seeds, num_official_seeds)
+            yield rebuild.with_others(*theirs) if family == "gaussian" else rebuild
+
+
+def _in_place(named: Named, tensors: list[torch.Tensor]) -> Iterator[Case]:
+    weights = [weight for _, weight in named]
     prepared = fedkseed_kernels.prepare(tensors)
-    device_type = tensors[0].device.type
-    yield Case(
-        "perturb",
-        [
-            *ours(lambda: prepared.perturb_(5, ZO_EPS), device_type),
-            Pass("official", lambda: official.perturb_(named, 5, 1, ZO_EPS)),
-            Pass(
-                "tl.randn",
-                lambda: triton_randn_add_(tensors, 5, ZO_EPS),
-                refusal=fedkseed_kernels.unavailable("triton", device_type),
-            ),
-            Pass("randn_like + add_", lambda: torch_ways.axpy_(weights, 5, ZO_EPS)),
-        ],
+    device_type, num_bytes = tensors[0].device.type, 2 * tensors[0].dtype.itemsize
+    ours = functools.partial(_ours, device_type=device_type, num_bytes=num_bytes)
+    perturb = ours("perturb", lambda: prepared.perturb_(5, ZO_EPS)).with_others(
+        _theirs("official", "official", lambda: official.perturb_(named, 5, 1, ZO_EPS)),
+        _theirs("randn_like + add_", "torch", lambda: torch_ways.axpy_(weights, 5, ZO_EPS)),
     )
+    reason = fedkseed_kernels.unavailable("triton", device_type)
+    if reason is None:
+        randn = _theirs("tl.randn", "triton", lambda: triton_randn_add_(tensors, 5, ZO_EPS))
+        yield perturb.with_others(randn)
+    else:
+        perturb.refused["tl.randn"] = reason
+        yield perturb
 
     def official_merged() -> None:
         official.perturb_(named, 5, 1, ZO_EPS)
         official.update_(named, 5, PROJECTED_GRADIENT, LEARNING_RATE)
 
     merged = ZO_EPS - LEARNING_RATE * PROJECTED_GRADIENT
-    yield Case(
-        "restore and update",
-        [*ours(lambda: prepared.perturb_(5, merged), device_type), Pass("official", official_merged, 2)],
-    )
-    chained = ([5, 6], [merged, ZO_EPS])
-    yield Case("chained", ours(lambda: prepared.seed_axpy_(*chained), device_type, 2))
-    outs = {name: [torch.empty_like(tensor) for tensor in tensors] for name in ("out_plus", "out_minus")}
-    yield Case(
-        "pair",
-        ours(lambda: fedkseed_kernels.seed_axpy_pair(tensors, [5], [ZO_EPS], **outs), device_type, 1, 3),
-    )
-    outs.clear()
-    if tensors[0].dtype.itemsize == 2:
-        yield from _compensated_cases(tensors)
-    for family in fedkseed_kernels.FAMILIES:
-        for num_seeds in rebuild_seeds:
-            yield Case(
-                f"rebuild, K = {num_seeds}, {family}",
-                [
-                    *_rebuild_of_ours(tensors, num_seeds, family),
-                    *(
-                        _rebuild_of_theirs(named, weights, num_seeds, num_official_seeds)
-                        if family == "gaussian"
-                        else []
-                    ),
-                ],
-            )
+    restore = ours("restore and update", lambda: prepared.perturb_(5, merged))
+    yield restore.with_others(_theirs("official", "official", official_merged))
+    yield ours("chained", lambda: prepared.seed_axpy_([5, 6], [merged, ZO_EPS]), num_terms=2)
+    rademacher = fedkseed_kernels.prepare(tensors, family="rademacher")
+    yield ours("perturb, rademacher", lambda: rademacher.perturb_(5, ZO_EPS))
 
 
-def _compensated_cases(tensors: list[torch.Tensor]) -> Iterator[Case]:
-    """16-bit weights with residuals: a perturbed copy reads both, an update reads and writes both."""
-    device_type = tensors[0].device.type
-    residuals = [torch.zeros_like(tensor, dtype=torch.int16) for tensor in tensors]
+def _out_of_place(tensors: list[torch.Tensor]) -> Iterator[Case]:
+    """What streamed steps do to a unit at a time: a perturbed copy, and both sides at once."""
+    size, device_type = tensors[0].dtype.itemsize, tensors[0].device.type
+    plus = [torch.empty_like(tensor) for tensor in tensors]
+    copied = fedkseed_kernels.prepare_out(tensors, plus)
+    yield _ours("perturbed copy", lambda: copied.seed_axpy([5], [ZO_EPS]), device_type, num_bytes=2 * size)
+    minus = [torch.empty_like(tensor) for tensor in tensors]
+    both = fedkseed_kernels.prepare_pair(tensors, plus, minus)
+    yield _ours("pair", lambda: both.seed_axpy_pair([5], [ZO_EPS]), device_type, num_bytes=3 * size)
+
+
+def _of_16_bits(tensors: list[torch.Tensor]) -> Iterator[Case]:
+    """Stochastic rounding; residuals, which a perturbed copy reads and an update also writes."""
+    size, device_type = tensors[0].dtype.itemsize, tensors[0].device.type
+    prepared = fedkseed_kernels.prepare(tensors)
+    rounding: dict[str, Any] = {"rounding": "stochastic", "rounding_seed": 7}
+    yield _ours(
+        "perturb, stochastic",
+        lambda: prepared.perturb_(5, ZO_EPS, **rounding),
+        device_type,
+        num_bytes=2 * size,
+    )
+    residuals = make_residuals(tensors)
     out = [torch.empty_like(tensor) for tensor in tensors]
+    copied = fedkseed_kernels.prepare_out(tensors, out, residuals=residuals)
+    yield _ours(
+        "perturbed copy, compensated",
+        lambda: copied.seed_axpy([5], [ZO_EPS]),
+        device_type,
+        num_bytes=3 * size,
+    )
+    updated = fedkseed_kernels.prepare(tensors, residuals=residuals)
+    coeff = -LEARNING_RATE * PROJECTED_GRADIENT
+    yield _ours("update, compensated", lambda: updated.perturb_(5, coeff), device_type, num_bytes=4 * size)
 
-    def perturb() -> None:
-        fedkseed_kernels.seed_axpy(tensors, [5], [ZO_EPS], residuals=residuals, out=out)
 
-    yield Case("perturb, compensated", ours(perturb, device_type, 1, 3))
-    out.clear()
-    prepared = fedkseed_kernels.prepare(tensors, residuals=residuals)
-    update = ours(lambda: prepared.perturb_(5, -LEARNING_RATE * PROJECTED_GRADIENT), device_type, 1, 4)
-    yield Case("update, compensated", update)
+def _in_fp32(tensors: list[torch.Tensor]) -> Iterator[Case]:
+    """A perturbed copy of 16-bit weights that is not rounded: what a step with fp32 forward passes reads."""
+    device, num_bytes = tensors[0].device, tensors[0].dtype.itemsize + torch.float32.itemsize
+    wide = [torch.empty(tensor.shape, dtype=torch.float32, device=device) for tensor in tensors]
+    copied = fedkseed_kernels.prepare_out(tensors, wide)
+    yield _ours(
+        "perturbed copy in fp32",
+        lambda: copied.seed_axpy([5], [ZO_EPS]),
+        device.type,
+        num_bytes=num_bytes,
+    )
 
 
-def _rebuild_of_ours(tensors: list[torch.Tensor], num_seeds: int, family: str) -> list[Pass]:
+def _rebuild(tensors: list[torch.Tensor], num_seeds: int, family: str) -> Case:
+    """A rebuild from seeds and coefficients on the device."""
     device = tensors[0].device
     seeds = torch.arange(1, num_seeds + 1, device=device)
     coeffs = torch.full((num_seeds,), 1e-4, device=device, dtype=torch.float64)
+    prepared = fedkseed_kernels.prepare(tensors, family=family)
+    small = fedkseed_kernels.prepare(min(tensors, key=torch.Tensor.numel), family=family)
+    return _ours(
+        f"rebuild, K = {num_seeds}, {family}",
+        lambda: prepared.seed_axpy_(seeds, coeffs),
+        device.type,
+        num_bytes=2 * tensors[0].dtype.itemsize,
+        num_terms=num_seeds,
+        warm_up=(lambda: small.seed_axpy_(seeds, coeffs)) if num_seeds >= _MANY_TERMS else None,
+    )
 
-    def call() -> None:
-        fedkseed_kernels.seed_axpy_(tensors, seeds, coeffs, family=family)
 
-    return ours(call, device.type, num_seeds)
-
-
-def _rebuild_of_theirs(
-    named: list[tuple[str, torch.nn.Parameter]],
-    weights: list[torch.nn.Parameter],
-    num_seeds: int,
-    num_official_seeds: int,
-) -> list[Pass]:
+def _rebuilds_of_theirs(named: Named, num_seeds: int, num_official_seeds: int) -> list[Contestant]:
     """A few seeds timed, the rest extrapolated: they go seed by seed."""
     timed = min(num_seeds, num_official_seeds)
     pool = {seed: PROJECTED_GRADIENT for seed in range(1, timed + 1)}
     repeats = num_seeds // timed
 
-    def without_decay() -> None:
-        official.rebuild_(named, pool, LEARNING_RATE, decay_terms=False)
-
     def simple() -> None:
         for seed in pool:
-            torch_ways.axpy_(weights, seed, LEARNING_RATE)
+            torch_ways.axpy_([weight for _, weight in named], seed, LEARNING_RATE)
 
+    rebuild = functools.partial(official.rebuild_, named, pool, LEARNING_RATE)
+    without = functools.partial(rebuild, decay_terms=False)
     return [
-        Pass("official", lambda: official.rebuild_(named, pool, LEARNING_RATE), timed, repeats=repeats),
-        Pass("official without decay", without_decay, timed, repeats=repeats),
-        Pass("randn_like + add_", simple, timed, repeats=repeats),
+        _theirs("official", "official", rebuild, repeats),
+        _theirs("official without decay", "official", without, repeats),
+        _theirs("randn_like + add_", "torch", simple, repeats),
     ]
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import fedkseed_kernels
 from benchmarks.common import environment, memory
-from benchmarks.common.constants import DTYPES, RESULTS_FOLDER
+from benchmarks.common.constants import DTYPES
+from benchmarks.common.places import RESULTS_FOLDER
 from benchmarks.kernels import report, results
 from benchmarks.kernels.settings import Settings, make_settings
 from benchmarks.kernels.weights import num_parameters

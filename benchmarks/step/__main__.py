@@ -78,14 +78,9 @@ class StepSettings:
 #: Seconds on any machine: a smoke test whose figures mean nothing.
 QUICK = StepSettings(model="random-tiny", num_tokens=16, num_samples=2)
 
-#: The 1B model on a GPU, as `benchmarks.gpu` measures it: some minutes, and at most 66 GB of its memory:
-#: 40 for 14 models in bf16 and one in fp32, 5 for the residuals of two, 8 for scratch (the tied head, in bf16
-#: or fp32, once or twice a streamed model), 13 for three times the fp32 logits of a doubled batch of 8.
-GPU_1B = StepSettings(model="random-1b", device="cuda", batch_sizes=(1, 8), num_tokens=512, num_samples=9)
-
 
 def measure(settings: StepSettings, num_threads: int) -> dict[str, Any]:
-    """{"settings", "rows"} of a run, for a result file; `benchmarks.gpu` calls it with `GPU_1B`.
+    """{"settings", "rows"} of a run, for a result file.
 
     A row is one contestant with one batch size and family: its seconds (median, p20, p80 and the samples),
     the name of the forward passes that it makes, and how many bytes its peak memory lies above that of two

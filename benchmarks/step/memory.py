@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.common import memory
 from benchmarks.common.constants import DTYPES
-from benchmarks.common.environment import REPOSITORY
+from benchmarks.common.places import REPOSITORY
 from benchmarks.models import workloads
 from benchmarks.step import contestants as step_contestants
 

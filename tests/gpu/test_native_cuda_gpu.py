@@ -104,6 +104,35 @@ def test_pair_rows_views_and_strides(dtype: torch.dtype, rounding: str, family: 
     compare(call)
 
 
+def residuals(shape: tuple[int, ...], device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(-(2**15), 2**15, shape, generator=generator, dtype=torch.int16).to(device)
+
+
+@all_families
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_terms", [1, 2, 17])
+def test_compensated(num_terms: int, dtype: torch.dtype, family: str) -> None:
+    """In place, beside tensors without residuals, misaligned and strided ones; read only on both sides."""
+    seeds, coeffs = terms(num_terms)
+
+    def call(device: str) -> list[Tensor]:
+        tensors = [weights(n, dtype, device, n) for n in SIZES]
+        given = [residuals((n + 1,), device)[i % 2 :][:n] for i, n in enumerate(SIZES)]
+        # Of any kind: infinities, NaN and subnormals among them.
+        tensors[-1].view(torch.int16)[::3] = residuals((SIZES[-1],), device)[::3]
+        tensors.append(weights((94, 130), dtype, device).t())
+        given.append(residuals((94, 130), device).t())
+        fk.seed_axpy_(tensors, seeds, coeffs, residuals=[None, *given[1:]], **options("nearest", family))
+        read, chosen = weights((300, 72), dtype, device), options("stochastic", family)
+        residual, rows = residuals((300, 72), device), torch.tensor([299, 0, 7, 7], device=device)
+        plus, minus = fk.seed_axpy_pair([read], seeds, coeffs, residuals=[residual], **chosen)
+        some = fk.seed_axpy([read], seeds, coeffs, rows=rows, residuals=[residual], **chosen)
+        return [*tensors, *given, *plus, *minus, *some]
+
+    compare(call)
+
+
 def test_lists_that_outgrow_a_table() -> None:
     def call(device: str) -> list[Tensor]:
         tensors = [weights(1 + i % 700, torch.bfloat16, device, i) for i in range(1100)]
