@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -126,10 +127,13 @@ class TestCommit:
         monkeypatch.setenv("FEDKSEED_COMMIT", "0123abc")
         assert environment.commit() == "0123abc"
 
+    @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
     def test_a_tree_without_git_has_none(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """Also where it lies inside another repository, whose commit says nothing."""
         monkeypatch.delenv("FEDKSEED_COMMIT", raising=False)
-        subprocess.run(["git", "init", "--quiet", tmp_path], check=False)
+        other = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+        for command in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message=other"]):
+            subprocess.run([*other, *command], check=True)
         monkeypatch.setattr(environment, "REPOSITORY", tmp_path / "inside")
         (tmp_path / "inside").mkdir()
         assert environment.commit() == "unknown"
@@ -164,7 +168,7 @@ class TestPasses:
     def test_copies_are_of_random_bytes(self, monkeypatch: pytest.MonkeyPatch) -> None:
         copied = []
 
-        def clock(run: turns.Run) -> turns.Sample:
+        def clock(run: turns.Call) -> turns.Sample:
             copied.append(run())
             return turns.Sample(1.0, 1.0, True)
 

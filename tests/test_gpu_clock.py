@@ -72,7 +72,7 @@ class TestClock:
 
 class TestTurns:
     def take(self, *contestants: Contestant, seconds: float = 0.0) -> tuple[turns.Turns, list[str]]:
-        def clock(run: turns.Run) -> turns.Sample:
+        def clock(run: turns.Call) -> turns.Sample:
             run()
             return turns.Sample(seconds, seconds, True)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.bare_environment import copy_of_the_tree, make, with_dependencies
 from support.gpu_tools import write_stand_ins
 from test_gpu_run import is_running, wait_for
@@ -75,6 +76,7 @@ def test_the_environment_holds_what_is_named_and_no_more(machine: Machine) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu do not skip themselves on this machine")
 def test_all_default_parts_run(machine: Machine, tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     with machine.start(path) as process:

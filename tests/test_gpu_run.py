@@ -96,11 +96,11 @@ def test_a_part_that_hangs_is_ended_with_its_grandchildren_and_leaves_its_rows(
     write_hanging(tools, "compute-sanitizer", pids)
     write_tool(tools, "ncu", STAND_INS["ncu"])
     path = tmp_path / "result.json"
-    is_good, found = run_parts(path, part("memcheck", bound=4), part("ncu"))
+    is_good, found = run_parts(path, part("memcheck", bound=8), part("ncu"))
     assert not is_good
     hung = found["memcheck"]
     assert hung["status"] == "over time"
-    assert hung["reason"] == "its process was ended after 4 s, without a result"
+    assert hung["reason"] == "its process was ended after 8 s, without a result"
     assert hung["rows"] == [{"test": "one", "outcome": "failed"}]
     assert hung["tests"] == {"passed": 3, "failed": 1}
     assert found["ncu"]["status"] == "passed"
@@ -205,7 +205,7 @@ def test_a_part_that_does_not_fit_is_not_begun_and_a_smaller_one_behind_it_runs(
     is_good, found = run_parts(tmp_path / "result.json", *parts, seconds=50)
     assert not is_good
     assert found["memcheck"]["status"] == "not begun"
-    assert re.fullmatch("it takes about 75 s, (50|49) s were left", found["memcheck"]["reason"])
+    assert re.fullmatch(r"it takes about 75 s, \d+ s were left", found["memcheck"]["reason"])
     assert found["ncu"]["status"] == "passed"
 
 

@@ -17,7 +17,8 @@ class Contestant:
 
     Attributes:
         name: unique within the case.
-        kind: "ours", "official", "torch" (the simplest torch way), "noise" (only draws it) or "copy".
+        kind: "ours", "official", "torch" (the simplest torch way), "triton" (Triton's own generator), "noise"
+            (only draws it), "copy" or "step" (a whole one).
         run: does one sample; its argument is the sample's index.
         num_samples: how often it is timed.
         repeats: how many samples' work the whole operation is; over 1, its figures are extrapolated.

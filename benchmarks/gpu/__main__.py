@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=_names,
         default=plan.DEFAULT,
         metavar="NAME,...",
-        help=f"parts to run, in the order of their value: {', '.join(plan.BY_NAME)} "
+        help=f"parts to run, in the order of their value: {', '.join(plan.BY_NAME)}; or all "
         f"(default: {','.join(plan.DEFAULT)})",
     )
     parser.add_argument(
@@ -106,7 +106,7 @@ def _default_path(environment: dict[str, Any], is_dry_run: bool) -> Path:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return _known(text, plan.BY_NAME, "parts")
+    return tuple(plan.BY_NAME) if text == "all" else _known(text, plan.BY_NAME, "parts")
 
 
 def _dtypes(text: str) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.common.measure import Contestant
 
-Run = Callable[[], object]
+Call = Callable[[], object]
 
 #: Cycles that the GPU sleeps before a call is timed: some 5 ms, in which the host queues the whole call.
 SLEEP_CYCLES = 10_000_000
@@ -33,7 +33,7 @@ class Sample(NamedTuple):
     is_queued: bool
 
 
-def on_gpu(run: Run) -> Sample:
+def on_gpu(call: Call) -> Sample:
     """A call behind a sleep that keeps the GPU busy while the host queues the call's work."""
     before, start, end = (
         torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -44,7 +44,7 @@ def on_gpu(run: Run) -> Sample:
     torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
     start.record()
     begin = time.perf_counter()
-    run()
+    call()
     host_seconds = time.perf_counter() - begin
     end.record()
     torch.cuda.synchronize()
@@ -52,19 +52,19 @@ def on_gpu(run: Run) -> Sample:
     return Sample(start.elapsed_time(end) / 1e3, host_seconds, host_seconds < slept)
 
 
-def on_processor(run: Run) -> Sample:
+def on_processor(call: Call) -> Sample:
     """A call whose work is done when it returns."""
     begin = time.perf_counter()
-    run()
+    call()
     seconds = time.perf_counter() - begin
     return Sample(seconds, seconds, True)
 
 
-def whole_on_gpu(run: Run) -> Sample:
+def whole_on_gpu(call: Call) -> Sample:
     """A call with the waiting for its work: wall-clock time of what host and GPU do together."""
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    run()
+    call()
     host_seconds = time.perf_counter() - begin
     torch.cuda.synchronize()
     return Sample(time.perf_counter() - begin, host_seconds, False)
@@ -82,7 +82,7 @@ class Turns:
     """
 
     def __init__(
-        self, contestants: Sequence[Contestant], clock: Callable[[Run], Sample], check: Callable[[], None]
+        self, contestants: Sequence[Contestant], clock: Callable[[Call], Sample], check: Callable[[], None]
     ) -> None:
         self.samples: dict[str, list[Sample]] = {}
         self.errors: dict[str, str] = {}
