@@ -6,6 +6,7 @@ without git that carries the built libraries. Tools of the GPU are stand-ins tha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -113,6 +114,8 @@ def document_says_where_it_comes_from(found: Document, text: str, machine: Machi
     assert found["transformers"] is None
     assert found["pytest_benchmark"] is None
     assert re.match(r"\d+\.\d+", found["triton"])
+    for library in (machine.tree / "fedkseed_kernels" / "_lib").glob("*.so"):
+        assert found["libraries"][library.name] == hashlib.sha256(library.read_bytes()).hexdigest()
     assert str(machine.tree) not in text
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 from importlib import import_module
 from typing import Any
 
 import torch
 
 from benchmarks.common import environment
+from benchmarks.common.places import REPOSITORY
 from benchmarks.gpu.processes import output_of
 
 _SMI_FIELDS = (
@@ -23,7 +26,21 @@ def describe() -> dict[str, Any]:
     """The environment of a document; nothing here makes a context on the GPU."""
     found = environment.describe(torch.get_num_threads())
     versions = {name.replace("-", "_"): environment.version_of(name) for name in _PACKAGES}
-    return {**found, **versions, "triton": triton_version(), "cuda": torch.version.cuda, "nvidia_smi": smi()}
+    versions |= {"triton": triton_version(), "cuda": torch.version.cuda}
+    return {**found, **versions, "libraries": libraries(), "nvidia_smi": smi()}
+
+
+def libraries() -> dict[str, Any]:
+    """SHA-256 of each native library that lies in the tree, and the record of their build.
+
+    A library that was carried along may be another commit's than the tree.
+    """
+    folder = REPOSITORY / "fedkseed_kernels" / "_lib"
+    found: dict[str, Any] = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob("*.so"))
+    }
+    record = folder / "build_info.json"
+    return found | ({"build": json.loads(record.read_bytes())} if record.exists() else {})
 
 
 def triton_version() -> str | None:
