@@ -19,7 +19,7 @@ import pytest
 import torch
 from support.bare_environment import copy_of_the_tree, make, with_dependencies
 from support.gpu_tools import write_stand_ins
-from test_gpu_run import is_running, wait_for
+from support.running import is_running, wait_for
 
 from benchmarks.gpu import plan
 

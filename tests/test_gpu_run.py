@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.gpu_tools import STAND_INS, write_stand_ins, write_tool
+from support.running import SECONDS, is_running, wait_for
 
 from benchmarks.gpu import part as gpu_part
 from benchmarks.gpu import plan, processes
@@ -23,7 +23,6 @@ from benchmarks.gpu.channel import Channel, LineReader, append
 from benchmarks.gpu.run import Run
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 60.0  # of what should take a few: then something hangs
 
 #: A tool that leaves a row, starts a process of its own, notes both processes' numbers, and does not end.
 HANGING = """
@@ -60,21 +59,6 @@ def pids(tmp_path: Path) -> Path:
 
 def write_hanging(tools: Path, name: str, pids: Path) -> None:
     write_tool(tools, name, f"PIDS = {str(pids)!r}\n{HANGING}")
-
-
-def wait_for(what: Callable[[], Any], seconds: float = SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, f"expected it within {seconds} s"
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process is there and no zombie, which only its parent can remove."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def part(name: str, **changes: Any) -> plan.Part:
@@ -310,3 +294,17 @@ def test_a_document_does_not_say_where_the_repository_lies(tmp_path: Path, tools
 def test_a_file_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         run_parts(tmp_path / "missing" / "result.json", part("ncu"))
+
+
+def test_a_reader_that_is_gone_ends_no_run(
+    tmp_path: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Closed(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    write_tool(tools, "ncu", STAND_INS["ncu"])
+    monkeypatch.setattr(sys, "stdout", Closed())
+    is_good, found = run_parts(tmp_path / "result.json", part("ncu"))
+    assert is_good
+    assert found["ncu"]["status"] == "passed"

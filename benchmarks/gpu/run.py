@@ -123,15 +123,15 @@ class Run:
         left = self._left()
         if part.estimate > left:
             kept["reason"] = f"it takes about {part.estimate} s, {max(left, 0):.0f} s were left"
-            print(f"\n===== {part.name}: not begun: {kept['reason']}", flush=True)
+            _say(f"\n===== {part.name}: not begun: {kept['reason']}")
             return
         bound = min(part.bound, left)
-        print(f"\n===== {part.name}: {part.shows} (at most {bound:.0f} s)", flush=True)
+        _say(f"\n===== {part.name}: {part.shows} (at most {bound:.0f} s)")
         del kept["reason"]
         kept |= {"status": RUNNING, "begun_at": round(self._seconds - left, 1), "rows": []}
-        self._write()
         start = time.monotonic()
         try:
+            self._write()
             self._watch(part, kept, scratch, bound)
         except _StopAskedFor as stop:
             kept |= {"status": STOPPED, "reason": f"the run was stopped by {stop}"}
@@ -140,9 +140,9 @@ class Run:
             kept["seconds"] = round(time.monotonic() - start, 1)
             self._write()
         reason = f": {kept['reason']}" if "reason" in kept else ""
-        print(f"===== {part.name}: {kept['status']} after {kept['seconds']} s{reason}", flush=True)
+        _say(f"===== {part.name}: {kept['status']} after {kept['seconds']} s{reason}")
         if kept["status"] not in GOOD:
-            print(f"(the end of {self._log_of(part).name})\n{_tail(self._log_of(part))}", flush=True)
+            _say(f"(the end of {self._log_of(part).name})\n{_tail(self._log_of(part))}")
 
     def _watch(self, part: Part, kept: dict[str, Any], scratch: Path, bound: float) -> None:
         """Starts a part's process and folds what it finds into the document until it ends or has to."""
@@ -183,7 +183,7 @@ class Run:
             kept |= line.get("note", {})
             self.document["environment"] |= line.get("facts", {})
             if "text" in line:
-                print(line["text"], flush=True)
+                _say(line["text"])
             if "row" not in line:
                 continue
             position = keys.setdefault(line.get("key", f"row {len(kept['rows'])}"), len(kept["rows"]))
@@ -197,6 +197,12 @@ class Run:
         text = json.dumps(self.document, indent=1).replace(json.dumps(f"{REPOSITORY}/")[1:-1], "")
         write_atomically(self._path, (text + "\n").encode())
         self._written, self._has_news = time.monotonic(), False
+
+
+def _say(text: str) -> None:
+    """Prints a line, if anyone still reads: a terminal that was closed must not end the run."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
 
 
 def _tail(log: Path) -> str:
