@@ -115,7 +115,8 @@ class TestTools:
         assert done.returncode == MISUSED, done.stdout
 
     @pytest.mark.parametrize(
-        ("chosen", "least", "most"), [(tests.MEMCHECKED, 20, 40), (tests.RACECHECKED, 2, 2)]
+        ("chosen", "least", "most"),
+        [(tests.MEMCHECKED, 20, 40), pytest.param(tests.RACECHECKED, 2, 2, marks=pytest.mark.slow)],
     )
     def test_tests_that_the_sanitizer_runs_are_there(self, chosen: str, least: int, most: int) -> None:
         command = [sys.executable, "-m", "pytest", tests.NATIVE, "-q", "--collect-only", "-k", chosen]
