@@ -8,7 +8,7 @@ from fedkseed_kernels._version import __version__
 from fedkseed_kernels.contract import derived
 from fedkseed_kernels.contract.derived import candidate_seeds
 from fedkseed_kernels.contract.reference import CONTRACT_VERSION, FAMILIES
-from fedkseed_kernels.dispatch import backend, cpu_isa, info, unavailable
+from fedkseed_kernels.dispatch import Verification, backend, cpu_isa, info, unavailable, verify
 from fedkseed_kernels.ops import normal, perturb_, seed_axpy, seed_axpy_, seed_axpy_pair
 from fedkseed_kernels.prepared import (
     Prepared,
@@ -18,6 +18,7 @@ from fedkseed_kernels.prepared import (
     prepare_out,
     prepare_pair,
 )
+from fedkseed_kernels.self_test.remembered import cache_folder
 
 __all__ = [
     "CONTRACT_VERSION",
@@ -25,8 +26,10 @@ __all__ = [
     "Prepared",
     "PreparedOut",
     "PreparedPair",
+    "Verification",
     "__version__",
     "backend",
+    "cache_folder",
     "candidate_seeds",
     "cpu_isa",
     "derived",
@@ -40,4 +43,5 @@ __all__ = [
     "seed_axpy_",
     "seed_axpy_pair",
     "unavailable",
+    "verify",
 ]

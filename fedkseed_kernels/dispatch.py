@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +22,8 @@ from fedkseed_kernels.backends import c_abi, native_cpu, native_cuda, reference,
 from fedkseed_kernels.backends import triton as triton_backend
 from fedkseed_kernels.contract.reference import CONTRACT_VERSION
 from fedkseed_kernels.operands import ISA_CODES, DeviceTerms, Operands, Terms
+from fedkseed_kernels.self_test import gate
+from fedkseed_kernels.self_test.gate import SELF_TEST_VARIABLE, SelfTest
 
 logger = logging.getLogger("fedkseed_kernels")
 
@@ -33,6 +36,8 @@ class Backend(Protocol):
 
     #: Whether it writes results of 16-bit tensors to fp32 outputs; `backends.widening` does it for others.
     WRITES_FP32: bool
+    #: How it proves itself at its first use on a device; None where there is nothing to prove at that time.
+    SELF_TEST: SelfTest | None
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
         """Why it cannot be used, with what to do about it; None when it can.
@@ -129,24 +134,31 @@ def backend_of(name: str, device_type: str) -> Backend:
     return found or next(backends[name] for backends in TABLE.values() if name in backends)
 
 
-def _refusal(name: str, device: torch.device) -> str | None:
-    """Why a backend cannot serve tensors of a device, itself or in general; None when it can."""
-    return backend_of(name, device.type).unavailable(device)
+def _refusal(name: str, device: torch.device, isa: str) -> str | None:
+    """Why a backend cannot serve tensors of a device, itself or in general; None when it can.
+
+    isa: the instruction set asked for. A self-test that failed is a reason, one that has not run yet is not.
+    """
+    found = backend_of(name, device.type)
+    reason = found.unavailable(device)
+    if reason is None and gate.failures:
+        reason = gate.failures.get((found, device, isa if device.type == "cpu" else "auto"))
+    return reason
 
 
-def _reasons_against(names: Iterable[str], device: torch.device) -> str:
-    reasons = {name: _refusal(name, device) for name in names}
+def _reasons_against(names: Iterable[str], device: torch.device, isa: str) -> str:
+    reasons = {name: _refusal(name, device, isa) for name in names}
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason is not None)
 
 
-def _log_choice(device: torch.device, chosen: str) -> None:
+def _log_choice(device: torch.device, isa: str, chosen: str) -> None:
     """Say what the automatic choice was for a device, and why; the caller asks but once for each."""
     if device.type == "cuda" and device.index is None:
         return  # it is said of the device that "cuda" comes to
     _logged.add((device, chosen))
     candidates = list(TABLE[device.type])
     better = candidates[: candidates.index(chosen)]
-    reasons = _reasons_against(better, device)
+    reasons = _reasons_against(better, device, isa)
     if chosen == "reference":
         logger.warning("%s tensors are served by NumPy, %s; %s", device, reference.COST, reasons)
     elif better:
@@ -157,14 +169,13 @@ def _log_choice(device: torch.device, chosen: str) -> None:
 
 def _automatic(device: torch.device, isa: str) -> str:
     candidates = TABLE[device.type]
-    chosen = next((name for name, served in candidates.items() if served.unavailable(device) is None), None)
+    chosen = next((name for name in candidates if _refusal(name, device, isa) is None), None)
     if chosen is None:
-        raise RuntimeError(f"no backend can serve {device} tensors: {_reasons_against(candidates, device)}")
+        reasons = _reasons_against(candidates, device, isa)
+        raise RuntimeError(f"no backend can serve {device} tensors: {reasons}")
     if isa != "auto" and chosen != "native" and device.type == "cpu":
-        reasons = _reasons_against(candidates, device)
+        reasons = _reasons_against(candidates, device, isa)
         raise RuntimeError(f"{CPU_ISA_VARIABLE} asks for {isa}, which needs the native backend: {reasons}")
-    if (device, chosen) not in _logged:
-        _log_choice(device, chosen)
     return chosen
 
 
@@ -177,6 +188,8 @@ def serves(name: str, device_type: str) -> bool:
 def unavailable(name: str, device: Device) -> str | None:
     """Why a backend cannot serve tensors of a device here; None when it can.
 
+    A self-test that failed is a reason; this runs none.
+
     Args:
         device: a device, its name ("cuda:1"), or a device type: "cuda" is the current device. A GPU is asked
             once torch has initialized CUDA; until then the answer is this machine's.
@@ -187,7 +200,7 @@ def unavailable(name: str, device: Device) -> str | None:
     """
     _known("backend", name, NAMES)
     device = torch.device(device)
-    if (reason := _refusal(name, device)) is not None:
+    if (reason := _refusal(name, device, requested_cpu_isa())) is not None:
         return reason
     return None if serves(name, device.type) else f"it does not serve {device.type} tensors"
 
@@ -195,13 +208,29 @@ def unavailable(name: str, device: Device) -> str | None:
 def select(device: Device) -> Selection:
     """The backend for tensors of a device: a device, its name, or a device type (of which it is the current).
 
+    At its first use on a device a backend proves itself there (`self_test.gate`).
+
     Raises:
-        ValueError: FEDKSEED_BACKEND or FEDKSEED_CPU_ISA holds an unknown name.
+        ValueError: FEDKSEED_BACKEND, FEDKSEED_CPU_ISA or FEDKSEED_SELF_TEST holds an unknown name.
         RuntimeError: what was asked for cannot be had on this machine or for this device.
     """
     name, isa = requested_backend(), requested_cpu_isa()
     if isinstance(device, str):
         device = torch.device(device)
+    chosen = _choose(name, isa, device)
+    while (key := (chosen.backend, device, chosen.isa)) not in gate.verdicts and not gate.may_serve(key):
+        chosen = _choose(name, isa, device)
+    if name == "auto" and (device, chosen.name) not in _logged:
+        _log_choice(device, isa, chosen.name)
+    return chosen
+
+
+def _choose(name: str, isa: str, device: torch.device) -> Selection:
+    """What serves a device by all that is known, its self-test aside if it has not run yet.
+
+    Raises:
+        RuntimeError: what was asked for cannot be had on this machine or for this device.
+    """
     device_type = device.type
     if device_type not in TABLE:
         raise RuntimeError(
@@ -210,7 +239,7 @@ def select(device: Device) -> Selection:
     if name == "auto":
         name = _automatic(device, isa)
     else:
-        if (reason := _refusal(name, device)) is not None:
+        if (reason := _refusal(name, device, isa)) is not None:
             raise RuntimeError(f"{BACKEND_VARIABLE} asks for {name}, which cannot be used: {reason}")
         if not serves(name, device_type):
             raise RuntimeError(
@@ -218,7 +247,9 @@ def select(device: Device) -> Selection:
                 f"expected one of {', '.join(TABLE[device_type])}"
             )
     chosen = backend_of(name, device_type)
-    if isa == "auto" or name != "native" or device_type != "cpu":
+    if device_type != "cpu":
+        return Selection(name, chosen, "auto", chosen.seed_axpy)
+    if isa == "auto" or name != "native":
         return Selection(name, chosen, isa, chosen.seed_axpy)
     if isa not in native_cpu.usable_isas():
         built = isa in native_cpu.built_isas()
@@ -243,6 +274,73 @@ def execute(operands: Operands, terms: Terms | DeviceTerms) -> None:
     torch.autograd.graph.increment_version(written)
 
 
+class Verification(NamedTuple):
+    """One self-test that `verify` ran ("pass", "fail") or left out ("skip"), and what is wrong or missing."""
+
+    status: str
+    backend: str
+    device: str
+    isa: str  # "auto" on a GPU
+    num_cases: int
+    seconds: float
+    problem: str | None
+
+
+def verify() -> Iterator[Verification]:
+    """Run the self-tests of all backends on all devices of this machine, whatever is remembered.
+
+    On GPUs that includes each kernel that Triton has to compile for the golden cases: minutes.
+
+    Returns: a result for each backend, device and instruction set, as soon as it is there.
+    """
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    if gpus:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    for device in (torch.device("cpu"), *gpus):
+        for name, found in TABLE[device.type].items():
+            if found is reference:
+                continue
+            if (reason := found.unavailable(device)) is not None:
+                yield Verification("skip", name, str(device), "auto", 0, 0.0, reason)
+                continue
+            for isa in native_cpu.usable_isas() if device.type == "cpu" else ["auto"]:
+                yield _verify(name, found, device, isa)
+
+
+def _verify(name: str, found: Backend, device: torch.device, isa: str) -> Verification:
+    from fedkseed_kernels.self_test import run
+
+    start, key, num_cases = perf_counter(), (found, device, isa), 0
+    try:
+        if found.SELF_TEST is not None:
+            report = gate.test(key)
+        else:
+            report = run.compare(found.seed_axpy, "gpu", device, found.WRITES_FP32)
+        num_cases = report.num_cases
+        problem = gate.why_it_fails(str(device), report) if report.mismatches else None
+    except RuntimeError as error:
+        problem = str(error)
+    status = "pass" if problem is None else "fail"
+    return Verification(status, name, str(device), isa, num_cases, perf_counter() - start, problem)
+
+
+def _self_tests() -> dict[str, str]:
+    """What is known of self-tests: of the native library's instruction sets, and of the GPUs used so far."""
+    cpu, native = torch.device("cpu"), TABLE["cpu"]["native"]
+    found = {}
+    if native is native_cpu and native_cpu.unavailable() is None:
+        usable = native_cpu.usable_isas()
+        for isa in usable:
+            keys: list[gate.Key] = [(native, cpu, isa)]
+            keys += [(native, cpu, "auto")] if isa == usable[-1] else []
+            known = [key for key in keys if key in gate.verdicts or key in gate.failures]
+            found[f"native on cpu ({isa})"] = gate.status((known or keys)[0])
+    for key in (*gate.verdicts, *gate.failures):
+        if key[1].type == "cuda" and key[0].SELF_TEST is not None:
+            found[f"native on {key[1]}"] = gate.status(key)
+    return found
+
+
 def info() -> dict[str, Any]:
     """Versions, backends with their availability, what serves cpu tensors now and why, and the switches.
 
@@ -251,15 +349,15 @@ def info() -> dict[str, Any]:
     CUDA library; `devices`: the dispatch table; `cpu_backend`: the backend that a call would take now, or the
     reason why it would fail; `cpu_isa`, `cpu_isas_built`, `cpu_isas_usable`: instruction sets of the native
     library, the first being what a call would take (None without the library, or where the call would fail);
-    `num_threads`, `threads`: how many a call may use, and whose they are; `environment`:
-    the switches as they are set, None for unset.
+    `num_threads`, `threads`: how many a call may use, and whose they are; `self_tests`: what is known of them
+    (none is run for this); `environment`: the switches as they are set, None for unset.
     """
     reasons = {name: backend_of(name, "cpu").unavailable() for name in NAMES}
     cuda_reason = native_cuda.unavailable()
     has_native = reasons["native"] is None
     threaded = has_native and native_cpu.has_threads()
     try:
-        chosen = select("cpu")
+        chosen = _choose(requested_backend(), requested_cpu_isa(), torch.device("cpu"))
         cpu_backend, isa = chosen.name, chosen.isa
     except (RuntimeError, ValueError) as error:
         cpu_backend, isa = str(error), None
@@ -289,5 +387,8 @@ def info() -> dict[str, Any]:
         "cpu_isas_usable": usable,
         "num_threads": torch.get_num_threads() if threaded else 1,
         "threads": threads,
-        "environment": {name: os.environ.get(name) for name in (BACKEND_VARIABLE, CPU_ISA_VARIABLE)},
+        "self_tests": _self_tests(),
+        "environment": {
+            name: os.environ.get(name) for name in (BACKEND_VARIABLE, CPU_ISA_VARIABLE, SELF_TEST_VARIABLE)
+        },
     }

@@ -18,17 +18,6 @@ from fedkseed.data import models as data_models
 from fedkseed.data.fetch import Artifact, FetchError
 
 
-def test_cache_dir_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("FEDKSEED_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert fetch.cache_dir() == tmp_path / ".cache" / "fedkseed"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert fetch.cache_dir() == tmp_path / "xdg" / "fedkseed"
-    monkeypatch.setenv("FEDKSEED_CACHE", str(tmp_path / "own"))
-    assert fetch.cache_dir() == tmp_path / "own"
-
-
 def test_fetch_once(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = make_wheel(index)
     path = fetch.fetch(artifact)

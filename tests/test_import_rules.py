@@ -24,11 +24,12 @@ KERNELS = {
     "operands": ("contract",),
     "layout": ("operands",),
     "arguments": ("contract", "operands", "layout"),
-    "backends": ("contract", "operands", "layout"),
-    "dispatch": ("_version", "contract", "operands", "backends"),
+    "self_test": ("contract", "operands"),
+    "backends": ("contract", "operands", "layout", "self_test"),
+    "dispatch": ("_version", "contract", "operands", "self_test", "backends"),
     "ops": ("operands", "arguments", "dispatch"),
     "prepared": ("operands", "arguments", "dispatch"),
-    "__init__": ("_version", "contract", "dispatch", "ops", "prepared"),
+    "__init__": ("_version", "contract", "self_test", "dispatch", "ops", "prepared"),
     "conformance": ("*",),
 }
 GROUND = ("_checks", "_extras", "_means", "files", "seeds")

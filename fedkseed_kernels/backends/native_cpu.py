@@ -17,7 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from fedkseed_kernels.backends import c_abi
+from fedkseed_kernels.backends.identity import library_identity
 from fedkseed_kernels.operands import FAMILY_CODES, ISA_CODES, ROUNDING_CODES, Operands, Terms
+from fedkseed_kernels.self_test.gate import SelfTest
 
 WRITES_FP32 = True
 ERROR_ARGUMENT, ERROR_ISA, ERROR_MEMORY = -1, -2, -3
@@ -114,6 +116,17 @@ def _library() -> _Library:
     if isinstance(library, str):
         raise RuntimeError(f"the native CPU library cannot be used: {library}")
     return library
+
+
+def _machine_code(device: torch.device, isa: str) -> str | None:
+    """What tells the kernels of an instruction set from any others."""
+    handle = _library().handle
+    library = library_identity(handle.fk_abi_version, LIBRARY_PATH)
+    best = list(ISA_CODES)[int(handle.fk_cpu_isas_usable()).bit_length()]  # "auto" stands first
+    return library and f"{library}; {best if isa == 'auto' else isa}"
+
+
+SELF_TEST: SelfTest | None = SelfTest("processor", _machine_code)
 
 
 def has_threads() -> bool:

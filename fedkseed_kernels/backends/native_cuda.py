@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedkseed_kernels.backends import c_abi
+from fedkseed_kernels.backends.identity import gpu_identity, library_identity
 from fedkseed_kernels.operands import FAMILY_CODES, ROUNDING_CODES, DeviceTerms, Operands, Terms
+from fedkseed_kernels.self_test.gate import SelfTest
 
 LIBRARY_PATH = c_abi.LIBRARY_FOLDER / "libfedkseed_cuda.so"
 WRITES_FP32 = False
@@ -163,6 +165,16 @@ def unavailable(device: torch.device | None = None) -> str | None:
         return _why_a_gpu_cannot_serve(torch.cuda.current_device() if device.index is None else device.index)
     reasons = [_why_a_gpu_is_too_old(index) for index in range(torch.cuda.device_count())]
     return None if None in reasons else next(iter(reasons), None)
+
+
+def _machine_code(device: torch.device, isa: str) -> str | None:
+    """What tells the kernels on a GPU from any others. isa: only processors have several."""
+    handle = library()
+    found = library_identity(handle.fk_abi_version, LIBRARY_PATH)
+    return found and f"{found}; {gpu_identity(device)}; {_version(handle, 'driver')}"
+
+
+SELF_TEST: SelfTest | None = SelfTest("gpu", _machine_code)
 
 
 def library() -> ctypes.CDLL:

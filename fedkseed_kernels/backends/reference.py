@@ -16,8 +16,10 @@ from torch import Tensor
 from fedkseed_kernels.contract import reference
 from fedkseed_kernels.layout import element_layout
 from fedkseed_kernels.operands import Operands, Terms
+from fedkseed_kernels.self_test.gate import SelfTest
 
 WRITES_FP32 = True
+SELF_TEST: SelfTest | None = None  # the others are compared with it
 
 # Measured on one Zen 3 core against AVX2: fp32, bf16 and fp64, one and 16 seeds.
 COST = "100 to 350 times slower than the native library (about 0.2 microseconds for each weight and seed)"

@@ -14,14 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedkseed_kernels.self_test.gate import SelfTest
+
 if TYPE_CHECKING:
     from fedkseed_kernels.operands import Operands
 
 WRITES_FP32 = False
+SELF_TEST: SelfTest | None = None  # `self_test` tests each kernel when it is first launched
 
 INTERPRET_VARIABLE = "TRITON_INTERPRET"
 # Releases that the kernels are compiled with in the tests.
 OLDEST, NEWEST = (3, 6), (3, 9)
+
+# Why it cannot be used on a GPU any more: a kernel failed its self-test there, in this process.
+_failures: dict[torch.device, str] = {}
 
 
 def _installed_version() -> str | None:
@@ -60,6 +66,8 @@ def is_interpreting() -> bool:
 
 def unavailable(device: torch.device | None = None) -> str | None:
     """Why it cannot be used, with what to do about it; None when it can."""
+    if device is not None and device in _failures:
+        return _failures[device]
     if (reason := _why_not_installed()) is not None:
         return reason
     if not is_interpreting() and not torch.cuda.is_available():
@@ -74,9 +82,10 @@ def seed_axpy(operands: Operands, terms: Any) -> None:
     """Write the primitive's result into `operands.outs` (and `outs_minus`).
 
     Raises:
-        RuntimeError: cpu tensors, and Triton was imported before TRITON_INTERPRET=1 was set.
+        RuntimeError: cpu tensors, and Triton was imported before TRITON_INTERPRET=1 was set; or a kernel
+            fails its self-test. Then nothing is written.
     """
-    from fedkseed_kernels.backends.triton import launch
+    from fedkseed_kernels.backends.triton import launch, self_test
 
     outs = operands.outs.tensors
     if outs and outs[0].device.type == "cpu" and not launch.IS_INTERPRETED:
@@ -84,4 +93,8 @@ def seed_axpy(operands: Operands, terms: Any) -> None:
             f"expected {INTERPRET_VARIABLE}=1 before Triton is imported: its interpreter serves cpu tensors, "
             "but Triton was there already; start Python with it set"
         )
-    launch.seed_axpy(operands, terms)
+    try:
+        launch.seed_axpy(operands, terms, before=self_test.ensure)
+    except self_test.SelfTestError as error:
+        _failures[operands.device] = str(error)
+        raise RuntimeError(f"the Triton backend cannot be used: {error}") from None

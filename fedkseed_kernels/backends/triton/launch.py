@@ -7,6 +7,7 @@ list (once for a prepared one) and, for three terms or more, the terms.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from fedkseed_kernels.backends.triton import noise
 from fedkseed_kernels.backends.triton.interpreter import exact_arithmetic
 from fedkseed_kernels.backends.triton.kernels import runs_kernel, segments_kernel
 from fedkseed_kernels.backends.triton.tables import (
+    ALIGNMENT,
     OCTET,
     RADEMACHER_GROUP,
     Kind,
@@ -159,109 +161,169 @@ def _tables_of(operands: Operands, device: torch.device) -> _DeviceTables:
     return found
 
 
-def seed_axpy(operands: Operands, terms: Terms | DeviceTerms) -> None:
+class Variant(NamedTuple):
+    """All that decides what Triton compiles for a launch, on one device."""
+
+    is_runs: bool  # runs_kernel; else segments_kernel
+    family: str
+    dtype: torch.dtype
+    num_by_value: int
+    has_input: bool
+    pair: bool
+    stochastic: bool
+    residuals: str
+    has_rows: bool = False
+    rows_are_aligned: bool = True
+    many_tiles: bool = False
+
+    @property
+    def num_sides(self) -> int:
+        """Sums kept for each element."""
+        return num_sides(self.family, self.num_by_value, self.pair)
+
+    def config(self) -> Config:
+        """How it is run."""
+        if self.is_runs:
+            return runs_config()
+        num_tiles = FEW_TILES + 1 if self.many_tiles else 1
+        return choose_config(self.family, self.dtype, self.num_by_value, self.num_sides, num_tiles)
+
+    def options(self, warp_size: int) -> dict[str, Any]:
+        """The arguments of the kernel that are the same for all its launches."""
+        config, fp64 = self.config(), self.dtype == torch.float64
+        options: dict[str, Any] = {
+            "radius_base": noise.RADIUS_BASE_PATTERN,
+            "one_bits": noise.ONE_PATTERN,
+            "FAMILY": self.family,
+            "DTYPE": ELEMENT_TYPES[self.dtype],
+            "ARITHMETIC": tl.float64 if fp64 else tl.float32,
+            "NUM_TERMS": self.num_by_value,
+            "NUM_SIDES": self.num_sides,
+            "HAS_INPUT": self.has_input,
+            "PAIR": self.pair,
+            "STOCHASTIC": self.stochastic,
+            "RESIDUALS": self.residuals,
+            "enable_fp_fusion": False,
+            "BLOCK": config.block,
+            "TILE": config.tile,
+            "num_warps": config.num_warps(warp_size),
+        }
+        if self.is_runs:
+            return options | {"HAS_ROWS": self.has_rows}
+        return options | {
+            "NUM_LANES": config.num_lanes,
+            "NUM_BLOCKS": config.num_blocks,
+            "UNROLL": config.unroll,
+        }
+
+
+class Launch(NamedTuple):
+    """A launch that is ready."""
+
+    variant: Variant
+    num_programs: int
+    arguments: tuple[Any, ...]
+
+    @property
+    def kernel(self) -> Any:
+        return runs_kernel if self.variant.is_runs else segments_kernel
+
+    def run(self, warp_size: int) -> None:
+        """Launch it on the current stream."""
+        self.kernel[(self.num_programs,)](*self.arguments, **self.variant.options(warp_size))
+
+
+def seed_axpy(
+    operands: Operands,
+    terms: Terms | DeviceTerms,
+    before: Callable[[list[Launch], torch.device], None] | None = None,
+) -> None:
     """Write the primitive's result into `operands.outs` (and `outs_minus`); in place, residuals too.
 
     At most two launches a dtype, and as many again for those of its tensors that have residuals.
+
+    Args:
+        before: called with all launches of the call before the first of them.
     """
     if not operands.outs.tensors:
         return
     device = operands.device
-    in_place = operands.outs is operands.inputs and operands.outs_minus is None
     with on_device(device):
-        found = _tables_of(operands, device)
         if isinstance(terms, DeviceTerms):
             terms = placed(terms, device)
-        packed: dict[bool, PackedTerms] = {}
-        for kind, (segments, runs) in found.tables.items():
-            fp64 = kind.dtype == torch.float64
-            if fp64 not in packed:
-                packed[fp64] = (
-                    pack_host_terms(terms, fp64, device)
-                    if isinstance(terms, Terms)
-                    else pack_device_terms(terms, fp64)
-                )
-            if in_place and packed[fp64].is_empty and terms.alpha == 1.0:
-                continue
-            call = _Call(operands, terms, packed[fp64], kind, warp_size(device))
-            if segments is not None:
-                call.run_segments(segments, found.copies[kind, "segments"])
-            if runs is not None:
-                call.run_runs(runs, found.copies[kind, "runs"])
+        launches = ready_launches(operands, terms)
+        if before is not None:
+            before(launches, device)
+        for launch in launches:
+            launch.run(warp_size(device))
         if isinstance(terms, DeviceTerms):
-            count_skipped(terms, all_fp64=all(kind.dtype == torch.float64 for kind in found.tables))
+            kinds = _tables_of(operands, device).tables
+            count_skipped(terms, all_fp64=all(kind.dtype == torch.float64 for kind in kinds))
 
 
-class _Call:
-    """The arguments that both kernels share, for one kind."""
+def ready_launches(
+    operands: Operands, terms: Terms | DeviceTerms, many_tiles: bool | None = None
+) -> list[Launch]:
+    """The launches of a call on its device, which must be the current one.
 
-    def __init__(
-        self,
-        operands: Operands,
-        terms: Terms | DeviceTerms,
-        packed: PackedTerms,
-        kind: Kind,
-        warp_size: int,
-    ):
-        dtype = kind.dtype
-        self._warp_size = warp_size
-        self._rows, self._dtype, self._family = operands.rows, dtype, terms.family
-        self._packed = packed
-        pair = operands.outs_minus is not None
-        inputs = operands.inputs
-        self._num_source_rows = inputs.tensors[0].shape[0] if inputs and operands.rows is not None else 0
-        fp64 = dtype == torch.float64
-        self._options = {
-            "radius_base": noise.RADIUS_BASE_PATTERN,
-            "one_bits": noise.ONE_PATTERN,
-            "FAMILY": terms.family,
-            "DTYPE": ELEMENT_TYPES[dtype],
-            "ARITHMETIC": tl.float64 if fp64 else tl.float32,
-            "NUM_TERMS": packed.num_by_value,
-            "NUM_SIDES": num_sides(terms.family, packed.num_by_value, pair),
-            "HAS_INPUT": operands.inputs is not None,
-            "PAIR": pair,
-            "STOCHASTIC": terms.rounding == "stochastic" and dtype in (torch.bfloat16, torch.float16),
-            "RESIDUALS": residuals_use(kind.is_compensated, operands.writes_residuals),
-            "enable_fp_fusion": False,
-        }
+    many_tiles: whether lists count as long, whatever they are; None: by their length.
+    """
+    device = operands.device
+    in_place = operands.outs is operands.inputs and operands.outs_minus is None
+    inputs, rows = operands.inputs, operands.rows
+    num_source_rows = inputs.tensors[0].shape[0] if inputs and rows is not None else 0
+    found = _tables_of(operands, device)
+    packed: dict[bool, PackedTerms] = {}
+    launches = []
+    for kind, tables in found.tables.items():
+        fp64 = kind.dtype == torch.float64
+        if fp64 not in packed:
+            packed[fp64] = (
+                pack_host_terms(terms, fp64, device)
+                if isinstance(terms, Terms)
+                else pack_device_terms(terms, fp64)
+            )
+        if in_place and packed[fp64].is_empty and terms.alpha == 1.0:
+            continue
+        for name, table in zip(("segments", "runs"), tables, strict=True):
+            if table is None:
+                continue
+            is_runs, num_by_value = name == "runs", packed[fp64].num_by_value
+            is_long = table.num_tiles > FEW_TILES if many_tiles is None else many_tiles
+            variant = Variant(
+                is_runs=is_runs,
+                family=terms.family,
+                dtype=kind.dtype,
+                num_by_value=num_by_value,
+                has_input=inputs is not None,
+                pair=operands.outs_minus is not None,
+                stochastic=terms.rounding == "stochastic" and kind.dtype in (torch.bfloat16, torch.float16),
+                residuals=residuals_use(kind.is_compensated, operands.writes_residuals),
+                has_rows=rows is not None,
+                rows_are_aligned=rows is None or rows.data_ptr() % ALIGNMENT == 0,
+                many_tiles=not is_runs and num_by_value > 0 and is_long,
+            )
+            launches.append(
+                _launch(variant, table, found.copies[kind, name], packed[fp64], rows, num_source_rows)
+            )
+    return launches
 
-    def _table_arguments(self, table: Table, copy: Tensor) -> tuple[Any, ...]:
-        num_steps = max(table.num_entries - 1, 0).bit_length()
-        return copy, table.num_entries, num_steps
 
-    def _records(self, copy: Tensor) -> Tensor:
-        """The records; with the terms in the arguments nothing reads them, and any pointer will do."""
-        return copy if self._packed.records is None else self._packed.records
-
-    def run_segments(self, table: Table, copy: Tensor) -> None:
-        sides = self._options["NUM_SIDES"]
-        config = choose_config(self._family, self._dtype, self._packed.num_by_value, sides, table.num_tiles)
-        octets = config.block * config.num_blocks * (config.num_lanes // OCTET)
-        segments_kernel[(table.num_tiles * (config.tile // octets),)](
-            *self._table_arguments(table, copy),
-            self._records(copy),
-            *self._packed.by_value,
-            **self._options,
-            NUM_LANES=config.num_lanes,
-            BLOCK=config.block,
-            NUM_BLOCKS=config.num_blocks,
-            UNROLL=config.unroll,
-            TILE=config.tile,
-            num_warps=config.num_warps(self._warp_size),
-        )
-
-    def run_runs(self, table: Table, copy: Tensor) -> None:
-        config = runs_config()
-        runs_kernel[(table.num_tiles * (config.tile // config.block),)](
-            *self._table_arguments(table, copy),
-            copy if self._rows is None else self._rows,
-            self._num_source_rows,
-            self._records(copy),
-            *self._packed.by_value,
-            **self._options,
-            HAS_ROWS=self._rows is not None,
-            BLOCK=config.block,
-            TILE=config.tile,
-            num_warps=config.num_warps(self._warp_size),
-        )
+def _launch(
+    variant: Variant,
+    table: Table,
+    copy: Tensor,
+    packed: PackedTerms,
+    rows: Tensor | None,
+    num_source_rows: int,
+) -> Launch:
+    """The launch of a table, `copy` on the device."""
+    config = variant.config()
+    octets = config.block * config.num_blocks * (config.num_lanes // OCTET)
+    num_steps = max(table.num_entries - 1, 0).bit_length()
+    # With the terms in the arguments nothing reads the records, nor rows where there are none: any pointer
+    # will do.
+    records = copy if packed.records is None else packed.records
+    gathered = (copy if rows is None else rows, num_source_rows) if variant.is_runs else ()
+    arguments = (copy, table.num_entries, num_steps, *gathered, records, *packed.by_value)
+    return Launch(variant, table.num_tiles * (config.tile // octets), arguments)

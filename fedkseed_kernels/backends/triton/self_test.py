@@ -1,0 +1,113 @@
+"""The self-test of the Triton kernels: each variant runs a golden case when a process first launches it.
+
+There are too many variants to compile them all first, so they are tested one by one, against the reference
+itself: a case is small, and compiling or loading the variant takes longer. In Triton's interpreter nothing is
+compiled, and nothing tested.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from fedkseed_kernels.backends import reference
+from fedkseed_kernels.backends.identity import gpu_identity
+from fedkseed_kernels.backends.triton import launch as launcher
+from fedkseed_kernels.backends.triton.launch import Launch, Variant
+from fedkseed_kernels.self_test import gate, remembered
+from fedkseed_kernels.self_test.cases import Arena, Call, Case
+from fedkseed_kernels.self_test.run import Mismatch, Report
+
+logger = logging.getLogger("fedkseed_kernels")
+
+_TERMS = {0: "3 terms", 1: "1 term", 2: "2 terms"}
+
+_may_run: set[tuple[torch.device, Variant]] = set()
+_deferred: set[torch.device] = set()
+
+
+class SelfTestError(RuntimeError):
+    """A kernel that does not compute what the reference does; nothing was written."""
+
+
+def golden_case(variant: Variant) -> tuple[Call, Case]:
+    """The small call of one tensor that this variant serves."""
+    has_residual = variant.residuals != "none"
+    if variant.has_rows:
+        form = "rows, pair" if variant.pair else "rows"
+    elif not variant.has_input:
+        form = "noise"
+    elif variant.pair:
+        form = "pair"
+    else:
+        form = "out" if variant.residuals == "read" else "in place"
+    terms = "unit term" if form == "noise" else _TERMS[variant.num_by_value]
+    memory = "rows" if variant.has_rows else "strided" if variant.is_runs else "whole"
+    rounding = "stochastic" if variant.stochastic else "nearest"
+    dtype = str(variant.dtype).removeprefix("torch.")
+    return Call(variant.family, terms, form, rounding), Case(dtype, memory, has_residual)
+
+
+def ensure(launches: Sequence[Launch], device: torch.device) -> None:
+    """Test the variants that this process has not launched yet on the device, which must be the current one.
+
+    While a CUDA graph is captured, or where memory does not suffice, that is deferred to the next call.
+
+    Raises:
+        SelfTestError: one of them fails.
+        ValueError: FEDKSEED_SELF_TEST is neither 0 nor 1.
+    """
+    for launch in launches:
+        if (device, launch.variant) not in _may_run and not launcher.IS_INTERPRETED:
+            _ensure(launch, device)
+
+
+def _ensure(launch: Launch, device: torch.device) -> None:
+    if gate.is_switched_on():
+        if torch.cuda.is_current_stream_capturing():
+            _defer(device, "a CUDA graph is being captured")
+            return
+        try:
+            identity = _identity(launch, device)
+            if not remembered.is_remembered(identity):
+                _test(launch.variant, device)
+                remembered.remember(identity)
+        except torch.OutOfMemoryError:
+            _defer(device, "the device has no memory left for it")
+            return
+    _may_run.add((device, launch.variant))
+
+
+def _defer(device: torch.device, reason: str) -> None:
+    if device not in _deferred:
+        _deferred.add(device)
+        logger.warning(
+            "the self-test of Triton's kernels on %s is deferred to the next call: %s", device, reason
+        )
+
+
+def _identity(launch: Launch, device: torch.device) -> str:
+    """What tells the machine code of a launch from any other; it is compiled here."""
+    warp_size = launcher.warp_size(device)
+    compiled = launch.kernel.warmup(
+        *launch.arguments, grid=(launch.num_programs,), **launch.variant.options(warp_size)
+    )
+    machine_code = hashlib.blake2b(compiled.kernel, digest_size=16).hexdigest()
+    return f"triton {compiled.hash} {machine_code}; {gpu_identity(device)}"
+
+
+def _test(variant: Variant, device: torch.device) -> None:
+    call, case = golden_case(variant)
+    arena = Arena(call, [case], "gpu", device)
+    (launch,) = launcher.ready_launches(arena.operands, arena.terms, variant.many_tiles)
+    if launch.variant != variant._replace(rows_are_aligned=launch.variant.rows_are_aligned):
+        raise AssertionError(f"expected a golden case of {variant}, got one of {launch.variant}")
+    launch.run(launcher.warp_size(device))
+    twin = Arena(call, [case], "gpu", torch.device("cpu"))
+    reference.seed_axpy(twin.operands, twin.terms)
+    ((name, expected),), (got,) = twin.digests().items(), arena.digests().values()
+    if got != expected:
+        raise SelfTestError(gate.why_it_fails(str(device), Report(1, [Mismatch(name, expected, got)])))
