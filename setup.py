@@ -59,7 +59,9 @@ BUILD_INFO = "build_info.json"
 # No contraction and no fast-math: every fma of the contract is written out, everything else rounds by itself.
 BIT_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno"]
 COMPILE_FLAGS = [*BIT_FLAGS, "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-LINK_FLAGS = ["-shared", "-Wl,--exclude-libs,ALL", "-static-libgcc", "-static-libstdc++"]
+# By the build id a self-test that passed is remembered (fedkseed_kernels/backends/identity.py).
+BUILD_ID = "--build-id=sha1"
+LINK_FLAGS = ["-shared", f"-Wl,--exclude-libs,ALL,{BUILD_ID}", "-static-libgcc", "-static-libstdc++"]
 ISA_FLAGS = {
     "avx2": ["-march=x86-64-v3"],
     "avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
@@ -79,7 +81,7 @@ NVCC_FLAGS = [
 ]
 # CUDA's runtime is linked in, so that the library loads without CUDA; its symbols stay inside, so that
 # torch's own is left alone. What it takes from glibc the linker finds in stubs, in versions of old systems.
-NVCC_LINK_FLAGS = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL,--as-needed"]
+NVCC_LINK_FLAGS = ["-shared", "-cudart=static", f"-Xlinker=--exclude-libs,ALL,--as-needed,{BUILD_ID}"]
 GLIBC_STUBS = ("libdl.so", "libpthread.so", "librt.so")
 NVCC_MIN_MAJOR = 13
 NVCC_VARIABLES = ("NVCC_APPEND_FLAGS", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS")

@@ -117,6 +117,8 @@ def calls() -> Iterator[Call]:
                     yield Call(family, terms, form, rounding)
             yield Call(family, terms, "rows", "stochastic")
             yield Call(family, terms, "wide", "nearest")
+        # Sums that are zero, which have a sign of their own on the minus side.
+        yield Call(family, "a seed twice" if family == "gaussian" else "opposite terms", "pair", "nearest")
 
 
 def _many_terms() -> tuple[list[int], list[float], float]:
@@ -133,6 +135,8 @@ TERMS: dict[str, tuple[list[int], list[float], float]] = {
     "1 term": ([SEED], [3.7e-5], 1.0),
     "2 terms": ([2**64 - 1, 2**63 + 5], [-7.3, 13.9], 1 - 2.0**-10),
     "70 terms": _many_terms(),
+    "a seed twice": ([5, 5], [0.5, -0.5], 1.0),
+    "opposite terms": ([5, 6], [0.5, -0.5], 1.0),
     # For what a processor computes anew in each process: see backends/triton/self_test.py.
     "3 terms": ([3, 2**64 - 5, 7], [0.37, -0.021, 5.3e-3], 0.9),
 }
@@ -183,7 +187,7 @@ class _Piece(NamedTuple):
 
 def _pieces(call: Call, case: Case, sizes: _Sizes) -> list[_Piece]:
     """The tensors of a case."""
-    length = sizes.few if call.terms in ("1 term", "2 terms") else sizes.many
+    length = sizes.many if call.terms in ("70 terms", "3 terms") else sizes.few
     if call.form == "noise":
         length = sizes.noise if case.dtype == "float32" else sizes.few
     if case.memory == "flat":
