@@ -41,9 +41,7 @@ def digests_of(
     found: dict[str, str] = {}
     for call in calls():
         if call.form != "wide" or writes_fp32:
-            arena = Arena(call, call.cases(kind), kind, device)
-            seed_axpy(arena.operands, arena.terms)
-            found |= arena.digests()
+            found |= Arena(call, call.cases(kind), kind, device).run(seed_axpy)
     return found
 
 
