@@ -66,6 +66,8 @@ NAMES = ("native", "triton", "reference")
 _backend_override: ContextVar[str | None] = ContextVar("fedkseed_backend", default=None)
 _isa_override: ContextVar[str | None] = ContextVar("fedkseed_cpu_isa", default=None)
 _logged: set[tuple[torch.device, str]] = set()
+# Requests that need no more than a choice: device, backend and what was asked for, each proved and said.
+_settled: set[tuple[torch.device, Backend, str, str]] = set()
 
 
 class Selection(NamedTuple):
@@ -169,8 +171,10 @@ def _log_choice(device: torch.device, isa: str, chosen: str) -> None:
 
 def _automatic(device: torch.device, isa: str) -> str:
     candidates = TABLE[device.type]
-    chosen = next((name for name in candidates if _refusal(name, device, isa) is None), None)
-    if chosen is None:
+    for chosen, found in candidates.items():
+        if found.unavailable(device) is None and not (gate.failures and _refusal(chosen, device, isa)):
+            break
+    else:
         reasons = _reasons_against(candidates, device, isa)
         raise RuntimeError(f"no backend can serve {device} tensors: {reasons}")
     if isa != "auto" and chosen != "native" and device.type == "cpu":
@@ -218,10 +222,13 @@ def select(device: Device) -> Selection:
     if isinstance(device, str):
         device = torch.device(device)
     chosen = _choose(name, isa, device)
-    while (key := (chosen.backend, device, chosen.isa)) not in gate.verdicts and not gate.may_serve(key):
-        chosen = _choose(name, isa, device)
-    if name == "auto" and (device, chosen.name) not in _logged:
-        _log_choice(device, isa, chosen.name)
+    if (device, chosen.backend, name, isa) not in _settled:
+        while not gate.may_serve((chosen.backend, device, chosen.isa)):
+            chosen = _choose(name, isa, device)
+        if name == "auto" and (device, chosen.name) not in _logged:
+            _log_choice(device, isa, chosen.name)
+        if gate.has_verdict((chosen.backend, device, chosen.isa)):
+            _settled.add((device, chosen.backend, name, isa))
     return chosen
 
 

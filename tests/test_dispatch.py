@@ -31,6 +31,7 @@ def _no_switches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
     monkeypatch.delenv(dispatch.CPU_ISA_VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_settled", set())
 
 
 @pytest.fixture

@@ -192,6 +192,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
         monkeypatch.setattr(dispatch.TABLE["cuda"]["triton"], "unavailable", lambda device=None: None)
         monkeypatch.setattr(dispatch, "_logged", set())
+        monkeypatch.setattr(dispatch, "_settled", set())
         monkeypatch.setattr(gate, "verdicts", {})
         monkeypatch.setenv(gate.SELF_TEST_VARIABLE, "0")  # the stand-in computes nothing
         return handle

@@ -31,11 +31,17 @@ needs_native = pytest.mark.skipif(
 DIGESTS: dict[str, dict[str, str]] = json.loads(Path(remembered.DIGESTS_PATH).read_bytes())
 
 
+def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what passed in this one."""
+    monkeypatch.setattr(gate, "verdicts", {})
+    monkeypatch.setattr(dispatch, "_settled", set())
+
+
 @pytest.fixture(autouse=True)
 def _no_verdicts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that knows of no self-test, with an empty cache folder."""
-    for name in ("verdicts", "failures"):
-        monkeypatch.setattr(gate, name, {})
+    another_process(monkeypatch)
+    monkeypatch.setattr(gate, "failures", {})
     monkeypatch.setattr(gate, "_deferred", set())
     monkeypatch.setattr(dispatch, "_logged", set())
     for variable in (dispatch.BACKEND_VARIABLE, dispatch.CPU_ISA_VARIABLE, gate.SELF_TEST_VARIABLE):
@@ -210,7 +216,7 @@ def test_what_passed_is_remembered_by_other_processes(
     assert fk.info()["self_tests"][best] == gate.PASSED_NOW
 
     def again() -> int:
-        monkeypatch.setattr(gate, "verdicts", {})
+        another_process(monkeypatch)
         known = fk.info()["self_tests"][best]
         before = len(runs)
         fk.perturb_(torch.zeros(4), 1, 0.5)
@@ -239,7 +245,7 @@ def test_another_build_or_time_of_the_library_is_tested_anew(
     monkeypatch.setattr(native_cpu, "LIBRARY_PATH", copy)
     for time, num_runs in ((1, 1), (1, 1), (2, 2)):
         os.utime(copy, (time, time))
-        monkeypatch.setattr(gate, "verdicts", {})
+        another_process(monkeypatch)
         fk.perturb_(torch.zeros(4), 1, 0.5)
         assert len(runs) == num_runs
 
@@ -259,7 +265,7 @@ def test_without_a_cache_folder_each_process_runs_it(
     else:
         monkeypatch.setattr(Path, "write_bytes", _refuse)
     for num_runs in (1, 2):
-        monkeypatch.setattr(gate, "verdicts", {})
+        another_process(monkeypatch)
         fk.perturb_(torch.zeros(4), 1, 0.5)
         assert len(runs) == num_runs
 

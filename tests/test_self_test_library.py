@@ -29,6 +29,7 @@ def _no_verdicts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     monkeypatch.setattr(gate, "verdicts", {})
     monkeypatch.setattr(gate, "failures", {})
     monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(dispatch, "_settled", set())
     for variable in (dispatch.BACKEND_VARIABLE, dispatch.CPU_ISA_VARIABLE, gate.SELF_TEST_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
     native_cpu._load.cache_clear()

@@ -101,6 +101,11 @@ def may_serve(key: Key) -> bool:
     return True
 
 
+def has_verdict(key: Key) -> bool:
+    """Whether `may_serve` need not be asked again: what was deferred has none."""
+    return key in verdicts
+
+
 def _defer(key: Key, reason: str) -> None:
     if key not in _deferred:
         _deferred.add(key)
