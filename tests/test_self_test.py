@@ -22,7 +22,8 @@ from fedkseed_kernels.backends import native_cpu, native_cuda, reference
 from fedkseed_kernels.contract import reference as contract
 from fedkseed_kernels.operands import Operands, Terms
 from fedkseed_kernels.self_test import cases, gate, remembered, run
-from fedkseed_kernels.self_test.cases import Arena, Call, Case
+from fedkseed_kernels.self_test.arena import Arena
+from fedkseed_kernels.self_test.cases import Call, Case
 
 CPU = torch.device("cpu")
 needs_native = pytest.mark.skipif(

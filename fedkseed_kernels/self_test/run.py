@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from fedkseed_kernels.self_test.cases import Arena, calls
+from fedkseed_kernels.self_test.arena import Arena
+from fedkseed_kernels.self_test.cases import calls
 from fedkseed_kernels.self_test.remembered import DIGESTS_PATH
 
 

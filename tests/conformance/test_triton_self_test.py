@@ -18,7 +18,7 @@ import fedkseed_kernels as fk
 from fedkseed_kernels.backends import triton as triton_backend
 from fedkseed_kernels.contract import reference
 from fedkseed_kernels.self_test import gate
-from fedkseed_kernels.self_test.cases import Arena
+from fedkseed_kernels.self_test.arena import Arena
 
 if util.find_spec("triton") is None:
     pytest.skip("needs triton", allow_module_level=True)

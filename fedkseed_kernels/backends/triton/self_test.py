@@ -19,7 +19,8 @@ from fedkseed_kernels.backends.triton import launch as launcher
 from fedkseed_kernels.backends.triton.launch import Launch, Variant
 from fedkseed_kernels.operands import Operands, Terms
 from fedkseed_kernels.self_test import gate, remembered
-from fedkseed_kernels.self_test.cases import Arena, Call, Case
+from fedkseed_kernels.self_test.arena import Arena
+from fedkseed_kernels.self_test.cases import Call, Case
 from fedkseed_kernels.self_test.run import Mismatch, Report
 
 logger = logging.getLogger("fedkseed_kernels")
