@@ -1,0 +1,382 @@
+"""Calls of the package's functions on an emulated GPU and on the reference, compared bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fedkseed_kernels as fk
+from fedkseed_kernels import dispatch
+from fedkseed_kernels.operands import DeviceTerms, Operands, TensorList, Terms
+from ptx.kernel import Kernel
+from ptx.memory import ALIGNMENT, READ, WRITE, Memory
+from ptx.parser import FaultError, UnknownPtxError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NUMPY = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
+#: Weights that are zeros of both signs, infinite, NaN, subnormal in some dtype, or at an end of its range.
+SPECIAL = (
+    *(0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, -1e-40, 6e-8, -6e-5),
+    *(65504.0, 3e38, -3.3e38, 1.0, -1.0),
+)
+#: Coefficients on a device that are to be skipped; 1e300 is none for fp64.
+SKIPPED = (np.nan, np.inf, -np.inf, 0.0, 1e300, np.nan)
+#: Which rows of a case are out of range, if its are to be.
+BAD_ROWS = [1, 3, 4]
+
+
+class Driver(Protocol):
+    """What calls need of `CudaDriver` and `TritonDriver`: backends that run kernels in the emulator."""
+
+    WRITES_FP32: bool
+    memory: Memory
+    launches: list[tuple[str, int, int]]
+    num_instructions: int
+
+    def unavailable(self) -> str | None: ...
+
+    def kernels(self) -> dict[str, Kernel]: ...
+
+    def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms, isa: str = "auto") -> None: ...
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor whose storage begins `skew` elements past an aligned address."""
+
+    shape: tuple[int, ...]
+    offset: int = 0
+    skew: int = 0
+    layout: str = "flat"  # of its memory; or: transposed, gaps (a slice of wider rows), every second
+    view: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. name: that of its specs."""
+
+    name: str
+    dtype: str
+    family: str
+    k: int
+    specs: tuple[Spec, ...]
+    form: str = "in place"  # or: out, pair, pair in place, noise
+    rounding: str = "nearest"
+    alpha: float = 1.0
+    residuals: bool = False
+    rows: tuple[int, ...] | None = None
+    on_device: bool = False  # terms in device memory, with some among them that are to be skipped
+    special: bool = True  # weights of SPECIAL among the others
+    bad_rows: bool = False  # some rows are out of range, which only the kernels see: their results are NaN
+    coeffs: str = "normal"  # or: cancel (pairs c, -c of one seed), tiny, zeros, dyadic
+
+    def __str__(self) -> str:
+        parts = [self.name, self.dtype, self.family, f"K = {self.k}", self.form, self.rounding]
+        parts += [f"alpha {self.alpha}"] * (self.alpha != 1) + ["compensated"] * self.residuals
+        parts += ["rows"] * (self.rows is not None) + ["rows out of range"] * self.bad_rows
+        parts += ["terms on the device"] * self.on_device + [self.coeffs] * (self.coeffs != "normal")
+        return ", ".join(parts)
+
+
+class Verdict(NamedTuple):
+    """What a case came to: "equal", "differs", "fault" or "unknown"; in numbers and words."""
+
+    word: str
+    detail: str
+
+
+def layout_of(spec: Spec, shape: Sequence[int]) -> tuple[list[int], int]:
+    """(strides, elements of storage) of a shape that is laid out as the spec says."""
+
+    def dense(sizes: Sequence[int], row: int | None = None) -> tuple[list[int], int]:
+        strides: list[int] = []
+        step = 1
+        for i, size in enumerate(reversed(sizes)):
+            strides.insert(0, step)
+            step = row if row is not None and i == 0 else step * max(size, 1)
+        return strides, step
+
+    if spec.layout == "transposed":
+        strides, count = dense(shape[::-1])
+        return strides[::-1], count
+    if spec.layout == "gaps":
+        return dense(shape, row=shape[-1] + 5)
+    strides, count = dense(shape)
+    factor = 2 if spec.layout == "every second" else 1
+    return [factor * stride for stride in strides], factor * count
+
+
+class Twins(NamedTuple):
+    """A tensor in the emulated memory, and the reference's of the same content."""
+
+    here: Tensor
+    there: Tensor
+
+
+Fill = Callable[[Tensor], None]
+
+
+@dataclass
+class World:
+    """The tensors of one case."""
+
+    generator: np.random.Generator
+    size: int
+    outputs: list[Twins] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.memory = Memory(self.size, int(self.generator.integers(1 << 30)))
+
+    def tensor(self, spec: Spec, shape: Sequence[int], dtype: torch.dtype, rights: int, fill: Fill) -> Twins:
+        strides, count = layout_of(spec, shape)
+        size = dtype.itemsize
+        raw = self.memory.allocate(max(count, 1) * size, rights, spec.skew * size)
+        flat = torch.from_numpy(raw.view(_NUMPY[size])).view(dtype)
+        fill(flat)
+        made = Twins(flat.as_strided(shape, strides), flat.clone().as_strided(shape, strides))
+        if rights & WRITE:
+            self.outputs.append(made)
+        return made
+
+    def weights(self, flat: Tensor) -> None:
+        flat.copy_(torch.from_numpy(self.generator.standard_normal(flat.numel()) * 0.05))
+
+    def special_weights(self, flat: Tensor) -> None:
+        self.weights(flat)
+        some = self.generator.choice(flat.numel(), max(flat.numel() // 7, 1), replace=False)
+        values = torch.tensor(SPECIAL, dtype=torch.float64).to(flat.dtype)
+        chosen = self.generator.integers(0, len(SPECIAL), some.size)
+        flat[torch.from_numpy(some)] = values[torch.from_numpy(chosen)]
+
+    def noise(self, flat: Tensor) -> None:
+        bits = self.generator.integers(-(1 << 15), 1 << 15, flat.numel())
+        flat.view(_BITS[flat.element_size()]).copy_(torch.from_numpy(bits))
+
+    def values(self, values: Sequence[float], dtype: torch.dtype, rights: int = READ) -> Tensor:
+        """A tensor of the kernels alone."""
+        size = dtype.itemsize
+        raw = self.memory.allocate(size * len(values), rights)
+        return torch.from_numpy(raw.view(_NUMPY[size])).view(dtype).copy_(torch.tensor(values, dtype=dtype))
+
+    def snapshot(self) -> None:
+        self._before, self._end = self.memory.bytes.copy(), self.memory.allocated_end
+
+    def differences(self) -> Differences:
+        """What differs from the reference, and what changed outside of outputs."""
+        found = Differences()
+        touched = np.zeros(self.memory.size, bool)
+        for here, there in self.outputs:
+            if not here.numel():
+                continue
+            size = here.element_size()
+            at = torch.zeros(here.shape, dtype=torch.int64)
+            for dim, (length, stride) in enumerate(zip(here.shape, here.stride(), strict=True)):
+                index = torch.arange(length) * (stride * size)
+                at += index.reshape([-1 if d == dim else 1 for d in range(here.dim())])
+            places = at.reshape(-1).numpy() + (here.data_ptr() - self.memory.base)
+            touched[(places[:, None] + np.arange(size)).reshape(-1)] = True
+            found.compare(here, there)
+        stray = (self.memory.bytes != self._before) & ~touched
+        stray[self._end - ALIGNMENT :] = False  # what a launcher put there itself
+        found.num_stray = int(stray.sum())
+        return found
+
+
+@dataclass
+class Differences:
+    """Elements that differ from the reference, with an example, and bytes of no output that changed."""
+
+    num_wrong: int = 0
+    num_stray: int = 0
+    num_nan: int = 0  # NaN on both sides, of other bits
+    num_elements: int = 0
+    example: str = ""
+
+    def compare(self, here: Tensor, there: Tensor) -> None:
+        size = here.element_size()
+        got, want = (t.contiguous().view(_BITS[size]).reshape(-1) for t in (here, there))
+        different = got != want
+        if here.is_floating_point():
+            both_nan = here.contiguous().reshape(-1).isnan() & there.contiguous().reshape(-1).isnan()
+            self.num_nan += int((different & both_nan).sum())
+            different &= ~both_nan
+        self.num_elements += here.numel()
+        self.num_wrong += int(different.sum())
+        if different.any() and not self.example:
+            i, mask = int(different.nonzero()[0]), (1 << 8 * size) - 1
+            values = f"{int(got[i]) & mask:#x}, reference {int(want[i]) & mask:#x}"
+            self.example = f"element {i} of {tuple(here.shape)}: {values}"
+
+
+def terms_of(case: Case, generator: np.random.Generator) -> tuple[list[int], list[float]]:
+    """Seeds and coefficients."""
+    seeds = [int(s) for s in generator.integers(-(1 << 63), (1 << 63) - 1, case.k)]
+    coeffs = generator.standard_normal(case.k) * 10.0 ** generator.integers(-4, 1, case.k)
+    if case.coeffs == "cancel":
+        half = case.k // 2
+        seeds[half : 2 * half] = seeds[:half]
+        coeffs[half : 2 * half] = -coeffs[:half]
+    elif case.coeffs == "tiny":
+        coeffs = generator.standard_normal(case.k) * 1e-39
+    elif case.coeffs == "zeros":
+        coeffs[::2] = 0.0
+    elif case.coeffs == "dyadic":  # exact sums: zeros occur
+        coeffs = generator.integers(-2, 3, case.k) * 0.25
+    return seeds, coeffs.tolist()
+
+
+def on_device(terms: Terms, world: World, fp64: bool) -> DeviceTerms:
+    """The same terms in device memory, others to be skipped among them; an output counts these."""
+    generator, num_counted = world.generator, 5
+    bad = [c for c in SKIPPED if not (fp64 and np.isfinite(c) and c)]
+    pending = list(zip(terms.seeds.view(np.int64).tolist(), terms.coeffs.tolist(), strict=True))
+    seeds, coeffs = [], []
+    while pending or bad:
+        if bad and (not pending or generator.random() < 0.3):
+            seed, coeff = int(generator.integers(1 << 62)), bad.pop()
+            with np.errstate(over="ignore"):
+                num_counted += not np.isfinite(coeff if fp64 else np.float32(coeff))
+        else:
+            seed, coeff = pending.pop(0)
+        seeds.append(seed)
+        coeffs.append(coeff)
+    counter = world.values([5], torch.int32, READ | WRITE)
+    world.outputs.append(Twins(counter, torch.tensor([num_counted], dtype=torch.int32)))
+    rounding_seed = terms.rounding_seed - (1 << 64 if terms.rounding_seed >> 63 else 0)
+    return DeviceTerms(
+        world.values(seeds, torch.int64),
+        world.values(coeffs, torch.float64),
+        world.values([terms.alpha], torch.float64),
+        terms.family,
+        terms.rounding,
+        world.values([rounding_seed], torch.int64),
+        counter,
+    )
+
+
+class _Call:
+    """One case with its tensors."""
+
+    def __init__(self, driver: Driver, case: Case):
+        self.case, self._driver = case, driver
+        generator = np.random.default_rng(list(map(ord, str(case))))
+        self._dtype = DTYPES[case.dtype]
+        elements = sum(64 + layout_of(spec, spec.shape)[1] for spec in case.specs)
+        pages = elements * (4 * self._dtype.itemsize + 6) // 4096 + 1 + 8 * len(case.specs)
+        self.world = World(generator, (1 << 20) + 4096 * pages)
+        driver.memory = self.world.memory
+        self._inputs: list[Twins] = []
+        self._residuals: list[Twins] = []
+        self.outs: list[Twins] = []
+        self.minus: list[Twins] = []
+        for spec in case.specs:
+            self._make_tensors(spec)
+        self._rows = None if case.rows is None else self.world.values(case.rows, torch.int64)
+        self._seeds, self._coeffs = terms_of(case, generator)
+        self._options: dict[str, Any] = {
+            "alpha": case.alpha,
+            "streams": [int(s) for s in generator.integers(0, 1 << 32, len(case.specs))],
+            "offsets": [None if spec.view else spec.offset for spec in case.specs],
+            "views": [spec.view for spec in case.specs],
+            "family": case.family,
+            "rounding": case.rounding,
+        }
+        if case.rounding == "stochastic":
+            self._options["rounding_seed"] = int(generator.integers(1 << 62)) - (1 << 61)
+
+    def _make_tensors(self, spec: Spec) -> None:
+        case, world, dtype = self.case, self.world, self._dtype
+        shape = spec.shape if case.rows is None else (len(case.rows), *spec.shape[1:])
+        dense = replace(spec, layout="flat")
+        if case.form != "noise":
+            rights = READ | WRITE if case.form in ("in place", "pair in place") else READ
+            fill = world.special_weights if case.special else world.weights
+            self._inputs.append(world.tensor(spec, spec.shape, dtype, rights, fill))
+        if case.residuals:
+            rights = READ | WRITE if case.form == "in place" else READ
+            aligned = replace(spec, skew=spec.skew if spec.skew % 8 else 0)
+            self._residuals.append(world.tensor(aligned, spec.shape, torch.int16, rights, world.noise))
+        if case.form in ("out", "pair", "noise"):
+            out = spec if case.rows is None else dense
+            self.outs.append(world.tensor(out, shape, dtype, WRITE, world.noise))
+        if case.form.startswith("pair"):
+            self.minus.append(world.tensor(dense, shape, dtype, WRITE, world.noise))
+
+    def run(self, side: int) -> None:
+        """Call the package's function on the tensors of one side of the twins."""
+        case = self.case
+        inputs, outs, minus = (
+            [twins[side] for twins in all_of] for all_of in (self._inputs, self.outs, self.minus)
+        )
+        options = dict(self._options)
+        if case.residuals:
+            options["residuals"] = [twins[side] for twins in self._residuals]
+        if case.form == "noise":
+            seeds = np.array([self._seeds[0] % 2**64], np.uint64)
+            one = Terms(seeds, np.array([1.0]), 1.0, case.family, "nearest", 0)
+            no_views = [None] * len(outs)
+            operands = Operands(
+                None, TensorList(outs), None, None, options["streams"], options["offsets"], no_views
+            )
+            dispatch.execute(operands, one)
+        elif case.form == "in place":
+            fk.seed_axpy_(inputs, self._seeds, self._coeffs, **options)
+        elif case.form == "out":
+            fk.seed_axpy(inputs, self._seeds, self._coeffs, out=outs, rows=self._rows, **options)
+        else:
+            plus = inputs if case.form == "pair in place" else outs
+            fk.seed_axpy_pair(
+                inputs, self._seeds, self._coeffs, out_plus=plus, out_minus=minus, rows=self._rows, **options
+            )
+
+    # As a backend of tensors on the processor: the driver, given what only kernels see.
+
+    @property
+    def WRITES_FP32(self) -> bool:  # noqa: N802
+        return self._driver.WRITES_FP32
+
+    def unavailable(self) -> None:
+        return None
+
+    def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms) -> None:
+        if self.case.on_device:
+            assert isinstance(terms, Terms)
+            terms = on_device(terms, self.world, self.case.dtype == "fp64")
+        if self.case.bad_rows:
+            assert operands.rows is not None
+            operands.rows[BAD_ROWS] = torch.tensor([-1, self.case.specs[0].shape[0], 1 << 40])
+        self.world.snapshot()
+        self._driver.seed_axpy(operands, terms)
+
+
+def run_case(driver: Driver, case: Case) -> Verdict:
+    """Run a case on the driver and on the reference, and compare."""
+    call = _Call(driver, case)
+    with dispatch.backend("reference"):
+        call.run(1)
+    if case.bad_rows:
+        for _, there in call.outs + call.minus:
+            there[BAD_ROWS] = torch.nan
+    try:
+        with mock.patch.dict(dispatch.TABLE["cpu"], native=call), dispatch.backend("native"):
+            call.run(0)
+    except FaultError as fault:
+        return Verdict("fault", str(fault))
+    except UnknownPtxError as unknown:
+        return Verdict("unknown", str(unknown))
+    found = call.world.differences()
+    if found.num_wrong or found.num_stray:
+        places = f"{found.num_wrong} of {found.num_elements} elements, {found.num_stray} stray bytes"
+        return Verdict("differs", f"{places}; {found.example}")
+    keeps_bytes = case.k == 0 and case.alpha == 1 and not case.bad_rows and not case.on_device
+    if found.num_nan and keeps_bytes:
+        return Verdict("differs", f"{found.num_nan} NaN of other bits where bytes are to stay")
+    nans = f", {found.num_nan} NaN of other bits" if found.num_nan else ""
+    return Verdict("equal", f"{found.num_elements} elements{nans}")
