@@ -72,6 +72,10 @@ class CudaDriver:
         """Those that were launched so far."""
         return dict(self._kernels)
 
+    def body(self, name: str) -> str:
+        """The text of a kernel, as `damaged` changes it."""
+        return self.sources[name].body
+
     @contextmanager
     def damaged(self, name: str, change: Callable[[str], str]) -> Iterator[None]:
         """Run a kernel from a changed text within a block. change: body of the kernel -> another body."""
@@ -89,13 +93,14 @@ class CudaDriver:
         if self._error is not None:
             return
         try:
-            kernel = self.kernel(readable_name(symbol.decode()))
+            name = readable_name(symbol.decode())
+            kernel = self.kernel(name)
             grid, *others = sizes[:3]
             threads, *more = sizes[3:6]
             if (*others, *more) != (1, 1, 1, 1) or len(kernel.entry.parameters) != 1 or shared:
                 raise UnknownPtxError(f"a launch of {sizes[:6]} with {shared} bytes of shared memory")
             parameters = ctypes.string_at(arguments[0], kernel.entry.param_bytes)
-            self.launches.append((kernel.name, grid, threads))
+            self.launches.append((name, grid, threads))
             self.num_instructions += machine.launch(kernel, self.memory, grid, threads, parameters)
         except BaseException as error:  # this is called from C: `checked` raises it
             self._error = error

@@ -73,37 +73,55 @@ class TritonDriver:
 
     WRITES_FP32 = triton_backend.WRITES_FP32
 
-    def __init__(self, change: Callable[[str], str] | None = None):
+    def __init__(self) -> None:
         self.memory = Memory(1 << 22)
         self.rights = READ
         self.launches: list[tuple[str, int, int]] = []
         self.num_instructions = 0
-        self._change = change
         self._kernels: dict[str, Kernel] = {}
-        self._digests: dict[str, str] = {}
+        self._names: dict[str, str] = {}  # by the hash of a compilation
+        self._change: tuple[str, Callable[[str], str]] | None = None
 
     def unavailable(self) -> None:
         return None
 
     def kernels(self) -> dict[str, Kernel]:
-        """Those that were launched so far, by name and a hash of their text."""
-        return {f"{kernel.name} {digest}": kernel for digest, kernel in self._kernels.items()}
+        """Those that were launched so far, by a name that says which variant each is."""
+        return dict(self._kernels)
 
     def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms, isa: str = "auto") -> None:
         launcher.seed_axpy(operands, terms)
 
-    def _kernel(self, compiled: CompiledKernel) -> Kernel:
-        if compiled.hash not in self._digests:
-            text = compiled.asm["ptx"]
-            (source,) = sources_of(self._change(text) if self._change else text).values()
-            self._digests[compiled.hash] = source.digest
-            self._kernels.setdefault(source.digest, Kernel(source))
-        return self._kernels[self._digests[compiled.hash]]
+    def body(self, function: str) -> str:
+        """The text of the variant of a Triton function that was launched last, as `damaged` changes it."""
+        name = next(name for name, _, _ in reversed(self.launches) if name.split()[0] == function)
+        return self._kernels[name].source.body
+
+    @contextmanager
+    def damaged(self, function: str, change: Callable[[str], str]) -> Iterator[None]:
+        """Run the variants of a Triton function from changed texts within a block."""
+        before = self._kernels, self._names
+        self._kernels, self._names, self._change = {}, {}, (function, change)
+        try:
+            yield
+        finally:
+            (self._kernels, self._names), self._change = before, None
+
+    def _kernel(self, compiled: CompiledKernel, given: dict[str, Any]) -> tuple[str, Kernel]:
+        if compiled.hash not in self._names:
+            (source,) = sources_of(compiled.asm["ptx"]).values()
+            if self._change is not None and self._change[0] == source.name:
+                source = source._replace(body=self._change[1](source.body))
+            name = f"{variant_name(source.name, given)} #{source.digest[:6]}"
+            self._names[compiled.hash] = name
+            self._kernels.setdefault(name, Kernel(source))
+        name = self._names[compiled.hash]
+        return name, self._kernels[name]
 
     def launch(self, compiled: CompiledKernel, grid: Sequence[int], arguments: Sequence[Any]) -> None:
         """Run a compiled kernel. arguments: all of its function, compile-time ones too."""
-        kernel = self._kernel(compiled)
         given = dict(zip(compiled.src.fn.arg_names, arguments, strict=True))
+        name, kernel = self._kernel(compiled, given)
         types = {name: kind for name, kind in compiled.src.signature.items() if kind != "constexpr"}
         values = [
             (_POINTER, given[name].data_ptr()) if kind[0] == "*" else (_CODES[kind], given[name])
@@ -123,23 +141,33 @@ class TritonDriver:
             raise UnknownPtxError(f"a grid of {grid} in clusters of {metadata.num_ctas}")
         threads = metadata.num_warps * machine.WARP
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
-        self.launches.append((kernel.name, grid[0], threads))
+        self.launches.append((name, grid[0], threads))
         with self.memory.admitted(*tensors, rights=self.rights):
             self.num_instructions += machine.launch(
                 kernel, self.memory, grid[0], threads, bytes(parameters), metadata.shared
             )
 
 
+def variant_name(function: str, given: dict[str, Any]) -> str:
+    """A compilation in words, from the compile-time arguments of the package's kernels."""
+    if "FAMILY" not in given:
+        return function
+    words = [function, given["FAMILY"], f"{given['DTYPE']},"]
+    words += [f"K = {given['NUM_TERMS']}" if given["NUM_TERMS"] else "K loop"]
+    words += ["pair"] * given["PAIR"] + ["noise"] * (not given["HAS_INPUT"])
+    words += ["stochastic"] * given["STOCHASTIC"] + ["rows"] * given.get("HAS_ROWS", False)
+    words += [f"residuals {given['RESIDUALS']}"] * (given["RESIDUALS"] != "none")
+    words += [f"{given['NUM_BLOCKS']} blocks"] * (given.get("NUM_BLOCKS", 1) > 1)
+    return " ".join(words)
+
+
 @contextmanager
-def driving(
-    architecture: int, change: Callable[[str], str] | None = None, cache: Path = CACHE
-) -> Iterator[TritonDriver]:
+def driving(architecture: int, cache: Path = CACHE) -> Iterator[TritonDriver]:
     """A driver that Triton's launches of this process go to within a block.
 
-    change: damages PTX before it is read. cache: what Triton compiled is kept there, apart from a user's own,
-    as it stops at PTX.
+    cache: what Triton compiled is kept there, apart from a user's own, as it stops at PTX.
     """
-    made = TritonDriver(change)
+    made = TritonDriver()
 
     def init_handles(compiled: Any) -> None:
         if compiled.module is None:
