@@ -33,6 +33,7 @@ GOOD = ("equal", "seen")
 SECONDS_BETWEEN_SAVES = 20
 SECONDS_OF_A_JOB = 900
 LEAST_SHARE = 0.85
+LONGEST_DETAIL = 300
 
 
 def say(text: str) -> None:
@@ -162,7 +163,7 @@ class Run:
 
     def note(self, name: str, outcome: dict[str, Any]) -> Record:
         kernels = tuple(outcome["kernels"])
-        detail = "" if outcome["verdict"] == "equal" else outcome["detail"]
+        detail = "" if outcome["verdict"] == "equal" else outcome["detail"][-LONGEST_DETAIL:]
         numbers = outcome["seconds"], outcome["instructions"]
         record = Record(outcome["verdict"], self._key(self._jobs[name], kernels), *numbers, kernels, detail)
         self._log.add(self.part.label, name, record)

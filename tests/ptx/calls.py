@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -28,6 +29,15 @@ SPECIAL = (
 )
 #: Coefficients on a device that are to be skipped; 1e300 is none for fp64.
 SKIPPED = (np.nan, np.inf, -np.inf, 0.0, 1e300, np.nan)
+#: What lies in device memory; the reference is given what is not to be skipped.
+DEVICE = {
+    "all": "terms",  # among others that are to be skipped, and are counted
+    "alone": "only the terms",  # by these numbers, alpha by value
+    "seeds": "seeds",
+    "coeffs": "coefficients",
+    "skipped": "terms to be skipped",
+    "half": "terms, of which the first half is to be skipped,",
+}
 #: Which rows of a case are out of range, if its are to be.
 BAD_ROWS = [1, 3, 4]
 
@@ -40,7 +50,7 @@ class Driver(Protocol):
     launches: list[tuple[str, int, int]]
     num_instructions: int
 
-    def unavailable(self) -> str | None: ...
+    def unavailable(self, device: torch.device | None = None) -> str | None: ...
 
     def kernels(self) -> dict[str, Kernel]: ...
 
@@ -54,7 +64,7 @@ class Spec:
     shape: tuple[int, ...]
     offset: int = 0
     skew: int = 0
-    layout: str = "flat"  # of its memory; or: transposed, gaps (a slice of wider rows), every second
+    layout: str = "flat"  # of its memory; or: transposed, gaps (a slice of wider rows), padded, every second
     view: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
@@ -72,16 +82,17 @@ class Case:
     alpha: float = 1.0
     residuals: bool = False
     rows: tuple[int, ...] | None = None
-    on_device: bool = False  # terms in device memory, with some among them that are to be skipped
+    device: str = ""  # what of the terms lies in device memory: a key of DEVICE
     special: bool = True  # weights of SPECIAL among the others
     bad_rows: bool = False  # some rows are out of range, which only the kernels see: their results are NaN
-    coeffs: str = "normal"  # or: cancel (pairs c, -c of one seed), tiny, zeros, dyadic
+    coeffs: str = "normal"  # or: cancel (pairs c, -c of one seed), tiny, smallest, zeros, dyadic
 
     def __str__(self) -> str:
         parts = [self.name, self.dtype, self.family, f"K = {self.k}", self.form, self.rounding]
         parts += [f"alpha {self.alpha}"] * (self.alpha != 1) + ["compensated"] * self.residuals
         parts += ["rows"] * (self.rows is not None) + ["rows out of range"] * self.bad_rows
-        parts += ["terms on the device"] * self.on_device + [self.coeffs] * (self.coeffs != "normal")
+        parts += [f"{DEVICE[self.device]} on the device"] if self.device else []
+        parts += [self.coeffs] * (self.coeffs != "normal")
         return ", ".join(parts)
 
 
@@ -108,7 +119,7 @@ def layout_of(spec: Spec, shape: Sequence[int]) -> tuple[list[int], int]:
         return strides[::-1], count
     if spec.layout == "gaps":
         return dense(shape, row=shape[-1] + 5)
-    strides, count = dense(shape)
+    strides, count = dense([size + 1 for size in shape] if spec.layout == "padded" else shape)
     factor = 2 if spec.layout == "every second" else 1
     return [factor * stride for stride in strides], factor * count
 
@@ -225,6 +236,9 @@ def terms_of(case: Case, generator: np.random.Generator) -> tuple[list[int], lis
         coeffs[half : 2 * half] = -coeffs[:half]
     elif case.coeffs == "tiny":
         coeffs = generator.standard_normal(case.k) * 1e-39
+    elif case.coeffs == "smallest":  # products with most normals are zero
+        smallest = np.nextafter(np.float64(0) if case.dtype == "fp64" else np.float32(0), 1)
+        coeffs = np.where(generator.integers(0, 2, case.k) == 1, smallest, -smallest).astype(np.float64)
     elif case.coeffs == "zeros":
         coeffs[::2] = 0.0
     elif case.coeffs == "dyadic":  # exact sums: zeros occur
@@ -235,7 +249,8 @@ def terms_of(case: Case, generator: np.random.Generator) -> tuple[list[int], lis
 def on_device(terms: Terms, world: World, fp64: bool) -> DeviceTerms:
     """The same terms in device memory, others to be skipped among them; an output counts these."""
     generator, num_counted = world.generator, 5
-    bad = [c for c in SKIPPED if not (fp64 and np.isfinite(c) and c)]
+    # So many that each thread of a block finds some, where there are many terms.
+    bad = [c for c in SKIPPED if not (fp64 and np.isfinite(c) and c)] * max(1, terms.seeds.size // 12)
     pending = list(zip(terms.seeds.view(np.int64).tolist(), terms.coeffs.tolist(), strict=True))
     seeds, coeffs = [], []
     while pending or bad:
@@ -261,6 +276,21 @@ def on_device(terms: Terms, world: World, fp64: bool) -> DeviceTerms:
     )
 
 
+def partly_on_device(terms: Terms, world: World, what: str, count: int) -> DeviceTerms:
+    """What a key of DEVICE but "all" says; `count` terms with those to be skipped, which are not counted."""
+    others = count - terms.seeds.size
+    seeds = [*range(others), *terms.seeds.view(np.int64).tolist()]
+    coeffs = [*itertools.islice(itertools.cycle((float("nan"), 0.0)), others), *terms.coeffs.tolist()]
+    made = DeviceTerms(
+        terms.seeds, terms.coeffs, terms.alpha, terms.family, terms.rounding, terms.rounding_seed
+    )
+    if what != "coeffs":
+        made.seeds = world.values(seeds, torch.int64)
+    if what != "seeds":
+        made.coeffs = world.values(coeffs, torch.float64)
+    return made
+
+
 class _Call:
     """One case with its tensors."""
 
@@ -280,6 +310,8 @@ class _Call:
             self._make_tensors(spec)
         self._rows = None if case.rows is None else self.world.values(case.rows, torch.int64)
         self._seeds, self._coeffs = terms_of(case, generator)
+        num_skipped = {"skipped": case.k, "half": case.k // 2}.get(case.device, 0)
+        self._seeds, self._coeffs = self._seeds[num_skipped:], self._coeffs[num_skipped:]
         self._options: dict[str, Any] = {
             "alpha": case.alpha,
             "streams": [int(s) for s in generator.integers(0, 1 << 32, len(case.specs))],
@@ -342,13 +374,16 @@ class _Call:
     def WRITES_FP32(self) -> bool:  # noqa: N802
         return self._driver.WRITES_FP32
 
-    def unavailable(self) -> None:
+    def unavailable(self, device: torch.device | None = None) -> None:
         return None
 
     def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms) -> None:
-        if self.case.on_device:
+        if self.case.device:
             assert isinstance(terms, Terms)
-            terms = on_device(terms, self.world, self.case.dtype == "fp64")
+            if self.case.device == "all":
+                terms = on_device(terms, self.world, self.case.dtype == "fp64")
+            else:
+                terms = partly_on_device(terms, self.world, self.case.device, self.case.k)
         if self.case.bad_rows:
             assert operands.rows is not None
             operands.rows[BAD_ROWS] = torch.tensor([-1, self.case.specs[0].shape[0], 1 << 40])
@@ -375,7 +410,7 @@ def run_case(driver: Driver, case: Case) -> Verdict:
     if found.num_wrong or found.num_stray:
         places = f"{found.num_wrong} of {found.num_elements} elements, {found.num_stray} stray bytes"
         return Verdict("differs", f"{places}; {found.example}")
-    keeps_bytes = case.k == 0 and case.alpha == 1 and not case.bad_rows and not case.on_device
+    keeps_bytes = case.alpha == 1 and not case.bad_rows and (case.k == 0 or case.device == "skipped")
     if found.num_nan and keeps_bytes:
         return Verdict("differs", f"{found.num_nan} NaN of other bits where bytes are to stay")
     nans = f", {found.num_nan} NaN of other bits" if found.num_nan else ""

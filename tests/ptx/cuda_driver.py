@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,7 +58,7 @@ class CudaDriver:
         handle.ptx_set_callback(self._callback)
         self.checked(handle.fk_cuda_load(0))
 
-    def unavailable(self) -> None:
+    def unavailable(self, device: torch.device | None = None) -> None:
         return None
 
     def kernel(self, name: str) -> Kernel:
@@ -112,22 +111,17 @@ class CudaDriver:
             raise error
         native_cuda.check(self.handle, status)
 
-    def in_memory(self, tensor: Tensor, rights: int = READ) -> Tensor:
-        """A copy of a tensor in the arena."""
-        raw = self.memory.allocate(tensor.numel() * tensor.element_size(), rights)
-        dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
-        return torch.from_numpy(raw.view(dtype)).reshape(tensor.shape).copy_(tensor)
-
     def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms, isa: str = "auto") -> None:
         """What `native_cuda.seed_axpy` does, on tensors that lie in the memory."""
-        if isinstance(terms, Terms) and terms.seeds.size > native_cuda.MAX_TERMS_BY_VALUE:
+        if len(terms.seeds) > native_cuda.MAX_TERMS_BY_VALUE:
             terms = terms.to(torch.device("cpu"))
-            terms.seeds, terms.coeffs = self.in_memory(terms.seeds), self.in_memory(terms.coeffs)
         num_source_rows = 0
         if operands.rows is not None and operands.inputs is not None:
             num_source_rows = operands.inputs.tensors[0].shape[0]
         table = c_abi.pointer_table(operands)
+        copied = (value for value in (terms.seeds, terms.coeffs) if isinstance(value, Tensor))
         try:
-            native_cuda.launch(self.handle, table, operands.rows, num_source_rows, terms, 0, 0)
+            with self.memory.admitted(*copied, rights=READ):
+                native_cuda.launch(self.handle, table, operands.rows, num_source_rows, terms, 0, 0)
         finally:
             self.checked(0)

@@ -27,7 +27,7 @@ class DamagedDriver(Driver, Protocol):
 
 @dataclass(frozen=True)
 class Damage:
-    """A pattern of a kernel's text and what takes its place. call: the fields of the case that must show it."""
+    """A pattern of a kernel's text and what takes its place. call: fields of the case that must show it."""
 
     name: str
     kernel: str

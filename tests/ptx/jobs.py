@@ -89,7 +89,7 @@ def jobs_of(part: Part) -> dict[str, Job]:
     several = {
         f"programs of eight blocks: {case}": Job(f"eight blocks {case!r}", partial(_run_case_in_eight, case))
         for case in all_cases()
-        if case.name == "flat" and case.k in (1, 2) and case.alpha == 1 and not case.on_device
+        if case.name == "flat" and case.k in (1, 2) and case.alpha == 1 and not case.device
     }
     return {
         "normal_digest": Job("normal_digest", _triton_digest),

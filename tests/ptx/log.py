@@ -1,7 +1,7 @@
 """The log of all cases: what ran, what came out, and which basic blocks did run; kept as text.
 
-A record holds while its key does: a hash of the emulator, of the host code that launches, of the case and of the
-texts of the kernels that it launched. So it holds for any architecture whose kernels have the same text.
+A record holds while its key does: a hash of the emulator, of the host code that launches, of the case and of
+the texts of the kernels that it launched. So it holds for any architecture whose kernels have the same text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The PTX emulator, held to exact rationals, Python's integers, CUTLASS's layouts and small faulty programs."""
+"""The PTX emulator, held to exact rationals, Python's integers, CUTLASS's layouts and faulty programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def words(generator: Random, count: int) -> Array:
 
 
 def is_nearest(exact: Fraction, r: Any, kind: Any) -> bool:
-    """Whether r is the nearest of its kind, the even one of two; infinite past half a place after the last."""
+    """Whether r is the nearest of its kind, the even one of two; infinite half a place past the last."""
     if not np.isfinite(r):
         top = Fraction(float(np.finfo(kind).max))
         place = top - Fraction(float(np.nextafter(np.finfo(kind).max, kind(0))))
@@ -151,8 +151,8 @@ def test_narrowing_is_to_nearest_even(kind: str, generator: Random) -> None:
 
 
 def test_fragments_are_those_of_cutlass() -> None:
-    """NVIDIA/cutlass, include/cute/atom/mma_traits_sm80.hpp, SM80_16x8x32_S32S8S8S32_TN: its strides lead from
-    (lane % 4, lane / 4), (byte, register, ...) to an index."""
+    """NVIDIA/cutlass, include/cute/atom/mma_traits_sm80.hpp, SM80_16x8x32_S32S8S8S32_TN: its strides lead
+    from (lane % 4, lane / 4), (byte, register, ...) to an index."""
     for lane in range(32):
         t, g = lane % 4, lane // 4
         for byte in range(4):

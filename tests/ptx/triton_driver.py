@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -82,7 +83,7 @@ class TritonDriver:
         self._names: dict[str, str] = {}  # by the hash of a compilation
         self._change: tuple[str, Callable[[str], str]] | None = None
 
-    def unavailable(self) -> None:
+    def unavailable(self, device: torch.device | None = None) -> None:
         return None
 
     def kernels(self) -> dict[str, Kernel]:
