@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
@@ -16,25 +14,19 @@ import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch
 from fedkseed_kernels.operands import DeviceTerms, Operands, TensorList, Terms
 from ptx.kernel import Kernel
-from ptx.memory import ALIGNMENT, READ, WRITE, Memory
+from ptx.memory import READ, WRITE, Memory
 from ptx.parser import FaultError, UnknownPtxError
+from ptx.world import Spec, Twins, World, layout_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_NUMPY = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
-#: Weights that are zeros of both signs, infinite, NaN, subnormal in some dtype, or at an end of its range.
-SPECIAL = (
-    *(0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, -1e-40, 6e-8, -6e-5),
-    *(65504.0, 3e38, -3.3e38, 1.0, -1.0),
-)
 #: Coefficients on a device that are to be skipped; 1e300 is none for fp64.
 SKIPPED = (np.nan, np.inf, -np.inf, 0.0, 1e300, np.nan)
 #: What lies in device memory; the reference is given what is not to be skipped.
 DEVICE = {
     "all": "terms",  # among others that are to be skipped, and are counted
-    "alone": "only the terms",  # by these numbers, alpha by value
+    "alone": "only the terms",
     "seeds": "seeds",
-    "coeffs": "coefficients",
+    "coeffs": "all but the seeds",
     "skipped": "terms to be skipped",
     "half": "terms, of which the first half is to be skipped,",
 }
@@ -55,17 +47,6 @@ class Driver(Protocol):
     def kernels(self) -> dict[str, Kernel]: ...
 
     def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms, isa: str = "auto") -> None: ...
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A tensor whose storage begins `skew` elements past an aligned address."""
-
-    shape: tuple[int, ...]
-    offset: int = 0
-    skew: int = 0
-    layout: str = "flat"  # of its memory; or: transposed, gaps (a slice of wider rows), padded, every second
-    view: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,129 +84,6 @@ class Verdict(NamedTuple):
     detail: str
 
 
-def layout_of(spec: Spec, shape: Sequence[int]) -> tuple[list[int], int]:
-    """(strides, elements of storage) of a shape that is laid out as the spec says."""
-
-    def dense(sizes: Sequence[int], row: int | None = None) -> tuple[list[int], int]:
-        strides: list[int] = []
-        step = 1
-        for i, size in enumerate(reversed(sizes)):
-            strides.insert(0, step)
-            step = row if row is not None and i == 0 else step * max(size, 1)
-        return strides, step
-
-    if spec.layout == "transposed":
-        strides, count = dense(shape[::-1])
-        return strides[::-1], count
-    if spec.layout == "gaps":
-        return dense(shape, row=shape[-1] + 5)
-    strides, count = dense([size + 1 for size in shape] if spec.layout == "padded" else shape)
-    factor = 2 if spec.layout == "every second" else 1
-    return [factor * stride for stride in strides], factor * count
-
-
-class Twins(NamedTuple):
-    """A tensor in the emulated memory, and the reference's of the same content."""
-
-    here: Tensor
-    there: Tensor
-
-
-Fill = Callable[[Tensor], None]
-
-
-@dataclass
-class World:
-    """The tensors of one case."""
-
-    generator: np.random.Generator
-    size: int
-    outputs: list[Twins] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.memory = Memory(self.size, int(self.generator.integers(1 << 30)))
-
-    def tensor(self, spec: Spec, shape: Sequence[int], dtype: torch.dtype, rights: int, fill: Fill) -> Twins:
-        strides, count = layout_of(spec, shape)
-        size = dtype.itemsize
-        raw = self.memory.allocate(max(count, 1) * size, rights, spec.skew * size)
-        flat = torch.from_numpy(raw.view(_NUMPY[size])).view(dtype)
-        fill(flat)
-        made = Twins(flat.as_strided(shape, strides), flat.clone().as_strided(shape, strides))
-        if rights & WRITE:
-            self.outputs.append(made)
-        return made
-
-    def weights(self, flat: Tensor) -> None:
-        flat.copy_(torch.from_numpy(self.generator.standard_normal(flat.numel()) * 0.05))
-
-    def special_weights(self, flat: Tensor) -> None:
-        self.weights(flat)
-        some = self.generator.choice(flat.numel(), max(flat.numel() // 7, 1), replace=False)
-        values = torch.tensor(SPECIAL, dtype=torch.float64).to(flat.dtype)
-        chosen = self.generator.integers(0, len(SPECIAL), some.size)
-        flat[torch.from_numpy(some)] = values[torch.from_numpy(chosen)]
-
-    def noise(self, flat: Tensor) -> None:
-        bits = self.generator.integers(-(1 << 15), 1 << 15, flat.numel())
-        flat.view(_BITS[flat.element_size()]).copy_(torch.from_numpy(bits))
-
-    def values(self, values: Sequence[float], dtype: torch.dtype, rights: int = READ) -> Tensor:
-        """A tensor of the kernels alone."""
-        size = dtype.itemsize
-        raw = self.memory.allocate(size * len(values), rights)
-        return torch.from_numpy(raw.view(_NUMPY[size])).view(dtype).copy_(torch.tensor(values, dtype=dtype))
-
-    def snapshot(self) -> None:
-        self._before, self._end = self.memory.bytes.copy(), self.memory.allocated_end
-
-    def differences(self) -> Differences:
-        """What differs from the reference, and what changed outside of outputs."""
-        found = Differences()
-        touched = np.zeros(self.memory.size, bool)
-        for here, there in self.outputs:
-            if not here.numel():
-                continue
-            size = here.element_size()
-            at = torch.zeros(here.shape, dtype=torch.int64)
-            for dim, (length, stride) in enumerate(zip(here.shape, here.stride(), strict=True)):
-                index = torch.arange(length) * (stride * size)
-                at += index.reshape([-1 if d == dim else 1 for d in range(here.dim())])
-            places = at.reshape(-1).numpy() + (here.data_ptr() - self.memory.base)
-            touched[(places[:, None] + np.arange(size)).reshape(-1)] = True
-            found.compare(here, there)
-        stray = (self.memory.bytes != self._before) & ~touched
-        stray[self._end - ALIGNMENT :] = False  # what a launcher put there itself
-        found.num_stray = int(stray.sum())
-        return found
-
-
-@dataclass
-class Differences:
-    """Elements that differ from the reference, with an example, and bytes of no output that changed."""
-
-    num_wrong: int = 0
-    num_stray: int = 0
-    num_nan: int = 0  # NaN on both sides, of other bits
-    num_elements: int = 0
-    example: str = ""
-
-    def compare(self, here: Tensor, there: Tensor) -> None:
-        size = here.element_size()
-        got, want = (t.contiguous().view(_BITS[size]).reshape(-1) for t in (here, there))
-        different = got != want
-        if here.is_floating_point():
-            both_nan = here.contiguous().reshape(-1).isnan() & there.contiguous().reshape(-1).isnan()
-            self.num_nan += int((different & both_nan).sum())
-            different &= ~both_nan
-        self.num_elements += here.numel()
-        self.num_wrong += int(different.sum())
-        if different.any() and not self.example:
-            i, mask = int(different.nonzero()[0]), (1 << 8 * size) - 1
-            values = f"{int(got[i]) & mask:#x}, reference {int(want[i]) & mask:#x}"
-            self.example = f"element {i} of {tuple(here.shape)}: {values}"
-
-
 def terms_of(case: Case, generator: np.random.Generator) -> tuple[list[int], list[float]]:
     """Seeds and coefficients."""
     seeds = [int(s) for s in generator.integers(-(1 << 63), (1 << 63) - 1, case.k)]
@@ -246,41 +104,13 @@ def terms_of(case: Case, generator: np.random.Generator) -> tuple[list[int], lis
     return seeds, coeffs.tolist()
 
 
-def on_device(terms: Terms, world: World, fp64: bool) -> DeviceTerms:
-    """The same terms in device memory, others to be skipped among them; an output counts these."""
-    generator, num_counted = world.generator, 5
-    # So many that each thread of a block finds some, where there are many terms.
-    bad = [c for c in SKIPPED if not (fp64 and np.isfinite(c) and c)] * max(1, terms.seeds.size // 12)
-    pending = list(zip(terms.seeds.view(np.int64).tolist(), terms.coeffs.tolist(), strict=True))
-    seeds, coeffs = [], []
-    while pending or bad:
-        if bad and (not pending or generator.random() < 0.3):
-            seed, coeff = int(generator.integers(1 << 62)), bad.pop()
-            with np.errstate(over="ignore"):
-                num_counted += not np.isfinite(coeff if fp64 else np.float32(coeff))
-        else:
-            seed, coeff = pending.pop(0)
-        seeds.append(seed)
-        coeffs.append(coeff)
-    counter = world.values([5], torch.int32, READ | WRITE)
-    world.outputs.append(Twins(counter, torch.tensor([num_counted], dtype=torch.int32)))
-    rounding_seed = terms.rounding_seed - (1 << 64 if terms.rounding_seed >> 63 else 0)
-    return DeviceTerms(
-        world.values(seeds, torch.int64),
-        world.values(coeffs, torch.float64),
-        world.values([terms.alpha], torch.float64),
-        terms.family,
-        terms.rounding,
-        world.values([rounding_seed], torch.int64),
-        counter,
-    )
-
-
-def partly_on_device(terms: Terms, world: World, what: str, count: int) -> DeviceTerms:
-    """What a key of DEVICE but "all" says; `count` terms with those to be skipped, which are not counted."""
-    others = count - terms.seeds.size
-    seeds = [*range(others), *terms.seeds.view(np.int64).tolist()]
-    coeffs = [*itertools.islice(itertools.cycle((float("nan"), 0.0)), others), *terms.coeffs.tolist()]
+def on_device(terms: Terms, world: World, what: str, count: int, fp64: bool) -> DeviceTerms:
+    """The terms as a key of DEVICE says; `count` of them with those that the case itself is to skip."""
+    seeds, coeffs = terms.seeds.view(np.int64).tolist(), terms.coeffs.tolist()
+    others = count - len(seeds)
+    seeds, coeffs = [*range(others), *seeds], [*([float("nan"), 0.0] * others)[:others], *coeffs]
+    if what == "all":
+        seeds, coeffs = _among_others(seeds, coeffs, world.generator, fp64)
     made = DeviceTerms(
         terms.seeds, terms.coeffs, terms.alpha, terms.family, terms.rounding, terms.rounding_seed
     )
@@ -288,7 +118,31 @@ def partly_on_device(terms: Terms, world: World, what: str, count: int) -> Devic
         made.seeds = world.values(seeds, torch.int64)
     if what != "seeds":
         made.coeffs = world.values(coeffs, torch.float64)
+    if what in ("all", "coeffs"):
+        made.alpha = world.values([terms.alpha], torch.float64)
+        signed = terms.rounding_seed - (1 << 64 if terms.rounding_seed >> 63 else 0)
+        made.rounding_seed = world.values([signed], torch.int64)
+    if what in ("all", "coeffs", "skipped", "half"):
+        with np.errstate(over="ignore"):
+            num_counted = 5 + sum(not np.isfinite(c if fp64 else np.float32(c)) for c in coeffs)
+        made.num_skipped = world.values([5], torch.int32, READ | WRITE)
+        world.outputs.append(Twins(made.num_skipped, torch.tensor([num_counted], dtype=torch.int32)))
     return made
+
+
+def _among_others(
+    seeds: list[int], coeffs: list[float], generator: np.random.Generator, fp64: bool
+) -> tuple[list[int], list[float]]:
+    """Terms with others among them that are to be skipped, by each thread of a block if there are many."""
+    bad = [c for c in SKIPPED if not (fp64 and np.isfinite(c) and c)] * max(1, len(seeds) // 12)
+    pending = list(zip(seeds, coeffs, strict=True))
+    mixed = []
+    while pending or bad:
+        if bad and (not pending or generator.random() < 0.3):
+            mixed.append((int(generator.integers(1 << 62)), bad.pop()))
+        else:
+            mixed.append(pending.pop(0))
+    return [seed for seed, _ in mixed], [coeff for _, coeff in mixed]
 
 
 class _Call:
@@ -380,10 +234,7 @@ class _Call:
     def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms) -> None:
         if self.case.device:
             assert isinstance(terms, Terms)
-            if self.case.device == "all":
-                terms = on_device(terms, self.world, self.case.dtype == "fp64")
-            else:
-                terms = partly_on_device(terms, self.world, self.case.device, self.case.k)
+            terms = on_device(terms, self.world, self.case.device, self.case.k, self.case.dtype == "fp64")
         if self.case.bad_rows:
             assert operands.rows is not None
             operands.rows[BAD_ROWS] = torch.tensor([-1, self.case.specs[0].shape[0], 1 << 40])

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from ptx.calls import DTYPES, Case, Spec
+from ptx.calls import DTYPES, Case
+from ptx.world import Spec
 
 # Offsets at which the high word of a counter changes: Gaussian noise and random bits; Rademacher noise.
 G, H = 1 << 35, 1 << 39
@@ -173,7 +174,7 @@ class _Calls:
         yield from vary(case, k=counts, device=("seeds", "coeffs", "all"), alpha=0.75)
         # Rounding makes no difference to fp32 and fp64.
         some = counts if self.is_half else counts[-1]
-        yield from vary(case, k=some, rounding="stochastic", device=("alone", "all"), form=out_pair)
+        yield from vary(case, k=some, rounding="stochastic", device=("coeffs", "all"), form=out_pair)
 
     def counts(self) -> Iterator[Case]:
         """Numbers of terms about the chunks that kernels prepare them in, also on both sides."""
@@ -181,10 +182,13 @@ class _Calls:
         yield from vary(one, k=(63, 65, 128, 255, 257))
         yield from vary(one, k=(33, 129, 300), form="pair")
         yield from vary(one, k=(65, 300), device="all")
+        if self.flat.family == "gaussian":
+            return
+        # More than one for each thread of the block that surveys them.
         few = replace(one, name="few elements", specs=EDGES[:1])
         for case in (few, replace(one, name="few strided elements", specs=STRIDED_EDGES[:1])):
             yield from vary(case, k=1100, device=("", "all", "half"))
-        if self.flat.dtype == "fp32" and self.flat.family == "rademacher":
+        if self.flat.dtype == "fp32":
             yield replace(few, k=(1 << 16) + 1)  # more than the integer sums of a flat tensor take
 
     def dimensions(self) -> Iterator[Case]:
