@@ -8,7 +8,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch

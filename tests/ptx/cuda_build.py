@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -78,16 +79,15 @@ def build(architecture: int, sources: Path = ROOT / "csrc", cache: Path = CACHE)
     if folder.exists():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".cuda-", dir=cache))
-    try:
-        _compile(nvcc, architecture, sources, setup.find_sources(sources / "cuda", "*.cu"), temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with open(cache / f".cuda-{architecture}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of processes that want the same, one compiles
+        if folder.exists():
+            return folder
+        with tempfile.TemporaryDirectory(prefix=".cuda-", dir=cache, ignore_cleanup_errors=True) as temporary:
+            made = Path(temporary, "made")
+            made.mkdir()
+            _compile(nvcc, architecture, sources, setup.find_sources(sources / "cuda", "*.cu"), made)
+            made.rename(folder)
     return folder
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ptx.calls import Case, Driver, Verdict, run_case
-from ptx.cases import SMALL
+from ptx.cases import SMALL, STRIDED
 
 # Places of a pattern that are tried, spread over the kernel: not all are run by the case, and some decide
 # nothing of it.
@@ -126,17 +126,20 @@ CUDA = (
         "the minus side not negated",
         *("many_gaussian<Bf16>", r"neg\.f32(\s+%f\d+), (%f\d+);", r"mov.f32\1, \2;", _PAIR),
     ),
-    Damage("no barrier (strided)", "strided<Bf16, Gaussian>", _BARRIER, "\n", {"k": 5}),
+    Damage("no barrier (strided)", "strided<Bf16, Gaussian>", _BARRIER, "\n", {"k": 5, "specs": STRIDED}),
 )
 TRITON = (
     Damage("a multiplier of Philox", "segments_kernel", r"-766435501;", "-766435503;"),
-    Damage("the square root of 2", "runs_kernel", r"0f3FB504F3", "0f3FB504F4"),
+    Damage(
+        "the square root of 2",
+        *("runs_kernel", r"0f3FB504F3", "0f3FB504F4", {"dtype": "fp32", "specs": STRIDED}),
+    ),
     Damage(
         "sums that begin at +0",
         *("segments_kernel", r"0f80000000|-2147483648", "0", {"k": 0, "alpha": 0.75}),
         everywhere=True,
     ),
-    Damage("no barrier", "segments_kernel", _BARRIER, "\n", {"k": 5}),
+    Damage("no barrier", "segments_kernel", _BARRIER, "\n", {"family": "rademacher"}),
     Damage(
         "a store past the tensor's end",
         "runs_kernel",

@@ -29,6 +29,8 @@ WARP = 32
 MAX_LANES = 4096
 # What is added to the counter of a lane that waits at a barrier, and the counter of one that is done.
 _WAITS, _DONE = 1 << 20, 1 << 30
+# Basic blocks that a machine runs before it is said to run on for ever.
+_MOST_STEPS = 20_000_000
 # Patterns of noise for each width: registers that were not written share them.
 _NOISES = 7
 
@@ -217,7 +219,7 @@ class Machine:
         """Run all lanes to their ends."""
         kernel, counter, registers = self._kernel, self._counter, self._registers
         blocks = kernel.entry.blocks
-        while True:
+        for _ in range(_MOST_STEPS):
             index = int(counter.min())
             if index >= _WAITS:
                 if index >= _DONE:
@@ -246,6 +248,7 @@ class Machine:
                 counter[taken] = end.target
             elif end.kind == "return":
                 counter[taken] = _DONE
+        raise FaultError(f"{kernel.name} does not end within {_MOST_STEPS} basic blocks")
 
     def _release(self) -> None:
         """Let the threads that wait at a barrier go on; those that are done do not keep them."""

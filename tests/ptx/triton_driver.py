@@ -153,12 +153,12 @@ def variant_name(function: str, given: dict[str, Any]) -> str:
     """A compilation in words, from the compile-time arguments of the package's kernels."""
     if "FAMILY" not in given:
         return function
-    words = [function, given["FAMILY"], f"{given['DTYPE']},"]
-    words += [f"K = {given['NUM_TERMS']}" if given["NUM_TERMS"] else "K loop"]
+    num_terms, num_blocks = given["NUM_TERMS"], given.get("NUM_BLOCKS", 1)
+    words = [function, given["FAMILY"], f"{given['DTYPE']},", f"K = {num_terms}" if num_terms else "K loop"]
     words += ["pair"] * given["PAIR"] + ["noise"] * (not given["HAS_INPUT"])
     words += ["stochastic"] * given["STOCHASTIC"] + ["rows"] * given.get("HAS_ROWS", False)
     words += [f"residuals {given['RESIDUALS']}"] * (given["RESIDUALS"] != "none")
-    words += [f"{given['NUM_BLOCKS']} blocks"] * (given.get("NUM_BLOCKS", 1) > 1)
+    words += [f"{num_blocks} blocks"] * (num_blocks > 1)
     return " ".join(words)
 
 
