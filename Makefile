@@ -17,6 +17,7 @@ DEMO_ARGS ?=
 TEST_ARGS ?=
 TEST_WORKERS ?= logical
 BENCH_ARGS ?=
+PTX_ARGS ?=
 
 .PHONY: install
 install: $(INSTALLED) $(LIBRARY) ## create .venv with this checkout in it, editable, and build the native library (default)
@@ -38,6 +39,10 @@ test-slow: fetch ## run the tests that make test leaves out
 
 .PHONY: test-all
 test-all: test test-slow ## run all tests
+
+.PHONY: ptx
+ptx: install ## run the GPU kernels' PTX on an emulator, all cases without a record in benchmarks/results/ptx.json
+	PYTHONPATH=tests:. $(PY) -m ptx $(PTX_ARGS)
 
 .PHONY: bench
 bench: fetch ## run the kernel benchmarks; results go to benchmarks/results

@@ -139,7 +139,7 @@ TRITON = (
         *("segments_kernel", r"0f80000000|-2147483648", "0", {"k": 0, "alpha": 0.75}),
         everywhere=True,
     ),
-    Damage("no barrier", "segments_kernel", _BARRIER, "\n", {"family": "rademacher"}),
+    Damage("no barrier", "segments_kernel", _BARRIER, "\n", {"dtype": "fp32", "family": "rademacher"}),
     Damage(
         "a store past the tensor's end",
         "runs_kernel",

@@ -10,22 +10,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import numpy as np
-
-from fedkseed_kernels.contract import reference
-from ptx import damages
+from ptx import damages, entries
 from ptx.calls import Driver, Verdict, run_case
 from ptx.cases import all_cases
 from ptx.cuda_build import ROOT, digest_of
 from ptx.cuda_driver import CudaDriver
-from ptx.memory import READ, WRITE, Memory
 
 HERE = Path(__file__).parent
 #: Architectures of the CUDA library's PTX, and those of Triton with how many cases make one of a sample.
 CUDA_ARCHITECTURES = (90, 80, 100, 120)
 TRITON_ARCHITECTURES = {90: 1, 80: 6, 100: 6}
 # What decides a verdict beside the kernels: the emulator, and the launching code on the host.
-_NO_EMULATOR = ("__main__.py", "worker.py", "log.py", "jobs.py", "cases.py", "damages.py")
+_NO_EMULATOR = (
+    *("__init__.py", "__main__.py", "runner.py", "worker.py", "log.py", "jobs.py"),
+    *("cases.py", "damages.py", "entries.py"),  # a job's definition says what of these it is
+)
 _HOST = ("operands.py", "layout.py", "contract/*.py", "backends/c_abi.py")
 _INCLUDE = re.compile(r'^#include "(.*?)"', re.M)
 
@@ -79,10 +78,11 @@ def jobs_of(part: Part) -> dict[str, Job]:
     """The jobs of a part by name."""
     if part.kind.startswith("damage"):
         listed = damages.CUDA if part.is_cuda else damages.TRITON
-        return {d.name: Job(repr(d), partial(_run_damage, d)) for d in listed}
+        text = digest_of([HERE / "damages.py"])
+        return {d.name: Job(f"{d!r} {text}", partial(_run_damage, d)) for d in listed}
     jobs = {str(case): Job(repr(case), partial(_run_case, case)) for case in all_cases()}
     if part.is_cuda:
-        return {**{name: Job(name, test) for name, test in ENTRY_TESTS.items()}, **jobs}
+        return {**_tests(entries.CUDA), **jobs}
     every = TRITON_ARCHITECTURES[part.architecture]
     jobs = dict(list(jobs.items())[::every])
     # Lists of many tiles get programs of several blocks: forced here for some.
@@ -91,11 +91,12 @@ def jobs_of(part: Part) -> dict[str, Job]:
         for case in all_cases()
         if case.name == "flat" and case.k in (1, 2) and case.alpha == 1 and not case.device
     }
-    return {
-        "normal_digest": Job("normal_digest", _triton_digest),
-        **dict(list(several.items())[::every]),
-        **jobs,
-    }
+    return {**_tests(entries.TRITON), **dict(list(several.items())[::every]), **jobs}
+
+
+def _tests(listed: dict[str, Callable[[Any], Verdict]]) -> dict[str, Job]:
+    text = digest_of([HERE / "entries.py"])
+    return {name: Job(f"{name} {text}", test) for name, test in listed.items()}
 
 
 def _run_damage(damage: damages.Damage, driver: damages.DamagedDriver) -> Verdict:
@@ -123,68 +124,3 @@ def open_driver(part: Part) -> Iterator[Any]:
             from ptx.triton_driver import driving
 
             yield stack.enter_context(driving(part.architecture))
-
-
-# --- functions that only tests call
-
-
-def _put(memory: Memory, array: Any, rights: int = READ) -> Any:
-    """A copy of an array in the memory."""
-    raw = memory.allocate(array.nbytes, rights)
-    raw.view(array.dtype)[:] = array.reshape(-1)
-    return raw.view(array.dtype).reshape(array.shape)
-
-
-def _words(generator: np.random.Generator, *shape: int) -> Any:
-    return generator.integers(0, 1 << 32, shape, dtype=np.uint64).astype(np.uint32)
-
-
-def _verdict(is_equal: bool, detail: str) -> Verdict:
-    return Verdict("equal" if is_equal else "differs", detail)
-
-
-def _philox_words(driver: CudaDriver) -> Verdict:
-    count, generator = 1000, np.random.default_rng(3)
-    driver.memory = Memory(1 << 20)
-    counters, keys = (_put(driver.memory, _words(generator, count, width)) for width in (4, 2))
-    out = _put(driver.memory, np.zeros((count, 4), np.uint32), WRITE)
-    addresses = (array.ctypes.data for array in (counters, keys, out))
-    driver.checked(driver.handle.fk_cuda_philox_words(*addresses, count, 0, 0))
-    return _verdict(bool((out == reference.philox4x32_10(counters, keys)).all()), f"{count} calls")
-
-
-def _normals(driver: CudaDriver) -> Verdict:
-    edges = np.array([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x1FFFF, 0x20000], np.uint32)
-    driver.memory = Memory(1 << 20)
-    words = _put(driver.memory, np.concatenate([edges, _words(np.random.default_rng(4), 60_000)]))
-    out = _put(driver.memory, np.zeros((words.size, 2), np.float32), WRITE)
-    addresses = words.ctypes.data, out.ctypes.data
-    driver.checked(driver.handle.fk_cuda_normal_from_words(*addresses, words.size, 0, 0))
-    expected = np.stack(reference.normals_from_words(words), 1)
-    return _verdict(bool((out.view(np.uint32) == expected.view(np.uint32)).all()), f"{words.size} words")
-
-
-def _digest(driver: CudaDriver) -> Verdict:
-    first, count = (1 << 32) - 70_001, 70_001
-    driver.memory = Memory(1 << 20)
-    digest = _put(driver.memory, np.array([11], np.uint64), READ | WRITE)
-    driver.checked(driver.handle.fk_cuda_normal_digest(first, count, digest.ctypes.data, 0, 0))
-    expected = (reference.normal_digest(first, count) + 11) % 2**64
-    return _verdict(int(digest[0]) == expected, f"{count} words")
-
-
-ENTRY_TESTS: dict[str, Callable[[CudaDriver], Verdict]] = {
-    "philox_words": _philox_words,
-    "normal_from_words": _normals,
-    "normal_digest": _digest,
-}
-
-
-def _triton_digest(driver: Any) -> Verdict:
-    from fedkseed_kernels.backends.triton import test_entries
-
-    first, count = (1 << 32) - 20_001, 20_001
-    driver.memory = Memory(1 << 20)
-    with mock.patch.object(driver, "rights", READ | WRITE):
-        got = test_entries.normal_digest(first, count, "cpu")
-    return _verdict(got == reference.normal_digest(first, count), f"{count} words")

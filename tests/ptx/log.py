@@ -76,10 +76,9 @@ class Log:
             return
         kernels = data["kernels"]
         for part, rows in data["cases"].items():
-            self.records[part] = {
-                case: self._record(row, kernels[part]["names"]) for case, row in rows.items()
-            }
-            self.kernels[part] = dict(zip(kernels[part]["names"], kernels[part]["digests"], strict=True))
+            names = list(kernels[part])
+            self.records[part] = {case: self._record(row, names) for case, row in rows.items()}
+            self.kernels[part] = kernels[part]
         for digest, (blocks, missed, notes) in data["coverage"].items():
             self.coverage[digest] = Coverage(blocks, from_ranges(missed), notes)
 
@@ -87,6 +86,16 @@ class Log:
     def _record(row: list[Any], names: list[str]) -> Record:
         *others, kernels, detail, covered_by = row
         return Record(*others, tuple(names[i] for i in kernels), detail, covered_by)
+
+    @staticmethod
+    def _row(record: Record, numbers: dict[str, int]) -> list[Any]:
+        """A record as a list, with kernels by their numbers."""
+        return [*record[:4], [numbers[name] for name in record.kernels], record.detail, record.covered_by]
+
+    def _launched(self, part: str) -> dict[str, str]:
+        """The kernels of a part's records, with their digests."""
+        names = {name for record in self.records[part].values() for name in record.kernels}
+        return {name: digest for name, digest in self.kernels.get(part, {}).items() if name in names}
 
     def add(self, part: str, case: str, record: Record) -> None:
         self.records.setdefault(part, {})[case] = record
@@ -102,15 +111,6 @@ class Log:
         """Drop the records of cases that are no more."""
         known = self.records.get(part, {})
         self.records[part] = {case: known[case] for case in cases if case in known}
-
-    def by_key(self) -> dict[str, tuple[str, Record]]:
-        """The part and the record of what ran, by key."""
-        return {
-            record.key: (part, record)
-            for part, records in self.records.items()
-            for record in records.values()
-            if not record.covered_by
-        }
 
     def counts(self, part: str) -> Counter[str]:
         return Counter(record.verdict for record in self.records.get(part, {}).values())
@@ -140,22 +140,16 @@ class Log:
         def lines(rows: dict[str, Any]) -> str:
             return "{\n" + ",\n".join(line(key, value) for key, value in rows.items()) + "\n }"
 
-        used = {digest for kernels in self.kernels.values() for digest in kernels.values()}
+        kernels = {part: self._launched(part) for part in self.records}
+        numbers = {part: {name: i for i, name in enumerate(names)} for part, names in kernels.items()}
+        used = {digest for names in kernels.values() for digest in names.values()}
         coverage = {
             digest: [c.blocks, as_ranges(c.missed), c.notes]
             for digest, c in sorted(self.coverage.items())
             if digest in used
         }
-        numbers = {part: {name: i for i, name in enumerate(names)} for part, names in self.kernels.items()}
-        kernels = {
-            part: {"names": list(names), "digests": list(names.values())}
-            for part, names in self.kernels.items()
-        }
         cases = {
-            part: {
-                case: [*r[:4], [numbers[part][name] for name in r.kernels], *r[5:]]
-                for case, r in records.items()
-            }
+            part: {case: self._row(record, numbers[part]) for case, record in records.items()}
             for part, records in self.records.items()
         }
         inner = ",\n ".join(f"{json.dumps(part)}: {lines(rows)}" for part, rows in cases.items())

@@ -1,0 +1,164 @@
+"""The log of `make ptx`: records that hold, those that do not, and the committed one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptx import runner
+from ptx.__main__ import RESULTS
+from ptx.jobs import Job, Part, emulator_digest, host_digest
+from ptx.log import Coverage, Log, Record, as_ranges, from_ranges
+from ptx.parser import Source
+
+NUM_CASES = 3
+PART, OTHER = Part("cuda", 90), Part("cuda", 80)
+
+
+class World:
+    """Parts of a few jobs, each of which launches the kernel of its number, with texts by architecture."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path):
+        self.path = path
+        self.definitions = {f"case {i}": f"definition {i}" for i in range(NUM_CASES)}
+        self.texts = {
+            part.architecture: {f"kernel_{i}": "ret;" for i in range(NUM_CASES)} for part in (PART, OTHER)
+        }
+        self.emulator, self.host, self.verdict = "emulator", "host", "equal"
+        self.ran: list[str] = []
+        monkeypatch.setattr(runner, "jobs_of", self.jobs_of)
+        monkeypatch.setattr(runner, "emulator_digest", lambda: self.emulator)
+        monkeypatch.setattr(runner, "host_digest", lambda part: self.host)
+        monkeypatch.setattr(runner, "build", lambda architecture: architecture)
+        monkeypatch.setattr(runner, "sources_in", self.sources_in)
+        monkeypatch.setattr(runner, "Worker", lambda part, folder: FakeWorker(self, part))
+
+    def jobs_of(self, part: Part) -> dict[str, Job]:
+        return {name: Job(definition, lambda driver: None) for name, definition in self.definitions.items()}
+
+    def sources_in(self, architecture: int) -> dict[str, Source]:
+        texts = self.texts[architecture]
+        return {name: Source(name, "", "", text, None) for name, text in texts.items()}
+
+    def run(self, part: Part = PART, every: int = 1) -> list[str]:
+        """What runs, by the command started anew."""
+        log, self.ran = Log(self.path, self.emulator), []
+        runner.run_part(runner.Run(log, part, every), log, None, 2)
+        return sorted(self.ran)
+
+    def saved(self) -> dict[str, Any]:
+        data: dict[str, Any] = json.loads(self.path.read_text())
+        return data
+
+
+class FakeWorker:
+    def __init__(self, world: World, part: Part):
+        self._world, self._part = world, part
+
+    def run(self, name: str) -> dict[str, Any]:
+        self._world.ran.append(name)
+        kernel = f"kernel_{name.split()[1]}"
+        digest = self._world.sources_in(self._part.architecture)[kernel].digest
+        outcome = {"verdict": self._world.verdict, "detail": "why", "seconds": 1.5, "instructions": 10}
+        return {**outcome, "kernels": {kernel: [digest, 10, "2-4", {}]}}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> World:
+    return World(monkeypatch, tmp_path / "ptx.json")
+
+
+def test_ranges_of_numbers() -> None:
+    assert as_ranges([9, 3, 5, 4]) == "3-5,9"
+    assert from_ranges("3-5,9") == {3, 4, 5, 9}
+    assert as_ranges([]) == ""
+    assert from_ranges("") == set()
+
+
+def test_what_has_run_is_not_run_again(world: World) -> None:
+    assert world.run(every=2) == ["case 0", "case 2"]
+    assert world.run() == ["case 1"]
+    assert world.run() == []
+    assert world.saved()["parts"]["cuda-sm90"]["equal"] == NUM_CASES
+
+
+def test_a_changed_kernel_runs_again_with_its_cases(world: World) -> None:
+    world.run()
+    world.texts[90]["kernel_1"] = "bar.sync 0; ret;"
+    assert world.run() == ["case 1"]
+
+
+@pytest.mark.parametrize("what", ["emulator", "host"])
+def test_another_emulator_or_host_code_makes_all_records_stale(world: World, what: str) -> None:
+    world.run()
+    setattr(world, what, "changed")
+    assert world.run() == ["case 0", "case 1", "case 2"]
+
+
+def test_a_changed_case_runs_again_and_one_that_is_gone_leaves_no_record(world: World) -> None:
+    world.run()
+    world.definitions["case 0"] = "another"
+    del world.definitions["case 2"]
+    assert world.run() == ["case 0"]
+    assert set(world.saved()["cases"]["cuda-sm90"]) == {"case 0", "case 1"}
+
+
+def test_what_was_not_equal_runs_again(world: World) -> None:
+    world.verdict = "differs"
+    assert len(world.run()) == NUM_CASES
+    assert world.saved()["cases"]["cuda-sm90"]["case 0"][0] == "differs"
+    world.verdict = "equal"
+    assert len(world.run()) == NUM_CASES
+    assert world.run() == []
+
+
+def test_kernels_of_the_same_text_are_covered_by_another_architecture(world: World) -> None:
+    world.run()
+    world.texts[80]["kernel_1"] = "bar.sync 0; ret;"
+    assert world.run(OTHER) == ["case 1"]
+    cases = world.saved()["cases"]["cuda-sm80"]
+    assert [cases[f"case {i}"][-1] for i in range(NUM_CASES)] == ["cuda-sm90", "", "cuda-sm90"]
+    assert world.saved()["parts"]["cuda-sm80"]["ran here"] == 1
+
+
+def test_coverage_is_joined_and_belongs_to_a_text(tmp_path: Path) -> None:
+    log = Log(tmp_path / "ptx.json", "emulator")
+    log.add("part", "case", Record("equal", "key", kernels=("kernel",)))
+    log.add_coverage("part", "kernel", "text 1", Coverage(10, {1, 2, 3}))
+    log.add_coverage("part", "kernel", "text 1", Coverage(10, {2, 3, 4}, {"note": 1}))
+    assert log.coverage["text 1"] == Coverage(10, {2, 3}, {"note": 1})
+    log.add_coverage("part", "kernel", "text 2", Coverage(10, {5}))
+    log.save()
+    read = Log(tmp_path / "ptx.json", "emulator")
+    assert read.coverage == {"text 2": Coverage(10, {5})}
+    assert read.kernels == {"part": {"kernel": "text 2"}}
+
+
+def test_the_digests_are_those_of_the_sources() -> None:
+    assert len({emulator_digest(), host_digest(PART), host_digest(Part("triton", 90, "3.9.0"))}) == 3
+    assert host_digest(PART) == host_digest(OTHER)
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="needs the log that make ptx writes")
+def test_the_committed_log() -> None:
+    """All equal, every damage seen, and most of every kernel of the CUDA library ran."""
+    data = json.loads(RESULTS.read_text())
+    assert RESULTS.stat().st_size < 1_000_000
+    for part, cases in data["cases"].items():
+        words = {row[0] for row in cases.values()}
+        assert words <= ({"seen"} if part.startswith("damage") else {"equal"}), part
+    for architecture in (80, 90, 100):
+        assert len(data["cases"][f"cuda-sm{architecture}"]) >= 666
+        for name, digest in data["kernels"][f"cuda-sm{architecture}"].items():
+            blocks, missed, _ = data["coverage"][digest]
+            assert len(from_ranges(missed)) <= (1 - runner.LEAST_SHARE) * blocks, name
+    triton = [part for part in data["cases"] if part.startswith("triton") and part.endswith("-sm90")]
+    assert all(len(data["cases"][part]) >= 300 for part in triton)
+    assert len(triton) >= 2
+    assert sum(len(rows) for part, rows in data["cases"].items() if part.startswith("damage")) >= 20
