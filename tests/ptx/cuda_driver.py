@@ -19,20 +19,22 @@ from ptx.kernel import Kernel
 from ptx.memory import READ, Memory
 from ptx.parser import Source, UnknownPtxError
 
-_CALLBACK = ctypes.CFUNCTYPE(
-    None, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t
-)
+_LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
+_UINTS, _POINTERS = ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p)
+_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, _UINTS, _POINTERS, ctypes.c_size_t)
 
 
 class CudaDriver:
     """A backend of tensors in `memory`, and `handle`, which stands in for `native_cuda.library()`.
 
-    Every function of the handle runs the library's own host code; what it launches runs in the emulator, on
-    `memory`: the arena of a `Memory` or tensors admitted to it, or (`OpenMemory`) any of the process. A fault
-    of a kernel is raised by `checked`, and by what calls it.
+    Every function of the handle runs the library's own host code; what it launches runs in the emulator, at
+    once. `damaged` runs a kernel from another text. After a fault of a kernel every call of the handle fails
+    with CUDA error 719, as on a GPU, until `checked` has raised the fault; `seed_axpy` does it by itself.
 
     Attributes:
-        memory: set before the first launch, anew as often as wanted.
+        handle: for all that takes the library, `native_cuda.launch(driver.handle, ...)` say.
+        memory: what kernels may use, set before the first launch, anew as often as wanted: a `Memory`, whose
+            arena tensors are made in (`allocate`, `admitted`), or an `OpenMemory` for tensors made anywhere.
         launches: (kernel, blocks, threads of a block) of each launch so far.
         num_instructions: of all threads of all launches so far.
     """
@@ -88,9 +90,9 @@ class CudaDriver:
             if before is not None:
                 self._kernels[name] = before
 
-    def _launch(self, symbol: bytes, sizes: Any, arguments: Any, shared: int) -> None:
+    def _launch(self, symbol: bytes, sizes: Any, arguments: Any, shared: int) -> int:
         if self._error is not None:
-            return
+            return _LAUNCH_FAILURE
         try:
             name = readable_name(symbol.decode())
             kernel = self.kernel(name)
@@ -103,6 +105,8 @@ class CudaDriver:
             self.num_instructions += machine.launch(kernel, self.memory, grid, threads, parameters)
         except BaseException as error:  # this is called from C: `checked` raises it
             self._error = error
+            return _LAUNCH_FAILURE
+        return 0
 
     def checked(self, status: int) -> None:
         """Raise what a launch raised, and for a status of the library that is not 0."""

@@ -11,7 +11,8 @@ struct Function {
   const void *host;
   const char *name;
 };
-using Launch = void (*)(const char *name, const unsigned *sizes, void **arguments, size_t shared);
+// Returns 0 or an error.
+using Launch = int (*)(const char *name, const unsigned *sizes, void **arguments, size_t shared);
 
 namespace {
 
@@ -25,6 +26,7 @@ std::vector<Function *> &functions() {
 }
 
 Launch callback;
+int last_error;
 Dim grid_, block_;
 size_t shared_;
 void *stream_;
@@ -63,8 +65,7 @@ int __cudaPopCallConfiguration(Dim *grid, Dim *block, size_t *shared, void **str
 }
 int __cudaLaunchKernel(void *kernel, Dim grid, Dim block, void **arguments, size_t shared, void *) {
   const unsigned sizes[6] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
-  callback(static_cast<Function *>(kernel)->name, sizes, arguments, shared);
-  return 0;
+  return last_error = callback(static_cast<Function *>(kernel)->name, sizes, arguments, shared);
 }
 int cudaFuncGetAttributes(void *, const void *host) {
   void *kernel;
@@ -72,9 +73,13 @@ int cudaFuncGetAttributes(void *, const void *host) {
 }
 int cudaGetDevice(int *device) { return *device = 0; }
 int cudaSetDevice(int device) { return device ? kInvalidDevice : 0; }
-int cudaGetLastError(void) { return 0; }
+int cudaGetLastError(void) {
+  const int error = last_error;
+  last_error = 0;
+  return error;
+}
 int cudaDriverGetVersion(int *version) { return *version = 13000, 0; }
 int cudaRuntimeGetVersion(int *version) { return *version = 13000, 0; }
 int cudaThreadExchangeStreamCaptureMode(int *mode) { return *mode = 0; }
-const char *cudaGetErrorString(int error) { return error ? "an error" : "no error"; }
+const char *cudaGetErrorString(int error) { return error ? "a fault on the emulated GPU" : "no error"; }
 }

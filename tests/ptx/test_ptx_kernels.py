@@ -8,17 +8,25 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import util
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+import fedkseed_kernels as fk
+from fedkseed_kernels.backends import c_abi, native_cuda
+from fedkseed_kernels.operands import Operands, TensorList, Terms
 from ptx import cuda_build, damages, entries, jobs
 from ptx.calls import DTYPES, Case, run_case
 from ptx.cases import EDGES, FAMILIES, SMALL, STRIDED_EDGES, all_cases
 from ptx.cuda_driver import CudaDriver
+from ptx.memory import OpenMemory
+from ptx.parser import FaultError
 
 needs_triton = pytest.mark.skipif(util.find_spec("triton") is None, reason="needs the package triton")
 # Two front ends of nvcc make the text: of 80 and 90 it is the same, of 100 and 120 too.
@@ -101,6 +109,35 @@ def test_the_entries_that_only_tests_call_equal_the_reference(architecture: int)
 def test_damage_to_a_cuda_kernel_is_seen(damage: damages.Damage) -> None:
     verdict = damages.run_damage(cuda_driver(90), damage)
     assert verdict.word == "seen", verdict.detail
+
+
+@pytest.mark.slow
+def test_the_handle_stands_in_for_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors may lie anywhere. Another constant in a kernel gives other bits, a missing barrier fails."""
+    driver = cuda_driver(90)
+    monkeypatch.setattr(driver, "memory", OpenMemory(1 << 16))
+    terms = Terms(np.arange(5, dtype=np.uint64), np.full(5, 0.5), 1.0, "gaussian", "nearest", 0)
+
+    def run() -> torch.Tensor:
+        made = torch.zeros(3000)
+        both = TensorList([made])
+        operands = Operands(both, both, None, None, [3], [0], [None])
+        native_cuda.launch(driver.handle, c_abi.pointer_table(operands), None, 0, terms, 0, 0)
+        return made
+
+    expected = torch.zeros(3000)
+    fk.seed_axpy_([expected], [0, 1, 2, 3, 4], [0.5] * 5, streams=[3])
+    assert torch.equal(run(), expected)
+    with driver.damaged("many_gaussian<Fp32>", lambda body: body.replace("0f3FB504F3", "0f3FB504F4")):
+        assert not torch.equal(run(), expected)
+    with driver.damaged("many_gaussian<Fp32>", lambda body: re.sub(r"bar\.sync\s+0;", "", body)):
+        with pytest.raises(RuntimeError, match="a fault on the emulated GPU"):
+            run()
+        with pytest.raises(RuntimeError, match="CUDA error 719"):  # nothing runs until somebody has looked
+            run()
+        with pytest.raises(FaultError, match="shared race"):
+            driver.checked(0)
+    assert torch.equal(run(), expected)
 
 
 # --- Triton
