@@ -27,7 +27,7 @@ DEVICE = {
     "seeds": "seeds",
     "coeffs": "all but the seeds",
     "skipped": "terms to be skipped",
-    "half": "terms, of which the first half is to be skipped,",
+    "half": "terms, of which the first half is to be skipped,",  # and is not counted
 }
 #: Which rows of a case are out of range, if its are to be.
 BAD_ROWS = [1, 3, 4]
@@ -121,7 +121,7 @@ def on_device(terms: Terms, world: World, what: str, count: int, fp64: bool) -> 
         made.alpha = world.values([terms.alpha], torch.float64)
         signed = terms.rounding_seed - (1 << 64 if terms.rounding_seed >> 63 else 0)
         made.rounding_seed = world.values([signed], torch.int64)
-    if what in ("all", "coeffs", "skipped", "half"):
+    if what in ("all", "coeffs", "skipped"):
         with np.errstate(over="ignore"):
             num_counted = 5 + sum(not np.isfinite(c if fp64 else np.float32(c)) for c in coeffs)
         made.num_skipped = world.values([5], torch.int32, READ | WRITE)

@@ -51,7 +51,9 @@ DIMS = (
     Spec((2,) * 9, view=((3,) * 9, (1,) * 9)),
     Spec((2, 3, 2, 3, 5), 17, 1, "padded"),
 )
-TABLES_OF_DIMS = (Spec((30, 2, 2, 3), 3, 0, "padded"), Spec((30, 2, 3, 2, 2, 3), G - 200, 1, "padded"))
+TABLES_OF_DIMS = tuple(
+    Spec((30, *[2] * dims, 3), G - 100 * dims, dims % 3, "padded") for dims in (1, 2, 3, 4)
+)
 STRIDED_EDGES = (
     Spec((3, 29), 3, 3, "gaps"),
     Spec((4, 16), 8, 0, "gaps"),
@@ -136,7 +138,7 @@ class _Calls:
         chosen = [
             *(flat, replace(flat, k=2), replace(flat, alpha=0.75), *vary(small, k=(5, 70)), wide),
             *(replace(wide, form="pair"), replace(wide, form="out", rounding="stochastic")),
-            *(replace(wide, k=0), *vary(flat, k=(1, 2), form="pair")),
+            *(replace(wide, k=0), *vary(flat, k=(1, 2), form="pair", rounding=("nearest", "stochastic"))),
             *(replace(flat, form="out", rounding="stochastic"), replace(flat, device="all")),
             *(*vary(small, k=0, alpha=(1.0, 0.75)), *vary(small, k=(1, 5), form="pair")),
             *(replace(small, k=1, form="out", rounding="stochastic"), replace(small, k=2, device="all")),

@@ -51,8 +51,8 @@ def _run(command: list[str]) -> str:
 
 
 def _flags() -> list[str]:
-    """Those of setup.py that say how code is compiled, not for which GPUs."""
-    return [flag for flag in load_setup().NVCC_FLAGS if not flag.startswith("-gencode")]
+    """Those of setup.py that say how code is compiled, not for which GPUs; and one that notes lines in it."""
+    return [*(flag for flag in load_setup().NVCC_FLAGS if not flag.startswith("-gencode")), "-lineinfo"]
 
 
 def digest_of(files: Iterable[Path], *texts: str) -> str:

@@ -22,7 +22,7 @@ CUDA_ARCHITECTURES = (90, 80, 100, 120)
 TRITON_ARCHITECTURES = {90: 1, 80: 6, 100: 6}
 # What decides a verdict beside the kernels: the emulator, and the launching code on the host.
 _NO_EMULATOR = (
-    *("__init__.py", "__main__.py", "runner.py", "worker.py", "log.py", "jobs.py"),
+    *("__init__.py", "__main__.py", "runner.py", "worker.py", "log.py", "jobs.py", "missed.py"),
     *("cases.py", "damages.py", "entries.py"),  # a job's definition says what of these it is
 )
 _HOST = ("operands.py", "layout.py", "contract/*.py", "backends/c_abi.py")

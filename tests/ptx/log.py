@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ptx.missed import Place
+
 
 class Record(NamedTuple):
     """How one case ended. covered_by: the part in which it ran, where kernels of the same text did."""
@@ -61,13 +63,14 @@ def from_ranges(text: str) -> set[int]:
 
 
 class Log:
-    """Records by part and case; the digest of each part's kernels; coverage by digest."""
+    """Records by part and case, digests of each part's kernels; coverage and what it lacks by digest."""
 
     def __init__(self, path: Path, emulator: str):
         self._path, self._emulator = path, emulator
         self.records: dict[str, dict[str, Record]] = {}
         self.kernels: dict[str, dict[str, str]] = {}
         self.coverage: dict[str, Coverage] = {}
+        self.places: dict[str, list[Place]] = {}
         if path.exists():
             self._read(json.loads(path.read_text()))
 
@@ -81,6 +84,8 @@ class Log:
             self.kernels[part] = kernels[part]
         for digest, (blocks, missed, notes) in data["coverage"].items():
             self.coverage[digest] = Coverage(blocks, from_ranges(missed), notes)
+        for digest, places in data["missed"].items():
+            self.places[digest] = [Place(*place) for place in places]
 
     @staticmethod
     def _record(row: list[Any], names: list[str]) -> Record:
@@ -159,6 +164,7 @@ class Log:
             f' "parts": {lines({part: self.table(part) for part in self.records})},\n'
             f' "kernels": {lines(kernels)},\n'
             f' "coverage": {lines(coverage)},\n'
+            f' "missed": {lines({d: places for d, places in sorted(self.places.items()) if d in used})},\n'
             f' "cases": {{\n {inner}\n }}\n}}\n'
         )
         part_file = self._path.with_name(f".{self._path.name}.{os.getpid()}")

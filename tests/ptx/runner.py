@@ -16,6 +16,7 @@ from typing import Any
 from ptx.cuda_build import ROOT, build, readable_name, sources_in
 from ptx.jobs import Job, Part, emulator_digest, host_digest, jobs_of
 from ptx.log import Coverage, Log, Record, from_ranges
+from ptx.missed import missed_places
 
 GOOD = ("equal", "seen")
 SECONDS_BETWEEN_SAVES = 20
@@ -93,7 +94,8 @@ class Run:
         self._base = f"{emulator_digest()} {host_digest(part)}"
         self._digests: dict[str, str] = {}
         if part.is_cuda:
-            texts = sources_in(build(part.architecture))
+            self._folder = build(part.architecture)
+            texts = sources_in(self._folder)
             self._digests = {readable_name(symbol): source.digest for symbol, source in texts.items()}
         self._log.keep(part.label, self._jobs)
         self.pending = list(self._pending())[::every]
@@ -137,6 +139,15 @@ class Run:
             self._log.add_coverage(self.part.label, kernel, digest, coverage)
         return record
 
+    def note_places(self) -> None:
+        """Add to the log where the blocks are that never ran, of kernels whose sources are here."""
+        if not self.part.is_cuda:
+            return
+        digests = self._log.kernels.get(self.part.label, {})
+        missed = {name: self._log.coverage[digest].missed for name, digest in digests.items()}
+        for name, places in missed_places(self._folder, missed).items():
+            self._log.places[digests[name]] = places
+
 
 def run_part(run: Run, log: Log, folder: str | None, num_jobs: int) -> None:
     """Run what is pending in so many processes; save now and then."""
@@ -174,6 +185,7 @@ def run_part(run: Run, log: Log, folder: str | None, num_jobs: int) -> None:
     finally:
         for worker in workers:
             worker.close()
+        run.note_places()
         log.save()
 
 

@@ -12,6 +12,7 @@ from ptx import runner
 from ptx.__main__ import RESULTS
 from ptx.jobs import Job, Part, emulator_digest, host_digest
 from ptx.log import Coverage, Log, Record, as_ranges, from_ranges
+from ptx.missed import Place
 from ptx.parser import Source
 
 NUM_CASES = 3
@@ -34,6 +35,7 @@ class World:
         monkeypatch.setattr(runner, "host_digest", lambda part: self.host)
         monkeypatch.setattr(runner, "build", lambda architecture: architecture)
         monkeypatch.setattr(runner, "sources_in", self.sources_in)
+        monkeypatch.setattr(runner, "missed_places", lambda folder, missed: {})
         monkeypatch.setattr(runner, "Worker", lambda part, folder: FakeWorker(self, part))
 
     def jobs_of(self, part: Part) -> dict[str, Job]:
@@ -134,9 +136,11 @@ def test_coverage_is_joined_and_belongs_to_a_text(tmp_path: Path) -> None:
     log.add_coverage("part", "kernel", "text 1", Coverage(10, {2, 3, 4}, {"note": 1}))
     assert log.coverage["text 1"] == Coverage(10, {2, 3}, {"note": 1})
     log.add_coverage("part", "kernel", "text 2", Coverage(10, {5}))
+    log.places = {"text 2": [Place(1, "few_terms.h:3", "why")], "text 1": [Place(2, "few_terms.h:4", "")]}
     log.save()
     read = Log(tmp_path / "ptx.json", "emulator")
     assert read.coverage == {"text 2": Coverage(10, {5})}
+    assert read.places == {"text 2": [Place(1, "few_terms.h:3", "why")]}
     assert read.kernels == {"part": {"kernel": "text 2"}}
 
 
