@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+from support.native_build import load_setup
+
 from ptx import damages, entries
 from ptx.calls import Driver, Verdict, run_case
 from ptx.cases import all_cases
@@ -17,8 +19,8 @@ from ptx.cuda_build import ROOT, digest_of
 from ptx.cuda_driver import CudaDriver
 
 HERE = Path(__file__).parent
-#: Architectures of the CUDA library's PTX, and those of Triton with how many cases make one of a sample.
-CUDA_ARCHITECTURES = (90, 80, 100, 120)
+#: Those that the CUDA library is built for, and those of Triton with how many cases make one of a sample.
+CUDA_ARCHITECTURES = sorted(load_setup().CUDA_ARCHS, key=lambda architecture: architecture != 90)
 TRITON_ARCHITECTURES = {90: 1, 80: 6, 100: 6}
 # What decides a verdict beside the kernels: the emulator, and the launching code on the host.
 _NO_EMULATOR = (
