@@ -108,16 +108,16 @@ def bf16_from_f32(a: Array) -> Array:
 
 def shl(a: Array, n: Array, bits: int) -> Array:
     if np.ndim(n) == 0 and n < bits:
-        return a << a.dtype.type(n)
+        return np.asarray(a << a.dtype.type(n))
     amount = where(n < bits, n, 0).astype(a.dtype)
     return where(n < bits, a << amount, a.dtype.type(0))
 
 
 def shr(a: Array, n: Array, bits: int) -> Array:
     if np.ndim(n) == 0 and n < bits:
-        return a >> a.dtype.type(n)
+        return np.asarray(a >> a.dtype.type(n))
     if a.dtype.kind == "i":
-        return a >> np.minimum(n, bits - 1).astype(a.dtype)
+        return np.asarray(a >> np.minimum(n, bits - 1).astype(a.dtype))
     return where(n < bits, a >> where(n < bits, n, 0).astype(a.dtype), a.dtype.type(0))
 
 
@@ -149,7 +149,8 @@ def lop3(a: Array, b: Array, c: Array, table: int) -> Array:
 
 def prmt(a: Array, b: Array, c: Array) -> Array:
     """Four bytes of the eight of a and b, chosen by the nibbles of c; with bit 3 only the byte's sign."""
-    both, r = a.astype(U64) | b.astype(U64) << U64(32), U32(0)
+    both = a.astype(U64) | b.astype(U64) << U64(32)
+    r = np.zeros(both.shape, U32)
     for i in range(4):
         nibble = (c >> U32(4 * i)) & U32(15)
         byte = (both >> ((nibble & U32(7)).astype(U64) * U64(8))) & U64(0xFF)
@@ -173,7 +174,7 @@ def bfi(a: Array, b: Array, pos: Array, length: Array, bits: int) -> Array:
 def bfe(a: Array, pos: Array, length: Array, bits: int, signed: bool) -> Array:
     """Bits pos .. pos + length - 1; a signed field goes on with its top bit (at most the number's own)."""
     pos, length = (pos & U32(0xFF)).astype(I64), (length & U32(0xFF)).astype(I64)
-    wide, sign = a.astype(U64), U64(0)
+    wide, sign = a.astype(U64), np.zeros(a.shape, U64)
     if signed:
         top = np.maximum(np.minimum(pos + length - 1, bits - 1), 0).astype(U64)
         sign = where(length > 0, wide >> top & U64(1), U64(0))

@@ -108,7 +108,10 @@ def _compile(nvcc: str, architecture: int, sources: Path, files: list[Path], fol
         list(pool.map(compile_one, files, objects))
     stub = folder / "cudart_stub.o"
     _run([HOST_COMPILER, "-O1", "-fPIC", "-c", str(STUB), "-o", str(stub)])
-    _run([HOST_COMPILER, "-shared", *map(str, objects), str(stub), "-o", str(folder / LIBRARY)])
+    library = str(folder / LIBRARY)
+    # All that the library asks of the runtime must be in the stub.
+    command = [HOST_COMPILER, "-shared", "-Wl,--no-undefined", *map(str, objects), str(stub)]
+    _run([*command, "-o", library])
     for made in [*objects, stub]:
         made.unlink()
 

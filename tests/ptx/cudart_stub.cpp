@@ -18,18 +18,23 @@ namespace {
 
 constexpr int kInvalidDevice = 101;
 constexpr int kInvalidFunction = 98;
+constexpr int kVersion = 13000;
 
-// Filled by constructors of other sources, hence built at its first use. Never freed: its items have addresses.
-std::vector<Function *> &functions() {
-  static std::vector<Function *> found;
+// Filled by constructors of other sources, hence built at its first use.
+std::vector<Function> &functions() {
+  static std::vector<Function> found;
   return found;
+}
+
+const char *name_of(const void *host) {
+  for (const Function &function : functions()) {
+    if (function.host == host) return function.name;
+  }
+  return nullptr;
 }
 
 Launch callback;
 int last_error;
-Dim grid_, block_;
-size_t shared_;
-void *stream_;
 
 } // namespace
 
@@ -45,32 +50,19 @@ void __cudaRegisterFatBinaryEnd(void **) {}
 void __cudaUnregisterFatBinary(void **) {}
 void __cudaRegisterFunction(void **, const char *host, char *, const char *name, int, void *, void *, void *,
                             void *, int *) {
-  functions().push_back(new Function{host, strdup(name)});
+  functions().push_back({host, strdup(name)});
 }
-int __cudaGetKernel(void **kernel, const void *host) {
-  for (Function *function : functions()) {
-    if (function->host != host) continue;
-    *kernel = function;
-    return 0;
-  }
-  return kInvalidFunction;
-}
-unsigned __cudaPushCallConfiguration(Dim grid, Dim block, size_t shared, void *stream) {
-  grid_ = grid, block_ = block, shared_ = shared, stream_ = stream;
-  return 0;
-}
-int __cudaPopCallConfiguration(Dim *grid, Dim *block, size_t *shared, void **stream) {
-  *grid = grid_, *block = block_, *shared = shared_, *stream = stream_;
-  return 0;
-}
-int __cudaLaunchKernel(void *kernel, Dim grid, Dim block, void **arguments, size_t shared, void *) {
+int cudaLaunchKernel(const void *host, Dim grid, Dim block, void **arguments, size_t shared, void *) {
   const unsigned sizes[6] = {grid.x, grid.y, grid.z, block.x, block.y, block.z};
-  return last_error = callback(static_cast<Function *>(kernel)->name, sizes, arguments, shared);
+  const char *name = name_of(host);
+  return last_error = name ? callback(name, sizes, arguments, shared) : kInvalidFunction;
 }
-int cudaFuncGetAttributes(void *, const void *host) {
-  void *kernel;
-  return __cudaGetKernel(&kernel, host);
-}
+// What the launch by <<<>>> calls, which nvcc makes for each kernel and the library does not use.
+int __cudaGetKernel(void **, const void *) { return kInvalidFunction; }
+int __cudaLaunchKernel(void *, Dim, Dim, void **, size_t, void *) { return kInvalidFunction; }
+int __cudaPopCallConfiguration(Dim *, Dim *, size_t *, void *) { return kInvalidFunction; }
+
+int cudaFuncGetAttributes(void *, const void *host) { return name_of(host) ? 0 : kInvalidFunction; }
 int cudaGetDevice(int *device) { return *device = 0; }
 int cudaSetDevice(int device) { return device ? kInvalidDevice : 0; }
 int cudaGetLastError(void) {
@@ -78,8 +70,8 @@ int cudaGetLastError(void) {
   last_error = 0;
   return error;
 }
-int cudaDriverGetVersion(int *version) { return *version = 13000, 0; }
-int cudaRuntimeGetVersion(int *version) { return *version = 13000, 0; }
+int cudaDriverGetVersion(int *version) { return *version = kVersion, 0; }
+int cudaRuntimeGetVersion(int *version) { return *version = kVersion, 0; }
 int cudaThreadExchangeStreamCaptureMode(int *mode) { return *mode = 0; }
 const char *cudaGetErrorString(int error) { return error ? "a fault on the emulated GPU" : "no error"; }
 }

@@ -105,7 +105,7 @@ class Instruction:
     def _put(self, name: str, expression: str) -> None:
         if name == "_":
             return
-        register = self._names[name].index
+        register = self._names[name].place
         if self._mask:
             self.lines.append(f"R[{register}] = where({self._mask}, {expression}, R[{register}])")
         else:

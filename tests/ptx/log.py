@@ -89,8 +89,9 @@ class Log:
 
     @staticmethod
     def _record(row: list[Any], names: list[str]) -> Record:
-        *others, kernels, detail, covered_by = row
-        return Record(*others, tuple(names[i] for i in kernels), detail, covered_by)
+        verdict, key, seconds, instructions, kernels, detail, covered_by = row
+        launched = tuple(names[i] for i in kernels)
+        return Record(verdict, key, seconds, instructions, launched, detail, covered_by)
 
     @staticmethod
     def _row(record: Record, numbers: dict[str, int]) -> list[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -36,12 +36,12 @@ REASONS = (
 class Place(NamedTuple):
     """Blocks of one line: how many, the line and where it was inlined, the reason if there is one."""
 
-    count: int
+    num_blocks: int
     lines: str
     reason: str
 
 
-def missed_places(folder: Path, missed: dict[str, Collection[int]]) -> dict[str, list[Place]]:
+def missed_places(folder: Path, missed: Mapping[str, Collection[int]]) -> dict[str, list[Place]]:
     """The places of blocks by kernel, from the PTX in a folder of `cuda_build.build`."""
     found = {}
     for path in sorted(folder.glob("*.ptx")):
@@ -61,7 +61,7 @@ def _marked(line: re.Match[str]) -> str:
 
 def _places(source: Source, files: dict[str, Path], missed: Collection[int]) -> list[Place]:
     counted: Counter[str] = Counter()
-    texts = {}
+    texts: dict[str, list[str]] = {}
     for index, (instruction, chain) in enumerate(_starts(source)):
         if index in missed:
             lines = " < ".join(f"{files[file].name}:{line}" for file, line, _ in chain)

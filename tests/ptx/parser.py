@@ -44,7 +44,7 @@ class UnknownPtxError(Exception):
 class Register(NamedTuple):
     """A place in the list of registers, and its bits."""
 
-    index: int
+    place: int
     bits: int
 
 
@@ -204,7 +204,7 @@ class _Parser:
         if match is None:
             raise UnknownPtxError(text)
         negated, predicate, opcode, operands = match.groups()
-        guard = (names[predicate].index, negated == "!") if predicate else None
+        guard = (names[predicate].place, negated == "!") if predicate else None
         self.code.append(Statement(guard, opcode, operands_of(operands or ""), names, text))
 
     def _declare(self, text: str, scope: dict[str, Register]) -> None:

@@ -21,6 +21,7 @@ from ptx.missed import missed_places
 GOOD = ("equal", "seen")
 SECONDS_BETWEEN_SAVES = 20
 SECONDS_OF_A_JOB = 900
+MOST_CRASHES = 4
 LEAST_SHARE = 0.85
 LONGEST_DETAIL = 300
 
@@ -169,7 +170,7 @@ def run_part(run: Run, log: Log, folder: str | None, num_jobs: int) -> None:
     threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
     for thread in threads:
         thread.start()
-    running, saved = len(threads), time.monotonic()
+    running, saved, num_crashes = len(threads), time.monotonic(), 0
     try:
         while running:
             outcome = done.get()
@@ -177,6 +178,9 @@ def run_part(run: Run, log: Log, folder: str | None, num_jobs: int) -> None:
                 running -= 1
                 continue
             record = run.note(*outcome)
+            num_crashes = num_crashes + 1 if record.verdict == "crash" else 0
+            if num_crashes == MOST_CRASHES:
+                raise RuntimeError(f"{num_crashes} processes in a row ended with what they were to run")
             if record.verdict not in GOOD:
                 say(f"  {record.verdict.upper()}: {outcome[0]}: {record.detail}")
             if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:

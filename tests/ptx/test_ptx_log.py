@@ -10,6 +10,7 @@ import pytest
 
 from ptx import runner
 from ptx.__main__ import RESULTS
+from ptx.calls import Verdict
 from ptx.jobs import Job, Part, emulator_digest, host_digest
 from ptx.log import Coverage, Log, Record, as_ranges, from_ranges
 from ptx.missed import Place
@@ -39,7 +40,10 @@ class World:
         monkeypatch.setattr(runner, "Worker", lambda part, folder: FakeWorker(self, part))
 
     def jobs_of(self, part: Part) -> dict[str, Job]:
-        return {name: Job(definition, lambda driver: None) for name, definition in self.definitions.items()}
+        return {
+            name: Job(definition, lambda driver: Verdict("equal", ""))
+            for name, definition in self.definitions.items()
+        }
 
     def sources_in(self, architecture: int) -> dict[str, Source]:
         texts = self.texts[architecture]
