@@ -22,7 +22,7 @@ import numpy as np
 
 from ptx.arithmetic import I32, I64, U8, U32, U64, UNSIGNED, Array
 from ptx.kernel import Kernel
-from ptx.memory import Memory, mark
+from ptx.memory import Memory, mark, touched_by_others
 from ptx.parser import SHARED_ALIGNMENT, FaultError, UnknownPtxError
 
 WARP = 32
@@ -145,15 +145,10 @@ class Machine:
         granules = (at // self._granule)[:, None] + np.arange(max(size // self._granule, 1))
         return at, granules, self._in_block[lanes][:, None]
 
-    @staticmethod
-    def _by_others(table: Array, granules: Array, own: Array) -> bool:
-        seen = table[granules]
-        return bool(((seen != 0) & (seen != own)).any())
-
     def load_shared(self, address: Any, size: int, count: int, mask: Array | None, site: str) -> list[Array]:
         lanes = self._active(mask)
         at, granules, own = self._locate(address, size * count, lanes, site)
-        if self._by_others(self._wrote, granules, own) or self._by_others(self._updated, granules, own):
+        if touched_by_others(self._wrote, granules, own) or touched_by_others(self._updated, granules, own):
             raise FaultError(f"shared race, read of another thread's write: {site}")
         mark(self._read, granules, own)
         return self._spread([self._cells[size][at // size + k] for k in range(count)], size, lanes, mask)
@@ -173,7 +168,7 @@ class Machine:
     def store_shared(self, address: Any, size: int, values: Any, mask: Array | None, site: str) -> None:
         lanes = self._active(mask)
         at, granules, own = self._locate(address, size * len(values), lanes, site)
-        if any(self._by_others(table, granules, own) for table in (self._wrote, self._read, self._updated)):
+        if any(touched_by_others(table, granules, own) for table in (self._wrote, self._read, self._updated)):
             raise FaultError(f"shared race, write of a byte that another thread touched: {site}")
         mark(self._wrote, granules, own)
         if (self._wrote[granules] < 0).any():
@@ -187,7 +182,7 @@ class Machine:
         lanes = self._active(mask)
         if space == "shared":
             at, granules, own = self._locate(address, size, lanes, site)
-            if self._by_others(self._wrote, granules, own) or self._by_others(self._read, granules, own):
+            if touched_by_others(self._wrote, granules, own) or touched_by_others(self._read, granules, own):
                 raise FaultError(f"shared race, atomic and plain access: {site}")
             mark(self._updated, granules, own)
             cells, places = self._cells[size], at // size

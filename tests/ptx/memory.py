@@ -91,8 +91,7 @@ class Memory:
                 for (_, _, rights), count in zip(regions, counts, strict=True)
             ]
         )
-        self._writer: Array = np.zeros(sum(counts), I32)
-        self._reader: Array = np.zeros(sum(counts), I32)
+        self._writer, self._reader, self._updater = np.zeros((3, sum(counts)), I32)
 
     def _locate(self, address: Array, size: int, rights: int, own: Array, site: str) -> Array:
         """The first granule of each access: its place in the records of rights, readers and writers."""
@@ -117,22 +116,24 @@ class Memory:
         """`count` numbers of `size` bytes from each address. own: numbers of the threads, from 1 on."""
         granule = self._locate(address, size * count, READ, own, site)
         if (self._launch_rights[granule] & U8(WRITE)).any():
-            granules = granule[:, None] + np.arange(max(size * count // GRANULE, 1))
-            wrote, mine = self._writer[granules], own[:, None]
-            if ((wrote != 0) & (wrote != mine)).any():
+            granules, mine = _granules(granule, size * count), own[:, None]
+            if touched_by_others(self._writer, granules, mine):
                 raise FaultError(f"global race, reads what another thread wrote: {site}")
+            if touched_by_others(self._updater, granules, mine):
+                raise FaultError(f"global race, reads what another thread updates: {site}")
             mark(self._reader, granules, mine)
         cells = (address // U64(size)).astype(I64) - 1
         return [self._cells[size][cells + k] for k in range(count)]
 
     def store(self, address: Array, size: int, values: list[Array], own: Array, site: str) -> None:
         granule = self._locate(address, size * len(values), WRITE, own, site)
-        granules, mine = granule[:, None] + np.arange(max(size * len(values) // GRANULE, 1)), own[:, None]
-        wrote, read = self._writer[granules], self._reader[granules]
-        if ((wrote != 0) & (wrote != mine)).any():
+        granules, mine = _granules(granule, size * len(values)), own[:, None]
+        if touched_by_others(self._writer, granules, mine):
             raise FaultError(f"global race, two threads write the same byte: {site}")
-        if ((read != 0) & (read != mine)).any():
+        if touched_by_others(self._reader, granules, mine):
             raise FaultError(f"global race, writes what another thread read: {site}")
+        if touched_by_others(self._updater, granules, mine):
+            raise FaultError(f"global race, writes what another thread updates: {site}")
         self._writer[granules] = mine
         if (self._writer[granules] != mine).any():
             raise FaultError(f"global race, two threads write the same byte at once: {site}")
@@ -142,7 +143,10 @@ class Memory:
 
     def atomic(self, address: Array, size: int, own: Array, site: str) -> tuple[Array, Array]:
         """What an atomic operation works on: an array of numbers, and the place of each thread's in it."""
-        self._locate(address, size, READ | WRITE, own, site)
+        granules, mine = _granules(self._locate(address, size, READ | WRITE, own, site), size), own[:, None]
+        if any(touched_by_others(table, granules, mine) for table in (self._writer, self._reader)):
+            raise FaultError(f"global race, atomic and plain access: {site}")
+        mark(self._updater, granules, mine)
         return self._cells[size], (address // U64(size)).astype(I64) - 1
 
 
@@ -169,6 +173,17 @@ class OpenMemory(Memory):
 
     def atomic(self, address: Array, size: int, own: Array, site: str) -> tuple[Array, Array]:
         return self._cells[size], self._cells_at(address, size, 1, site)
+
+
+def _granules(first: Array, num_bytes: int) -> Array:
+    """All granules of accesses whose first ones are given."""
+    return first[:, None] + np.arange(max(num_bytes // GRANULE, 1))
+
+
+def touched_by_others(table: Array, places: Array, own: Array) -> bool:
+    """Whether `mark` noted another thread at one of the places."""
+    seen = table[places]
+    return bool(((seen != 0) & (seen != own)).any())
 
 
 def mark(table: Array, places: Array, own: Array) -> None:

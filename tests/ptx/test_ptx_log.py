@@ -142,6 +142,7 @@ def test_coverage_is_joined_and_belongs_to_a_text(tmp_path: Path) -> None:
     log.add_coverage("part", "kernel", "text 2", Coverage(10, {5}))
     log.places = {"text 2": [Place(1, "few_terms.h:3", "why")], "text 1": [Place(2, "few_terms.h:4", "")]}
     log.save()
+    assert not Log(tmp_path / "ptx.json", "another emulator").coverage
     read = Log(tmp_path / "ptx.json", "emulator")
     assert read.coverage == {"text 2": Coverage(10, {5})}
     assert read.places == {"text 2": [Place(1, "few_terms.h:3", "why")]}
