@@ -41,6 +41,14 @@ def all_parts(triton_at: list[str]) -> dict[Part, str | None]:
     return parts
 
 
+def drop_stale_records(log: Log, labels: set[str]) -> None:
+    """Drop what no longer holds of parts that cannot run here: of a Triton that was named another time."""
+    for label in sorted(set(log.records) - labels):
+        run = Run(log, Part.of_label(label), 1)
+        if run.pending:
+            say(f"{label}: {len(run.pending)} to run, left out: name its Triton by --triton-at")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ptx", description=__doc__)
     parser.add_argument("--parts", nargs="+", metavar="PART", help="only those whose names begin so")
@@ -61,7 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     CACHE.mkdir(parents=True, exist_ok=True)
     log, began, bad = Log(options.log, emulator_digest()), time.monotonic(), 0
-    for part, folder in all_parts(options.triton_at).items():
+    parts = all_parts(options.triton_at)
+    drop_stale_records(log, {part.label for part in parts})
+    for part, folder in parts.items():
         if options.parts and not part.label.startswith(tuple(options.parts)):
             continue
         run = Run(log, part, options.every)

@@ -49,6 +49,12 @@ class Part(NamedTuple):
     def label(self) -> str:
         return "-".join(filter(None, (self.kind, self.version, f"sm{self.architecture}")))
 
+    @classmethod
+    def of_label(cls, label: str) -> Part:
+        found = re.fullmatch(r"((?:damage-)?(?:cuda|triton))-(?:(.+)-)?sm(\d+)", label)
+        assert found is not None, label
+        return cls(found[1], int(found[3]), found[2] or "")
+
     @property
     def is_cuda(self) -> bool:
         return self.kind.endswith("cuda")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ptx import runner
-from ptx.__main__ import RESULTS
+from ptx.__main__ import RESULTS, drop_stale_records
 from ptx.calls import Verdict
 from ptx.jobs import Job, Part, emulator_digest, host_digest
 from ptx.log import Coverage, Log, Record, as_ranges, from_ranges
@@ -131,6 +131,25 @@ def test_kernels_of_the_same_text_are_covered_by_another_architecture(world: Wor
     cases = world.saved()["cases"]["cuda-sm80"]
     assert [cases[f"case {i}"][-1] for i in range(NUM_CASES)] == ["cuda-sm90", "", "cuda-sm90"]
     assert world.saved()["parts"]["cuda-sm80"]["ran here"] == 1
+
+
+def test_records_of_a_part_that_cannot_run_here_are_dropped_with_what_they_rest_on(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = Part("triton", 90, "3.6.0")
+    world.texts[90] = {f"kernel_{i}": "ret;" for i in range(NUM_CASES)}
+    world.run(part)
+    for host, held in (("host", NUM_CASES), ("changed", 0)):
+        world.host = host
+        log = Log(world.path, world.emulator)
+        drop_stale_records(log, {PART.label})
+        assert len(log.records[part.label]) == held
+    assert "triton-3.6.0-sm90: 3 to run, left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", [PART, Part("damage-cuda", 90), Part("damage-triton", 100, "3.10.0+git-1")])
+def test_a_label_says_which_part_it_is(part: Part) -> None:
+    assert Part.of_label(part.label) == part
 
 
 def test_coverage_is_joined_and_belongs_to_a_text(tmp_path: Path) -> None:
