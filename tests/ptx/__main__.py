@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from ptx.cuda_build import CACHE, ROOT
+from ptx.cuda_build import CACHE, ROOT, BuildError
 from ptx.jobs import CUDA_ARCHITECTURES, TRITON_ARCHITECTURES, Part, emulator_digest
 from ptx.log import Log
 from ptx.runner import GOOD, Run, environment_of, report, run_part, say
@@ -88,5 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except BuildError as error:
+        sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit("stopped; what has run is in the log, and the same command goes on from there")
