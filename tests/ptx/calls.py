@@ -12,6 +12,7 @@ import torch
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch
 from fedkseed_kernels.operands import DeviceTerms, Operands, TensorList, Terms
+from fedkseed_kernels.self_test import gate
 from ptx.kernel import Kernel
 from ptx.memory import READ, WRITE, Memory
 from ptx.parser import FaultError, UnknownPtxError
@@ -223,6 +224,8 @@ class _Call:
 
     # As a backend of tensors on the processor: the driver, given what only kernels see.
 
+    SELF_TEST = None
+
     @property
     def WRITES_FP32(self) -> bool:  # noqa: N802
         return self._driver.WRITES_FP32
@@ -250,7 +253,12 @@ def run_case(driver: Driver, case: Case) -> Verdict:
         for _, there in call.outs + call.minus:
             there[BAD_ROWS] = torch.nan
     try:
-        with mock.patch.dict(dispatch.TABLE["cpu"], native=call), dispatch.backend("native"):
+        with (
+            mock.patch.dict(dispatch.TABLE["cpu"], native=call),
+            mock.patch.object(dispatch, "_settled", set()),  # or the call's memory would be kept
+            mock.patch.dict(gate.verdicts),
+            dispatch.backend("native"),
+        ):
             call.run(0)
     except FaultError as fault:
         return Verdict("fault", str(fault))
