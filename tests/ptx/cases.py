@@ -139,6 +139,7 @@ class _Calls:
             *(flat, replace(flat, k=2), replace(flat, alpha=0.75), *vary(small, k=(5, 70)), wide),
             *(replace(wide, form="pair"), replace(wide, form="out", rounding="stochastic")),
             *(replace(wide, k=0), *vary(flat, k=(1, 2), form="pair", rounding=("nearest", "stochastic"))),
+            replace(flat, form="pair", rounding="stochastic", alpha=1.25),  # results past the largest
             *(replace(flat, form="out", rounding="stochastic"), replace(flat, device="all")),
             *(*vary(small, k=0, alpha=(1.0, 0.75)), *vary(small, k=(1, 5), form="pair")),
             *(replace(small, k=1, form="out", rounding="stochastic"), replace(small, k=2, device="all")),
@@ -174,9 +175,10 @@ class _Calls:
         yield from vary(case, **every, rounding=rounding, device="skipped", form=in_place_pair, alpha=0.75)
         yield from vary(case, k=2, residuals=residuals, device="half", form=in_place_pair)
         yield from vary(case, k=counts, device=("seeds", "coeffs", "all"), alpha=0.75)
-        # Rounding makes no difference to fp32 and fp64.
-        some = counts if self.is_half else counts[-1]
-        yield from vary(case, k=some, rounding="stochastic", device=("coeffs", "all"), form=out_pair)
+        if self.is_half:
+            yield from vary(case, k=counts, rounding="stochastic", device=("coeffs", "all"), form=out_pair)
+        else:  # for which rounding makes no difference
+            yield from vary(case, k=counts, rounding="stochastic", device=("", "coeffs"), form="out")
 
     def counts(self) -> Iterator[Case]:
         """Numbers of terms about the chunks that kernels prepare them in, also on both sides."""
