@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedkseed_kernels import dispatch
 from fedkseed_kernels.backends import native_cpu, native_cuda
 from fedkseed_kernels.conformance import golden
 from fedkseed_kernels.contract import reference
+from fedkseed_kernels.self_test import gate, run
 
 pytestmark = pytest.mark.usefixtures("native_library")
 
@@ -154,7 +156,7 @@ def test_another_stream_is_used() -> None:
     """The work is ordered with torch's on the current stream and with no other."""
     tensor = weights(1 << 22, torch.float32, "cuda")
     want = tensor.cpu()
-    native_cuda.load_kernels(torch.cuda.current_device())  # loading may wait for the GPU
+    dispatch.select(tensor.device)  # loads the kernels and runs their self-test, which waits for the GPU
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -189,7 +191,7 @@ def test_a_captured_graph_reads_seeds_and_coefficients_anew(num_terms: int, fami
     want = [t.cpu() for t in tensors]
     prepared = fk.prepare(tensors, family=family)
     chosen: dict[str, Any] = {"alpha": alpha, "rounding": "stochastic", "rounding_seed": rounding_seed}
-    native_cuda.load_kernels(torch.cuda.current_device())
+    dispatch.select(tensors[0].device)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         prepared.seed_axpy_(seeds, coeffs, **chosen)
@@ -207,6 +209,33 @@ def test_a_captured_graph_reads_seeds_and_coefficients_anew(num_terms: int, fami
         )
     for got, expected in zip(tensors, want, strict=True):
         assert_same_bits(got, expected)
+
+
+def test_the_golden_cases_pass() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    report = run.compare(native_cuda.seed_axpy, "gpu", device, native_cuda.WRITES_FP32)
+    assert report.mismatches == []
+
+
+def test_a_capture_puts_the_self_test_off(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensor = torch.zeros(1000, device="cuda")
+    prepared = fk.prepare([tensor])
+    for name in ("verdicts", "failures"):
+        monkeypatch.setattr(gate, name, {})
+    for owner, name in ((gate, "_deferred"), (dispatch, "_settled")):
+        monkeypatch.setattr(owner, name, set())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        prepared.perturb_(1, 0.5)
+    assert "the self-test on cuda:0 is deferred to the next call" in caplog.text
+    assert gate.verdicts == {}
+    graph.replay()
+    assert_same_bits(tensor, fk.normal(1000, 1) * 0.5)
+    prepared.perturb_(1, -0.5)
+    assert list(gate.verdicts.values()) == [gate.PASSED_NOW]
+    assert not tensor.any()
 
 
 def test_more_terms_than_a_capture_may_take_from_the_host() -> None:

@@ -214,6 +214,20 @@ def test_a_captured_graph_reads_new_terms_from_the_device(on_gpu: None) -> None:
         assert_same_bits(got, want)
 
 
+@all_families
+def test_golden_cases_of_variants_pass(family: str) -> None:
+    from fedkseed_kernels.backends.triton import self_test
+    from fedkseed_kernels.backends.triton.launch import Variant
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    kinds = ((False, torch.float32, 1), (False, torch.bfloat16, 0), (True, torch.float16, 2))
+    for is_runs, dtype, num_by_value in kinds:
+        variant = Variant(
+            is_runs, family, dtype, num_by_value, True, pair=True, stochastic=False, residuals="none"
+        )
+        self_test._test(variant, device)  # SelfTestError where one does not
+
+
 def test_philox_words() -> None:
     from fedkseed_kernels.backends.triton import test_entries
 
