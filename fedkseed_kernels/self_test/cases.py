@@ -112,7 +112,8 @@ def calls() -> Iterator[Call]:
     # Sums that are zero, which have a sign of their own on the minus side.
     yield Call("gaussian", "a seed twice", "pair", "nearest")
     yield Call("rademacher", "opposite terms", "pair", "nearest")
-    yield Call("rademacher", "smallest terms", "in place", "nearest")
+    for terms in ("smallest terms", "smallest fp64 terms"):
+        yield Call("rademacher", terms, "in place", "nearest")
 
 
 def _many_terms() -> tuple[list[int], list[float], float]:
@@ -125,8 +126,8 @@ def _many_terms() -> tuple[list[int], list[float], float]:
 
 
 # Seeds, coefficients, alpha. Without a term subnormal weights are halved, to ties; a small one leaves fp16
-# weights subnormal, two make large ones overflow. The smallest terms: of Rademacher noise in fp32 and in fp64
-# the least coefficients that count, and the largest that do not.
+# weights subnormal, two make large ones overflow. The smallest terms: the least Rademacher coefficient that
+# counts in fp32, or in fp64, and one that does not.
 TERMS: dict[str, tuple[list[int], list[float], float]] = {
     "unit term": ([SEED], [1.0], 1.0),
     "1 term": ([SEED], [0.7], 1.0),
@@ -136,7 +137,8 @@ TERMS: dict[str, tuple[list[int], list[float], float]] = {
     "70 terms": _many_terms(),
     "a seed twice": ([5, 5], [0.5, -0.5], 1.0),
     "opposite terms": ([5, 6], [0.5, -0.5], 1.0),
-    "smallest terms": ([5, 6, 7, 8], [2.0**-96, 1.9999 * 2.0**-97, 2.0**-960, 1.9999 * 2.0**-961], 1.0),
+    "smallest terms": ([5, 6], [2.0**-96, 1.9999 * 2.0**-97], 1.0),
+    "smallest fp64 terms": ([5, 6], [2.0**-960, 1.9999 * 2.0**-961], 1.0),
     # For what a processor computes anew in each process: see backends/triton/self_test.py.
     "3 terms": ([3, 2**64 - 5, 7], [0.37, -0.021, 5.3e-3], 1 - 2.0**-9),
 }
