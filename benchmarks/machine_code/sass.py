@@ -90,11 +90,11 @@ def print_table(rows: Sequence[Row]) -> None:
 
 
 def write_result(rows: Sequence[Row], file: Path) -> None:
-    """The rows with the chips as a result file, and its page beside it."""
+    """The rows, in an order that no linker changes, with the chips as a result file; its page beside it."""
     content = {
         "environment": environment.describe(num_threads=1),
         "chips": [asdict(chip) for chip in CHIPS],
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) for row in sorted(rows, key=lambda row: (row.kernel, ARCHES.index(row.arch)))],
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n")
