@@ -28,6 +28,10 @@ class Record(NamedTuple):
     detail: str = ""
     covered_by: str = ""
 
+    def covering(self, part: str) -> Record:
+        """The record of the same case in another part, where this one's part covers it."""
+        return self._replace(seconds=0.0, instructions=0, detail="", covered_by=part)
+
 
 @dataclass
 class Coverage:
@@ -63,7 +67,11 @@ def from_ranges(text: str) -> set[int]:
 
 
 class Log:
-    """Records by part and case, digests of each part's kernels; coverage and what it lacks by digest."""
+    """Records by part and case, digests of each part's kernels; coverage and what it lacks by digest.
+
+    In the file a case is a line, with an entry for each part: "verdict key seconds instructions kernels
+    detail", "= part" where that part covers it, or nothing.
+    """
 
     def __init__(self, path: Path, emulator: str):
         self._path, self._emulator = path, emulator
@@ -77,26 +85,41 @@ class Log:
     def _read(self, data: dict[str, Any]) -> None:
         if data["emulator"] != self._emulator:
             return
-        kernels = data["kernels"]
-        for part, rows in data["cases"].items():
-            names = list(kernels[part])
-            self.records[part] = {case: self._record(row, names) for case, row in rows.items()}
-            self.kernels[part] = kernels[part]
+        self.kernels, reasons = data["kernels"], data["reasons"]
+        names = {part: list(kernels) for part, kernels in self.kernels.items()}
+        self.records = {part: {} for part in data["parts"]}
+        for case, entries in data["cases"].items():
+            found: dict[str, Record] = {}
+            for part, entry in zip(data["parts"], entries, strict=True):
+                if entry and not entry.startswith("= "):
+                    found[part] = self._record(entry, names[part])
+            for part, entry in zip(data["parts"], entries, strict=True):
+                if entry.startswith("= "):
+                    found[part] = found[entry[2:]].covering(entry[2:])
+                if part in found:
+                    self.records[part][case] = found[part]
         for digest, (blocks, missed, notes) in data["coverage"].items():
             self.coverage[digest] = Coverage(blocks, from_ranges(missed), notes)
         for digest, places in data["missed"].items():
-            self.places[digest] = [Place(*place) for place in places]
+            self.places[digest] = [Place(count, lines, reasons[reason]) for count, lines, reason in places]
 
     @staticmethod
-    def _record(row: list[Any], names: list[str]) -> Record:
-        verdict, key, seconds, instructions, kernels, detail, covered_by = row
-        launched = tuple(names[i] for i in kernels)
-        return Record(verdict, key, seconds, instructions, launched, detail, covered_by)
+    def _record(entry: str, names: list[str]) -> Record:
+        verdict, key, seconds, instructions, kernels, *detail = entry.split(" ", 5)
+        launched = tuple(names[int(i)] for i in kernels.split(",") if i != "-")
+        return Record(verdict, key, float(seconds), int(instructions), launched, "".join(detail))
 
-    @staticmethod
-    def _row(record: Record, numbers: dict[str, int]) -> list[Any]:
-        """A record as a list, with kernels by their numbers."""
-        return [*record[:4], [numbers[name] for name in record.kernels], record.detail, record.covered_by]
+    def _entry(self, part: str, case: str, numbers: dict[str, int]) -> str:
+        record = self.records[part].get(case)
+        if record is None:
+            return ""
+        if record.covered_by:
+            other = self.records.get(record.covered_by, {}).get(case)
+            # What it rests on may have run anew since: then it is looked at again the next time.
+            return f"= {record.covered_by}" if other is not None and other.key == record.key else ""
+        kernels = ",".join(str(numbers[name]) for name in record.kernels) or "-"
+        words = record.verdict, record.key, record.seconds, record.instructions, kernels, record.detail
+        return " ".join(map(str, words)).rstrip()
 
     def _launched(self, part: str) -> dict[str, str]:
         """The kernels of a part's records, with their digests."""
@@ -123,30 +146,23 @@ class Log:
 
     def table(self, part: str) -> dict[str, Any]:
         """One part in numbers."""
-        records = list(self.records.get(part, {}).values())
+        records = self.records.get(part, {}).values()
         ran = [record for record in records if not record.covered_by]
+        shares = [self.coverage[digest].share for digest in self._launched(part).values()]
         return {
             "cases": len(records),
             **self.counts(part),
             "ran here": len(ran),
             "seconds": round(sum(record.seconds for record in ran)),
             "instructions of threads": sum(record.instructions for record in ran),
-            "kernels": len(self.kernels.get(part, {})),
-            "smallest share of blocks": round(
-                min((self.coverage[d].share for d in self.kernels.get(part, {}).values()), default=1.0), 3
-            ),
+            "kernels": len(shares),
+            "smallest share of blocks": round(min(shares, default=1.0), 3),
         }
 
     def save(self) -> None:
-        """Write the file in one rename: each case and each kernel is a line."""
-
-        def line(key: str, value: Any) -> str:
-            return f"  {json.dumps(key)}: {json.dumps(value)}"
-
-        def lines(rows: dict[str, Any]) -> str:
-            return "{\n" + ",\n".join(line(key, value) for key, value in rows.items()) + "\n }"
-
-        kernels = {part: self._launched(part) for part in self.records}
+        """Write the file in one rename."""
+        parts = list(self.records)
+        kernels = {part: self._launched(part) for part in parts}
         numbers = {part: {name: i for i, name in enumerate(names)} for part, names in kernels.items()}
         used = {digest for names in kernels.values() for digest in names.values()}
         coverage = {
@@ -154,20 +170,30 @@ class Log:
             for digest, c in sorted(self.coverage.items())
             if digest in used
         }
-        cases = {
-            part: {case: self._row(record, numbers[part]) for case, record in records.items()}
-            for part, records in self.records.items()
+        reasons = sorted({place.reason for places in self.places.values() for place in places})
+        missed = {
+            digest: [[place.num_blocks, place.lines, reasons.index(place.reason)] for place in places]
+            for digest, places in sorted(self.places.items())
+            if digest in used
         }
-        inner = ",\n ".join(f"{json.dumps(part)}: {lines(rows)}" for part, rows in cases.items())
-        text = (
-            '{\n "command": "make ptx",\n'
-            f' "emulator": {json.dumps(self._emulator)},\n'
-            f' "parts": {lines({part: self.table(part) for part in self.records})},\n'
-            f' "kernels": {lines(kernels)},\n'
-            f' "coverage": {lines(coverage)},\n'
-            f' "missed": {lines({d: places for d, places in sorted(self.places.items()) if d in used})},\n'
-            f' "cases": {{\n {inner}\n }}\n}}\n'
-        )
+        names = dict.fromkeys(case for records in self.records.values() for case in records)
+        cases = {case: [self._entry(part, case, numbers[part]) for part in parts] for case in names}
+        sections = {
+            "parts": _lines({part: self.table(part) for part in parts}),
+            "kernels": _lines(kernels),
+            "coverage": _lines(coverage),
+            "reasons": json.dumps(reasons),
+            "missed": _lines(missed),
+            "cases": _lines(cases),
+        }
+        inner = ",\n".join(f' "{name}": {text}' for name, text in sections.items())
+        text = f'{{\n "command": "make ptx",\n "emulator": {json.dumps(self._emulator)},\n{inner}\n}}\n'
         part_file = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         part_file.write_text(text)
         part_file.replace(self._path)
+
+
+def _lines(rows: dict[str, Any]) -> str:
+    """A JSON object with a line for each item."""
+    inner = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in rows.items())
+    return f"{{\n{inner}\n }}" if rows else "{}"

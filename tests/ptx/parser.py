@@ -111,7 +111,7 @@ class Source(NamedTuple):
     def digest(self) -> str:
         """A hash of all that decides what the kernel does; comments and the target are no part of it."""
         text = "\n".join(map(str, self))
-        return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
+        return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:10]
 
 
 def sources_of(text: str) -> dict[str, Source]:

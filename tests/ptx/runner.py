@@ -104,7 +104,7 @@ class Run:
     def _key(self, job: Job, kernels: tuple[str, ...]) -> str:
         """Triton's kernels are known by what compiles them."""
         texts = sorted(f"{name}={self._digests.get(name)}" for name in kernels) if self._digests else []
-        return hashlib.sha256("\n".join([self._base, job.definition, *texts]).encode()).hexdigest()[:10]
+        return hashlib.sha256("\n".join([self._base, job.definition, *texts]).encode()).hexdigest()[:8]
 
     def _pending(self) -> Iterator[str]:
         for name, job in self._jobs.items():
@@ -126,7 +126,7 @@ class Run:
             if other.key == self._key(job, other.kernels):
                 for kernel in other.kernels:
                     self._log.kernels.setdefault(self.part.label, {})[kernel] = self._digests[kernel]
-                return other._replace(seconds=0.0, instructions=0, detail="", covered_by=label)
+                return other.covering(label)
         return None
 
     def note(self, name: str, outcome: dict[str, Any]) -> Record:

@@ -31,7 +31,7 @@ def run_job(driver: Any, job: Job) -> dict[str, Any]:
     return {
         "verdict": verdict.word,
         "detail": verdict.detail,
-        "seconds": round(time.perf_counter() - began, 2),
+        "seconds": round(time.perf_counter() - began, 1),
         "instructions": driver.num_instructions - instructions,
         "kernels": kernels,
     }
