@@ -133,12 +133,14 @@ class Instruction:
             self._require(self._kind[0] in "us")
             self._result(f"{self._typed(1)} {symbol} {self._typed(2)}")
             return
-        self._require(self._kind in ("f32", "f64"))
+        self._require(self._kind in ("f32", "f64", "f32x2"))
         if self._modifiers("rn") != ["rn"] and self._notes is not None:
             # Without it a compiler may contract, whatever its flags were.
             self._notes[f"{self._parts[0]}.{self._kind} without .rn"] += 1
         if self._kind == "f32":
             self._put(self._operands[0], f"{function}32({self._operand(1)}, {self._operand(2)})")
+        elif self._kind == "f32x2":
+            self._packed(f"{function}32", 2)
         else:
             self._result(f"{self._typed(1)} {symbol} {self._typed(2)}")
 
@@ -147,6 +149,11 @@ class Instruction:
         self._float_or_integer()
 
     _op_sub = _op_add
+
+    def _packed(self, function: str, num_operands: int) -> None:
+        """A function of fp32 numbers on the two halves of 64-bit registers."""
+        operands = (f"S.array({self._operand(i + 1)}).view(U32)" for i in range(num_operands))
+        self._put(self._operands[0], f"{function}({', '.join(operands)}).view(U64)")
 
     def _wide(self) -> str:
         big = f"{'I' if self._kind[0] == 's' else 'U'}{2 * self._bits}"
@@ -174,7 +181,10 @@ class Instruction:
             self._result(f"{self._wide()} + {self._typed(3, 2 * self._bits)}", 2 * self._bits)
 
     def _op_fma(self) -> None:
-        self._require(self._modifiers("rn") == ["rn"] and self._kind in ("f32", "f64"))
+        self._require(self._modifiers("rn") == ["rn"] and self._kind in ("f32", "f64", "f32x2"))
+        if self._kind == "f32x2":
+            self._packed("fma32", 3)
+            return
         a, b, c = (self._operand(i) for i in (1, 2, 3))
         self._put(self._operands[0], f"fma{self._bits}({a}, {b}, {c})")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 SIZES = {
     "pred": 1,
     **{f"{kind}{bits}": bits for kind in "busf" for bits in (8, 16, 32, 64)},
-    **{"bf16": 16, "f16x2": 32, "bf16x2": 32},
+    **{"bf16": 16, "f16x2": 32, "bf16x2": 32, "f32x2": 64},
 }
 _ENTRY = re.compile(
     r"\.entry\s+([\w$]+)\s*\((.*?)\)((?:\s*\.(?:maxntid|reqntid|minnctapersm|maxnreg)[^{\n]*)*)\s*\{", re.S

@@ -284,7 +284,8 @@ def test_a_fault_is_found(body: str, what: str) -> None:
     [
         "sqrt.rn.f32 %r2, %r1;",
         "add.rn.ftz.f32 %r2, %r1, %r1;",
-        "fma.rn.f32x2 %rd2, %rd1, %rd1, %rd1;",
+        "fma.rn.f16x2 %r2, %r1, %r1, %r1;",
+        "fma.rn.ftz.f32x2 %rd2, %rd1, %rd1, %rd1;",
         "ld.volatile.global.u32 %r2, [%rd1];",
         "ld.u32 %r2, [%rd1];",
         "bar.warp.sync -1;",
@@ -297,6 +298,22 @@ def test_a_fault_is_found(body: str, what: str) -> None:
 def test_what_is_not_known_is_refused_even_where_it_never_runs(text: str) -> None:
     with pytest.raises(UnknownPtxError):
         run(f"bra.uni $E; {text} $E: mov.u32 %r2, 0;")
+
+
+@pytest.mark.parametrize(
+    ("operation", "results"),
+    [
+        ("add.rn.f32x2 %rd3, %rd2, %rd4", (1.5, -1.0)),
+        ("mul.rn.f32x2 %rd3, %rd2, %rd4", (0.5, 0.25)),
+        ("fma.rn.f32x2 %rd3, %rd2, %rd4, %rd2", (1.0, -0.25)),
+    ],
+)
+def test_packed_numbers(operation: str, results: tuple[float, float]) -> None:
+    first, second = "{0f3F000000, 0fBF000000}", "{0f3F800000, 0fBF000000}"  # (0.5, -0.5), (1, -0.5)
+    body = f"mov.b64 %rd2, {first}; mov.b64 %rd4, {second}; {operation}; mov.b64 {{%r2, %r3}}, %rd3;"
+    for register, result in zip(("%r2", "%r3"), results, strict=True):
+        words = run(f"{body} st.global.u32 [%rd1], {register};")
+        assert np.array(words, U32).view(F32).tolist() == [result] * THREADS
 
 
 def test_registers_and_shared_memory_begin_as_noise() -> None:
