@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_ELF64_LITTLE_ENDIAN = b"\x7fELF\x02\x01"
-# Bytes at the start of a library that hold its table of segments: linkers put it behind the header.
-_HEAD = 1024
-# Of an entry of that table: kind, address, size in memory, alignment.
-_ENTRY = struct.Struct("<I12xQ16xQQ")
-_NOTE = struct.Struct("<3I")  # sizes of name and description, kind
-_PT_NOTE, _NT_GNU_BUILD_ID = 4, 3
+# Linkers put the notes of a library into its first page. A note has the sizes of its name and description,
+# its kind, here NT_GNU_BUILD_ID, and then both.
+_PAGE, _NOTE = 4096, b"\x03\0\0\0GNU\0"
 
 
 class _DlInfo(ctypes.Structure):
@@ -55,33 +50,15 @@ def gpu_identity(device: torch.device) -> str:
 
 
 def build_id(function: Any) -> str | None:
-    """The build id of the library that a function belongs to, in hexadecimal; None if it has none."""
+    """The build id of the library that a function belongs to, in hexadecimal; None if none is found."""
     # Python's own handle finds the names of all that the process was linked with, libc's among them.
     dladdr = getattr(ctypes.pythonapi, "dladdr", None)
     info = _DlInfo()
     if dladdr is None or not dladdr(ctypes.cast(function, ctypes.c_void_p), ctypes.byref(info)):
         return None
-    base: int = info.base
-    head = ctypes.string_at(base, _HEAD)
-    table, num_entries = int.from_bytes(head[32:40], "little"), int.from_bytes(head[56:58], "little")
-    end = table + num_entries * _ENTRY.size
-    if not head.startswith(_ELF64_LITTLE_ENDIAN) or end > _HEAD:
+    head = ctypes.string_at(info.base, _PAGE)
+    at = head.find(_NOTE)
+    if not head.startswith(b"\x7fELF") or at < 0:
         return None
-    for kind, address, size, alignment in _ENTRY.iter_unpack(head[table:end]):
-        if kind == _PT_NOTE:
-            notes = ctypes.string_at(base + address, size)
-            if (found := _in_notes(notes, 8 if alignment == 8 else 4)) is not None:
-                return found
-    return None
-
-
-def _in_notes(notes: bytes, alignment: int) -> str | None:
-    """The build id in a segment of notes: each has a name and a description, padded to the alignment."""
-    at = 0
-    while at + 12 <= len(notes):
-        name_size, size, kind = _NOTE.unpack_from(notes, at)
-        start = at + -(-(12 + name_size) // alignment) * alignment
-        if kind == _NT_GNU_BUILD_ID and notes[at + 12 : at + 16] == b"GNU\0":
-            return notes[start : start + size].hex()
-        at = start + -(-size // alignment) * alignment
-    return None
+    size = int.from_bytes(head[at - 4 : at], "little")
+    return head[at + len(_NOTE) : at + len(_NOTE) + size].hex() or None

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from fedkseed_kernels.contract import reference
 
 KINDS = ("processor", "gpu")
+MAIN_TERMS = ("1 term", "2 terms", "70 terms")
 
 # "flat" tensors begin so many elements before an octet and end so many after one; "whole" ones do neither.
 HEAD, TAIL = 3, 37
@@ -84,21 +85,24 @@ class Call(NamedTuple):
             found = [Case(dtype, "rows") for dtype in reference.DTYPES]
             return (*found, *(Case(dtype, "rows", True) for dtype in halves if kind == "gpu"))
         dtypes = halves if self.rounding == "stochastic" or self.form == "wide" else reference.DTYPES
+        if "fp64" in self.terms:  # which are none to the others
+            dtypes = ("float64",)
         may_split = self.form == "in place" and self.rounding == "stochastic"
         flat = [Case(dtype, "flat") for dtype in dtypes]
-        flat += [Case(dtype, "flat", True) for dtype in halves if not may_split]
+        flat += [Case(dtype, "flat", True) for dtype in halves if dtype in dtypes and not may_split]
         if kind == "gpu":
             return (*flat, *(case._replace(memory="strided") for case in flat))
         turns = {"in place": ("float32", "float16"), "pair": ("bfloat16", "float64")}.get(self.form, ())
-        strided = [Case(dtype, "strided", dtype == "float16") for dtype in turns if dtype in dtypes]
-        return (*flat, *(strided if self.rounding == "nearest" else ()))
+        takes_turns = self.rounding == "nearest" and self.terms in MAIN_TERMS
+        strided = [Case(dtype, "strided", dtype == "float16") for dtype in turns if takes_turns]
+        return (*flat, *strided)
 
 
 def calls() -> Iterator[Call]:
     """Every call of a self-test."""
     for family in reference.FAMILIES:
         yield Call(family, "unit term", "noise", "nearest")
-        for terms in ("1 term", "2 terms", "70 terms"):
+        for terms in MAIN_TERMS:
             for form in ("in place", "pair"):
                 for rounding in reference.ROUNDINGS:
                     yield Call(family, terms, form, rounding)
@@ -109,8 +113,9 @@ def calls() -> Iterator[Call]:
         for rounding in reference.ROUNDINGS:
             yield Call(family, "1 small term", "in place", rounding)
         yield Call(family, "no term", "in place", "nearest")
-    # Sums that are zero, which have a sign of their own on the minus side.
-    yield Call("gaussian", "a seed twice", "pair", "nearest")
+    # Sums that are zero here and there, whose minus side is not their negative.
+    for terms in ("2 vanishing terms", "3 vanishing terms", "vanishing fp64 terms"):
+        yield Call("gaussian", terms, "pair", "nearest")
     yield Call("rademacher", "opposite terms", "pair", "nearest")
     for terms in ("smallest terms", "smallest fp64 terms"):
         yield Call("rademacher", terms, "in place", "nearest")
@@ -135,7 +140,9 @@ TERMS: dict[str, tuple[list[int], list[float], float]] = {
     "1 small term": ([SEED], [3.7e-5], 1.0),
     "2 terms": ([2**64 - 1, 2**63 + 5], [-7.3, 13.9], 1 - 2.0**-10),
     "70 terms": _many_terms(),
-    "a seed twice": ([5, 5], [0.5, -0.5], 1.0),
+    "2 vanishing terms": ([5, 6], [2.0**-149, -3 * 2.0**-149], 1.0),
+    "3 vanishing terms": ([5, 6, 7], [2.0**-149, -3 * 2.0**-149, 2.0**-148], 1.0),
+    "vanishing fp64 terms": ([5, 6], [2.0**-1074, -3 * 2.0**-1074], 1.0),
     "opposite terms": ([5, 6], [0.5, -0.5], 1.0),
     "smallest terms": ([5, 6], [2.0**-96, 1.9999 * 2.0**-97], 1.0),
     "smallest fp64 terms": ([5, 6], [2.0**-960, 1.9999 * 2.0**-961], 1.0),
