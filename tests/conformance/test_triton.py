@@ -157,6 +157,30 @@ def test_sides_of_an_exact_cancellation(family: str) -> None:
             assert stored_of(out).view(np.uint32).tolist() == [0] * 16
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_product_that_is_zero_has_both_signs(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the language's minus is a subtraction from +0, as in Triton 3.6; -0 weights show it."""
+    from triton.language.semantic import TritonSemantic
+
+    def minus(self: Any, number: Any) -> Any:
+        of_type = number.type.scalar.to_ir(self.builder)
+        zero = type(number)(self.builder.get_null_value(of_type), number.type.scalar)
+        return self.sub(zero, number, True)
+
+    monkeypatch.setattr(TritonSemantic, "minus", minus)
+    smallest = np.nextafter(np.dtype(dtype).type(0), 1)
+    stored = np.full(64, -0.0, dtype=dtype)
+    outs = [poisoned((64,), dtype) for _ in range(2)]
+    terms: Any = ([9], [float(smallest)])
+    fk.seed_axpy_pair([tensor_of(stored, dtype)], *terms, out_plus=[outs[0]], out_minus=[outs[1]])
+    for sign, out in zip((1, -1), outs, strict=True):
+        coeffs = [sign * float(smallest)]
+        want = reference.seed_axpy_array(stored, np.arange(64, dtype=np.uint64), [9], coeffs, dtype=dtype)
+        bits = f"u{np.dtype(dtype).itemsize}"
+        assert len(set(want.view(bits)[want == 0].tolist())) == 2, "zeros of both signs"
+        assert stored_of(out).view(bits).tolist() == want.view(bits).tolist()
+
+
 @all_families
 def test_no_term_left_leaves_the_bytes(family: str) -> None:
     """NaN payloads too, in place and out of place, stochastic rounding or not."""

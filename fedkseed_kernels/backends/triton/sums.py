@@ -143,6 +143,12 @@ def negative_zeros(like, ARITHMETIC: tl.constexpr):
 
 
 @triton.jit
+def negated(sums, ARITHMETIC: tl.constexpr):
+    """-sums, of zeros too: in Triton 3.6 the operator is a subtraction from +0, which leaves +0 as it is."""
+    return negative_zeros(sums, ARITHMETIC) - sums
+
+
+@triton.jit
 def accumulate(
     low,
     high,
@@ -314,9 +320,9 @@ def finish(
             if NUM_SIDES == 2:
                 minus = octet_values(acc, FIRST + NUM_LANES)
             elif FAMILY == "rademacher":
-                minus = tl.where(sums == 0, sums, -sums)
+                minus = tl.where(sums == 0, sums, negated(sums, ARITHMETIC))
             else:
-                minus = -sums
+                minus = negated(sums, ARITHMETIC)
             result_minus = rounded(tl.fma(w, factor, minus), random_bits, DTYPE, STOCHASTIC)
             if NUM_TERMS == 0:
                 result_minus = tl.where(unchanged, stored, result_minus)
