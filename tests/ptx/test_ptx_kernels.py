@@ -146,7 +146,7 @@ TRITON_CASES = (
     Case("small", "bf16", "gaussian", 5, SMALL),
     Case("small", "bf16", "gaussian", 1, SMALL, residuals=True),
     Case("small", "fp32", "gaussian", 2, SMALL, form="pair", device="all"),
-    # Sums of either zero, whose minus side has the other one: Triton up to 3.6 negates by 0 - x.
+    # Sums of either zero, whose minus side has the other one: Triton 3.6 negates by 0 - x.
     Case("small", "fp32", "gaussian", 1, SMALL, form="pair", coeffs="smallest"),
     Case("small", "fp32", "rademacher", 5, SMALL, form="out"),
     Case("strided edges", "fp16", "rademacher", 2, STRIDED_EDGES, rounding="stochastic"),
