@@ -29,7 +29,7 @@ _PATTERN = {"float32": np.uint32, "bfloat16": np.uint16, "float16": np.uint16, "
 _INFINITY = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00, "float64": 0x7FF0000000000000}
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Elements that any tensor reaches over in memory.
-_MOST_ELEMENTS = 1 << 13
+_MOST_ELEMENTS = 1 << 14
 
 
 def _quiet_nan(dtype: str) -> int:
