@@ -65,10 +65,11 @@ def test_every_variant_has_a_golden_case_of_its_own() -> None:
     variants = list(every_variant())
     assert len(set(variants)) == len(variants) > 400
     for variant in variants:
-        call, case = self_test.golden_case(variant)
-        arena = Arena(call, [case], "gpu", CPU)
-        launches = launcher.ready_launches(arena.operands, arena.terms, variant.many_tiles)
-        assert [launch.variant for launch in launches] == [variant]
+        calls, case = self_test.golden_cases(variant)
+        for call in calls:
+            arena = Arena(call, [case], "gpu", CPU)
+            launches = launcher.ready_launches(arena.operands, arena.terms, variant.many_tiles)
+            assert [launch.variant for launch in launches] == [variant]
 
 
 @pytest.fixture
@@ -181,11 +182,12 @@ SHORT = [
     Variant(False, "gaussian", torch.float32, 1, True, False, False, "none"),
     Variant(True, "rademacher", torch.bfloat16, 2, True, True, True, "read", has_rows=True),
     Variant(True, "gaussian", torch.float16, 0, True, False, False, "split"),
+    Variant(False, "gaussian", torch.float32, 1, True, True, False, "none"),
 ]
 
 
 @pytest.mark.few(1)
-@pytest.mark.parametrize("variant", SHORT, ids=["segments", "rows", "runs"])
+@pytest.mark.parametrize("variant", SHORT, ids=["segments", "rows", "runs", "pair"])
 def test_a_variant_that_computes_rightly_passes(variant: Variant) -> None:
     with interpreted():
         importlib.import_module(f"{PACKAGE}.self_test")._test(variant, CPU)
@@ -203,6 +205,7 @@ def test_a_variant_that_computes_rightly_passes(variant: Variant) -> None:
         ),
         ("compensated.py", "per_unit = (((2 * 127 + 25) << 23)", "per_unit = (((2 * 127 + 24) << 23)", 2),
         ("sums.py", "unequal, equal), signs, 31 - i)", "equal, unequal), signs, 31 - i)", 1),
+        ("sums.py", "return negative_zeros(sums, ARITHMETIC) - sums", "return 0.0 - sums", 3),
     ],
 )
 def test_a_variant_that_does_not_fails(

@@ -26,6 +26,9 @@ from fedkseed_kernels.self_test.run import Mismatch, Report
 logger = logging.getLogger("fedkseed_kernels")
 
 _TERMS = {0: "3 terms", 1: "1 term", 2: "2 terms"}
+# Terms whose sums are zero here and there, for pairs: the minus side has its own way with a zero.
+_ZERO_SUMS = {1: "1 vanishing term", 2: "2 vanishing terms"}
+_ZERO_SUMS_FP64 = {1: "1 vanishing fp64 term", 2: "2 vanishing fp64 terms"}
 
 _may_run: set[tuple[torch.device, Variant]] = set()
 _deferred: set[torch.device] = set()
@@ -35,8 +38,8 @@ class SelfTestError(RuntimeError):
     """A kernel that does not compute what the reference does; nothing was written."""
 
 
-def golden_case(variant: Variant) -> tuple[Call, Case]:
-    """The small call of one tensor that this variant serves."""
+def golden_cases(variant: Variant) -> tuple[list[Call], Case]:
+    """The small calls that this variant serves, each of one tensor."""
     has_residual = variant.residuals != "none"
     if variant.has_rows:
         form = "rows, pair" if variant.pair else "rows"
@@ -46,11 +49,17 @@ def golden_case(variant: Variant) -> tuple[Call, Case]:
         form = "pair"
     else:
         form = "out" if variant.residuals == "read" else "in place"
-    terms = "unit term" if form == "noise" else _TERMS[variant.num_by_value]
+    terms = ["unit term" if form == "noise" else _TERMS[variant.num_by_value]]
+    if variant.pair and variant.num_by_value and variant.family == "gaussian":
+        zero_sums = _ZERO_SUMS_FP64 if variant.dtype == torch.float64 else _ZERO_SUMS
+        terms.append(zero_sums[variant.num_by_value])
+    elif variant.pair and variant.num_by_value == 2:
+        terms.append("opposite terms")
     memory = "rows" if variant.has_rows else "strided" if variant.is_runs else "whole"
     rounding = "stochastic" if variant.stochastic else "nearest"
     dtype = str(variant.dtype).removeprefix("torch.")
-    return Call(variant.family, terms, form, rounding), Case(dtype, memory, has_residual)
+    calls = [Call(variant.family, name, form, rounding) for name in terms]
+    return calls, Case(dtype, memory, has_residual)
 
 
 def ensure(launches: Sequence[Launch], device: torch.device) -> None:
@@ -102,13 +111,16 @@ def _identity(launch: Launch, device: torch.device) -> str:
 
 
 def _test(variant: Variant, device: torch.device) -> None:
-    call, case = golden_case(variant)
-
     def seed_axpy(operands: Operands, terms: Terms) -> None:
         for launch in launcher.ready_launches(operands, terms, variant.many_tiles):
             launch.run(launcher.warp_size(device))
 
-    (got,) = Arena(call, [case], "gpu", device).run(seed_axpy).values()
-    ((name, expected),) = Arena(call, [case], "gpu", torch.device("cpu")).run(reference.seed_axpy).items()
-    if got != expected:
-        raise SelfTestError(gate.why_it_fails(str(device), Report(1, [Mismatch(name, expected, got)])))
+    calls, case = golden_cases(variant)
+    mismatches = []
+    for call in calls:
+        (got,) = Arena(call, [case], "gpu", device).run(seed_axpy).values()
+        twin = Arena(call, [case], "gpu", torch.device("cpu"))
+        ((name, expected),) = twin.run(reference.seed_axpy).items()
+        mismatches += [Mismatch(name, expected, got)] if got != expected else []
+    if mismatches:
+        raise SelfTestError(gate.why_it_fails(str(device), Report(len(calls), mismatches)))
