@@ -257,6 +257,22 @@ class TestSmoke:
             found = [row for row in rows_of(channel) if row.get("backend") == "cuda"]
             assert [row["case"] for row in found] == list(smoke.CASES)
             assert all(row["equal"] for row in found)
+            proofs = [row for row in rows_of(channel) if row.get("case") == "self-test"]
+            assert {(row["status"], row["device"]) for row in proofs if row["backend"] == "native"} == {
+                ("pass", "cpu")
+            }
+
+    def test_a_self_test_that_fails_fails_the_part(
+        self, channel: Channel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The cases run all the same; what follows on the GPU (Triton's, for minutes) is not asked for."""
+        found = ("native", "cuda:0", "auto", 3, 0.1, "a case differs")
+        verdicts = iter([fedkseed_kernels.Verification("fail", *found)])
+        monkeypatch.setattr(fedkseed_kernels, "verify", lambda: verdicts)
+        with pytest.raises(PartEnded, match="self-test of native on cuda:0 .*: fail: a case differs"):
+            smoke.run(DRY, channel)
+        if fedkseed_kernels.unavailable("native", "cpu") is None:
+            assert sum(row.get("backend") == "cuda" for row in rows_of(channel)) == len(smoke.CASES)
 
     def test_a_wrong_bit_fails_the_part(self, channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
         if fedkseed_kernels.unavailable("native", "cpu") is not None:

@@ -80,7 +80,7 @@ def run(settings: Settings, channel: Channel) -> None:
     sizes = _TINY_SIZES if settings.is_dry_run else _SIZES
     # On a processor its own C++ is held to NumPy.
     judge = "reference" if settings.is_dry_run else "auto"
-    wrong = []
+    wrong = _self_test(channel)
     for label, backend in BACKENDS.items():
         if (reason := fedkseed_kernels.unavailable(backend, device)) is not None:
             channel.row({"backend": label, "refused": reason}, text=f"{label}: refused: {reason}")
@@ -95,6 +95,19 @@ def run(settings: Settings, channel: Channel) -> None:
                 wrong.append(f"{label}, {name}: {found}")
     if wrong:
         raise PartEnded(FAILED, f"expected the processor's bits, got {'; '.join(wrong)}")
+
+
+def _self_test(channel: Channel) -> list[str]:
+    """A row for each self-test of the native libraries; which fail. Triton's would compile for minutes."""
+    failed = []
+    for found in fedkseed_kernels.verify():
+        text = f"self-test of {found.backend} on {found.device} ({found.isa}): {found.status}"
+        text += f": {found.problem}" if found.problem else ""
+        channel.row({"case": "self-test", **found._asdict()}, text=text)
+        failed += [text] if found.status == "fail" else []
+        if found.device.startswith("cuda"):
+            break  # the library's, which comes first on a GPU
+    return failed
 
 
 def _first_touch(device: str) -> float:

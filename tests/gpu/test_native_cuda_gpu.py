@@ -220,6 +220,7 @@ def test_the_golden_cases_pass() -> None:
 def test_a_capture_puts_the_self_test_off(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    monkeypatch.delenv(gate.SELF_TEST_VARIABLE, raising=False)
     tensor = torch.zeros(1000, device="cuda")
     prepared = fk.prepare([tensor])
     for name in ("verdicts", "failures"):
