@@ -198,9 +198,9 @@ class _Calls:
     def dimensions(self) -> Iterator[Case]:
         """Tensors of many dimensions, none of which can be merged."""
         yield from vary(self.flat, name="dimensions", specs=(DIMS,), k=(1, 5), form=("in place", "pair"))
-        yield from vary(
-            self.rows, name="rows of dimensions", specs=(TABLES_OF_DIMS,), k=2, form=("out", "pair")
-        )
+        residuals = (False, True) if self.is_half else (False,)
+        rows = replace(self.rows, name="rows of dimensions", specs=TABLES_OF_DIMS)
+        yield from vary(rows, k=(1, 2, 5), form=("out", "pair"), residuals=residuals)
 
 
 def all_cases() -> list[Case]:
