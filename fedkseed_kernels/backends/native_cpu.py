@@ -120,10 +120,8 @@ def _library() -> _Library:
 
 def _machine_code(device: torch.device, isa: str) -> str | None:
     """What tells the kernels of an instruction set from any others."""
-    handle = _library().handle
-    library = library_identity(handle.fk_abi_version, LIBRARY_PATH)
-    best = list(ISA_CODES)[int(handle.fk_cpu_isas_usable()).bit_length()]  # "auto" stands first
-    return library and f"{library}; {best if isa == 'auto' else isa}"
+    library = library_identity(_library().handle.fk_abi_version, LIBRARY_PATH)
+    return library and f"{library}; {usable_isas()[-1] if isa == 'auto' else isa}"
 
 
 SELF_TEST: SelfTest | None = SelfTest("processor", _machine_code)

@@ -56,7 +56,8 @@ Key = tuple[Tested, torch.device, str]
 verdicts: dict[Key, str] = {}
 #: Of those whose self-test failed in this process, the reason not to use them.
 failures: dict[Key, str] = {}
-_deferred: set[Key] = set()
+# Those of which it has been said that they wait.
+_deferred: set[str] = set()
 
 
 def is_switched_on() -> bool:
@@ -74,8 +75,7 @@ def is_switched_on() -> bool:
 def may_serve(key: Key) -> bool:
     """Whether a backend may serve a call now: at its first use it runs its self-test, or remembers one.
 
-    After False `failures` has the reason. While a CUDA graph is captured, and where the device has no memory
-    left for it, the test is deferred to the next call.
+    After False `failures` has the reason. Where the test cannot run yet (`ran`) it may serve all the same.
 
     Raises:
         ValueError: FEDKSEED_SELF_TEST is neither 0 nor 1.
@@ -91,14 +91,11 @@ def may_serve(key: Key) -> bool:
         verdicts[key] = SWITCHED_OFF
     elif remembered.is_remembered(backend.SELF_TEST.machine_code(device, isa)):
         verdicts[key] = PASSED_BEFORE
-    elif device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        _defer(key, "a CUDA graph is being captured")
+    elif device.type == "cuda":
+        ran(f"on {device}", lambda: test(key))
     else:
-        try:
-            return not test(key).mismatches
-        except torch.OutOfMemoryError:
-            _defer(key, "the device has no memory left for it")
-    return True
+        test(key)
+    return key not in failures
 
 
 def has_verdict(key: Key) -> bool:
@@ -106,10 +103,26 @@ def has_verdict(key: Key) -> bool:
     return key in verdicts
 
 
-def _defer(key: Key, reason: str) -> None:
-    if key not in _deferred:
-        _deferred.add(key)
-        logger.warning("the self-test on %s is deferred to the next call: %s", key[1], reason)
+def ran(what: str, test: Callable[[], object]) -> bool:
+    """Run a self-test on a GPU; whether it ran.
+
+    While a CUDA graph is captured, and where the device has no memory left for it, it is deferred to the next
+    call; that is said once.
+
+    Args:
+        what: which one it is, after "the self-test".
+    """
+    reason = "a CUDA graph is being captured"
+    if not torch.cuda.is_current_stream_capturing():
+        try:
+            test()
+            return True
+        except torch.OutOfMemoryError:
+            reason = "the device has no memory left for it"
+    if what not in _deferred:
+        _deferred.add(what)
+        logger.warning("the self-test %s is deferred to the next call: %s", what, reason)
+    return False
 
 
 def test(key: Key) -> Report:

@@ -77,7 +77,7 @@ def tested(monkeypatch: pytest.MonkeyPatch, cache: Path) -> list[Variant]:
     """The variants whose golden case is run from now on, in a process that has launched none."""
     found: list[Variant] = []
     monkeypatch.setattr(self_test, "_may_run", set())
-    monkeypatch.setattr(self_test, "_deferred", set())
+    monkeypatch.setattr(gate, "_deferred", set())
     monkeypatch.setattr(triton_backend, "_failures", {})
     monkeypatch.setattr(self_test, "_identity", lambda launch, device: f"{launch.variant}")
     monkeypatch.setattr(self_test, "_test", lambda variant, device: found.append(variant))

@@ -8,7 +8,6 @@ compiled, and nothing tested.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -23,15 +22,12 @@ from fedkseed_kernels.self_test.arena import Arena
 from fedkseed_kernels.self_test.cases import Call, Case
 from fedkseed_kernels.self_test.run import Mismatch, Report
 
-logger = logging.getLogger("fedkseed_kernels")
-
 _TERMS = {0: "3 terms", 1: "1 term", 2: "2 terms"}
 # Terms whose sums are zero here and there, for pairs: the minus side has its own way with a zero.
 _ZERO_SUMS = {1: "1 vanishing term", 2: "2 vanishing terms"}
 _ZERO_SUMS_FP64 = {1: "1 vanishing fp64 term", 2: "2 vanishing fp64 terms"}
 
 _may_run: set[tuple[torch.device, Variant]] = set()
-_deferred: set[torch.device] = set()
 
 
 class SelfTestError(RuntimeError):
@@ -65,7 +61,7 @@ def golden_cases(variant: Variant) -> tuple[list[Call], Case]:
 def ensure(launches: Sequence[Launch], device: torch.device) -> None:
     """Test the variants that this process has not launched yet on the device, which must be the current one.
 
-    While a CUDA graph is captured, or where memory does not suffice, that is deferred to the next call.
+    Where that cannot be done yet (`gate.ran`) they may run all the same.
 
     Raises:
         SelfTestError: one of them fails.
@@ -77,27 +73,14 @@ def ensure(launches: Sequence[Launch], device: torch.device) -> None:
 
 
 def _ensure(launch: Launch, device: torch.device) -> None:
-    if gate.is_switched_on():
-        if torch.cuda.is_current_stream_capturing():
-            _defer(device, "a CUDA graph is being captured")
-            return
-        try:
-            identity = _identity(launch, device)
-            if not remembered.is_remembered(identity):
-                _test(launch.variant, device)
-                remembered.remember(identity)
-        except torch.OutOfMemoryError:
-            _defer(device, "the device has no memory left for it")
-            return
-    _may_run.add((device, launch.variant))
+    def test() -> None:
+        identity = _identity(launch, device)
+        if not remembered.is_remembered(identity):
+            _test(launch.variant, device)
+            remembered.remember(identity)
 
-
-def _defer(device: torch.device, reason: str) -> None:
-    if device not in _deferred:
-        _deferred.add(device)
-        logger.warning(
-            "the self-test of Triton's kernels on %s is deferred to the next call: %s", device, reason
-        )
+    if not gate.is_switched_on() or gate.ran(f"of Triton's kernels on {device}", test):
+        _may_run.add((device, launch.variant))
 
 
 def _identity(launch: Launch, device: torch.device) -> str:
