@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.self_tests import another_process, first_process
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fedkseed_kernels as fk
@@ -32,21 +33,10 @@ needs_native = pytest.mark.skipif(
 DIGESTS: dict[str, dict[str, str]] = json.loads(Path(remembered.DIGESTS_PATH).read_bytes())
 
 
-def another_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget what passed in this one."""
-    monkeypatch.setattr(gate, "verdicts", {})
-    monkeypatch.setattr(dispatch, "_settled", set())
-
-
 @pytest.fixture(autouse=True)
 def _no_verdicts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that knows of no self-test, with an empty cache folder."""
-    another_process(monkeypatch)
-    monkeypatch.setattr(gate, "failures", {})
-    monkeypatch.setattr(gate, "_deferred", set())
-    monkeypatch.setattr(dispatch, "_logged", set())
-    for variable in (dispatch.BACKEND_VARIABLE, dispatch.CPU_ISA_VARIABLE, gate.SELF_TEST_VARIABLE):
-        monkeypatch.delenv(variable, raising=False)
+    first_process(monkeypatch)
 
 
 @pytest.fixture
@@ -415,78 +405,6 @@ def test_verify_runs_all_that_is_usable_and_forgets_what_fails(
         "pass" if isa == "baseline" else "fail" for isa in native_cpu.usable_isas()
     ]
     assert len(list((cache / "self-tests").iterdir())) == 1
-
-
-# --- a GPU, as far as there need be none
-
-
-class Gpu:
-    """A backend of a GPU whose memory is the processor's, by the reference."""
-
-    WRITES_FP32 = False
-    SELF_TEST = gate.SelfTest("gpu", lambda device, isa: None)
-
-    def __init__(self) -> None:
-        self.num_calls = 0
-
-    def unavailable(self, device: torch.device | None = None) -> None:
-        return None
-
-    def seed_axpy(self, operands: Operands, terms: Terms) -> None:
-        self.num_calls += 1
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    made = Gpu()
-    monkeypatch.setitem(dispatch.TABLE["cuda"], "native", made)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    original = Arena.__init__
-
-    def on_cpu(self: Arena, *arguments: Any) -> None:
-        original(self, *arguments[:-1], CPU)
-
-    monkeypatch.setattr(Arena, "__init__", on_cpu)
-    return made
-
-
-def test_a_gpu_has_a_verdict_of_its_own(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch.TABLE["cuda"]["triton"], "unavailable", lambda device=None: None)
-    assert dispatch.select("cuda").name == "native"  # no tensor is there yet
-    assert gpu.num_calls == 0
-    assert dispatch.select("cuda:1").name == "triton"
-    assert gpu.num_calls > 0
-    with (
-        fk.backend("native"),
-        pytest.raises(RuntimeError, match="it fails its self-test on cuda:1: the case"),
-    ):
-        dispatch.select("cuda:1")
-    assert [key[1:] for key in gate.failures] == [(torch.device("cuda:1"), "auto")]
-
-
-@pytest.mark.parametrize("obstacle", ["capture", "memory"])
-def test_it_is_deferred_aloud_where_it_cannot_run(
-    obstacle: str, gpu: Gpu, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(dispatch.TABLE["cuda"]["triton"], "unavailable", lambda device=None: None)
-    with monkeypatch.context() as patch, fk.backend("native"):
-        if obstacle == "capture":
-            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            words = "a CUDA graph is being captured"
-        else:
-            patch.setattr(Arena, "__init__", _out_of_memory)
-            words = "the device has no memory left for it"
-        for _ in range(2):
-            assert dispatch.select("cuda:0").name == "native"
-    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("WARNING", f"the self-test on cuda:0 is deferred to the next call: {words}")
-    ]
-    assert gpu.num_calls == 0
-    assert dispatch.select("cuda:0").name == "triton"
-
-
-def _out_of_memory(*arguments: Any) -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_backends_with_machine_code_have_a_self_test() -> None:

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.native_build import ROOT, load_setup
+from support.self_tests import first_process
 
 import fedkseed_kernels as fk
-from fedkseed_kernels import dispatch
 from fedkseed_kernels.backends import native_cpu
 from fedkseed_kernels.backends.identity import build_id
-from fedkseed_kernels.self_test import gate
 
 COMPILER = next((c for c in ("g++", "clang++") if shutil.which(c)), None)
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
@@ -26,12 +25,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.fixture(autouse=True)
 def _no_verdicts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that has loaded no library and knows of no self-test."""
-    monkeypatch.setattr(gate, "verdicts", {})
-    monkeypatch.setattr(gate, "failures", {})
-    monkeypatch.setattr(dispatch, "_logged", set())
-    monkeypatch.setattr(dispatch, "_settled", set())
-    for variable in (dispatch.BACKEND_VARIABLE, dispatch.CPU_ISA_VARIABLE, gate.SELF_TEST_VARIABLE):
-        monkeypatch.delenv(variable, raising=False)
+    first_process(monkeypatch)
     native_cpu._load.cache_clear()
     yield
     native_cpu._load.cache_clear()
