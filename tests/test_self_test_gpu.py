@@ -13,7 +13,7 @@ from support.self_tests import first_process
 import fedkseed_kernels as fk
 from fedkseed_kernels import dispatch
 from fedkseed_kernels.backends import native_cuda, reference
-from fedkseed_kernels.operands import Operands, Terms
+from fedkseed_kernels.operands import DeviceTerms, Operands, Terms
 from fedkseed_kernels.self_test import gate, remembered
 from fedkseed_kernels.self_test.arena import Arena
 
@@ -36,13 +36,14 @@ class Gpu:
     SELF_TEST = gate.SelfTest("gpu", lambda device, isa: None)
 
     def __init__(self) -> None:
-        self.num_calls = 0
+        self.num_calls, self.kinds_of_terms = 0, set[type]()
 
     def unavailable(self, device: torch.device | None = None) -> None:
         return None
 
-    def seed_axpy(self, operands: Operands, terms: Terms) -> None:
+    def seed_axpy(self, operands: Operands, terms: Terms | DeviceTerms) -> None:
         self.num_calls += 1
+        self.kinds_of_terms.add(type(terms))
 
 
 @pytest.fixture
@@ -65,6 +66,7 @@ def test_a_gpu_has_a_verdict_of_its_own(gpu: Gpu, monkeypatch: pytest.MonkeyPatc
     assert gpu.num_calls == 0
     assert dispatch.select("cuda:1").name == "triton"
     assert gpu.num_calls > 0
+    assert gpu.kinds_of_terms == {Terms, DeviceTerms}
     with (
         fk.backend("native"),
         pytest.raises(RuntimeError, match="it fails its self-test on cuda:1: the case"),

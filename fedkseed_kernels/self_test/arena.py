@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedkseed_kernels.operands import Operands, TensorList, Terms
+from fedkseed_kernels.operands import DeviceTerms, Operands, TensorList, Terms
 from fedkseed_kernels.self_test import cases as golden
 from fedkseed_kernels.self_test.cases import Call, Case
 
@@ -204,12 +204,16 @@ class Arena:
             golden.ROUNDING_SEED if self._call.rounding == "stochastic" else 0,
         )
 
-    def run(self, seed_axpy: Callable[[Operands, Terms], None]) -> dict[str, str]:
+    def run(self, seed_axpy: Callable[..., None], on_device: bool = False) -> dict[str, str]:
         """Have a backend compute the call; the digest of each case by its name.
 
         On a GPU, where the kernels of each dtype have constants of their own, results that may be weights are
         negated and serve as such for a second time: where weights were 0, y nearly vanishes then, and shows
         the last places of the noise in 16 bits too.
+
+        Args:
+            seed_axpy: takes operands and terms.
+            on_device: whether the second time all terms are in the memory of the device (DeviceTerms).
         """
         seed_axpy(self.operands, self.terms)
         inputs, outs = self.operands.inputs, self.operands.outs
@@ -219,8 +223,20 @@ class Arena:
                     weight.copy_(result)
                 bits = weight.view(_INTEGER[weight.element_size()])
                 bits.bitwise_xor_(torch.iinfo(bits.dtype).min)
-            seed_axpy(self.operands, self.terms)
+            seed_axpy(self.operands, self._device_terms() if on_device else self.terms)
         return self._digests()
+
+    def _device_terms(self) -> DeviceTerms:
+        terms, device = self.terms, self._memory.device
+        rounding_seed = np.array([terms.rounding_seed], dtype=np.uint64).view(np.int64)
+        return DeviceTerms(
+            torch.tensor(terms.seeds.view(np.int64), device=device),
+            torch.tensor(terms.coeffs, device=device),
+            torch.tensor([terms.alpha], dtype=torch.float64, device=device),
+            terms.family,
+            terms.rounding,
+            torch.tensor(rounding_seed, device=device),
+        )
 
     def _digests(self) -> dict[str, str]:
         """64 bits of BLAKE2b over the memory of each case, each NaN in it made the positive quiet one."""

@@ -42,7 +42,8 @@ def digests_of(
     found: dict[str, str] = {}
     for call in calls():
         if call.form != "wide" or writes_fp32:
-            found |= Arena(call, call.cases(kind), kind, device).run(seed_axpy)
+            on_device = device.type == "cuda"  # backends of other tensors take no DeviceTerms
+            found |= Arena(call, call.cases(kind), kind, device).run(seed_axpy, on_device)
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +21,10 @@ from fedkseed_kernels.arguments import tensors as tensor_checks
 from fedkseed_kernels.backends import c_abi, native_cuda
 from fedkseed_kernels.conformance.checks import poisoned, stored_of, tensor_of
 from fedkseed_kernels.contract import reference
-from fedkseed_kernels.operands import DeviceTerms, Terms
+from fedkseed_kernels.operands import DeviceTerms, Operands, Terms
+from fedkseed_kernels.self_test import cases as golden_cases
+from fedkseed_kernels.self_test.arena import Arena
+from fedkseed_kernels.self_test.remembered import DIGESTS_PATH
 
 pytestmark = pytest.mark.skipif(cuda_shim.COMPILER is None, reason="needs a C++ compiler")
 
@@ -79,6 +84,37 @@ def test_some_terms_by_value_and_some_on_the_device(
     fk.seed_axpy_(expected, seeds, coeffs, family=family)
     for got, want in zip(tensors, expected, strict=True):
         assert_same(stored_of(got), stored_of(want), dtype)
+
+
+GOLDEN_CALLS = [call for call in golden_cases.calls() if call.form != "wide"]
+DIGESTS: dict[str, str] = json.loads(Path(DIGESTS_PATH).read_bytes())["gpu"]
+
+
+def golden_digests(call: golden_cases.Call, seed_axpy: Callable[..., None]) -> dict[str, str]:
+    """Those of a self-test on a GPU, where terms are in the memory of the device for the second time."""
+    return Arena(call, call.cases("gpu"), "gpu", torch.device("cpu")).run(seed_axpy, on_device=True)
+
+
+@pytest.mark.few(8)
+@pytest.mark.parametrize("call", GOLDEN_CALLS, ids=lambda call: "-".join(call).replace(" ", "_"))
+def test_golden_cases_pass(shim: cuda_shim.ShimBackend, call: golden_cases.Call) -> None:
+    found = golden_digests(call, shim.seed_axpy)
+    assert found == {name: DIGESTS[name] for name in found}
+    assert len(found) == len(call.cases("gpu"))
+
+
+@pytest.mark.parametrize("field", ["seeds", "coeffs", "alpha", "rounding_seed"])
+@pytest.mark.parametrize("terms", ["1 term", "2 terms", "70 terms"])
+def test_golden_cases_show_what_is_read_wrongly_on_the_device(
+    shim: cuda_shim.ShimBackend, terms: str, field: str
+) -> None:
+    def misreading(operands: Operands, given: Terms | DeviceTerms) -> None:
+        if isinstance(given, DeviceTerms):
+            getattr(given, field).mul_(3)
+        shim.seed_axpy(operands, given)
+
+    call = golden_cases.Call("gaussian", terms, "in place", "stochastic")
+    assert all(digest != DIGESTS[name] for name, digest in golden_digests(call, misreading).items())
 
 
 @all_families
