@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.self_tests import first_process
 from torch import Tensor
 
 import fedkseed_kernels as fk
@@ -220,20 +221,17 @@ def test_the_golden_cases_pass() -> None:
 def test_a_capture_puts_the_self_test_off(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delenv(gate.SELF_TEST_VARIABLE, raising=False)
+    want = fk.normal(1000, 1) * 0.5
     tensor = torch.zeros(1000, device="cuda")
     prepared = fk.prepare([tensor])
-    for name in ("verdicts", "failures"):
-        monkeypatch.setattr(gate, name, {})
-    for owner, name in ((gate, "_deferred"), (dispatch, "_settled")):
-        monkeypatch.setattr(owner, name, set())
+    first_process(monkeypatch)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         prepared.perturb_(1, 0.5)
     assert "the self-test on cuda:0 is deferred to the next call" in caplog.text
     assert gate.verdicts == {}
     graph.replay()
-    assert_same_bits(tensor, fk.normal(1000, 1) * 0.5)
+    assert_same_bits(tensor, want)
     prepared.perturb_(1, -0.5)
     assert list(gate.verdicts.values()) == [gate.PASSED_NOW]
     assert not tensor.any()
