@@ -43,6 +43,11 @@ def rows_of(channel: Channel) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def fails_for_native(backend: str, _: str) -> None:
+    if backend == "native":
+        raise RuntimeError("CUDA error 999")
+
+
 class TestPlan:
     def test_the_default_parts_are_expected_to_take_at_most_seven_minutes(self) -> None:
         assert plan.estimate(plan.DEFAULT) <= plan.SECONDS == 420
@@ -232,6 +237,18 @@ class TestPasses:
         found = [row for row in rows_of(channel) if row.get("contestant") in ("cuda", "triton")]
         assert {row["refused"] for row in found} == {"it is not here"}
 
+    def test_an_error_on_the_way_to_the_answer_costs_that_backend_alone(
+        self, channel: Channel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fedkseed_kernels, "unavailable", fails_for_native)
+        monkeypatch.setattr(cases, "BACKENDS", {"cuda": "native", "triton": "reference"})
+        monkeypatch.setattr(cases, "triton_randn_add_", lambda *_: None)
+        passes.first_dtype(DRY, channel)
+        rows = rows_of(channel)
+        refused = {(row["contestant"], row["refused"]) for row in rows if "refused" in row}
+        assert refused == {("cuda", "RuntimeError: CUDA error 999")}
+        assert {row["clock"] for row in rows if row.get("contestant") == "triton"} == {"device", "host"}
+
     def test_a_contestant_that_raises_fails_the_part_and_costs_its_own_row(
         self, channel: Channel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -262,17 +279,19 @@ class TestSmoke:
                 ("pass", "cpu")
             }
 
-    def test_a_self_test_that_fails_fails_the_part(
+    def test_a_self_test_that_fails_fails_the_part_after_the_cases(
         self, channel: Channel, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The cases run all the same; what follows on the GPU (Triton's, for minutes) is not asked for."""
+        """It takes the library out of the process. What follows it on a GPU (Triton's) is not asked for."""
         found = ("native", "cuda:0", "auto", 3, 0.1, "a case differs")
         verdicts = iter([fedkseed_kernels.Verification("fail", *found)])
         monkeypatch.setattr(fedkseed_kernels, "verify", lambda: verdicts)
         with pytest.raises(PartEnded, match="self-test of native on cuda:0 .*: fail: a case differs"):
             smoke.run(DRY, channel)
         if fedkseed_kernels.unavailable("native", "cpu") is None:
-            assert sum(row.get("backend") == "cuda" for row in rows_of(channel)) == len(smoke.CASES)
+            rows = rows_of(channel)[1:]
+            assert [row.get("case") for row in rows[:-1]] == [*smoke.CASES, "self-test"]
+            assert rows[-1]["backend"] == "triton"
 
     def test_a_wrong_bit_fails_the_part(self, channel: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
         if fedkseed_kernels.unavailable("native", "cpu") is not None:
@@ -298,6 +317,18 @@ class TestSmoke:
         monkeypatch.setattr(plan.Settings, "device", "cpu")
         with pytest.raises(PartEnded, match="failed: .*cuda: refused: not built; triton: refused: not built"):
             smoke.run(plan.Settings(("bf16",)), channel)
+
+    def test_an_error_on_the_way_to_the_answer_costs_that_backend_alone(
+        self, channel: Channel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The library's kernels cannot be loaded just now: Triton's cases are compared all the same."""
+        monkeypatch.setattr(fedkseed_kernels, "unavailable", fails_for_native)
+        monkeypatch.setattr(fedkseed_kernels, "verify", lambda: iter(()))
+        monkeypatch.setattr(smoke, "BACKENDS", {"cuda": "native", "triton": "reference"})
+        monkeypatch.setattr(plan.Settings, "device", "cpu")
+        with pytest.raises(PartEnded, match="got cuda: refused: RuntimeError: CUDA error 999$"):
+            smoke.run(plan.Settings(("bf16",)), channel)
+        assert [row["case"] for row in rows_of(channel) if row.get("equal")] == list(smoke.CASES)
 
     def test_nan_equals_nan_and_minus_zero_is_not_zero(self) -> None:
         nan = torch.tensor([0x7FC0, 0x0000], dtype=torch.int16).view(torch.bfloat16)

@@ -80,6 +80,17 @@ class Case:
         return Case(self.name, self.num_terms, self.num_bytes, [*self.contestants, *others], self.refused)
 
 
+def why_not(backend: str, device_type: str) -> str | None:
+    """Why a backend serves no tensors of a device here; None if it does.
+
+    An error on the way to the answer is one too: the other backend's figures count all the same.
+    """
+    try:
+        return fedkseed_kernels.unavailable(backend, device_type)
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def _theirs(name: str, kind: str, call: Callable[[], object], repeats: int = 1) -> Contestant:
     return Contestant(name, kind, lambda _: _ignore(call()), _THEIR_SAMPLES, repeats)
 
@@ -105,7 +116,7 @@ def _ours(
 
     contestants, refused = [], {}
     for label, backend in BACKENDS.items():
-        reason = fedkseed_kernels.unavailable(backend, device_type)
+        reason = why_not(backend, device_type)
         if reason is not None:
             refused[label] = reason
             continue
@@ -146,7 +157,7 @@ def _in_place(named: Named, tensors: list[torch.Tensor]) -> Iterator[Case]:
         _theirs("official", "official", lambda: official.perturb_(named, 5, 1, ZO_EPS)),
         _theirs("randn_like + add_", "torch", lambda: torch_ways.axpy_(weights, 5, ZO_EPS)),
     )
-    reason = fedkseed_kernels.unavailable("triton", device_type)
+    reason = why_not("triton", device_type)
     if reason is None:
         randn = _theirs("tl.randn", "triton", lambda: triton_randn_add_(tensors, 5, ZO_EPS))
         yield perturb.with_others(randn)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-import fedkseed_kernels
 from benchmarks.common.constants import DTYPES
 from benchmarks.common.measure import Contestant, spread
 from benchmarks.gpu import cases as gpu_cases
@@ -73,7 +72,7 @@ def _time(settings: Settings, channel: Channel, sizes: Sizes, dtypes: dict[str, 
     row |= {"bytes_per_s": bandwidth}
     channel.row(row, text=f"copy: {bandwidth / 1e12:.3f} TB/s, read and written")
     for name, backend in BACKENDS.items():
-        if (reason := fedkseed_kernels.unavailable(backend, settings.device)) is not None:
+        if (reason := gpu_cases.why_not(backend, settings.device)) is not None:
             channel.say(f"{name}: refused: {reason}")
     failed = []
     for dtype, rebuild_seeds in dtypes.items():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fedkseed_kernels
 from benchmarks.gpu import machine
+from benchmarks.gpu.cases import why_not
 from benchmarks.gpu.channel import FAILED, Channel, PartEnded
 from benchmarks.gpu.plan import BACKENDS, Settings
 
@@ -77,24 +78,31 @@ def run(settings: Settings, channel: Channel) -> None:
     device = settings.device
     channel.row({"case": "context", "seconds": _first_touch(device)})
     channel.facts(**machine.gpu_facts(device))
+    # A self-test that fails takes the library out of this process, so the library's cases come first; Triton's,
+    # which have to be compiled, come last.
+    wrong = _bits("cuda", settings, channel) + _self_test(channel) + _bits("triton", settings, channel)
+    if wrong:
+        raise PartEnded(FAILED, f"expected the processor's bits, got {'; '.join(wrong)}")
+
+
+def _bits(label: str, settings: Settings, channel: Channel) -> list[str]:
+    """A row for each case of a backend of `BACKENDS`; which are wrong."""
+    backend, device = BACKENDS[label], settings.device
+    if (reason := why_not(backend, device)) is not None:
+        channel.row({"backend": label, "refused": reason}, text=f"{label}: refused: {reason}")
+        return [] if settings.is_dry_run else [f"{label}: refused: {reason}"]
     sizes = _TINY_SIZES if settings.is_dry_run else _SIZES
     # On a processor its own C++ is held to NumPy.
     judge = "reference" if settings.is_dry_run else "auto"
-    wrong = _self_test(channel)
-    for label, backend in BACKENDS.items():
-        if (reason := fedkseed_kernels.unavailable(backend, device)) is not None:
-            channel.row({"backend": label, "refused": reason}, text=f"{label}: refused: {reason}")
-            wrong += [] if settings.is_dry_run else [f"{label}: refused: {reason}"]
-            continue
-        for name, (dtype, call) in CASES.items():
-            channel.check_time()
-            row = {"case": name, "backend": label, **_compare(call, dtype, sizes, device, backend, judge)}
-            found = "equal" if row["equal"] else row.get("error") or row["differs"]
-            channel.row(row, text=f"{label:8} {name:24} {found}, {row['seconds']:.2f} s")
-            if not row["equal"]:
-                wrong.append(f"{label}, {name}: {found}")
-    if wrong:
-        raise PartEnded(FAILED, f"expected the processor's bits, got {'; '.join(wrong)}")
+    wrong = []
+    for name, (dtype, call) in CASES.items():
+        channel.check_time()
+        row = {"case": name, "backend": label, **_compare(call, dtype, sizes, device, backend, judge)}
+        found = "equal" if row["equal"] else row.get("error") or row["differs"]
+        channel.row(row, text=f"{label:8} {name:24} {found}, {row['seconds']:.2f} s")
+        if not row["equal"]:
+            wrong.append(f"{label}, {name}: {found}")
+    return wrong
 
 
 def _self_test(channel: Channel) -> list[str]:

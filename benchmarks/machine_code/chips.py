@@ -23,7 +23,9 @@ from benchmarks.machine_code.tools import ToolError
 #: Thread instructions that a multiprocessor issues or runs each clock, on every chip here.
 ISSUE_LANES = 128
 ALU_LANES = 64
-PRODUCT_LANES = 64  # as github.com/mredenti/PowerCapping measured on GH100: int32 at half of fp32
+#: As an OpenCL benchmark of a GH200 has it too, int32 at half of fp32: github.com/mredenti/PowerCapping,
+#: configuration/OpenCL_benchmark.md in its history.
+PRODUCT_LANES = 64
 CONVERSION_LANES = 16
 #: What a product of twice the width costs, in IMAD: as taken, and at best.
 WIDE_COSTS = (2, 1)
