@@ -78,8 +78,8 @@ def run(settings: Settings, channel: Channel) -> None:
     device = settings.device
     channel.row({"case": "context", "seconds": _first_touch(device)})
     channel.facts(**machine.gpu_facts(device))
-    # A self-test that fails takes the library out of this process, so the library's cases come first; Triton's,
-    # which have to be compiled, come last.
+    # A self-test that fails takes the library out of this process: its cases come first. Triton's come last,
+    # as they have to be compiled.
     wrong = _bits("cuda", settings, channel) + _self_test(channel) + _bits("triton", settings, channel)
     if wrong:
         raise PartEnded(FAILED, f"expected the processor's bits, got {'; '.join(wrong)}")
