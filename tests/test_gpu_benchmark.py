@@ -215,6 +215,28 @@ class TestPasses:
                 if contestant.kind == "ours":
                     contestant.run(0)
 
+    def test_a_long_rebuild_is_warmed_up_on_its_own_handle_with_few_terms(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What a handle does at its first call alone is no time of a rebuild."""
+        weights = cases.make_weights([(3,), (40,)], torch.bfloat16, "cpu")
+        case = cases._rebuild([weight.data for weight in weights], 256, "gaussian")
+        seen: list[tuple[fedkseed_kernels.Prepared, int]] = []
+        run = fedkseed_kernels.Prepared.seed_axpy_
+
+        def noted(handle: fedkseed_kernels.Prepared, seeds: torch.Tensor, *rest: Any) -> Any:
+            seen.append((handle, len(seeds)))
+            return run(handle, seeds, *rest)
+
+        monkeypatch.setattr(fedkseed_kernels.Prepared, "seed_axpy_", noted)
+        for contestant in case.contestants:
+            assert contestant.warm_up is not None
+            contestant.warm_up()
+            contestant.run(0)
+            assert [count for _, count in seen] == [16, 256]
+            assert seen[0][0] is seen[1][0]
+            seen.clear()
+
     def test_a_dry_run_has_rows_by_both_clocks(self, channel: Channel) -> None:
         passes.first_dtype(DRY, channel)
         copy, *rows = rows_of(channel)

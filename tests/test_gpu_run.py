@@ -21,6 +21,7 @@ from benchmarks.gpu import part as gpu_part
 from benchmarks.gpu import plan, processes
 from benchmarks.gpu.channel import Channel, LineReader, append
 from benchmarks.gpu.run import Run
+from fedkseed_kernels.self_test import gate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -289,6 +290,15 @@ def test_a_document_does_not_say_where_the_repository_lies(tmp_path: Path, tools
     write_tool(tools, "ncu", f"print('==ERROR== no {ROOT}/fedkseed_kernels'); raise SystemExit(1)")
     _, found = run_parts(tmp_path / "result.json", part("ncu"))
     assert found["ncu"]["reason"] == "ncu: no fedkseed_kernels"
+
+
+def test_parts_and_what_they_start_run_no_self_test(
+    tmp_path: Path, tools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(gate.SELF_TEST_VARIABLE, "1")
+    write_tool(tools, "ncu", f"import os; print('==ERROR== got', os.environ['{gate.SELF_TEST_VARIABLE}'])")
+    _, found = run_parts(tmp_path / "result.json", part("ncu"))
+    assert found["ncu"]["reason"] == "ncu: got 0"
 
 
 def test_a_file_that_cannot_be_written_is_an_error_at_once(tmp_path: Path) -> None:
