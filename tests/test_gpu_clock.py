@@ -64,6 +64,15 @@ class TestClock:
         assert not found.is_queued
         assert found.seconds > 0.001
 
+    def test_a_call_that_waits_for_the_gpu_says_so(self, fake: FakeGpu) -> None:
+        def call() -> None:
+            fake.synchronize()
+            fake.launch(0.0003, 0.0002)
+
+        found = turns.on_gpu(call)
+        assert not found.is_queued
+        assert found.seconds == pytest.approx(0.0003 + 0.0002)
+
     def test_a_whole_step_is_wall_clock_time(self, fake: FakeGpu) -> None:
         found = turns.whole_on_gpu(lambda: fake.launch(0.01, 0.03))
         assert found.seconds == pytest.approx(0.04)

@@ -117,7 +117,7 @@ def rows(
 
     By the device: "seconds" (median, p20, p80) of the whole operation, the number of "samples", whether they
     are "extrapolated", "of_copy_bandwidth", "t_normals_per_s" in 10^12, and "queued": whether the figure
-    holds no time of the host. By the host: until the call returned.
+    surely holds no time of the host. By the host: until the call returned.
     """
     start = {"case": case.name, "dtype": dtype, "contestant": contestant.name}
     if contestant.name in taken.errors:
@@ -143,7 +143,7 @@ def line(row: dict[str, Any], host: dict[str, Any] | None = None) -> str:
     start = f"{row['dtype']}  {row['case']:28} {row['contestant']:20} "
     if "error" in row:
         return f"{start}error: {row['error']}"
-    marks = ["extrapolated"] * row["extrapolated"] + ["with time of the host"] * (not row["queued"])
+    marks = ["extrapolated"] * row["extrapolated"] + ["perhaps with time of the host"] * (not row["queued"])
     return (
         f"{start}{row['seconds']['median'] * 1e3:11.3f} ms {row['of_copy_bandwidth']:7.1%} of copy "
         f"{row['t_normals_per_s']:.4f} T normals/s"

@@ -25,7 +25,7 @@ class Sample(NamedTuple):
         seconds: from the first of its work on the device to the last.
         host_seconds: until the call returned, nothing being waited for.
         is_queued: whether the host had queued all of it before the device began: then ``seconds`` holds no
-            time of the host.
+            time of the host. Not so if the call waits for the device, or launches more than a driver queues.
     """
 
     seconds: float
