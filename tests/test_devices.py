@@ -27,7 +27,7 @@ import fedkseed_kernels as fk
 from fedkseed import ZOSGD, Inplace, Ledger, SeedPool, Streamed, WorkingCopy
 from fedkseed.model import randomness
 from fedkseed.model.packed import packed_bytes
-from fedkseed.model.placement import by_device
+from fedkseed.model.placement import PreparedTensors, by_device
 from fedkseed.optim import base
 from fedkseed.storage import StorageOptions
 from fedkseed.storage.streamed import pairing
@@ -102,6 +102,22 @@ def test_positions_are_grouped_by_device() -> None:
         assert by_device(tensors) == {SECOND: [0, 3], FIRST: [1, 2, 4]}
         with pytest.raises(ValueError, match="expected all tensors of a list on one device"):
             fk.perturb_(tensors, 1, 0.5)
+
+
+def test_arguments_are_checked_on_any_number_of_devices() -> None:
+    tensors = [torch.zeros(2) for _ in range(3)]
+    with two_devices() as devices:
+        devices.place(tensors[1])
+        for count in (0, 1, 3):
+            with pytest.raises(ValueError, match="expected family"):
+                PreparedTensors(tensors[:count], range(count), "uniform")
+            with pytest.raises(ValueError, match=r"zip\(\)"):
+                PreparedTensors(tensors[:count], range(count + 1), "gaussian")
+            prepared = PreparedTensors(tensors[:count], range(count), "gaussian")
+            prepared.check()
+            with pytest.raises(ValueError, match="expected one coefficient for each seed"):
+                prepared.seed_axpy_([1, 2], [0.5])
+    assert not torch.cat(tensors).any()
 
 
 @pytest.mark.parametrize("mode", ["in place", "streamed"])

@@ -38,15 +38,19 @@ class PreparedTensors:
         family: str,
         residuals: Sequence[torch.Tensor | None] | None = None,
     ) -> None:
-        self._handles = [
-            fedkseed_kernels.prepare(
-                [tensors[position] for position in positions],
-                streams=[streams[position] for position in positions],
-                family=family,
-                residuals=None if residuals is None else [residuals[position] for position in positions],
+        residuals = [None] * len(tensors) if residuals is None else residuals
+        given = list(zip(tensors, streams, residuals, strict=True))
+        self._handles = []
+        for positions in by_device(tensors).values() or [[]]:  # without tensors too, arguments are checked
+            chosen = [given[position] for position in positions]
+            self._handles.append(
+                fedkseed_kernels.prepare(
+                    [tensor for tensor, _, _ in chosen],
+                    streams=[stream for _, stream, _ in chosen],
+                    family=family,
+                    residuals=[residual for _, _, residual in chosen],
+                )
             )
-            for positions in by_device(tensors).values()
-        ]
 
     def check(self) -> None:
         """Moves nothing.
