@@ -15,13 +15,13 @@ from support.streamed_models import (
     LanguageModel,
     RootedModel,
     TiedModel,
+    both_losses,
     build,
     loss_of,
     make_ids,
 )
 from support.two_devices import FIRST, SECOND, TwoDevices, two_devices
 from torch import Tensor, nn
-from torch.nn import functional
 
 import fedkseed_kernels as fk
 from fedkseed import ZOSGD, Inplace, Ledger, SeedPool, Streamed, WorkingCopy
@@ -46,12 +46,7 @@ MODES: dict[str, StorageOptions] = {
 
 def losses_of(model: nn.Module, ids: Tensor, storage: StorageOptions) -> Any:
     """What a closure returns in a mode."""
-    if not getattr(storage, "paired", False):
-        return loss_of(model, ids)
-    logits = model(torch.cat([ids, ids]))[:, :-1].double()
-    return torch.stack(
-        [functional.cross_entropy(half.flatten(0, 1), ids[:, 1:].flatten()) for half in logits.chunk(2)]
-    )
+    return (both_losses if getattr(storage, "paired", False) else loss_of)(model, ids)
 
 
 def spread(devices: TwoDevices, model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from support.streamed_models import (
     build,
     loss_of,
     make_ids,
+    projected,
     side_losses,
 )
 from torch import Tensor, nn
@@ -35,10 +36,6 @@ SEEDS = [int(seed) for seed in SeedPool(SEED, 8).seeds]
 
 def addresses(model: nn.Module) -> list[int]:
     return [parameter.data_ptr() for parameter in model.parameters()]
-
-
-def projected(losses: list[float], eps: float) -> float:
-    return float(torch.tensor((losses[0] - losses[1]) / (2 * eps), dtype=torch.float64).float())
 
 
 @pytest.mark.few

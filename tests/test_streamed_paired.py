@@ -20,9 +20,11 @@ from support.streamed_models import (
     LanguageModel,
     RootedModel,
     TiedModel,
+    both_losses,
     build,
     loss_of,
     make_ids,
+    projected,
     side_losses,
 )
 from torch import Tensor, nn
@@ -33,17 +35,6 @@ from fedkseed import ZOSGD, SeedPool, Streamed
 SEED, EPS = 7, 1e-2
 SEEDS = [int(seed) for seed in SeedPool(SEED, 4).seeds]
 PAIRED = Streamed(paired=True)
-
-
-def both_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    logits = model(torch.cat([ids, ids]))[:, :-1].double()
-    return torch.stack(
-        [functional.cross_entropy(half.flatten(0, 1), ids[:, 1:].flatten()) for half in logits.chunk(2)]
-    )
-
-
-def projected(losses: list[float], eps: float) -> float:
-    return float(torch.tensor((losses[0] - losses[1]) / (2 * eps), dtype=torch.float64).float())
 
 
 @pytest.mark.few

@@ -186,6 +186,19 @@ def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten())
 
 
+def both_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """What a closure of the paired modes returns: the losses of both halves of a doubled batch."""
+    logits = model(torch.cat([ids, ids]))[:, :-1].double()
+    return torch.stack(
+        [functional.cross_entropy(half.flatten(0, 1), ids[:, 1:].flatten()) for half in logits.chunk(2)]
+    )
+
+
+def projected(losses: list[float], eps: float) -> float:
+    """g of the losses of both sides."""
+    return float(torch.tensor((losses[0] - losses[1]) / (2 * eps), dtype=torch.float64).float())
+
+
 def side_losses(
     model: nn.Module,
     seed: int,
