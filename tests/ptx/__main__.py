@@ -74,8 +74,9 @@ def main(arguments: list[str] | None = None) -> int:
     for part, folder in parts.items():
         if options.parts and not part.label.startswith(tuple(options.parts)):
             continue
+        say(f"{part.label} ({time.monotonic() - began:.0f} s)")  # before its kernels are compiled
         run = Run(log, part, options.every)
-        say(f"{part.label}: {len(run.pending)} to run ({time.monotonic() - began:.0f} s)")
+        say(f"  {len(run.pending)} to run")
         if options.list:
             continue
         run_part(run, log, folder, options.jobs)

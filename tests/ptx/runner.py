@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from ptx.missed import missed_places
 
 GOOD = ("equal", "seen")
 SECONDS_BETWEEN_SAVES = 20
+SECONDS_BETWEEN_REPORTS = 60
 SECONDS_OF_A_JOB = 900
 MOST_CRASHES = 4
 LEAST_SHARE = 0.85
@@ -70,10 +72,11 @@ class Worker:
         if line:
             made: dict[str, Any] = json.loads(line)
             return made
+        status = process.wait()
         self.close()
         return {
             "verdict": "crash",
-            "detail": "its process ended",
+            "detail": f"its process ended ({status}); it has {SECONDS_OF_A_JOB} s for a case",
             "seconds": 0,
             "instructions": 0,
             "kernels": {},
@@ -151,29 +154,33 @@ class Run:
 
 
 def run_part(run: Run, log: Log, folder: str | None, num_jobs: int) -> None:
-    """Run what is pending in so many processes; save now and then."""
+    """Run what is pending in so many processes; save, and say how far it is, now and then."""
     pending: queue.SimpleQueue[str] = queue.SimpleQueue()
-    done: queue.SimpleQueue[tuple[str, dict[str, Any]] | None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[tuple[str, dict[str, Any]] | Exception | None] = queue.SimpleQueue()
     for name in run.pending:
         pending.put(name)
     workers = [Worker(run.part, folder) for _ in range(min(num_jobs, len(run.pending)))]
 
     def serve(worker: Worker) -> None:
-        while True:
-            try:
+        try:
+            while True:
                 name = pending.get_nowait()
-            except queue.Empty:
-                done.put(None)
-                return
-            done.put((name, worker.run(name)))
+                done.put((name, worker.run(name)))
+        except queue.Empty:
+            done.put(None)
+        except Exception as error:  # raised where the outcomes are taken, which waits for this thread
+            done.put(error)
 
     threads = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
     for thread in threads:
         thread.start()
-    running, saved, num_crashes = len(threads), time.monotonic(), 0
+    running, num_done, num_crashes = len(threads), 0, 0
+    began = saved = reported = time.monotonic()
     try:
         while running:
             outcome = done.get()
+            if isinstance(outcome, Exception):
+                raise outcome
             if outcome is None:
                 running -= 1
                 continue
@@ -183,10 +190,17 @@ def run_part(run: Run, log: Log, folder: str | None, num_jobs: int) -> None:
                 raise RuntimeError(f"{num_crashes} processes in a row ended with what they were to run")
             if record.verdict not in GOOD:
                 say(f"  {record.verdict.upper()}: {outcome[0]}: {record.detail}")
-            if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+            num_done, now = num_done + 1, time.monotonic()
+            if now - saved > SECONDS_BETWEEN_SAVES:
                 log.save()
-                saved = time.monotonic()
+                saved = now
+            if now - reported > SECONDS_BETWEEN_REPORTS:
+                say(f"  {num_done} of {len(run.pending)} ran, {now - began:.0f} s")
+                reported = now
     finally:
+        with contextlib.suppress(queue.Empty):  # or threads would start processes anew
+            while True:
+                pending.get_nowait()
         for worker in workers:
             worker.close()
         run.note_places()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from ptx import runner
+from ptx import runner, worker
 from ptx.__main__ import RESULTS, drop_stale_records
 from ptx.calls import Verdict
 from ptx.jobs import CUDA_ARCHITECTURES, Job, Part, emulator_digest, host_digest
@@ -138,6 +140,54 @@ def test_kernels_of_the_same_text_are_covered_by_another_architecture(world: Wor
     world.host = "changed"
     assert len(world.run()) == NUM_CASES
     assert world.run(OTHER) == ["case 1"]
+
+
+def test_it_says_how_far_it_is(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runner, "SECONDS_BETWEEN_REPORTS", -1)
+    world.run()
+    said = capsys.readouterr().out.splitlines()
+    assert said == [f"  {i} of {NUM_CASES} ran, 0 s" for i in range(1, NUM_CASES + 1)]
+
+
+def test_what_a_worker_raises_ends_the_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(worker: FakeWorker, name: str) -> dict[str, Any]:
+        if name == "case 1":
+            raise OSError("no process")
+        return whole_run(worker, name)
+
+    whole_run = FakeWorker.run
+    monkeypatch.setattr(FakeWorker, "run", run)
+    with pytest.raises(OSError, match="no process"):
+        world.run()
+    assert "case 1" not in world.saved()["cases"]
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [("", "0"), ("input(); raise SystemExit(3)", "3"), ("input(); input()", "-9")]
+)
+def test_a_process_that_ends_or_takes_too_long_is_said_to(
+    code: str, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "SECONDS_OF_A_JOB", 2)
+    process = runner.Worker(PART, None)
+    monkeypatch.setattr(process, "_command", [sys.executable, "-c", code])
+    outcome = process.run("case")
+    assert outcome["verdict"] == "crash"
+    assert outcome["detail"] == f"its process ended ({status}); it has 2 s for a case"
+
+
+def test_an_error_of_a_case_is_its_verdict() -> None:
+    def fail(driver: Any) -> Verdict:
+        raise KeyError("no such kernel")
+
+    driver = mock.Mock(launches=[], num_instructions=0)
+    driver.kernels.return_value = {}
+    outcome = worker.run_job(driver, Job("definition", fail))
+    assert outcome["verdict"] == "error"
+    assert "in fail" in outcome["detail"]
+    assert outcome["detail"].rstrip().endswith("KeyError: 'no such kernel'")
 
 
 def test_records_of_a_part_that_cannot_run_here_are_dropped_with_what_they_rest_on(
