@@ -326,13 +326,12 @@ def verify() -> Iterator[Verification]:
 
 
 def _verify(name: str, found: Backend, device: torch.device, isa: str) -> Verification:
-    start, num_cases = perf_counter(), 0
+    start, num_cases, key = perf_counter(), 0, (found, device, isa)
     try:
-        report = gate.test((found, device, isa))
-        num_cases = report.num_cases
-        problem = gate.why_it_fails(str(device), report) if report.mismatches else None
-    except RuntimeError as error:
-        problem = str(error)
+        num_cases = gate.test(key).num_cases
+        problem = gate.failures.get(key)
+    except Exception as error:  # Triton's compilers have some of their own; verify goes on
+        problem = f"{type(error).__name__}: {error}"
     status = "pass" if problem is None else "fail"
     return Verification(status, name, str(device), isa, num_cases, perf_counter() - start, problem)
 

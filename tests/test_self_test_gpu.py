@@ -117,7 +117,7 @@ def _no_memory(device: torch.device | None = None) -> None:
 
 
 def test_verify_goes_on_where_kernels_do_not_load(
-    only_this_gpu: Gpu, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    only_this_gpu: Gpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(only_this_gpu, "unavailable", _no_memory)
     results = {result.backend: result for result in fk.verify()}
@@ -127,6 +127,21 @@ def test_verify_goes_on_where_kernels_do_not_load(
     assert results["native"].problem == fk.unavailable("native", "cuda:0") == reason
     with pytest.raises(native_cuda.CudaError):
         dispatch.select("cuda:0")
+
+
+def test_verify_goes_on_where_kernels_do_not_compile(
+    only_this_gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CompilationError(Exception):
+        """Like Triton's, no RuntimeError."""
+
+    def not_compiled(operands: Operands, terms: Terms) -> None:
+        raise CompilationError("ptxas")
+
+    monkeypatch.setattr(only_this_gpu, "seed_axpy", not_compiled)
+    found = [(result.backend, result.status, result.num_cases) for result in fk.verify()]
+    assert found == [("native", "fail", 0), ("triton", "fail", NUM_CASES)]
+    assert next(fk.verify()).problem == "CompilationError: ptxas"
 
 
 def test_what_fails_to_verify_is_not_used(only_this_gpu: Gpu) -> None:

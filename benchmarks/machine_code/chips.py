@@ -23,8 +23,8 @@ from benchmarks.machine_code.tools import ToolError
 #: Thread instructions that a multiprocessor issues or runs each clock, on every chip here.
 ISSUE_LANES = 128
 ALU_LANES = 64
-#: As an OpenCL benchmark of a GH200 has it too, int32 at half of fp32: github.com/mredenti/PowerCapping, in the
-#: history of its folder configuration.
+#: As an OpenCL benchmark of a GH200 has it too, int32 at half of fp32: github.com/mredenti/PowerCapping, in
+#: the history of its folder configuration.
 PRODUCT_LANES = 64
 CONVERSION_LANES = 16
 #: What a product of twice the width costs, in IMAD: as taken, and at best.

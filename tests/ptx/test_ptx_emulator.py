@@ -246,6 +246,51 @@ def test_a_program(body: str, word: Callable[[int], int]) -> None:
     assert run(body) == [word(thread) for thread in range(THREADS)]
 
 
+ALL = 0xFFFFFFFF
+BIG = 3_000_000_000  # negative as a signed number
+
+
+def selected(test: str, *numbers: str) -> str:
+    """Numbers in %r3 and so on, and 1 in %r2 where a test is true, else 0."""
+    given = " ".join(f"mov.b32 %r{i}, {number};" for i, number in enumerate(numbers, 3))
+    return f"{given} setp.{test}; selp.b32 %r2, 1, 0, %p1;"
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        ("shl.b32 %r2, %r1, %r1;", lambda thread: thread << thread & ALL if thread < 32 else 0),
+        (f"mov.u32 %r3, {BIG}; shr.u32 %r2, %r3, %r1;", lambda thread: BIG >> thread),
+        (f"mov.u32 %r3, {BIG}; shr.s32 %r2, %r3, %r1;", lambda thread: BIG - (1 << 32) >> thread & ALL),
+        (
+            f"mov.u32 %r3, {BIG}; shf.l.wrap.b32 %r2, %r3, %r1, %r1;",
+            lambda thread: (BIG | thread << 32) << thread % 32 >> 32 & ALL,
+        ),
+        (f"mov.u32 %r3, {BIG}; mul.hi.u32 %r2, %r3, %r3;", lambda thread: BIG**2 >> 32),
+        (f"mov.u32 %r3, {BIG}; mul.hi.s32 %r2, %r3, %r3;", lambda thread: (BIG - (1 << 32)) ** 2 >> 32),
+        (
+            "mov.u32 %r2, 1; setp.lt.u32 %p1, %r1, 8; @!%p1 bra $A; mov.u32 %r2, 2;"
+            "$A: @!%p1 add.s32 %r2, %r2, 4;",
+            lambda thread: 2 if thread < 8 else 5,
+        ),
+        ("shfl.sync.idx.b32 %r2|%p1, %r1, 5, 31, -1;", lambda thread: thread // 32 * 32 + 5),
+        (
+            f"{WRITE_OWN} st.shared.u32 [%r4], %r2; ld.shared.s8 %r2, [%r4];",
+            lambda thread: (thread * 4 + 128) % 256 - 128 & ALL,
+        ),
+        ("mov.b32 %r3, 0f7F800000; sub.rn.f32 %r2, %r3, %r3;", lambda thread: 0x7FFFFFFF),
+        (selected("ne.f32 %p1, %r3, %r4", "0f7FC00000", "0f3F800000"), lambda thread: 0),
+        (selected("neu.f32 %p1, %r3, %r4", "0f7FC00000", "0f3F800000"), lambda thread: 1),
+        (selected("ltu.f32 %p1, %r3, %r4", "0f3F800000", "0f7FC00000"), lambda thread: 1),
+        (selected("eq.f32 %p1, %r3, %r4", "0f80000000", "0f00000000"), lambda thread: 1),
+        (selected("lt.u32 %p1, %r3, %r4", f"{BIG}", "1"), lambda thread: 0),
+        (selected("lt.s32 %p1, %r3, %r4", f"{BIG}", "1"), lambda thread: 1),
+    ],
+)
+def test_an_instruction(body: str, word: Callable[[int], int]) -> None:
+    assert run(f"{body} st.global.u32 [%rd1], %r2;") == [word(thread) for thread in range(THREADS)]
+
+
 @pytest.mark.parametrize(
     ("body", "what"),
     [
@@ -277,6 +322,20 @@ def test_a_program(body: str, word: Callable[[int], int]) -> None:
 def test_a_fault_is_found(body: str, what: str) -> None:
     with pytest.raises(FaultError, match=what):
         run(body)
+
+
+def test_an_access_that_begins_inside_and_ends_outside_is_found() -> None:
+    memory = Memory(1 << 16)
+    address = np.array([memory.allocate(6, READ | WRITE).ctypes.data], U64)
+    memory.begin_launch()
+    one = np.array([1], I32)
+    for size in (2, 4):
+        memory.load(address, size, 1, one, "here")
+    for count, size in ((1, 8), (2, 4)):
+        with pytest.raises(FaultError, match="outside of memory"):
+            memory.load(address, size, count, one, "here")
+        with pytest.raises(FaultError, match="outside of memory"):
+            memory.store(address, size, [one.astype(U64)] * count, one, "here")
 
 
 @pytest.mark.parametrize(
