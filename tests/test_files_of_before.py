@@ -18,7 +18,7 @@ import pytest
 import torch
 from support.small_model import same_bytes
 
-from fedkseed import Broadcast, Ledger, LedgerError, ModelIdentity, Reply, Server, load
+from fedkseed import ZOSGD, Broadcast, Ledger, LedgerError, ModelIdentity, Reply, Server, load
 from fedkseed.scenarios.settings import RunSettings
 from fedkseed.simulation.run_folder import CLIENTS, LEDGER, METRICS
 
@@ -106,9 +106,32 @@ def equal(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+@pytest.fixture
+def _nothing_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight decay as 0.1 had it: what the rounding of alpha leaves out is lost."""
+
+    def note(optimizer: ZOSGD, *arguments: Any) -> None:
+        whole_note(optimizer, *arguments)
+        optimizer._carried_decay = [0.0] * len(optimizer.param_groups)
+
+    whole_note = ZOSGD._note
+    monkeypatch.setattr(ZOSGD, "_note", note)
+
+
+def state_of(optimizer: Any) -> dict[str, Any]:
+    """The content of a state that 0.1 had too."""
+    state: dict[str, Any] = optimizer.state_dict()
+    assert set(state["fedkseed"].pop("carried_decay", [0.0])) == {0.0}
+    return state
+
+
+@pytest.mark.usefixtures("_nothing_carried")
 @pytest.mark.parametrize("name", write.OPTIMIZERS)
 def test_optimizer_states(name: str) -> None:
-    """The state loads, is saved anew with the same content, and goes on to the bits that 0.1 came to."""
+    """The state loads, is saved anew with the same content, and goes on to the bits that 0.1 came to.
+
+    But for decay that alpha's rounding lost there, and that arrives since.
+    """
     content = torch.load(FOLDER / "optimizers" / f"{name}.pt", weights_only=True)
     model = write.make_model()
     optimizer = write.OPTIMIZERS[name](model)
@@ -116,12 +139,15 @@ def test_optimizer_states(name: str) -> None:
         for weight, saved in zip(model.parameters(), content["weights"], strict=True):
             weight.copy_(saved)
     optimizer.load_state_dict(content["state"])
-    assert equal(optimizer.state_dict(), content["state"])
+    assert equal(state_of(optimizer), content["state"])
     write.walk(model, optimizer, write.STEPS_BEFORE, write.STEPS_AFTER)
-    assert equal(optimizer.state_dict(), content["later_state"])
+    assert equal(state_of(optimizer), content["later_state"])
     assert same_bytes(write.weights_of(model), content["later_weights"])
     assert not same_bytes(content["weights"], content["later_weights"])
-    assert equal(write.optimizer_file(name), content)
+    anew = write.optimizer_file(name)
+    for state in (anew["state"], anew["later_state"]):
+        state["fedkseed"].pop("carried_decay", None)
+    assert equal(anew, content)
 
 
 def test_a_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:

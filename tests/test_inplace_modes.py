@@ -30,6 +30,7 @@ POOL = SeedPool(2**64 - 3, 32)
 def test_chained_steps_are_two_passes_each(dtype: torch.dtype, rounding: Any) -> None:
     lr, decay = 0.05, 0.5
     alpha = float(np.float32(1 - lr * decay))
+    next_alpha = float(np.float32(1 - (lr * decay + (lr * decay - (1 - alpha)))))
     model = make_model(dtype)
     hand = Passes(weights_of(model), rounding, 5)
     storage = Inplace(chained=True, rounding=rounding)
@@ -44,7 +45,7 @@ def test_chained_steps_are_two_passes_each(dtype: torch.dtype, rounding: Any) ->
         hand((s1, -2 * EPS)),
     ]
     assert all(same_bytes(*pair) for pair in zip(seen, expected, strict=True))
-    hand((s1, alpha * EPS - lr * g1), (s2, EPS), alpha=alpha)
+    hand((s1, next_alpha * EPS - lr * g1), (s2, EPS), alpha=next_alpha)
     assert same_bytes(weights_of(model), hand((s2, -EPS)))
     assert 0 not in (g0, g1)
 

@@ -291,14 +291,6 @@ def test_state_dict_resumes_bit_for_bit() -> None:
         resumed.load_state_dict(torch.optim.SGD(model.parameters(), 0.1).state_dict())
 
 
-def test_moved_weights_are_noticed() -> None:
-    model = make_model()
-    optimizer = FedKSeedSGD(model, 0.1, 1e-3, POOL)
-    model[0].weight.data = model[0].weight.data.clone()
-    with pytest.raises(RuntimeError, match="call prepare again"):
-        optimizer.step(make_closure(model))
-
-
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [

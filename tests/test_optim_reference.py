@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.carried_decay import CarriedDecay
 
 import fedkseed_kernels
 from fedkseed import ZOSGD, FedKSeedSGD, SeedPool
@@ -234,6 +235,8 @@ def test_the_stored_bits_are_those_of_the_stated_passes(
     optimizer = ZOSGD(params, lr, 3e-2, seed=-5, weight_decay=decay, num_directions=n, max_abs_g=20.0)
     contract = Contract(dtype)
     everything = range(3)
+    rates = (([0, 1], lr), ([2], 0.5 * lr if grouped else lr))
+    decays = [CarriedDecay(rate * decay) for _, rate in rates]
     for step in range(2):
         seeds = seeds_of(-5, n * step, n)
         seen: list[list[Array]] = []
@@ -255,11 +258,11 @@ def test_the_stored_bits_are_those_of_the_stated_passes(
             assert_same_bits([torch.from_numpy(w) for w in seen[2 * i + 1]], contract.stored)
             g = float(np.float32((plus - loss_of(contract.values())) / (2 * eps)))
             gradients.append(min(max(g, -20.0), 20.0))
-        for streams, rate in (([0, 1], lr), ([2], 0.5 * lr if grouped else lr)):
-            alpha = float(np.float32(1 - rate * decay))
+        for (streams, rate), carried in zip(rates, decays, strict=True):
             coeffs = [-(rate * g) / n for g in gradients]
-            coeffs[-1] += alpha * eps
-            contract.apply(streams, seeds, coeffs, alpha)
+            coeffs[-1] += carried.alpha * eps
+            contract.apply(streams, seeds, coeffs, carried.alpha)
+            carried.advance()
         assert_same_bits(tensors, contract.stored)
         assert optimizer.projected_grads == tuple(gradients)
         assert any(gradients)

@@ -170,19 +170,6 @@ def test_dropout_in_train_mode_is_warned_of_once() -> None:
         ZOSGD(list(model.train().parameters()), 0.1).step(lambda: 1.0)  # no model to look at
 
 
-def test_a_decay_that_fp32_cannot_hold_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="weight decay does nothing") as caught:
-        ZOSGD([torch.ones(2)], 1e-7, weight_decay=0.01)
-    assert caught[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        weight = torch.ones(2)
-        ZOSGD([weight], 2.0**-24, weight_decay=1.0).step(lambda: 1.0)
-        assert float(weight[0]) < 1
-        ZOSGD([torch.ones(2)], 0.0, weight_decay=1.0)
-        ZOSGD([torch.ones(2)], 1e-7)
-
-
 def test_a_skip_is_logged_and_only_the_first_aloud(caplog: pytest.LogCaptureFixture) -> None:
     optimizer = ZOSGD([torch.ones(2)], 0.1, num_directions=2)
     with caplog.at_level(logging.INFO, logger="fedkseed"):

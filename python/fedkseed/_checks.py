@@ -82,7 +82,7 @@ def check_bound(name: str, value: object) -> float:
         TypeError: not a real number.
         ValueError: out of range.
     """
-    bound = _real(name, value)
+    bound = check_real(name, value)
     if not float(_FP32.tiny) <= bound < math.inf:
         raise ValueError(
             f"expected a finite {name} of at least {_FP32.tiny:.3g}, got {value}; None means no bound"
@@ -90,21 +90,26 @@ def check_bound(name: str, value: object) -> float:
     return bound
 
 
+def check_real(name: str, value: object) -> float:
+    """A real number as a Python float.
+
+    Raises:
+        TypeError: not one.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"expected a real number for {name}, got {value!r} ({type(value).__name__})")
+    return float(value)
+
+
 def _finite_not_negative(name: str, value: object) -> float:
-    number = _real(name, value)
+    number = check_real(name, value)
     if not 0 <= number < math.inf:
         raise ValueError(f"expected a finite {name} of at least 0, got {value}")
     return number
 
 
 def _positive_fp32(name: str, value: object) -> float:
-    number = _real(name, value)
+    number = check_real(name, value)
     if not float(_FP32.tiny) <= number <= float(_FP32.max):
         raise ValueError(f"expected {name} in [{_FP32.tiny:.3g}, {_FP32.max:.3g}], got {value}")
     return float(np.float32(number))
-
-
-def _real(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"expected a real number for {name}, got {value!r} ({type(value).__name__})")
-    return float(value)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedkseed_kernels.contract import arithmetic, derived, reference
+from support.carried_decay import CarriedDecay
 
 Evaluate = Callable[[nn.Module], float]
 Shapes = tuple[tuple[int, ...], ...]
@@ -90,16 +91,20 @@ def _bytes(parameter: torch.Tensor) -> torch.Tensor:
 
 
 class Reference:
-    """What all have: a copy of the model, and the numbers of a step; alpha = 1 - lr weight decay."""
+    """What all have: a copy of the model, and the numbers of a step; ``decay`` is lr times weight decay."""
 
-    def __init__(self, model: nn.Module, eps: float, lr: float, alpha: float, seed: int) -> None:
+    def __init__(self, model: nn.Module, eps: float, lr: float, decay: float, seed: int) -> None:
         self.model = copy.deepcopy(model)
-        self.eps, self.lr, self.alpha = eps, lr, alpha
+        self.eps, self.lr, self.decay = eps, lr, CarriedDecay(decay)
         self.seed = seed
         self.num_passes = 0
 
     #: Whether passes round stochastically, the n-th of them with the rounding seed n of the optimizer's seed.
     is_stochastic = False
+
+    @property
+    def alpha(self) -> float:
+        return self.decay.alpha
 
     def rounding_seed(self) -> int | None:
         if not self.is_stochastic:
@@ -210,8 +215,8 @@ class CompensatedReference(StreamedReference):
     The stored weights are their upper halves, rounded to nearest, ties away from zero.
     """
 
-    def __init__(self, model: nn.Module, eps: float, lr: float, alpha: float, seed: int) -> None:
-        super().__init__(model, eps, lr, alpha, seed)
+    def __init__(self, model: nn.Module, eps: float, lr: float, decay: float, seed: int) -> None:
+        super().__init__(model, eps, lr, decay, seed)
         self.values = copy.deepcopy(model).float()
 
     def side(self, seed: int, offset: float, evaluate: Evaluate) -> float:

@@ -13,7 +13,7 @@ from torch import nn
 from fedkseed._checks import check_count
 from fedkseed.federation.messages import Broadcast, ProtocolError, Reply, broadcast_digest
 from fedkseed.model.working_copy import WorkingCopy
-from fedkseed.optim.base import Loss
+from fedkseed.optim.evaluation import Loss
 from fedkseed.optim.optimizers import FedKSeedSGD
 from fedkseed.seeds import MAX_CLIENTS, SeedPool
 from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
@@ -110,6 +110,7 @@ class Client(Generic[BatchT]):
             max_abs_g=broadcast.max_abs_g,
             family=broadcast.family,
             storage=self._storage,
+            reduce=False,  # a client is one rank, whatever process group carries its messages
         )
         num_steps = len(broadcast.schedule)
         losses = []

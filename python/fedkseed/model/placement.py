@@ -18,6 +18,21 @@ def by_device(tensors: Iterable[torch.Tensor]) -> dict[torch.device, list[int]]:
     return positions
 
 
+class Places:
+    """Where tensors lie in memory and in which dtype, to notice that they were moved."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._places = self._current()
+
+    def have_changed(self) -> bool:
+        """Whether one is elsewhere, or of another dtype, by now."""
+        return self._places != self._current()
+
+    def _current(self) -> tuple[list[int], list[torch.dtype]]:
+        return [tensor.data_ptr() for tensor in self._tensors], [tensor.dtype for tensor in self._tensors]
+
+
 class PreparedTensors:
     """Tensors checked once for calls in place, one call for each device that they are on.
 

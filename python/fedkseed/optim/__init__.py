@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedkseed.optim.base import Loss
+from fedkseed.optim.evaluation import Loss
 from fedkseed.optim.optimizers import ZOSGD, FedKSeedSGD
 from fedkseed.optim.paired import doubled, paired_losses
 from fedkseed.optim.parameters import Params

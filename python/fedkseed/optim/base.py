@@ -1,12 +1,11 @@
-"""What the zeroth-order optimizers share: evaluating both sides alike, skipping, and state that resumes."""
+"""What the zeroth-order optimizers share: the step in two halves, skipping, and state that resumes."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-import numbers
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -14,19 +13,29 @@ from torch import nn
 
 from fedkseed._checks import check_count
 from fedkseed._means import mean
-from fedkseed.model.randomness import GeneratorStates, active_dropout
+from fedkseed._warnings import warn_user
+from fedkseed.model.held import HeldParameters
+from fedkseed.model.randomness import active_dropout
+from fedkseed.optim.evaluation import Evaluation, Loss, Surroundings, warnings_of
 from fedkseed.optim.gradient import ProjectedGradient
+from fedkseed.optim.measurement import LastStep, Measurement, Plan, Reduce, check_weight, reduced
 from fedkseed.optim.parameters import Params, tuned_parameters
-from fedkseed.storage import Direction, GroupUpdate, Storage, StorageOptions, TunedWeights
+from fedkseed.storage import GroupUpdate, Storage, StorageOptions, TunedWeights
+from fedkseed.storage.updates import interrupts_held
 
 logger = logging.getLogger("fedkseed")
 
-#: What a closure returns: the loss of one batch, a number or a tensor of one element.
-Loss = torch.Tensor | float
+#: After so many first steps, or so many steps in a row, whose losses were all equal on both sides, that is
+#: said once.
+_EQUAL_FROM_THE_START, _EQUAL_IN_A_ROW = 3, 50
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
     """Common part of `ZOSGD` and `FedKSeedSGD`: they say which seeds a step takes and what is kept of it.
+
+    A step has two halves. `measure` evaluates a closure on both sides of the weights; it may be called again,
+    for the next batch of the same step. `step` decides on what was measured, updates the weights and notes
+    what it did; given a closure it does both. `docs/optimizer.md` is the contract.
 
     Attributes:
         eps: as rounded to fp32.
@@ -35,6 +44,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             weights of the latter kind cannot be described by a ledger.
         num_skipped: how many directions were skipped: a loss or g was not finite, or |L+ - L-| was above
             max_loss_gap.
+        last: what came out of the last step of this object; None before the first.
     """
 
     def __init__(
@@ -47,7 +57,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         storage: StorageOptions,
         family: str,
         seed: int,
+        reduce: Reduce | None,
     ) -> None:
+        if not (reduce is None or reduce is False or callable(reduce)):
+            raise TypeError(f"expected reduce as a function of the losses, False or None, got {reduce!r}")
         tuned = tuned_parameters(params, model, check_options)
         self._is_complete = False
         super().__init__(tuned.groups, defaults)
@@ -55,21 +68,62 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self.eps = gradient.eps
         self.manifest = tuned.manifest
         self.num_skipped = 0
+        self.last: LastStep | None = None
         self._num_drawn = 0  # by steps that take the next seeds of the optimizer's own sequence
         self._gradient = gradient
+        self._reduce = reduce
         self._streams = tuned.streams
         tensors: list[list[torch.Tensor]] = [list(group["params"]) for group in self.param_groups]
         whole = params if isinstance(params, nn.Module) else model
         self.family = family
         self._options = storage
         self._storage: Storage = storage.open(
-            TunedWeights(tensors, self._streams, self.eps, family, seed, whole)
+            TunedWeights(tensors, self._streams, self.eps, family, seed, whole, tuned.names)
         )
-        # The model draws random numbers where its frozen parameters are, too.
-        placed = [*itertools.chain(*tensors), *(whole.parameters() if whole is not None else ())]
-        self._devices = {tensor.device for tensor in placed if not tensor.is_meta}
-        #: Looked at in the first step, when the caller has chosen between train and eval mode.
-        self._model_to_check = whole
+        self._measurement: Measurement | None = None
+        self._is_evaluating = False
+        self._surroundings = Surroundings(whole, list(itertools.chain(*tensors)))
+        named = list(zip(itertools.chain(*tuned.names), itertools.chain(*tensors), strict=True))
+        self._held = None if whole is None else HeldParameters(whole, named)
+        self._model = whole
+        self._num_steps = 0  # of this object, but for those that were skipped
+        self._num_equal = 0
+        self._warned: set[str] = set()
+
+    @torch.no_grad()
+    def measure(
+        self, closure: Callable[[], Loss], weight: float = 1.0, seed_index: int | None = None
+    ) -> float:
+        """Evaluates both sides of the step's directions on one batch; `step` makes use of it.
+
+        May be called again before the step, for more batches along the same seeds: the step's losses are the
+        means over its calls, weighted. Afterwards the model's readers see w; in place that costs one pass
+        more than ``step(closure)``. Nothing is consumed but the rounding seeds of passes in place. The
+        closure is called as by `step`.
+
+        Args:
+            closure: evaluates the loss.
+            weight: of this call among those of the step: a number of rows or tokens, above 0.
+            seed_index: index into the pool, for `FedKSeedSGD`; the schedule's next entry if None.
+
+        Returns:
+            The mean loss of this call in fp64, of both sides of all directions; NaN or infinite if one was.
+
+        Raises:
+            RuntimeError: several ranks without ``reduce``; a parameter of the model was exchanged for another
+                one; weights were written since they were measured; the closure calls backward().
+            ValueError, TypeError: a loss, a weight or an index that is none.
+            Whatever the closure raises; what was measured is discarded then, and the weights are w.
+        """
+        return self._measure(closure, check_weight(weight), self._begun(closure, seed_index), is_apart=True)
+
+    def discard(self) -> None:
+        """Drops what was measured since the last step; the weights, generators and buffers are as they were.
+
+        Harmless if there is nothing.
+        """
+        if self._measurement is not None:
+            self._abandon()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused once the optimizer exists.
@@ -94,16 +148,20 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         raise TypeError(f"expected no copy or pickle of {name}; make a new one and load the state_dict")
 
     def flush(self) -> None:
-        """Takes back a perturbation that the storage mode left for the next step; harmless otherwise."""
-        self._storage.flush()
+        """Takes back a perturbation that the storage mode left standing; what was measured stays.
+
+        Harmless if there is none, and while a closure runs.
+        """
+        if not self._is_evaluating:
+            self._storage.restore()
 
     def state_dict(self) -> dict[str, Any]:
         """The base class's state and, as "fedkseed", what the optimizer was made with and how far it got.
 
-        What waits for the next step is flushed first. An optimizer made alike, on a model with the weights of
-        that moment, goes on with the same bits once it has loaded this. The state of torch's random number
-        generators (dropout) and of a learning rate scheduler is the caller's to save beside it. Holds nothing
-        that torch.load refuses with weights_only.
+        What waits for the next step is flushed first; what is measured is no part of it. An optimizer made
+        alike, on a model with the weights of that moment, goes on with the same bits once it has loaded this.
+        The state of random number generators (dropout) and of a learning rate scheduler is the caller's to
+        save beside it. Holds nothing that torch.load refuses with weights_only.
         """
         self.flush()
         state = super().state_dict()
@@ -112,7 +170,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken; the weights are the caller's to load.
+        """Goes on where `state_dict` was taken; the weights are the caller's to load. Drops what is measured.
 
         Learning rates and weight decays come from the state, as in every torch optimizer; seeds, eps, bounds
         and the parameters' streams must be those of this optimizer.
@@ -137,6 +195,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 f"expected a whole state_dict of {name}, got a damaged one: {error!r}"
             ) from error
         self._storage.load_state(own.get("storage_state", {}))
+        self._measurement = None
         super().load_state_dict(state_dict)
         for attribute, value in progress.items():
             setattr(self, attribute, value)
@@ -162,85 +221,182 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "num_skipped": check_count("num_skipped", own["num_skipped"], 0, 2**63),
         }
 
-    def _make_step(
-        self,
-        seeds: Sequence[int],
-        updates: Sequence[GroupUpdate],
-        closure: Callable[[], Loss],
-        record: Callable[[list[float]], None],
-        next_seed: int | None,
-    ) -> float:
-        """Mean loss of the evaluations of one step; ``record`` gets g of each seed, 0 where it was skipped.
+    @abstractmethod
+    def _plan(self, seed_index: int | None) -> Plan:
+        """The seeds of the coming step; nothing is consumed."""
 
-        All evaluations start from the same state of torch's random number generators, and the last one leaves
-        them where a single evaluation would have.
+    @abstractmethod
+    def _updates(self) -> list[GroupUpdate]:
+        """What the coming step does to each group, by the options that it has now.
+
+        Raises:
+            TypeError, ValueError: an option out of range.
         """
-        self._check_dropout()
-        evaluation = _Evaluation(closure, self._devices)
 
-        def note(directions: list[Direction]) -> None:
-            self.num_skipped += sum(direction.g is None for direction in directions)
-            record([0.0 if direction.g is None else direction.g for direction in directions])
+    @abstractmethod
+    def _note(self, plan: Plan, projected_grads: list[float], updates: list[GroupUpdate] | None) -> None:
+        """Notes that a step was made; ``updates`` is None if all of its directions were skipped."""
 
-        num_skipped = self.num_skipped
-        directions = self._storage.walk(seeds, updates, evaluation, self._gradient, note, next_seed)
-        for plus, minus, g in directions:
+    def _step(self, closure: Callable[[], Loss] | None, seed_index: int | None = None) -> float:
+        """The whole step, or its second half; see `step`. Calls no method that a hook or a user may wrap."""
+        if closure is not None:
+            self._updates()  # options that are refused are, before anything is evaluated
+            self._measure(closure, 1.0, self._begun(closure, seed_index), is_apart=False)
+        try:
+            return self._apply(is_apart=closure is None)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _begun(self, closure: object, seed_index: int | None) -> Plan:
+        """Along which noise the step goes that a measurement is of; checks what it can be measured with."""
+        if not callable(closure):
+            raise TypeError(f"expected a closure that returns the loss, got {type(closure).__name__}")
+        if self._measurement is None:
+            self._check_ranks()
+            self._check_dropout()
+            return self._plan(seed_index)
+        plan = self._measurement.plan
+        if seed_index not in (None, plan.index):
+            raise ValueError(
+                f"expected seed_index {plan.index}, along which this step is measured already, got "
+                f"{seed_index}; call step() first, or discard()"
+            )
+        return plan
+
+    def _measure(self, closure: Callable[[], Loss], weight: float, plan: Plan, is_apart: bool) -> float:
+        try:
+            if self._measurement is not None:
+                self._storage.check_unwritten()
+            self._prepare()
+            evaluation = Evaluation(closure, self._surroundings, self._look_at)
+            if self._measurement is None:
+                self._measurement = Measurement(plan, evaluation.start)
+            self._is_evaluating = True
+            try:
+                losses = self._storage.measure(plan.seeds, evaluation, is_apart)
+            finally:
+                self._is_evaluating = False
+            if is_apart:
+                torch.clear_autocast_cache()  # it may hold casts of a side
+            self._measurement.add(losses, weight)
+            return mean((plus + minus) / 2 for plus, minus in losses)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def _apply(self, is_apart: bool) -> float:
+        measurement = self._measurement
+        if measurement is None:
+            raise RuntimeError(
+                "expected a closure, or a measurement before, got neither: a zeroth-order step evaluates the "
+                "loss itself and uses no gradient; call optimizer.step(lambda: loss_of(model, batch)), or "
+                "optimizer.measure(closure) for each batch and then optimizer.step(), in place of backward() "
+                "and step()"
+            )
+        if is_apart:
+            self._storage.check_unwritten()
+            self._prepare()
+        plan = measurement.plan
+        losses, loss = reduced(measurement.losses(), self._reduce)
+        gs = [self._gradient(plus, minus) for plus, minus in losses]
+        updates = self._updates()
+        is_skipped = all(g is None for g in gs)
+        projected_grads = [0.0 if g is None else g for g in gs]
+        with interrupts_held():
+            self._storage.update(plan.seeds, updates, gs, plan.next_seed)
+            self._note(plan, projected_grads, None if is_skipped else updates)
+            skipped = tuple(g is None for g in gs)
+            self.last = LastStep(loss, tuple(losses), tuple(projected_grads), skipped)
+            self.num_skipped += sum(skipped)
+            self._measurement = None
+        if is_skipped:
+            self._surroundings.restore(measurement.start)
+        torch.clear_autocast_cache()  # it may hold casts of a side, or of the weights before
+        self._say_what_was_skipped(losses, gs)
+        self._look_for_equal_losses(losses, is_skipped)
+        return loss
+
+    def _abandon(self) -> None:
+        """Back to where the step began: weights, generators and buffers; nothing is measured."""
+        measurement, self._measurement = self._measurement, None
+        self._storage.restore()
+        if measurement is not None:
+            self._surroundings.restore(measurement.start)
+
+    def _say_what_was_skipped(
+        self, losses: Sequence[tuple[float, float]], gs: Sequence[float | None]
+    ) -> None:
+        for (plus, minus), g in zip(losses, gs, strict=True):
             if g is None:
                 # The first is a warning; a run that diverges would repeat it at every step.
-                level = logging.INFO if num_skipped else logging.WARNING
+                level = logging.INFO if "skipped" in self._warned else logging.WARNING
+                self._warned.add("skipped")
                 bound = self._gradient.max_loss_gap
                 logger.log(level, "skipped: losses %s and %s, max_loss_gap %s", plus, minus, bound)
-                num_skipped += 1
-        return mean((plus + minus) / 2 for plus, minus, _ in directions)
+
+    def _look_for_equal_losses(self, losses: Sequence[tuple[float, float]], is_skipped: bool) -> None:
+        if is_skipped:
+            return
+        self._num_steps += 1
+        self._num_equal = self._num_equal + 1 if all(plus == minus for plus, minus in losses) else 0
+        if self._num_equal == _EQUAL_IN_A_ROW or self._num_equal == self._num_steps == _EQUAL_FROM_THE_START:
+            self._warn_once(
+                "equal",
+                f"both sides of the weights had equal losses, to the last bit, in {self._num_equal} steps in "
+                "a row: g is 0 and nothing is tuned. Likely the closure does not see the tuned weights (it "
+                "runs another copy of the model, or parameters were exchanged), or its loss is rounded to 16 "
+                f"bits, or eps = {self.eps:.3g} is below the rounding of the weights (take a larger one, or "
+                'storage="auto" for weights of 16 bits), or the loss is constant',
+            )
+
+    def _look_at(self, loss: torch.Tensor) -> None:
+        for name, message in warnings_of(loss):
+            self._warn_once(name, message)
+
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warn_user(message)
+
+    def _check_ranks(self) -> None:
+        """Refuses several ranks that would part in silence.
+
+        Raises:
+            RuntimeError: there are, and nothing says how their losses become one.
+        """
+        distributed = torch.distributed
+        if self._reduce is None and distributed.is_available() and distributed.is_initialized():
+            num_ranks = distributed.get_world_size()
+            if num_ranks > 1:
+                raise RuntimeError(
+                    f"expected reduce= at construction, got none, with {num_ranks} ranks in the process "
+                    "group: each would measure its own g, and their weights would part. Give reduce a "
+                    "function that averages the losses over the ranks, in place (docs/optimizer.md), or "
+                    "reduce=False if the closure does so or each rank tunes a model of its own"
+                )
+
+    def _prepare(self) -> None:
+        """What is tuned is what the model holds now, and where it is now.
+
+        Raises:
+            RuntimeError: as `HeldParameters.check`.
+            RuntimeError, TypeError, ValueError: as `Storage.prepare`.
+        """
+        has_changed = self._held is not None and not self._held.check()
+        if self._storage.prepare() or has_changed:
+            self._surroundings.find()
 
     def _check_dropout(self) -> None:
-        model, self._model_to_check = self._model_to_check, None
-        if model is None:
+        """Looked at in the first step, when the caller has chosen between train and eval mode."""
+        if self._model is None or "dropout" in self._warned:
             return
-        found = active_dropout(model)
+        self._warned.add("dropout")
+        found = active_dropout(self._model)
         if found:
             name, p = found[0]
-            warnings.warn(
+            warn_user(
                 f"the model is in train mode with dropout: {name} (p={p}), {len(found)} in all. Both sides "
                 "of a step get the same mask, so a step is sound but follows the loss of a thinned model, "
-                "with more noise; to measure the model itself call model.eval() first",
-                stacklevel=6,  # the caller of step, past what torch wraps around it
+                "with more noise; to measure the model itself call model.eval() first"
             )
-
-
-class _Evaluation:
-    """The closure, called each time with the generators as they stood when the step began."""
-
-    def __init__(self, closure: Callable[[], Any], devices: Iterable[torch.device]) -> None:
-        self._closure = closure
-        self._generators = GeneratorStates(devices)
-
-    def side(self) -> float:
-        self._generators.restore()
-        return _loss_value(self._closure())
-
-    def both(self) -> tuple[float, float]:
-        self._generators.restore()
-        losses = self._closure()
-        is_sequence = (
-            losses.dim() > 0 if isinstance(losses, torch.Tensor) else isinstance(losses, (list, tuple))
-        )
-        if not is_sequence or len(losses) != 2:
-            raise ValueError(
-                f"expected the closure of a paired step to return two losses, (plus, minus), got {losses!r}"
-            )
-        return _loss_value(losses[0]), _loss_value(losses[1])
-
-
-def _loss_value(loss: Any) -> float:
-    if isinstance(loss, torch.Tensor):
-        if loss.numel() != 1:
-            raise ValueError(
-                f"expected a loss of one element, got shape {tuple(loss.shape)}; reduce it in the closure"
-            )
-        return float(loss.detach().double())
-    if not isinstance(loss, numbers.Real):
-        raise TypeError(
-            f"expected the closure to return the loss, a tensor or a number, got {type(loss).__name__}"
-        )
-    return float(loss)

@@ -14,8 +14,11 @@ the Python float lr (contract, section 6.1). lr may change between steps (torch.
 
 A direction whose loss on either side, or whose g, is NaN or infinite, or whose losses differ by more than
 max_loss_gap, is skipped: it counts as g = 0 and in ``num_skipped``. If the closure raises (Ctrl-C included),
-the perturbation is taken back first, and the next step takes the same seeds. A model given in train mode with
-dropout modules is warned of once, at the first step.
+the perturbation is taken back first, and the next step takes the same seeds.
+
+Every evaluation meets the same world: torch's, NumPy's and Python's random number generators and those that
+the model's modules own, buffers and the autocast cache are put back before each (`ZerothOrderOptimizer`;
+docs/optimizer.md says what is not).
 
 How both sides are visited is the storage mode's (`fedkseed.storage`). By default weights are perturbed in
 place, with the memory of inference: every pass rounds to the weights' dtype, so stored weights of 16 bits
@@ -24,7 +27,6 @@ drift from w0 + sum_k c_k z(s_k).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,9 +35,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedkseed._checks import check_count, check_learning_rate, check_seed, check_weight_decay
-from fedkseed.optim.base import Loss, ZerothOrderOptimizer
+from fedkseed._checks import check_count, check_learning_rate, check_real, check_seed, check_weight_decay
+from fedkseed.optim.base import ZerothOrderOptimizer
+from fedkseed.optim.evaluation import Loss
 from fedkseed.optim.gradient import ProjectedGradient
+from fedkseed.optim.measurement import Plan, Reduce
 from fedkseed.optim.parameters import Params
 from fedkseed.seeds import SeedPool, derived_seed
 from fedkseed.storage import DEFAULT_STORAGE, GroupUpdate, StorageOptions
@@ -54,7 +58,8 @@ class ZOSGD(ZerothOrderOptimizer):
 
     Each g_i is measured around the same w. A step makes 2 n evaluations and 2 n + 1 passes over the weights,
     decay and update within the last one (`InplaceStorage`; chained, 2 n passes). alpha = 1 - lr weight_decay
-    is an fp32 number: a product of at most 2^-25 decays nothing, which is warned of.
+    is an fp32 number, whose steps are 6e-8: what its rounding leaves out is carried to the next step, in fp64
+    for each group, so that the decay asked for arrives over time.
 
     Seed number i is the candidate seed of index i (contract, section 9, purpose 0) of ``seed``; step t takes
     the numbers n t to n t + n - 1. So the seeds of a run are those of SeedPool(seed, n steps).
@@ -76,12 +81,15 @@ class ZOSGD(ZerothOrderOptimizer):
             leaving out parameters does not change what noise they get.
         storage: how both sides of the weights are visited (`fedkseed.storage`).
         family: of the noise, "gaussian" or "rademacher".
+        reduce: makes the losses of several ranks one: called once a step with an fp64 tensor [n, 2] on the
+            CPU, which it changes in place, or returns another for. False: the closure returns the losses of
+            all ranks already. None: there is one rank; with more the first measurement refuses.
 
     Attributes:
         seed: in [0, 2^64).
         num_directions: as given.
         projected_grads: g of each direction of the last step, as used; empty before the first.
-        eps, family, manifest, num_skipped: see `ZerothOrderOptimizer`.
+        eps, family, last, manifest, num_skipped: see `ZerothOrderOptimizer`.
 
     Raises:
         TypeError: a tensor that is not floating point or is sharded; a number of another type.
@@ -102,30 +110,24 @@ class ZOSGD(ZerothOrderOptimizer):
         model: nn.Module | None = None,
         storage: StorageOptions = DEFAULT_STORAGE,
         family: str = "gaussian",
+        reduce: Reduce | None = None,
     ) -> None:
         self.seed = check_seed(seed)
         self.num_directions = check_count("num_directions", num_directions, 1, 2**16)
         self.projected_grads: tuple[float, ...] = ()
         defaults = {"lr": check_learning_rate(lr), "weight_decay": check_weight_decay(weight_decay)}
         gradient = ProjectedGradient(eps, max_abs_g, max_loss_gap)
-        super().__init__(params, defaults, gradient, model, _check_group, storage, family, self.seed)
-        for group, update in zip(self.param_groups, self._group_updates(), strict=True):
-            decay = group["lr"] * group["weight_decay"]
-            if decay > 0 and update.alpha == 1:
-                warnings.warn(
-                    f"weight decay does nothing: 1 - lr weight_decay = 1 - {decay:.3g} is 1 in fp32; "
-                    "it takes a product above 2^-25 (3e-8)",
-                    stacklevel=2,
-                )
+        super().__init__(params, defaults, gradient, model, _check_group, storage, family, self.seed, reduce)
+        self._carried_decay = [0.0] * len(self.param_groups)
+        self._updates()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Loss]) -> float:  # type: ignore[override]
+    def step(self, closure: Callable[[], Loss] | None = None) -> float:  # type: ignore[override]
         """One step along the noise of the next ``num_directions`` seeds.
 
-        The closure is called twice for each, without gradients, always with the same state of torch's random
-        number generators (of the CPU and of the parameters' devices), so dropout agrees everywhere; after the
-        step they stand as after one call. Python's and NumPy's generators are the caller's. It must take the
-        same batch every time and leave the weights alone.
+        Without a closure it is made of what `measure` measured since the last step. The closure is called
+        twice for each seed, without gradients. It must take the same batch every time and leave the weights
+        alone.
 
         Args:
             closure: evaluates the loss.
@@ -134,30 +136,57 @@ class ZOSGD(ZerothOrderOptimizer):
             The mean loss of the evaluations in fp64: NaN or infinite if a loss was.
 
         Raises:
+            RuntimeError: neither a closure nor a measurement; weights were written since they were measured.
             ValueError: lr or weight_decay of a group out of range, a loss of more than one element, an update
                 that is not finite in fp32.
             TypeError: a loss that is neither a tensor nor a number.
         """
-        seeds = [_seed(self.seed, self._num_drawn + number) for number in range(self.num_directions)]
+        return self._step(closure)
 
-        def record(gradients: list[float]) -> None:
-            self._num_drawn += len(gradients)
-            self.projected_grads = tuple(gradients)
+    def _plan(self, seed_index: int | None) -> Plan:
+        if seed_index is not None:
+            raise TypeError("expected no seed_index: the seeds of ZOSGD are new ones; FedKSeedSGD has a pool")
+        first = self._num_drawn
+        seeds = [_seed(self.seed, first + number) for number in range(self.num_directions)]
+        return Plan(seeds, None, True, _seed(self.seed, first + self.num_directions))
 
-        next_seed = _seed(self.seed, self._num_drawn + self.num_directions)
-        return self._make_step(seeds, self._group_updates(), closure, record, next_seed)
+    def _updates(self) -> list[GroupUpdate]:
+        return [
+            _decaying_update(group["lr"], group["weight_decay"], carried)
+            for group, carried in zip(self.param_groups, self._carried_decay, strict=True)
+        ]
 
-    def _group_updates(self) -> list[GroupUpdate]:
-        return [_decaying_update(group["lr"], group["weight_decay"]) for group in self.param_groups]
+    def _note(self, plan: Plan, projected_grads: list[float], updates: list[GroupUpdate] | None) -> None:
+        self._num_drawn += len(plan.seeds)
+        self.projected_grads = tuple(projected_grads)
+        if updates is not None:
+            self._carried_decay = [
+                carried + (update.lr * group["weight_decay"] - (1.0 - update.alpha))
+                for group, update, carried in zip(
+                    self.param_groups, updates, self._carried_decay, strict=True
+                )
+            ]
 
     def _identity(self) -> dict[str, Any]:
         return {**super()._identity(), "seed": self.seed, "num_directions": self.num_directions}
 
     def _progress(self) -> dict[str, Any]:
-        return {**super()._progress(), "projected_grads": list(self.projected_grads)}
+        return {
+            **super()._progress(),
+            "projected_grads": list(self.projected_grads),
+            "carried_decay": list(self._carried_decay),
+        }
 
     def _parsed(self, own: dict[str, Any]) -> dict[str, Any]:
-        return {**super()._parsed(own), "projected_grads": tuple(float(g) for g in own["projected_grads"])}
+        nothing = [0.0] * len(self.param_groups)  # states of 0.2 and before carried nothing
+        carried = [check_real("carried_decay", value) for value in own.get("carried_decay", nothing)]
+        if len(carried) != len(nothing) or not all(abs(value) < _LARGEST_CARRIED for value in carried):
+            raise ValueError(f"expected a carried decay for each of {len(nothing)} groups, got {carried}")
+        return {
+            **super()._parsed(own),
+            "projected_grads": tuple(float(g) for g in own["projected_grads"]),
+            "_carried_decay": carried,
+        }
 
 
 class FedKSeedSGD(ZerothOrderOptimizer):
@@ -169,8 +198,9 @@ class FedKSeedSGD(ZerothOrderOptimizer):
 
     Args:
         params: a model (a parameter's stream is then its index in the manifest), or ``named_parameters()``, a
-            list of tensors, or a list of groups (the stream is then the position among all given). Parameters
-            with ``requires_grad=False`` are frozen: left alone, but counted; plain tensors are always tuned.
+            list of tensors, or a list of groups (the stream is then the position among all given, unless
+            ``model`` is). Parameters with ``requires_grad=False`` are frozen: left alone, but counted; plain
+            tensors are always tuned.
         lr: learning rate, finite, at least 0.
         eps: scale of the perturbation, above 0.
         seed_pool: the candidate seeds.
@@ -179,13 +209,16 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         weight_decay: must be 0.
         max_abs_g: bound to which g is clipped, rounded down to fp32.
         max_loss_gap: a step with |L+ - L-| above it is skipped.
+        model: beside a list or groups: the model whose manifest gives the streams, without which no ledger
+            can be made.
         storage: how both sides of the weights are visited (`fedkseed.storage`).
         family: of the noise, "gaussian" or "rademacher".
+        reduce: makes the losses of several ranks one, as in `ZOSGD`.
 
     Attributes:
         history: one (index into the pool, g) for each step since construction; g = 0 if it was skipped.
         coefficients: fp64 [K], the sum of -lr g over the steps that drew each seed.
-        eps, family, manifest, num_skipped: see `ZerothOrderOptimizer`.
+        eps, family, last, manifest, num_skipped: see `ZerothOrderOptimizer`.
 
     Raises:
         TypeError: a tensor that is not floating point or is sharded; a number or the pool of another type.
@@ -204,8 +237,10 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         weight_decay: float = 0.0,
         max_abs_g: float | None = None,
         max_loss_gap: float | None = None,
+        model: nn.Module | None = None,
         storage: StorageOptions = DEFAULT_STORAGE,
         family: str = "gaussian",
+        reduce: Reduce | None = None,
     ) -> None:
         if not isinstance(seed_pool, SeedPool):
             raise TypeError(f"expected a SeedPool, got {type(seed_pool).__name__}")
@@ -227,47 +262,53 @@ class FedKSeedSGD(ZerothOrderOptimizer):
 
         gradient = ProjectedGradient(eps, max_abs_g, max_loss_gap)
         super().__init__(
-            params, {"lr": lr}, gradient, None, check_group, storage, family, seed_pool.base_seed
+            params, {"lr": lr}, gradient, model, check_group, storage, family, seed_pool.base_seed, reduce
         )
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Loss], seed_index: int | None = None
+        self, closure: Callable[[], Loss] | None = None, seed_index: int | None = None
     ) -> float:
         """One step along the noise of one candidate seed.
 
-        The closure is called twice, without gradients, with the same state of torch's random number
-        generators (of the CPU and of the parameters' devices), so dropout agrees on both sides; after the
-        step they stand as after one call. It must take the same batch both times and leave the weights alone.
+        Without a closure it is made of what `measure` measured since the last step. The closure is called
+        twice, without gradients. It must take the same batch both times and leave the weights alone.
 
         Args:
             closure: evaluates the loss.
-            seed_index: index into the pool; the schedule's next entry if None.
+            seed_index: index into the pool; the schedule's next entry if None. Without a closure `measure`
+                has taken it.
 
         Returns:
             (L+ + L-) / 2 in fp64: NaN or infinite if a loss was.
 
         Raises:
+            RuntimeError: neither a closure nor a measurement; weights were written since they were measured.
             ValueError: an index out of range, an exhausted schedule, learning rates that differ between
                 groups, weight decay, a loss of more than one element, an update that is not finite in fp32.
-            TypeError: a loss that is neither a tensor nor a number.
+            TypeError: a loss that is neither a tensor nor a number; an index without a closure.
         """
-        lr = self._learning_rate()
-        index = (
-            self._scheduled_index(self._num_drawn) if seed_index is None else self._check_index(seed_index)
-        )
-        following = None if seed_index is not None else self._following_index()
+        if closure is None and seed_index is not None:
+            raise TypeError("expected seed_index beside a closure, got it alone; give it to measure")
+        return self._step(closure, seed_index)
 
-        def record(gradients: list[float]) -> None:
-            (g,) = gradients
-            if seed_index is None:
-                self._num_drawn += 1
-            self.coefficients[index] -= lr * g
-            self.history.append((index, g))
-
-        updates = [GroupUpdate(lr)] * len(self.param_groups)
+    def _plan(self, seed_index: int | None) -> Plan:
+        if seed_index is None:
+            index, following = self._scheduled_index(self._num_drawn), self._following_index()
+        else:
+            index, following = self._check_index(seed_index), None
         next_seed = None if following is None else int(self.seed_pool.seeds[following])
-        return self._make_step([int(self.seed_pool.seeds[index])], updates, closure, record, next_seed)
+        return Plan([int(self.seed_pool.seeds[index])], index, seed_index is None, next_seed)
+
+    def _updates(self) -> list[GroupUpdate]:
+        return [GroupUpdate(self._learning_rate())] * len(self.param_groups)
+
+    def _note(self, plan: Plan, projected_grads: list[float], updates: list[GroupUpdate] | None) -> None:
+        (g,) = projected_grads
+        assert plan.index is not None
+        self._num_drawn += plan.is_drawn
+        self.coefficients[plan.index] -= self._learning_rate() * g
+        self.history.append((plan.index, g))
 
     def _identity(self) -> dict[str, Any]:
         pool = {"base_seed": self.seed_pool.base_seed, "num_seeds": self.seed_pool.num_seeds}
@@ -323,6 +364,10 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         return self._schedule[step]
 
 
+# Half of the largest step of fp32 in [0, 1], and the fp64 rounding of sums.
+_LARGEST_CARRIED = 2.0**-24
+
+
 def _seed(base_seed: int, number: int) -> int:
     return derived_seed(base_seed, derived.PURPOSE_CANDIDATE_SEEDS, number)
 
@@ -333,7 +378,8 @@ def _check_group(options: dict[str, Any]) -> None:
         raise ValueError(f"expected groups with params, lr and weight_decay alone, got {', '.join(unknown)}")
 
 
-def _decaying_update(lr: Any, weight_decay: Any) -> GroupUpdate:
+def _decaying_update(lr: Any, weight_decay: Any, carried: float) -> GroupUpdate:
+    """Args: carried: decay that the steps before owe to what was asked for, or were ahead of it by."""
     lr, weight_decay = check_learning_rate(lr), check_weight_decay(weight_decay)
     decay = lr * weight_decay
     if decay > 1:
@@ -341,4 +387,4 @@ def _decaying_update(lr: Any, weight_decay: Any) -> GroupUpdate:
             f"expected lr weight_decay of at most 1, got {lr} times {weight_decay}: "
             "the weights would change their sign"
         )
-    return GroupUpdate(lr, float(np.float32(1.0 - decay)))
+    return GroupUpdate(lr, float(np.float32(1.0 - (decay + carried))) if decay else 1.0)

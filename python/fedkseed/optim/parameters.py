@@ -24,11 +24,13 @@ class TunedParameters:
     Attributes:
         groups: as torch.optim.Optimizer takes them; a group may be empty.
         streams: the noise stream of each tensor, group by group.
+        names: of each tensor, group by group.
         manifest: of the model that numbers them; None if a tensor's stream is its place among those given.
     """
 
     groups: list[dict[str, Any]]
     streams: list[list[int]]
+    names: list[list[str]]
     manifest: Manifest | None
 
 
@@ -74,9 +76,12 @@ def _without_frozen(
 ) -> TunedParameters:
     groups: list[dict[str, Any]] = []
     streams: list[list[int]] = []
+    names: list[list[str]] = []
     seen: set[int] = set()
     for members, options in listed:
-        tuned, group_streams = [], []
+        tuned: list[_Member] = []
+        group_streams: list[int] = []
+        group_names: list[str] = []
         for member in members:
             position = len(seen)
             name, tensor = member if isinstance(member, tuple) else (f"tensor {position}", member)
@@ -89,19 +94,23 @@ def _without_frozen(
             seen.add(id(tensor))
             if numbers is not None and id(tensor) not in numbers:
                 raise ValueError(f"expected parameters of the model, got {name}, which is none of them")
+            if manifest is not None and numbers is not None:
+                name = manifest.names[numbers[id(tensor)]]
             if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
                 _check_tunable(name, tensor)
                 tuned.append(member)
+                group_names.append(name)
                 group_streams.append(position if numbers is None else numbers[id(tensor)])
         groups.append({**options, "params": tuned})
         streams.append(group_streams)
+        names.append(group_names)
     if not any(streams):
         raise ValueError(
             f"expected at least one tensor to tune, got {len(seen)}, all of them frozen (requires_grad=False)"
             if seen
             else "expected at least one tensor to tune, got none"
         )
-    return TunedParameters(groups, streams, manifest)
+    return TunedParameters(groups, streams, names, manifest)
 
 
 def _opened(

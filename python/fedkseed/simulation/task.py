@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from torch import nn
 
 from fedkseed.federation.client import BatchT
-from fedkseed.optim.base import Loss
+from fedkseed.optim.evaluation import Loss
 
 ExampleT = TypeVar("ExampleT")
 

@@ -8,7 +8,6 @@ import torch
 
 from fedkseed.storage.inplace import Inplace
 from fedkseed.storage.interface import (
-    Direction,
     Evaluation,
     GroupUpdate,
     Storage,
@@ -20,7 +19,6 @@ from fedkseed.storage.streamed import Streamed
 __all__ = [
     "DEFAULT_STORAGE",
     "STORAGE_MODES",
-    "Direction",
     "Evaluation",
     "GroupUpdate",
     "Inplace",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 import fedkseed_kernels
-from fedkseed.model.placement import by_device
+from fedkseed.model.placement import Places, by_device
 from fedkseed.model.waiting import flush_before_reads
-from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
+from fedkseed.storage.interface import Evaluation, GroupUpdate, TunedWeights
 from fedkseed.storage.updates import (
     GroupedWeights,
     RoundingSeeds,
+    Written,
     check_rounding,
     interrupts_held,
     rounding_options,
@@ -62,8 +63,8 @@ class InplaceStorage:
 
     Chained, the last pass has one more term, + eps z of the next step's first seed, where that is known: the
     next step finds its perturbation made, and costs 2 n passes. In between the weights wait at w + eps z, and
-    a read has to flush them first: back to w, which rounds once more, so that a run that is looked at has
-    other bits than one that is not. Flushing are
+    after a measurement apart at w - eps z_n for the update. A read has to flush them first: back to w, which
+    rounds once more, so that a run that is looked at has other bits than one that is not. Flushing are
 
     * the optimizer's ``flush`` and ``state_dict``, and its end;
     * a forward, ``state_dict`` or ``load_state_dict`` of the model or of any of its modules;
@@ -93,48 +94,58 @@ class InplaceStorage:
         if options.chained and weights.model is not None:
             flush_before_reads(weights.model, self._weights, self)
 
-    def walk(
+    def prepare(self) -> bool:
+        """See `Storage.prepare`."""
+        return self._weights.prepare()
+
+    def measure(
+        self, seeds: Sequence[int], evaluation: Evaluation, is_apart: bool
+    ) -> list[tuple[float, float]]:
+        """See `Storage.measure`; apart it restores, which is one pass more, or waits at a side if chained."""
+        weights = self._weights
+        weights.is_waiting = False
+        losses = []
+        for seed in seeds:
+            weights.move(seed, self._eps)
+            plus = evaluation.side()
+            weights.move(seed, -self._eps)
+            losses.append((plus, evaluation.side()))
+        if is_apart:
+            if self._options.chained:
+                weights.is_waiting = True
+            else:
+                weights.move(seeds[-1], 0.0)
+            weights.written.note()
+        return losses
+
+    def update(
         self,
         seeds: Sequence[int],
         updates: Sequence[GroupUpdate],
-        evaluation: Evaluation,
-        project: Callable[[float, float], float | None],
-        record: Callable[[list[Direction]], None],
+        gs: Sequence[float | None],
         next_seed: int | None = None,
-    ) -> list[Direction]:
-        """See `Storage.walk`."""
-        weights = self._weights
+    ) -> None:
+        """See `Storage.update`."""
         following = (next_seed, self._eps) if self._options.chained and next_seed is not None else None
-        directions = []
-        try:
-            weights.is_waiting = False
-            for seed in seeds:
-                weights.move(seed, self._eps)
-                plus = evaluation.side()
-                weights.move(seed, -self._eps)
-                minus = evaluation.side()
-                directions.append(Direction(plus, minus, project(plus, minus)))
-            with interrupts_held():
-                weights.update(seeds, updates, directions, following)
-                record(directions)
-        except BaseException:
-            weights.restore()
-            raise
-        return directions
+        self._weights.update(seeds, updates, gs, following)
 
-    def flush(self) -> None:
-        """See `Storage.flush`; only chained steps leave something to take back."""
-        self._weights.flush()
+    def check_unwritten(self) -> None:
+        """See `Storage.check_unwritten`."""
+        self._weights.written.check()
+
+    def restore(self) -> None:
+        """See `Storage.restore`."""
+        self._weights.restore()
 
     def state(self) -> dict[str, Any]:
         """How many passes were made, which rounding seeds count; empty if rounding is to nearest."""
         return self._weights.rounding_seeds.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """See `Storage.load_state`; weights that wait for a step are flushed first."""
+        """See `Storage.load_state`."""
         loaded = RoundingSeeds(self._seed, self._options.rounding)
         loaded.load_state(state)
-        self._weights.flush()
+        self._weights.restore()
         self._weights.rounding_seeds = loaded
 
 
@@ -147,6 +158,7 @@ class PerturbedWeights:
 
     Attributes:
         tensors: the weights.
+        written: whether others have written to them.
         rounding_seeds: as given; count the passes.
         seed, offset: where they stand; at offset 0 that is w, whatever the seed.
         is_waiting: whether they stand there for a step to come.
@@ -157,14 +169,27 @@ class PerturbedWeights:
 
     def __init__(self, weights: TunedWeights, rounding_seeds: RoundingSeeds) -> None:
         self.tensors = [tensor for group in weights.groups for tensor in group]
+        self.written = Written([name for names in weights.names for name in names], self.tensors)
         self.rounding_seeds = rounding_seeds
-        self._streams = [stream for group in weights.streams for stream in group]
-        self._family = weights.family
+        self._tuned = weights
+        self._places = Places(self.tensors)
         self._groups = GroupedWeights(weights)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.seed = 0
         self.offset = 0.0
         self.is_waiting = False
+
+    def prepare(self) -> bool:
+        """Prepares weights again that were moved, wherever they stand; whether any were.
+
+        Raises:
+            TypeError, ValueError: as at construction.
+        """
+        have_moved = self._places.have_changed()
+        if have_moved:
+            self._groups = GroupedWeights(self._tuned)
+            self._places = Places(self.tensors)
+        return have_moved
 
     def move(self, seed: int, offset: float) -> None:
         """Moves to w + offset z(seed); no pass if they stand there."""
@@ -182,7 +207,7 @@ class PerturbedWeights:
         self,
         seeds: Sequence[int],
         updates: Sequence[GroupUpdate],
-        directions: Sequence[Direction],
+        gs: Sequence[float | None],
         following: tuple[int, float] | None,
     ) -> None:
         """`GroupedWeights.update` from where the weights stand, at an offset along the last of ``seeds``.
@@ -191,31 +216,39 @@ class PerturbedWeights:
             following: the seed and the offset at which the weights wait afterwards; at w itself if None.
         """
         with self._pass() as rounding_seed:
-            self._groups.update(seeds, updates, directions, self.offset, rounding_seed, following)
+            self._groups.update(seeds, updates, gs, self.offset, rounding_seed, following)
             self.seed, self.offset = following or (self.seed, 0.0)
             self.is_waiting = following is not None
 
     def restore(self) -> None:
         """Moves back to w, wherever the tensors are now, for they may be what was changed."""
-        if self.offset:
-            with torch.no_grad(), self._pass() as rounding_seed:
-                for positions in by_device(self.tensors).values():
-                    fedkseed_kernels.perturb_(
-                        [self.tensors[position] for position in positions],
-                        self.seed,
-                        -self.offset,
-                        streams=[self._streams[position] for position in positions],
-                        family=self._family,
-                        **rounding_options(rounding_seed),
-                    )
-                self.offset = 0.0
-                self.is_waiting = False
+        with self._lock, torch.no_grad():
+            if self.offset:
+                is_written = self.written.is_seen()
+                with self._pass() as rounding_seed:
+                    self._move_anywhere(-self.offset, rounding_seed)
+                    self.offset = 0.0
+                    self.is_waiting = False
+                if not is_written:
+                    self.written.note()
 
     def flush(self) -> None:
         """Moves back to w if they wait for a step; threads that read them may all call this."""
         with self._lock:
             if self.is_waiting:
                 self.restore()
+
+    def _move_anywhere(self, offset: float, rounding_seed: int | None) -> None:
+        streams = [stream for group in self._tuned.streams for stream in group]
+        for positions in by_device(self.tensors).values():
+            fedkseed_kernels.perturb_(
+                [self.tensors[position] for position in positions],
+                self.seed,
+                offset,
+                streams=[streams[position] for position in positions],
+                family=self._tuned.family,
+                **rounding_options(rounding_seed),
+            )
 
     @contextmanager
     def _pass(self) -> Iterator[int | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -17,14 +17,6 @@ class GroupUpdate(NamedTuple):
     alpha: float = 1.0
 
 
-class Direction(NamedTuple):
-    """What was measured along the noise of one seed; g is None if the direction is skipped."""
-
-    plus: float
-    minus: float
-    g: float | None
-
-
 @dataclass(frozen=True)
 class TunedWeights:
     """What a storage mode is made for.
@@ -36,6 +28,7 @@ class TunedWeights:
         family: of the noise.
         seed: of the optimizer; rounding seeds derive from it.
         model: whose forward pass reads the weights; None if the optimizer was given tensors alone.
+        names: of each of the weights, for messages.
     """
 
     groups: Sequence[Sequence[torch.Tensor]]
@@ -44,10 +37,11 @@ class TunedWeights:
     family: str
     seed: int
     model: nn.Module | None
+    names: Sequence[Sequence[str]]
 
 
 class Evaluation(Protocol):
-    """The closure as a storage mode sees it; every call starts from the same state of torch's generators."""
+    """The closure as a storage mode sees it; every call meets the same world beside the weights."""
 
     def side(self) -> float:
         """The loss at the weights as they stand."""
@@ -57,44 +51,68 @@ class Evaluation(Protocol):
 
 
 class Storage(Protocol):
-    """The weights as the optimizer sees them."""
+    """The weights as the optimizer sees them.
 
-    def walk(
-        self,
-        seeds: Sequence[int],
-        updates: Sequence[GroupUpdate],
-        evaluation: Evaluation,
-        project: Callable[[float, float], float | None],
-        record: Callable[[list[Direction]], None],
-        next_seed: int | None = None,
-    ) -> list[Direction]:
-        """One step: both sides of w along every seed's noise, then one update along all of them.
+    A step is one `measure` or several along the same seeds, then an `update`. Whoever calls these calls
+    `restore` if anything raises in between, and makes `update` and its own note of it one: no signal may come
+    between them.
+    """
 
-        The closure is evaluated at w + eps z and at w - eps z of each seed in turn; ``project`` makes g of
-        the two losses. A skipped direction counts as g = 0; if all are skipped nothing is updated, alpha
-        included.
+    def prepare(self) -> bool:
+        """Prepares weights again that were moved in memory, to another device or dtype; whether any were.
 
-        ``record`` is called once the update is made: whatever interrupts, both have happened or neither. If
-        the closure or ``project`` raises, the weights are as they were (up to the rounding of the passes
-        made), and the exception goes on.
+        Called before `measure`, and before an `update` that others came in front of.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: they cannot be served as they are now.
+        """
+
+    def measure(
+        self, seeds: Sequence[int], evaluation: Evaluation, is_apart: bool
+    ) -> list[tuple[float, float]]:
+        """The losses at w + eps z and at w - eps z of each seed in turn: (plus, minus).
 
         Args:
             seeds: at least one.
+            is_apart: whether others may read the weights before the update: they meet w then. Otherwise the
+                weights may be left at the last side.
+        """
+
+    def update(
+        self,
+        seeds: Sequence[int],
+        updates: Sequence[GroupUpdate],
+        gs: Sequence[float | None],
+        next_seed: int | None = None,
+    ) -> None:
+        """One update along all seeds, from wherever the weights were left.
+
+        Args:
+            seeds: those measured.
             updates: one for each group of tensors.
+            gs: the projected gradient of each seed; None, for one that is skipped, counts as 0. If all are
+                skipped nothing is updated, alpha included.
             next_seed: the first seed of the step after this one, where it is known.
 
         Raises:
-            ValueError: the update is not finite in fp32.
+            ValueError: the update is not finite in fp32; nothing has changed.
         """
 
-    def flush(self) -> None:
-        """Takes back a perturbation that waits for the next step; harmless when there is none."""
+    def check_unwritten(self) -> None:
+        """Moves nothing.
+
+        Raises:
+            RuntimeError: weights were written since they were measured apart; names the first.
+        """
+
+    def restore(self) -> None:
+        """Takes the weights back to w, from a side or from where they wait for the next step."""
 
     def state(self) -> dict[str, Any]:
         """What a storage mode needs, beside the weights, to go on with the same bits."""
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
+        """Goes on where `state` was taken; weights that wait for a step are restored first.
 
         Raises:
             ValueError: not a state of this mode; nothing changes.

@@ -1,4 +1,4 @@
-"""What every storage mode does alike: rounding seeds, the update of the groups, Ctrl-C held back."""
+"""What every storage mode does alike: rounding seeds, the update of the groups, what was written, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from fedkseed._checks import check_count
 from fedkseed.model.placement import PreparedTensors
 from fedkseed.seeds import derived_seed
-from fedkseed.storage.interface import Direction, GroupUpdate, TunedWeights
+from fedkseed.storage.interface import GroupUpdate, TunedWeights
 from fedkseed_kernels import derived
 
 
@@ -115,19 +115,11 @@ class GroupedWeights:
             ]
         )
 
-    def check_in_place(self) -> None:
-        """Moves nothing.
-
-        Raises:
-            RuntimeError: a tensor is not where, or what, it was at construction.
-        """
-        self.whole.check()
-
     def update(
         self,
         seeds: Sequence[int],
         updates: Sequence[GroupUpdate],
-        directions: Sequence[Direction],
+        gs: Sequence[float | None],
         offset: float = 0.0,
         rounding_seed: int | None = None,
         following: tuple[int, float] | None = None,
@@ -136,7 +128,7 @@ class GroupedWeights:
 
             w <- alpha w + sum_i c_i z_i,  c_i = -(lr g_i) / n, and c_n = -alpha offset - (lr g_n) / n
 
-        A skipped direction counts as g = 0; if all are skipped, nothing but the offset is taken back.
+        A skipped direction (g None) counts as 0; if all are skipped, nothing but the offset is taken back.
 
         Args:
             rounding_seed: of stochastic rounding; None rounds to nearest.
@@ -145,9 +137,9 @@ class GroupedWeights:
         Raises:
             ValueError: a coefficient is not finite in fp32; no tensor has changed.
         """
-        if all(direction.g is None for direction in directions):
+        if all(g is None for g in gs):
             updates = [GroupUpdate(lr=0.0)] * len(updates)
-        gradients = [0.0 if direction.g is None else direction.g for direction in directions]
+        gradients = [0.0 if g is None else g for g in gs]
         all_coeffs = [_coefficients(update, gradients, offset) for update in updates]
         if following is not None:
             seeds = [*seeds, following[0]]
@@ -156,7 +148,7 @@ class GroupedWeights:
             handles = [self.whole]
         else:
             handles = self._groups
-            self.check_in_place()  # before the first group is updated
+            self.whole.check()  # before the first group is updated
         for handle, update, coeffs in zip(handles, updates, all_coeffs, strict=False):
             handle.seed_axpy_(seeds, coeffs, alpha=update.alpha, **rounding_options(rounding_seed))
 
@@ -172,6 +164,47 @@ def _coefficients(update: GroupUpdate, gradients: Sequence[float], offset: float
             "lower lr or set max_abs_g"
         )
     return coeffs
+
+
+class Written:
+    """Whether tensors were written by others, by their version counters.
+
+    A write through ``.data`` moves no counter and goes unseen, as in torch.
+
+    Args:
+        names, tensors: of the tuned weights.
+    """
+
+    def __init__(self, names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+        self._names = names
+        self._tensors = tensors
+        self._versions = self._current()
+
+    def note(self) -> None:
+        """They are as they should be."""
+        self._versions = self._current()
+
+    def is_seen(self) -> bool:
+        """Whether one was written since."""
+        return self._versions != self._current()
+
+    def check(self) -> None:
+        """Raises where one was written since.
+
+        Raises:
+            RuntimeError: names the first.
+        """
+        for name, before, now in zip(self._names, self._versions, self._current(), strict=True):
+            if before != now:
+                raise RuntimeError(
+                    f"expected the weights to stay as they are between measure and step, got {name} written: "
+                    "what was measured belongs to other weights; call optimizer.discard() before you write "
+                    "to them, and measure again"
+                )
+
+    def _current(self) -> list[int]:
+        # Tensors of inference mode have no counter.
+        return [0 if tensor.is_inference() else tensor._version for tensor in self._tensors]
 
 
 @contextmanager

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from fedkseed.model.placement import Places
 from fedkseed.model.waiting import flush_waiting
-from fedkseed.storage.interface import Direction, Evaluation, GroupUpdate, TunedWeights
+from fedkseed.storage.interface import Evaluation, GroupUpdate, TunedWeights
 from fedkseed.storage.streamed.copies import Perturbation, Weight
 from fedkseed.storage.streamed.forward import PerturbedModel
 from fedkseed.storage.streamed.units import check_servable
-from fedkseed.storage.updates import GroupedWeights, RoundingSeeds, check_rounding, interrupts_held
+from fedkseed.storage.updates import GroupedWeights, RoundingSeeds, Written, check_rounding
 
 _SHORT = (torch.bfloat16, torch.float16)
 
@@ -90,44 +92,96 @@ class StreamedStorage:
                 "model= beside them, or use storage=Inplace()"
             )
         check_servable(weights.model)
+        self._tuned = weights
         self._options = options
-        self._eps = weights.eps
-        self._family = weights.family
-        self._residuals = [
+        self._tensors = [tensor for group in weights.groups for tensor in group]
+        self._written = Written([name for names in weights.names for name in names], self._tensors)
+        self._rounding = RoundingSeeds(weights.seed, options.rounding)
+        self._residuals: list[list[torch.Tensor | None]] = [
             [_residual(tensor) if options.compensated else None for tensor in group]
             for group in weights.groups
         ]
-        self._weights = GroupedWeights(weights, self._residuals)
-        self._tensors = [tensor for group in weights.groups for tensor in group]
-        self._rounding = RoundingSeeds(weights.seed, options.rounding)
-        seen = _seen_weights(weights, options.compute_dtype, self._residuals)
-        self._model = PerturbedModel(weights.model, seen, options.paired)
+        self._prepare()
 
-    def walk(
+    def _prepare(self) -> None:
+        """Checks the weights as they are now, and what of the model has to see them perturbed."""
+        weights = self._tuned
+        assert weights.model is not None
+        self._weights = GroupedWeights(weights, self._residuals)
+        seen = _seen_weights(weights, self._options.compute_dtype, self._residuals)
+        self._model = PerturbedModel(weights.model, seen, self._options.paired)
+        self._dtypes = {
+            name: tensor.dtype
+            for names, group in zip(weights.names, weights.groups, strict=True)
+            for name, tensor in zip(names, group, strict=True)
+        }
+        self._places = Places([*self._tensors, *(weight.parameter for weight in seen)])
+
+    def prepare(self) -> bool:
+        """See `Storage.prepare`; residuals move along."""
+        have_moved = self._places.have_changed()
+        if have_moved:
+            if self._options.compensated:
+                self._move_residuals()
+            self._prepare()
+        return have_moved
+
+    def _move_residuals(self) -> None:
+        """Lays residuals out as their weights are now.
+
+        Raises:
+            RuntimeError: a weight of 16 bits has another dtype; names the first.
+        """
+        moved = []
+        for names, group, residuals in zip(
+            self._tuned.names, self._tuned.groups, self._residuals, strict=True
+        ):
+            for name, tensor, residual in zip(names, group, residuals, strict=True):
+                dtype = self._dtypes[name]
+                if residual is not None and tensor.dtype != dtype:
+                    raise RuntimeError(
+                        f"expected {name} in {dtype} as when the optimizer was made, got {tensor.dtype}: "
+                        "what compensated=True keeps beside a weight of 16 bits belongs to its dtype; "
+                        "convert the model first, then make the optimizer"
+                    )
+            moved.append([_residual(tensor) for tensor in group])
+        for new, old in zip(itertools.chain(*moved), itertools.chain(*self._residuals), strict=True):
+            if new is not None and old is not None:
+                new.copy_(old)
+        self._residuals = moved
+
+    def measure(
+        self, seeds: Sequence[int], evaluation: Evaluation, is_apart: bool
+    ) -> list[tuple[float, float]]:
+        """See `Storage.measure`; the stored weights are w all the while."""
+        flush_waiting(self._tensors)  # another optimizer's; its hooks would meet the stand-ins
+        rounding_seeds = self._rounding.next(len(seeds))
+        with self._model.swapped():
+            losses = [
+                self._losses(Perturbation(seed, self._tuned.eps, self._tuned.family, rounding), evaluation)
+                for seed, rounding in zip(seeds, rounding_seeds, strict=True)
+            ]
+        if is_apart:
+            self._written.note()
+        return losses
+
+    def update(
         self,
         seeds: Sequence[int],
         updates: Sequence[GroupUpdate],
-        evaluation: Evaluation,
-        project: Callable[[float, float], float | None],
-        record: Callable[[list[Direction]], None],
+        gs: Sequence[float | None],
         next_seed: int | None = None,
-    ) -> list[Direction]:
-        """See `Storage.walk`."""
-        flush_waiting(self._tensors)  # another optimizer's; its hooks would meet the stand-ins
-        self._weights.check_in_place()
-        rounding_seeds = self._rounding.next(len(seeds) + 1)
-        with self._model.swapped():
-            directions = [
-                self._direction(Perturbation(seed, self._eps, self._family, rounding), evaluation, project)
-                for seed, rounding in zip(seeds, rounding_seeds, strict=False)
-            ]
-        with interrupts_held():
-            self._weights.update(seeds, updates, directions, rounding_seed=rounding_seeds[-1])
-            self._rounding.advance(len(seeds) + 1)
-            record(directions)
-        return directions
+    ) -> None:
+        """See `Storage.update`."""
+        num_passes = len(seeds) + 1
+        self._weights.update(seeds, updates, gs, rounding_seed=self._rounding.next(num_passes)[-1])
+        self._rounding.advance(num_passes)
 
-    def flush(self) -> None:
+    def check_unwritten(self) -> None:
+        """See `Storage.check_unwritten`."""
+        self._written.check()
+
+    def restore(self) -> None:
         """Does nothing: the stored weights are never perturbed."""
 
     def state(self) -> dict[str, Any]:
@@ -155,18 +209,11 @@ class StreamedStorage:
     def _existing_residuals(self) -> list[torch.Tensor]:
         return [residual for group in self._residuals for residual in group if residual is not None]
 
-    def _direction(
-        self,
-        perturbation: Perturbation,
-        evaluation: Evaluation,
-        project: Callable[[float, float], float | None],
-    ) -> Direction:
+    def _losses(self, perturbation: Perturbation, evaluation: Evaluation) -> tuple[float, float]:
         if self._options.paired:
-            plus, minus = self._model.evaluate_both(evaluation.both, perturbation)
-        else:
-            plus = self._model.evaluate(evaluation.side, perturbation, 1)
-            minus = self._model.evaluate(evaluation.side, perturbation, -1)
-        return Direction(plus, minus, project(plus, minus))
+            return self._model.evaluate_both(evaluation.both, perturbation)
+        plus = self._model.evaluate(evaluation.side, perturbation, 1)
+        return plus, self._model.evaluate(evaluation.side, perturbation, -1)
 
 
 def _residual(tensor: torch.Tensor) -> torch.Tensor | None:

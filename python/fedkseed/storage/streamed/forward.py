@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fedkseed.model.buffers import Buffers
 from fedkseed.model.packed import packed_bytes
 from fedkseed.model.placement import by_device
 from fedkseed.storage.streamed.copies import Copies, Perturbation, Scratch, Weight
@@ -63,6 +64,8 @@ class PerturbedModel:
         self._sign = 1
         self._is_checked = False
         self._pairing = Pairing(model, self._guard, self._scratches)
+        #: Of each unit that is run on one half, then on the other.
+        self._buffers = {unit: Buffers(unit.module) for unit in self.units} if is_paired else {}
 
     def evaluate(self, closure: Callable[[], float], perturbation: Perturbation, sign: int) -> float:
         """The closure at w + sign eps z, within `swapped`.
@@ -144,11 +147,14 @@ class PerturbedModel:
                 load()
                 return self._result(unit, forward, args, kwargs)
         calls = self._pairing.split(unit, args, kwargs)
-        results = []
+        results: list[Any] = []
         with self._entered(unit) as sides:
+            buffers = self._buffers[unit].keep()
             for (sign, load), (half_args, half_kwargs) in zip(sides, calls, strict=True):
                 self._sign = sign
                 load()
+                if results:
+                    buffers.restore()  # the second half meets them as the first did
                 results.append(self._result(unit, forward, half_args, half_kwargs))
             return self._pairing.merge(unit, calls, *results)
 

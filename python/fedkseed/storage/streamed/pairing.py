@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from fedkseed.model.randomness import GeneratorStates, active_dropout
+from fedkseed.model.randomness import Generators, active_dropout, own_generators
 from fedkseed.storage.streamed.guard import ReadGuard
 from fedkseed.storage.streamed.units import Unit
 
@@ -73,6 +73,7 @@ class Pairing:
     ) -> None:
         self._model = model
         self._devices = frozenset(devices)
+        self._own_generators = own_generators(model)
         self._make_guard = make_guard
         self._num_rows: int | None = None
         self._checked: set[int] = set()
@@ -204,13 +205,15 @@ class Pairing:
         guard: AbstractContextManager[Any] = self._guard if self._guard is not None else nullcontext()
         if self._guard is not None:
             self._guard.mark(inputs)
-        generators = GeneratorStates(self._devices.union(tensor.device for tensor in inputs))
+        devices = self._devices.union(tensor.device for tensor in inputs)
+        generators = Generators(devices, self._own_generators)
+        states = generators.states()
         try:
             with guard:
                 yield
         finally:
             self._num_rows, self._guard = outer
-        if generators.have_changed():
+        if generators.have_changed(states):
             raise RuntimeError(
                 "expected a forward pass without random numbers in a paired step, for both halves would draw "
                 f"different ones{_named_dropout(self._model)}; call model.eval(), or use "

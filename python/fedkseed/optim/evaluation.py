@@ -1,0 +1,166 @@
+"""The closure of a step, evaluated on both sides of the weights in the same world."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fedkseed.model.buffers import Buffers, KeptBuffers
+from fedkseed.model.randomness import Generators, own_generators
+
+#: What a closure returns: the loss of one batch, a number or a tensor of one element.
+Loss = torch.Tensor | float
+
+_SHORT = (torch.bfloat16, torch.float16)
+_BACKWARD = "does not require grad and does not have a grad_fn"
+
+
+class World(NamedTuple):
+    """What a forward pass may move beside the weights, as it was at a time."""
+
+    generators: list[Any]
+    buffers: KeptBuffers | None
+
+
+class Surroundings:
+    """What a forward pass reads beside the weights and may move: generators, buffers, the autocast cache.
+
+    Args:
+        model: None if the optimizer was given tensors alone; then of generators those of the process count.
+        tensors: that are tuned.
+    """
+
+    def __init__(self, model: nn.Module | None, tensors: Sequence[torch.Tensor]) -> None:
+        self._model = model
+        self._tensors = tensors
+        self._last: KeptBuffers | None = None
+        self.find()
+
+    def find(self) -> None:
+        """Looks for generators and buffers in the model's modules, and for devices."""
+        model = self._model
+        # Random numbers are drawn where frozen parameters are, too.
+        placed = [*self._tensors, *(model.parameters() if model is not None else ())]
+        devices = {tensor.device for tensor in placed if not tensor.is_meta}
+        self._generators = Generators(devices, [] if model is None else own_generators(model))
+        self._buffers = None if model is None else Buffers(model)
+
+    def now(self) -> World:
+        """As it is now."""
+        if self._buffers is not None:
+            self._last = self._buffers.keep(self._last)
+        return World(self._generators.states(), self._last)
+
+    def restore(self, world: World) -> None:
+        """Puts back what has moved since.
+
+        Raises:
+            RuntimeError: as `KeptBuffers.restore`.
+        """
+        self._generators.restore(world.generators)
+        if world.buffers is not None:
+            world.buffers.restore()
+        torch.clear_autocast_cache()
+
+
+class Evaluation:
+    """A closure, called each time in the world as it is at construction.
+
+    Args:
+        closure: what the user gave.
+        surroundings: of the model.
+        note: called with each loss that is a tensor.
+
+    Attributes:
+        start: the world at construction.
+    """
+
+    def __init__(
+        self,
+        closure: Callable[[], Any],
+        surroundings: Surroundings,
+        note: Callable[[torch.Tensor], None],
+    ) -> None:
+        self._closure = closure
+        self._surroundings = surroundings
+        self._note = note
+        self.start = surroundings.now()
+        self._is_first = True
+
+    def side(self) -> float:
+        """See `fedkseed.storage.Evaluation`."""
+        return self._value(self._evaluate())
+
+    def both(self) -> tuple[float, float]:
+        """See `fedkseed.storage.Evaluation`."""
+        losses = self._evaluate()
+        is_sequence = (
+            losses.dim() > 0 if isinstance(losses, torch.Tensor) else isinstance(losses, (list, tuple))
+        )
+        if not is_sequence or len(losses) != 2:
+            raise ValueError(
+                f"expected the closure of a paired step to return two losses, (plus, minus), got {losses!r}"
+            )
+        return self._value(losses[0]), self._value(losses[1])
+
+    def _evaluate(self) -> Any:
+        if self._is_first:
+            # Casts made of other weights; nothing else has moved yet.
+            torch.clear_autocast_cache()
+            self._is_first = False
+        else:
+            self._surroundings.restore(self.start)
+        try:
+            return self._closure()
+        except RuntimeError as error:
+            if _BACKWARD in str(error):
+                raise RuntimeError(
+                    "expected a closure that computes the loss and returns it, got one that calls "
+                    "backward(): a zeroth-order step takes no gradients; leave backward() and zero_grad() out"
+                ) from error
+            raise
+
+    def _value(self, loss: Any) -> float:
+        if isinstance(loss, torch.Tensor):
+            if loss.numel() != 1:
+                raise ValueError(
+                    f"expected a loss of one element, got shape {tuple(loss.shape)}; reduce it in the closure"
+                )
+            if loss.is_complex():
+                raise TypeError(
+                    f"expected a real loss, got {loss.dtype}: a complex one has no order to descend; return "
+                    "its .abs() or .real"
+                )
+            self._note(loss)
+            return float(loss.detach().double())
+        if isinstance(loss, Mapping) or hasattr(loss, "loss"):
+            raise TypeError(
+                f"expected the closure to return the loss, got {type(loss).__name__}; return its loss alone"
+            )
+        if not isinstance(loss, numbers.Real):
+            raise TypeError(
+                f"expected the closure to return the loss, a tensor or a number, got {type(loss).__name__}"
+            )
+        return float(loss)
+
+
+def warnings_of(loss: torch.Tensor) -> Iterator[tuple[str, str]]:
+    """(name, text) of what is to be said of a loss, once."""
+    if loss.dtype in _SHORT:
+        yield (
+            "16 bits",
+            f"the closure returns a loss of {str(loss.dtype).removeprefix('torch.')}, whose steps are mostly "
+            "larger than the difference of both sides: g is 0 then, and nothing is tuned; compute the loss "
+            "in fp32, functional.cross_entropy(logits.float(), labels) for example",
+        )
+    if loss.requires_grad:
+        yield (
+            "graph",
+            "the closure returns a loss with requires_grad: it builds a graph (and runs backward, if it "
+            "calls that), which costs memory and time, and of which a zeroth-order step uses nothing; "
+            "compute the loss without enable_grad and backward",
+        )
