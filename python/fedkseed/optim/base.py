@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -13,21 +12,14 @@ from torch import nn
 
 from fedkseed._checks import check_count
 from fedkseed._means import mean
-from fedkseed._warnings import warn_user
 from fedkseed.model.held import HeldParameters
-from fedkseed.model.randomness import active_dropout
-from fedkseed.optim.evaluation import Evaluation, Loss, Surroundings, warnings_of
+from fedkseed.optim.evaluation import Evaluation, Loss, Surroundings
 from fedkseed.optim.gradient import ProjectedGradient
 from fedkseed.optim.measurement import LastStep, Measurement, Plan, Reduce, check_weight, reduced
+from fedkseed.optim.notices import Notices
 from fedkseed.optim.parameters import Params, tuned_parameters
 from fedkseed.storage import GroupUpdate, Storage, StorageOptions, TunedWeights
 from fedkseed.storage.updates import interrupts_held
-
-logger = logging.getLogger("fedkseed")
-
-#: After so many first steps, or so many steps in a row, whose losses were all equal on both sides, that is
-#: said once.
-_EQUAL_FROM_THE_START, _EQUAL_IN_A_ROW = 3, 50
 
 
 class ZerothOrderOptimizer(torch.optim.Optimizer):
@@ -86,9 +78,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         named = list(zip(itertools.chain(*tuned.names), itertools.chain(*tensors), strict=True))
         self._held = None if whole is None else HeldParameters(whole, named)
         self._model = whole
-        self._num_steps = 0  # of this object, but for those that were skipped
-        self._num_equal = 0
-        self._warned: set[str] = set()
+        self._notices = Notices(self.eps, gradient.max_loss_gap)
 
     @torch.no_grad()
     def measure(
@@ -254,7 +244,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise TypeError(f"expected a closure that returns the loss, got {type(closure).__name__}")
         if self._measurement is None:
             self._check_ranks()
-            self._check_dropout()
+            self._notices.of_mode(self._model)
             return self._plan(seed_index)
         plan = self._measurement.plan
         if seed_index not in (None, plan.index):
@@ -269,7 +259,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if self._measurement is not None:
                 self._storage.check_unwritten()
             self._prepare()
-            evaluation = Evaluation(closure, self._surroundings, self._look_at)
+            evaluation = Evaluation(closure, self._surroundings, self._notices.of_loss)
             if self._measurement is None:
                 self._measurement = Measurement(plan, evaluation.start)
             self._is_evaluating = True
@@ -313,51 +303,17 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if is_skipped:
             self._surroundings.restore(measurement.start)
         torch.clear_autocast_cache()  # it may hold casts of a side, or of the weights before
-        self._say_what_was_skipped(losses, gs)
-        self._look_for_equal_losses(losses, is_skipped)
+        self._notices.of_skipped(losses, gs)
+        if not is_skipped:
+            self._notices.of_equal_losses(losses)
         return loss
 
     def _abandon(self) -> None:
-        """Back to where the step began: weights, generators and buffers; nothing is measured."""
+        """Weights, generators and buffers as when the step began; nothing is measured."""
         measurement, self._measurement = self._measurement, None
         self._storage.restore()
         if measurement is not None:
             self._surroundings.restore(measurement.start)
-
-    def _say_what_was_skipped(
-        self, losses: Sequence[tuple[float, float]], gs: Sequence[float | None]
-    ) -> None:
-        for (plus, minus), g in zip(losses, gs, strict=True):
-            if g is None:
-                # The first is a warning; a run that diverges would repeat it at every step.
-                level = logging.INFO if "skipped" in self._warned else logging.WARNING
-                self._warned.add("skipped")
-                bound = self._gradient.max_loss_gap
-                logger.log(level, "skipped: losses %s and %s, max_loss_gap %s", plus, minus, bound)
-
-    def _look_for_equal_losses(self, losses: Sequence[tuple[float, float]], is_skipped: bool) -> None:
-        if is_skipped:
-            return
-        self._num_steps += 1
-        self._num_equal = self._num_equal + 1 if all(plus == minus for plus, minus in losses) else 0
-        if self._num_equal == _EQUAL_IN_A_ROW or self._num_equal == self._num_steps == _EQUAL_FROM_THE_START:
-            self._warn_once(
-                "equal",
-                f"both sides of the weights had equal losses, to the last bit, in {self._num_equal} steps in "
-                "a row: g is 0 and nothing is tuned. Likely the closure does not see the tuned weights (it "
-                "runs another copy of the model, or parameters were exchanged), or its loss is rounded to 16 "
-                f"bits, or eps = {self.eps:.3g} is below the rounding of the weights (take a larger one, or "
-                'storage="auto" for weights of 16 bits), or the loss is constant',
-            )
-
-    def _look_at(self, loss: torch.Tensor) -> None:
-        for name, message in warnings_of(loss):
-            self._warn_once(name, message)
-
-    def _warn_once(self, what: str, message: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            warn_user(message)
 
     def _check_ranks(self) -> None:
         """Refuses several ranks that would part in silence.
@@ -386,17 +342,3 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         has_changed = self._held is not None and not self._held.check()
         if self._storage.prepare() or has_changed:
             self._surroundings.find()
-
-    def _check_dropout(self) -> None:
-        """Looked at in the first step, when the caller has chosen between train and eval mode."""
-        if self._model is None or "dropout" in self._warned:
-            return
-        self._warned.add("dropout")
-        found = active_dropout(self._model)
-        if found:
-            name, p = found[0]
-            warn_user(
-                f"the model is in train mode with dropout: {name} (p={p}), {len(found)} in all. Both sides "
-                "of a step get the same mask, so a step is sound but follows the loss of a thinned model, "
-                "with more noise; to measure the model itself call model.eval() first"
-            )

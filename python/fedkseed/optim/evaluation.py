@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,6 @@ from fedkseed.model.randomness import Generators, own_generators
 #: What a closure returns: the loss of one batch, a number or a tensor of one element.
 Loss = torch.Tensor | float
 
-_SHORT = (torch.bfloat16, torch.float16)
 _BACKWARD = "does not require grad and does not have a grad_fn"
 
 
@@ -50,7 +49,7 @@ class Surroundings:
         self._buffers = None if model is None else Buffers(model)
 
     def now(self) -> World:
-        """As it is now."""
+        """The world as it is now."""
         if self._buffers is not None:
             self._last = self._buffers.keep(self._last)
         return World(self._generators.states(), self._last)
@@ -146,21 +145,3 @@ class Evaluation:
                 f"expected the closure to return the loss, a tensor or a number, got {type(loss).__name__}"
             )
         return float(loss)
-
-
-def warnings_of(loss: torch.Tensor) -> Iterator[tuple[str, str]]:
-    """(name, text) of what is to be said of a loss, once."""
-    if loss.dtype in _SHORT:
-        yield (
-            "16 bits",
-            f"the closure returns a loss of {str(loss.dtype).removeprefix('torch.')}, whose steps are mostly "
-            "larger than the difference of both sides: g is 0 then, and nothing is tuned; compute the loss "
-            "in fp32, functional.cross_entropy(logits.float(), labels) for example",
-        )
-    if loss.requires_grad:
-        yield (
-            "graph",
-            "the closure returns a loss with requires_grad: it builds a graph (and runs backward, if it "
-            "calls that), which costs memory and time, and of which a zeroth-order step uses nothing; "
-            "compute the loss without enable_grad and backward",
-        )

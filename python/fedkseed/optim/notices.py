@@ -1,0 +1,109 @@
+"""What an optimizer says once, and where: what would train nothing, or something else, without a word."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fedkseed.model.randomness import active_dropout
+
+logger = logging.getLogger("fedkseed")
+
+_SHORT = (torch.bfloat16, torch.float16)
+#: After so many first steps, or so many steps in a row, whose losses were all equal on both sides.
+_EQUAL_FROM_THE_START, _EQUAL_IN_A_ROW = 3, 50
+#: Folders of frames that are not the user's: this package's, torch's.
+_LIBRARIES = tuple(
+    os.path.join(os.path.dirname(os.path.abspath(path)), "")
+    for path in (sys.modules["fedkseed"].__file__ or "", torch.__file__)
+)
+
+
+class Notices:
+    """Each of them once for an optimizer.
+
+    Args:
+        eps: of the optimizer, for the texts.
+        max_loss_gap: of the optimizer, for the texts.
+    """
+
+    def __init__(self, eps: float, max_loss_gap: float | None) -> None:
+        self._eps, self._max_loss_gap = eps, max_loss_gap
+        self._said: set[str] = set()
+        self._num_steps = 0  # but for those that were skipped
+        self._num_equal = 0
+
+    def of_mode(self, model: nn.Module | None) -> None:
+        """Dropout at work; looked at in the first step, when the caller has chosen train or eval mode."""
+        if model is None or "dropout" in self._said:
+            return
+        self._said.add("dropout")
+        found = active_dropout(model)
+        if found:
+            name, p = found[0]
+            warn_user(
+                f"the model is in train mode with dropout: {name} (p={p}), {len(found)} in all. Both sides "
+                "of a step get the same mask, so a step is sound but follows the loss of a thinned model, "
+                "with more noise; to measure the model itself call model.eval() first"
+            )
+
+    def of_loss(self, loss: torch.Tensor) -> None:
+        """A loss of 16 bits; one with a graph."""
+        if loss.dtype in _SHORT:
+            self._warn(
+                "16 bits",
+                f"the closure returns a loss of {str(loss.dtype).removeprefix('torch.')}, whose steps are "
+                "mostly larger than the difference of both sides: g is 0 then, and nothing is tuned; compute "
+                "the loss in fp32, functional.cross_entropy(logits.float(), labels) for example",
+            )
+        if loss.requires_grad:
+            self._warn(
+                "graph",
+                "the closure returns a loss with requires_grad: it builds a graph (and runs backward, if it "
+                "calls that), which costs memory and time, and of which a zeroth-order step uses nothing; "
+                "compute the loss without enable_grad and backward",
+            )
+
+    def of_skipped(self, losses: Sequence[tuple[float, float]], gs: Sequence[float | None]) -> None:
+        """Directions that were skipped; the first aloud, as a run that diverges would repeat it each step."""
+        for (plus, minus), g in zip(losses, gs, strict=True):
+            if g is None:
+                level = logging.INFO if "skipped" in self._said else logging.WARNING
+                self._said.add("skipped")
+                logger.log(
+                    level, "skipped: losses %s and %s, max_loss_gap %s", plus, minus, self._max_loss_gap
+                )
+
+    def of_equal_losses(self, losses: Sequence[tuple[float, float]]) -> None:
+        """Steps that tune nothing; called after each that was not skipped."""
+        self._num_steps += 1
+        self._num_equal = self._num_equal + 1 if all(plus == minus for plus, minus in losses) else 0
+        if self._num_equal == _EQUAL_IN_A_ROW or self._num_equal == self._num_steps == _EQUAL_FROM_THE_START:
+            self._warn(
+                "equal",
+                f"both sides of the weights had equal losses, to the last bit, in {self._num_equal} steps in "
+                "a row: g is 0 and nothing is tuned. Likely the closure does not see the tuned weights (it "
+                "runs another copy of the model, or parameters were exchanged), or its loss is rounded to 16 "
+                f"bits, or eps = {self._eps:.3g} is below the rounding of the weights (take a larger one, or "
+                "storage=Streamed(compute_dtype=torch.float32) for weights of 16 bits), or the loss is "
+                "constant",
+            )
+
+    def _warn(self, what: str, message: str) -> None:
+        if what not in self._said:
+            self._said.add(what)
+            warn_user(message)
+
+
+def warn_user(message: str) -> None:
+    """A UserWarning at the innermost frame that is neither of this package nor of torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level + 1)
