@@ -80,7 +80,7 @@ class _Source(NamedTuple):
 
 
 class _OfNumpy:
-    """NumPy's generator of the process, whose whole state takes 30 us to read: not read where it stands still.
+    """NumPy's generator of the process, whose whole state takes 30 us: not read where it stands still.
 
     A draw moves the words of the Mersenne twister, but for the second of a pair of normal variates, which
     waits beside them. So if none waited, equal words mean an equal state.

@@ -1,0 +1,518 @@
+"""The contract of a step: `measure`, `step`, `discard`, `reduce`, `last`, in every storage mode."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.kernel_calls import watch_calls
+from support.small_model import largest_difference, make_model, same_bytes, weights_of
+from torch import nn
+
+import fedkseed_kernels
+from fedkseed import ZOSGD, FedKSeedSGD, Inplace, SeedPool, Streamed
+from fedkseed.storage import StorageOptions
+
+MODES: dict[str, StorageOptions] = {
+    "in place": Inplace(),
+    "in place, stochastic": Inplace(rounding="stochastic"),
+    "chained": Inplace(chained=True),
+    "streamed": Streamed(),
+    "streamed in fp32": Streamed(compute_dtype=torch.float32),
+    "streamed, stochastic": Streamed(rounding="stochastic"),
+    "compensated": Streamed(compensated=True),
+    "paired": Streamed(paired=True),
+    "paired, compensated in fp32": Streamed(paired=True, compensated=True, compute_dtype=torch.float32),
+}
+all_modes = pytest.mark.parametrize("storage", MODES.values(), ids=MODES)
+#: Of each mode all but the update's rounding leaves the stored weights alone.
+streamed_modes = pytest.mark.parametrize(
+    "storage", [mode for name, mode in MODES.items() if isinstance(mode, Streamed)], ids=repr
+)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+EPS, SEED = float(np.float32(1e-2)), 5
+POOL = SeedPool(SEED, 64)
+
+
+class Batches:
+    """Closures over batch number i of a model, and their losses."""
+
+    def __init__(self, model: nn.Module, storage: StorageOptions) -> None:
+        self.model = model
+        self.is_paired = getattr(storage, "paired", False)
+        generator = torch.Generator().manual_seed(4)
+        self.inputs = torch.randn(3, 12, 5, generator=generator, dtype=torch.float64)
+
+    def __call__(self, number: int) -> Callable[[], Any]:
+        return lambda: self.losses([(number, 1.0)])
+
+    def mean(self, *weighted: tuple[int, float]) -> Callable[[], Any]:
+        """The weighted mean over batches, added in their order and divided once."""
+        return lambda: self.losses(weighted)
+
+    def losses(self, weighted: Any) -> Any:
+        dtype = next(self.model.parameters()).dtype
+        sums = [0.0, 0.0]
+        for number, weight in weighted:
+            x = self.inputs[number].to(dtype)
+            y = (self.model(torch.cat([x, x]) if self.is_paired else x).double() - 1).square()
+            for side, half in enumerate(y.chunk(2) if self.is_paired else [y]):
+                sums[side] += weight * float(half.mean())
+        total = math.fsum(weight for _, weight in weighted)
+        return tuple(s / total for s in sums) if self.is_paired else sums[0] / total
+
+
+def made(
+    storage: StorageOptions, dtype: torch.dtype = torch.float64, **options: Any
+) -> tuple[nn.Module, Batches, ZOSGD]:
+    model = make_model(dtype)
+    optimizer = ZOSGD(model, 0.05, EPS, seed=SEED, storage=storage, **options)
+    return model, Batches(model, storage), optimizer
+
+
+def near(dtype: torch.dtype) -> float:
+    """Rounding of some passes over weights of order 1."""
+    return 8 * torch.finfo(dtype).eps
+
+
+@all_modes
+@all_dtypes
+@pytest.mark.parametrize("num_directions", [1, 3])
+def test_between_the_halves_and_after_an_exception_and_discard_readers_meet_w(
+    storage: StorageOptions, dtype: torch.dtype, num_directions: int
+) -> None:
+    model, batches, optimizer = made(storage, dtype, num_directions=num_directions)
+    before, x = weights_of(model), batches.inputs[0].to(dtype)
+    with torch.no_grad():
+        want = model(x)
+
+    def check() -> None:
+        with torch.no_grad():
+            found = model(x)
+        state = [value.clone() for value in model.state_dict().values()]
+        assert same_bytes(state, weights_of(model))
+        if isinstance(storage, Streamed):
+            assert same_bytes(state, before)
+            assert same_bytes([found], [want])
+        else:
+            assert largest_difference(state, before) <= near(dtype)
+            assert largest_difference([found], [want]) <= near(dtype) * 16
+
+    optimizer.measure(batches(0))
+    check()
+    optimizer.measure(batches(1))
+    check()
+    calls = []
+
+    def fails() -> Any:
+        calls.append(1)
+        if len(calls) == 2 * num_directions or batches.is_paired:
+            raise OSError("gone")
+        return batches(0)()
+
+    with pytest.raises(OSError, match="gone"):
+        optimizer.measure(fails)
+    check()
+    with pytest.raises(RuntimeError, match="got neither"):
+        optimizer.step()
+    optimizer.measure(batches(0))
+    optimizer.discard()
+    check()
+    optimizer.discard()
+    assert optimizer.last is None
+
+
+@streamed_modes
+@all_dtypes
+@pytest.mark.parametrize("num_directions", [1, 3])
+def test_two_measures_and_a_step_are_one_closure_of_their_mean(
+    storage: StorageOptions, dtype: torch.dtype, num_directions: int
+) -> None:
+    options = {"num_directions": num_directions, "weight_decay": 0.1}
+    apart, its_batches, first = made(storage, dtype, **options)
+    whole, other_batches, second = made(storage, dtype, **options)
+    for step in range(3):
+        losses = [first.measure(its_batches(0), weight=3), first.measure(its_batches(step), weight=1.5)]
+        loss = first.step()
+        assert loss == second.step(other_batches.mean((0, 3.0), (step, 1.5)))
+        assert loss == pytest.approx((3 * losses[0] + 1.5 * losses[1]) / 4.5, rel=1e-12)
+        assert first.last == second.last
+        assert same_bytes(weights_of(apart), weights_of(whole))
+    assert first.state_dict()["fedkseed"].keys() == second.state_dict()["fedkseed"].keys()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("chained", [False, True])
+@all_dtypes
+def test_in_place_two_measures_and_a_step_are_these_passes(
+    chained: bool, dtype: torch.dtype, rounding: Any
+) -> None:
+    """To both sides and back for each call; chained to both sides, and on from where that ended."""
+    model, batches, optimizer = made(Inplace(chained, rounding), dtype)
+    hand = make_model(dtype)
+    rounding_seeds = iter(range(100))
+
+    def move(*terms: tuple[int, float]) -> None:
+        options: dict[str, Any] = {}
+        if rounding == "stochastic":
+            seed = fedkseed_kernels.derived.seeds(SEED, 3, np.array([next(rounding_seeds)]))[0]
+            options = {"rounding": rounding, "rounding_seed": int(seed)}
+        seeds, coeffs = zip(*terms, strict=True)
+        fedkseed_kernels.seed_axpy_(list(hand.parameters()), seeds, coeffs, **options)
+
+    with torch.no_grad():
+        its_batches = Batches(hand, Inplace())
+        s0, s1 = SeedPool(SEED, 2).seeds.tolist()
+        losses = []
+        for number in (0, 1):
+            move((s0, EPS if number == 0 or not chained else 2 * EPS))
+            losses.append([its_batches(number)()])
+            move((s0, -2 * EPS))
+            losses[-1].append(its_batches(number)())
+            if not chained:
+                move((s0, EPS))
+        plus, minus = ((2 * a + b) / 3 for a, b in zip(*losses, strict=True))
+        g = float(np.float32((plus - minus) / (2 * EPS)))
+        move(*([(s0, EPS - 0.05 * g), (s1, EPS)] if chained else [(s0, -(0.05 * g))]))
+    optimizer.measure(batches(0), weight=2)
+    optimizer.measure(batches(1))
+    loss = optimizer.step()
+    assert loss == (plus + minus) / 2
+    assert optimizer.projected_grads == (g,)
+    assert same_bytes(weights_of(model), weights_of(hand))
+
+
+@pytest.mark.parametrize("num_directions", [1, 3])
+def test_passes_are_counted(num_directions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = num_directions
+    wanted = {
+        # whole step, measure, and the step after it
+        "in place": (2 * n + 1, 2 * n + 1, 1),
+        "chained": (2 * n, 2 * n - 1, 1),  # the step before has perturbed already
+        "streamed": (1, 0, 1),
+    }
+    for name, counts in wanted.items():
+        model, batches, optimizer = made(MODES[name], num_directions=n)
+        optimizer.step(batches(0))
+        calls = watch_calls(monkeypatch)
+        own = {weight.data_ptr() for weight in model.parameters()}
+
+        def passes(calls: list[Any] = calls, own: set[int] = own) -> int:
+            """Over the stored weights."""
+            found = [operands for operands, _ in calls if operands.outs.tensors[0].data_ptr() in own]
+            calls.clear()
+            return len(found)
+
+        optimizer.step(batches(0))
+        found = [passes()]
+        optimizer.measure(batches(0))
+        found.append(passes())
+        optimizer.step()
+        found.append(passes())
+        assert tuple(found) == counts, name
+        monkeypatch.undo()
+
+
+@all_modes
+def test_the_last_step_and_what_it_consumed(storage: StorageOptions) -> None:
+    _, batches, optimizer = made(storage, num_directions=2)
+    state = optimizer.state_dict()
+    for _ in range(3):
+        optimizer.measure(batches(0))
+    between = optimizer.state_dict()
+    between["fedkseed"]["storage_state"].pop("num_passes", None)
+    state["fedkseed"]["storage_state"].pop("num_passes", None)
+    assert repr(between) == repr(state)
+    loss = optimizer.step()
+    last = optimizer.last
+    assert last is not None
+    assert last.loss == loss
+    assert last.projected_grads == optimizer.projected_grads
+    assert [g for g in last.projected_grads if g] == list(last.projected_grads)
+    gaps = [(plus - minus) / (2 * EPS) for plus, minus in last.losses]
+    assert last.projected_grads == tuple(float(np.float32(gap)) for gap in gaps)
+    assert last.skipped == (False, False)
+    assert optimizer.state_dict()["fedkseed"]["num_drawn"] == 2
+
+
+@all_modes
+def test_what_is_skipped_changes_nothing_and_is_noted(storage: StorageOptions) -> None:
+    model, batches, optimizer = made(storage, weight_decay=0.5)
+    before = weights_of(model)
+    torch.manual_seed(1)
+    start = torch.get_rng_state()
+    optimizer.measure(batches(0))
+
+    def diverges() -> Any:
+        loss = math.nan * float(torch.rand(()))
+        return (loss, loss) if batches.is_paired else loss
+
+    assert math.isnan(optimizer.measure(diverges))
+    loss = optimizer.step()
+    assert math.isnan(loss)
+    assert optimizer.last is not None
+    assert optimizer.last.skipped == (True,)
+    assert optimizer.last.projected_grads == (0.0,)
+    assert optimizer.num_skipped == 1
+    assert torch.equal(torch.get_rng_state(), start)
+    optimizer.flush()
+    assert largest_difference(before, weights_of(model)) < 1e-13
+    assert optimizer.state_dict()["fedkseed"]["num_drawn"] == 1
+    assert optimizer.state_dict()["fedkseed"]["carried_decay"] == [0.0]
+
+
+def test_the_index_is_that_of_the_first_call() -> None:
+    model = make_model()
+    batches = Batches(model, Inplace())
+    optimizer = FedKSeedSGD(model, 0.05, EPS, POOL)
+    optimizer.measure(batches(0), seed_index=7)
+    optimizer.measure(batches(1), seed_index=7)
+    optimizer.measure(batches(2))
+    with pytest.raises(ValueError, match="seed_index 7, along which this step is measured already, got 8"):
+        optimizer.measure(batches(0), seed_index=8)
+    optimizer.step()
+    assert [index for index, _ in optimizer.history] == [7]
+    optimizer.measure(batches(0))
+    with pytest.raises(TypeError, match="got it alone; give it to measure"):
+        optimizer.step(seed_index=3)
+    optimizer.step(batches(1))  # adds to what was measured
+    assert optimizer.history[1][0] == int(POOL.schedule(0, 0, 1)[0])
+    with pytest.raises(TypeError, match="expected no seed_index"):
+        made(Inplace())[2].measure(batches(0), seed_index=1)
+
+
+@pytest.mark.parametrize(
+    ("weight", "error"),
+    [(0, ValueError), (-1.0, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("2", TypeError)],
+)
+def test_weights_that_are_none_are_refused_and_what_was_measured_stays(weight: Any, error: Any) -> None:
+    _, batches, optimizer = made(Inplace())
+    optimizer.measure(batches(0))
+    with pytest.raises(error, match="weight"):
+        optimizer.measure(batches(1), weight=weight)
+    with pytest.raises(TypeError, match="expected a closure that returns the loss, got float"):
+        optimizer.measure(1.0)  # type: ignore[arg-type]
+    optimizer.step()
+
+
+@pytest.mark.parametrize("returns", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_reduce_is_called_once_a_step_and_its_losses_count(returns: bool, apart: bool) -> None:
+    seen = []
+
+    def reduce(losses: torch.Tensor) -> torch.Tensor | None:
+        seen.append(losses.clone())
+        if returns:
+            return losses + torch.tensor([1.0, 2.0])
+        losses += torch.tensor([1.0, 2.0])
+        return None
+
+    _, batches, optimizer = made(Inplace(), reduce=reduce, num_directions=2)
+    if apart:
+        optimizer.measure(batches(0))
+        optimizer.measure(batches(0))
+        loss = optimizer.step()
+    else:
+        loss = optimizer.step(batches(0))
+    (losses,) = seen
+    assert (losses.shape, losses.dtype, losses.device.type) == ((2, 2), torch.float64, "cpu")
+    assert optimizer.last is not None
+    assert loss == optimizer.last.loss == pytest.approx(float(losses.mean()) + 1.5, rel=1e-12)
+    assert optimizer.last.losses == tuple((a + 1, b + 2) for a, b in losses.tolist())
+    gaps = [(a + 1 - (b + 2)) / (2 * EPS) for a, b in losses.tolist()]
+    assert optimizer.projected_grads == tuple(float(np.float32(gap)) for gap in gaps)
+
+
+@all_modes
+@pytest.mark.parametrize(
+    ("reduce", "error", "message"),
+    [
+        (lambda losses: 1 / 0, ZeroDivisionError, "division"),
+        (lambda losses: 1.0, TypeError, "in place, or to return them, got float"),
+        (lambda losses: losses[0], ValueError, r"losses of shape \(1, 2\), got \(2,\)"),
+    ],
+)
+def test_an_error_in_reduce_restores_and_discards(
+    storage: StorageOptions, reduce: Any, error: Any, message: str
+) -> None:
+    model, batches, optimizer = made(storage, reduce=reduce)
+    before = weights_of(model)
+    for apart in (False, True):
+        if apart:
+            optimizer.measure(batches(0))
+        with pytest.raises(error, match=message):
+            optimizer.step(None if apart else batches(0))
+        optimizer.flush()
+        assert largest_difference(before, weights_of(model)) < 1e-13
+        with pytest.raises(RuntimeError, match="got neither"):
+            optimizer.step()
+    assert optimizer.state_dict()["fedkseed"]["num_drawn"] == 0
+    with pytest.raises(
+        TypeError, match="expected reduce as a function of the losses, False or None, got 'mean'"
+    ):
+        ZOSGD(make_model(), 0.1, reduce="mean")  # type: ignore[arg-type]
+
+
+def test_several_ranks_without_reduce_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    model, batches, optimizer = made(Inplace())
+    before = weights_of(model)
+    for call in (optimizer.step, optimizer.measure):
+        with pytest.raises(RuntimeError, match="expected reduce= at construction, got none, with 2 ranks"):
+            call(batches(0))
+    assert same_bytes(before, weights_of(model))
+    for reduce in (False, lambda losses: None):
+        made(Inplace(), reduce=reduce)[2].step(batches(0))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    optimizer.step(batches(0))
+
+
+@pytest.mark.parametrize("arguments", [(), (None,)])
+def test_a_step_without_anything_says_what_to_do(arguments: Any) -> None:
+    """What a loop made for backward() and step() calls: Trainer, accelerate."""
+    model, _, optimizer = made(Inplace())
+    before = weights_of(model)
+    with pytest.raises(RuntimeError, match=re.escape("call optimizer.step(lambda: loss_of(model, batch))")):
+        optimizer.step(*arguments)
+    assert same_bytes(before, weights_of(model))
+
+
+def test_hooks_and_schedulers_see_one_step() -> None:
+    seen = []
+    _, batches, optimizer = made(Inplace())
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.step(batches(0))
+    scheduler.step()
+    optimizer.measure(batches(0))
+    optimizer.step()
+    scheduler.step()
+    assert seen == 2 * ["before", "after"]
+    assert optimizer.param_groups[0]["lr"] == 0.05 / 4
+
+
+@all_modes
+def test_a_load_drops_what_was_measured(storage: StorageOptions) -> None:
+    model, batches, optimizer = made(storage)
+    state = optimizer.state_dict()
+    before = weights_of(model)
+    optimizer.measure(batches(0))
+    optimizer.load_state_dict(state)
+    assert largest_difference(before, weights_of(model)) < 1e-13
+    with pytest.raises(RuntimeError, match="got neither"):
+        optimizer.step()
+
+
+@all_modes
+@pytest.mark.parametrize("second", ["step", "measure"])
+def test_weights_written_in_between_make_it_raise(storage: StorageOptions, second: str) -> None:
+    model, batches, optimizer = made(storage)
+    optimizer.measure(batches(0))
+    optimizer.flush()
+    with torch.no_grad():
+        model[2].bias.add_(1.0)  # type: ignore[operator, index]
+    written = weights_of(model)
+    with pytest.raises(RuntimeError, match=r"between measure and step, got 2.bias written: .* measure again"):
+        optimizer.step() if second == "step" else optimizer.measure(batches(0))
+    assert same_bytes(written, weights_of(model))
+    optimizer.step(batches(0))
+    with torch.no_grad():
+        model.load_state_dict(model.state_dict())
+    optimizer.step(batches(0))
+
+
+@pytest.mark.parametrize("storage", [Inplace(), Inplace(chained=True), Streamed()], ids=repr)
+def test_a_write_in_between_by_a_load_of_the_model_is_seen(storage: StorageOptions) -> None:
+    model, batches, optimizer = made(storage)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.measure(batches(0))
+    model.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="got 0.weight written"):
+        optimizer.step()
+    assert same_bytes(list(state.values()), weights_of(model))
+
+
+@all_modes
+def test_a_move_in_between_goes_on(storage: StorageOptions) -> None:
+    moved, its_batches, first = made(storage)
+    stayed, other_batches, second = made(storage)
+    for optimizer, batches in ((first, its_batches), (second, other_batches)):
+        optimizer.measure(batches(0))
+        if optimizer is first:
+            for weight in moved.parameters():
+                weight.data = weight.data.clone()
+        optimizer.measure(batches(1))
+        optimizer.step()
+        optimizer.flush()
+    assert first.last == second.last
+    assert same_bytes(weights_of(moved), weights_of(stayed))
+
+
+def test_flush_keeps_what_was_measured() -> None:
+    model, batches, optimizer = made(Inplace(chained=True))
+    other, its_batches, plain = made(Inplace())
+    before = weights_of(model)
+    optimizer.measure(batches(0))
+    assert largest_difference(before, weights_of(model)) > EPS / 2
+    with pytest.raises(RuntimeError, match=r"call optimizer.flush\(\) first"):
+        __import__("copy").deepcopy(model)
+    optimizer.flush()
+    assert largest_difference(before, weights_of(model)) < 1e-15
+    optimizer.step()
+    plain.step(its_batches(0))
+    optimizer.flush()
+    assert optimizer.last is not None
+    assert plain.last is not None
+    assert optimizer.last.losses[0] == pytest.approx(plain.last.losses[0], rel=1e-12)
+    assert largest_difference(weights_of(other), weights_of(model)) < 1e-13
+
+
+@all_modes
+def test_generators_and_buffers_stand_as_the_last_call_left_them_or_as_at_the_start(
+    storage: StorageOptions,
+) -> None:
+    if getattr(storage, "paired", False):
+        pytest.skip("random numbers are refused there")
+    _, batches, optimizer = made(storage)
+    drawn: list[tuple[float, float, float]] = []
+
+    def closure() -> float:
+        drawn.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+        return float(batches(0)())
+
+    def start() -> None:
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        drawn.clear()
+
+    def next_ones() -> tuple[float, float, float]:
+        return float(torch.rand(())), random.random(), float(np.random.rand())
+
+    start()
+    expected = [next_ones() for _ in range(3)]
+    start()
+    optimizer.measure(closure)
+    optimizer.measure(closure)
+    optimizer.step()
+    assert drawn == [expected[0], expected[0], expected[1], expected[1]]
+    assert next_ones() == expected[2]
+    start()
+    optimizer.measure(closure)
+    optimizer.measure(closure)
+    optimizer.discard()
+    assert next_ones() == expected[0]
+    start()
+    optimizer.measure(closure)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.measure(lambda: closure() / 0)
+    assert next_ones() == expected[0]
