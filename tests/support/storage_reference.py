@@ -20,21 +20,20 @@ from fedkseed_kernels.contract import arithmetic, derived, reference
 from support.carried_decay import CarriedDecay
 
 Evaluate = Callable[[nn.Module], float]
-Shapes = tuple[tuple[int, ...], ...]
+#: Stream and number of elements of each tensor.
+Layout = tuple[tuple[int, int], ...]
 
 
 @lru_cache(maxsize=256)
-def noise(shapes: Shapes, seed: int) -> NDArray[np.float32]:
-    """z of tensors of these shapes with the streams 0, 1, 2, ..., one behind the other."""
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    return np.concatenate([reference.gaussian(seed, i, np.arange(size)) for i, size in enumerate(sizes)])
+def noise(layout: Layout, seed: int) -> NDArray[np.float32]:
+    """z of the tensors, one behind the other."""
+    return np.concatenate([reference.gaussian(seed, stream, np.arange(size)) for stream, size in layout])
 
 
 @lru_cache(maxsize=256)
-def rounding_bits(shapes: Shapes, rounding_seed: int) -> NDArray[np.uint16]:
+def rounding_bits(layout: Layout, rounding_seed: int) -> NDArray[np.uint16]:
     """The random bits of stochastic rounding, laid out as `noise` is."""
-    sizes = [int(np.prod(shape)) for shape in shapes]
-    pieces = [reference.rounding_bits(rounding_seed, i, np.arange(size)) for i, size in enumerate(sizes)]
+    pieces = [reference.rounding_bits(rounding_seed, stream, np.arange(size)) for stream, size in layout]
     return np.concatenate(pieces)
 
 
@@ -45,14 +44,16 @@ def pass_over(
     alpha: float = 1.0,
     rounding_seed: int | None = None,
 ) -> None:
-    """The primitive (contract, section 6.1) in place over all parameters, tied ones once; of one dtype.
+    """The primitive (contract, section 6.1) in place over all tuned parameters, tied ones once; of one dtype.
 
+    A frozen parameter stays as it is, and keeps its stream.
     Rounds stochastically if there is a rounding seed, to nearest if not.
     """
-    parameters = [parameter.detach() for _, parameter in model.named_parameters()]
-    shapes = tuple(tuple(parameter.shape) for parameter in parameters)
+    numbered = [(i, p.detach()) for i, (_, p) in enumerate(model.named_parameters()) if p.requires_grad]
+    layout = tuple((stream, parameter.numel()) for stream, parameter in numbered)
+    parameters = [parameter for _, parameter in numbered]
     flat = torch.cat([parameter.flatten() for parameter in parameters])
-    terms = [(c, noise(shapes, seed)) for seed, c in zip(seeds, coeffs, strict=True) if c]
+    terms = [(c, noise(layout, seed)) for seed, c in zip(seeds, coeffs, strict=True) if c]
     if alpha == 1 and not terms:
         return
     fma, number = (
@@ -69,7 +70,7 @@ def pass_over(
         patterns = (
             reference.round_to_nearest(y, "bfloat16")
             if rounding_seed is None
-            else arithmetic.round_to_bf16_stochastic(y, rounding_bits(shapes, rounding_seed))
+            else arithmetic.round_to_bf16_stochastic(y, rounding_bits(layout, rounding_seed))
         )
         moved = torch.from_numpy(patterns.view(np.int16)).view(torch.bfloat16)
     pieces = moved.split([parameter.numel() for parameter in parameters])
@@ -87,7 +88,7 @@ def same_weights(model: nn.Module, other: nn.Module) -> bool:
 
 
 def _bytes(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.detach().contiguous().view(torch.uint8)
+    return parameter.detach().flatten().view(torch.uint8)
 
 
 class Reference:
