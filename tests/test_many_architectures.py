@@ -23,6 +23,9 @@ from torch import nn
 from fedkseed import ZOSGD, Inplace, Streamed
 from fedkseed_kernels.contract import derived
 
+# transformers 5.20 scripts functions of three of them when they are imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 SEED, LR = 17, 2e-2
 EPS = {torch.float64: float(np.float32(1e-3)), torch.float32: float(np.float32(1e-2))}
 # In place, the minus side is rounded twice. An fp32 loss of about 4 has a last bit of 5e-7: g, of 2e-5.
