@@ -152,6 +152,14 @@ def test_empty_lists_and_tensors_are_no_work() -> None:
     assert_same_bits(weights[1], expected_axpy(torch.ones(3), [1], [1.0], stream=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_empty_tensors_may_be_widened(dtype: torch.dtype) -> None:
+    weights = [torch.empty(2, 0, dtype=dtype), torch.ones(3, dtype=dtype)]
+    outs = [torch.empty(2, 0), torch.empty(3)]
+    fk.seed_axpy(weights, [1], [1.0], out=outs)
+    assert_same_bits(outs[1], expected_axpy(torch.ones(3), [1], [1.0], stream=1))
+
+
 @pytest.mark.parametrize(
     ("seeds", "coeffs"),
     [

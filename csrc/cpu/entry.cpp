@@ -64,7 +64,8 @@ bool residuals_fit(const fk_tensor *t, const fk_terms *terms) {
 
 bool outputs_fit(const fk_tensor *t) {
   const bool is_half = t->dtype == FK_BF16 || t->dtype == FK_FP16;
-  return t->out_dtype == t->dtype || (t->out_dtype == FK_FP32 && is_half && t->in && !t->residual_out);
+  const bool has_input = t->in || t->numel == 0; // an empty tensor has no address
+  return t->out_dtype == t->dtype || (t->out_dtype == FK_FP32 && is_half && has_input && !t->residual_out);
 }
 
 const fk_kernels *resolve(int32_t isa) {
