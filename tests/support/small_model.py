@@ -27,7 +27,7 @@ def weights_of(model: nn.Module) -> list[torch.Tensor]:
 
 def same_bytes(left: Sequence[torch.Tensor], right: Sequence[torch.Tensor]) -> bool:
     return all(
-        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
         for a, b in zip(left, right, strict=True)
     )
 

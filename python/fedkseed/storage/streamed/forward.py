@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from fedkseed.model.buffers import Buffers
 from fedkseed.model.packed import packed_bytes
 from fedkseed.model.placement import by_device
+from fedkseed.storage.streamed.buffers import WidenedBuffers
 from fedkseed.storage.streamed.copies import Copies, Perturbation, Scratch, Weight
 from fedkseed.storage.streamed.guard import ReadGuard, StandIns
 from fedkseed.storage.streamed.pairing import Pairing, map_tensors
@@ -65,7 +66,8 @@ class PerturbedModel:
         self._is_checked = False
         self._pairing = Pairing(model, self._guard, self._scratches)
         #: Of each unit that is run on one half, then on the other.
-        self._buffers = {unit: Buffers(unit.module) for unit in self.units} if is_paired else {}
+        self._unit_buffers = {unit: Buffers(unit.module) for unit in self.units} if is_paired else {}
+        self._widened = WidenedBuffers(model, next((w.dtype for w in weights if w.is_widened), None))
 
     def evaluate(self, closure: Callable[[], float], perturbation: Perturbation, sign: int) -> float:
         """The closure at w + sign eps z, within `swapped`.
@@ -116,6 +118,7 @@ class PerturbedModel:
                     vars(self._model)["forward"] = self._pairing.around_model(self._model.forward)
                 for weight in self._weights:
                     weight.parameter.data = self._stand_ins[weight]
+                self._widened.widen()
             yield
         finally:
             with interrupts_held():
@@ -131,6 +134,7 @@ class PerturbedModel:
                 for scratches in self._scratches.values():
                     for scratch in scratches:
                         scratch.level = 0
+                self._widened.put_back()
 
     def _wrapper(self, unit: Unit, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
@@ -149,7 +153,7 @@ class PerturbedModel:
         calls = self._pairing.split(unit, args, kwargs)
         results: list[Any] = []
         with self._entered(unit) as sides:
-            buffers = self._buffers[unit].keep()
+            buffers = self._unit_buffers[unit].keep()
             for (sign, load), (half_args, half_kwargs) in zip(sides, calls, strict=True):
                 self._sign = sign
                 load()
