@@ -5,6 +5,7 @@ The noise contract is docs/noise-contract.md; arguments, dtypes and errors are d
 """
 
 from fedkseed_kernels._version import __version__
+from fedkseed_kernels.arguments.overlap import Overlap, find_overlap
 from fedkseed_kernels.contract import derived
 from fedkseed_kernels.contract.derived import candidate_seeds
 from fedkseed_kernels.contract.reference import CONTRACT_VERSION, FAMILIES
@@ -23,6 +24,7 @@ from fedkseed_kernels.self_test.remembered import cache_folder
 __all__ = [
     "CONTRACT_VERSION",
     "FAMILIES",
+    "Overlap",
     "Prepared",
     "PreparedOut",
     "PreparedPair",
@@ -33,6 +35,7 @@ __all__ = [
     "candidate_seeds",
     "cpu_isa",
     "derived",
+    "find_overlap",
     "info",
     "normal",
     "perturb_",

@@ -138,6 +138,16 @@ class Prepared:
         self._check_unchanged()
         dispatch.execute(operands, terms)
 
+    def check(self) -> None:
+        """Raises what a call would raise for the tensors themselves, whatever its terms; moves nothing.
+
+        Raises:
+            RuntimeError: a tensor is not where, or what, it was when it was prepared, or requires grad while
+                gradients are recorded; no backend serves the device.
+        """
+        self._check_unchanged()
+        dispatch.select(self._operands.device)
+
     def _expect(self, maker: str) -> None:
         if self._maker != maker:
             raise TypeError(

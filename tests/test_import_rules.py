@@ -29,7 +29,7 @@ KERNELS = {
     "dispatch": ("_version", "contract", "operands", "self_test", "backends"),
     "ops": ("operands", "arguments", "dispatch"),
     "prepared": ("operands", "arguments", "dispatch"),
-    "__init__": ("_version", "contract", "self_test", "dispatch", "ops", "prepared"),
+    "__init__": ("_version", "contract", "arguments", "self_test", "dispatch", "ops", "prepared"),
     "conformance": ("*",),
 }
 GROUND = ("_checks", "_extras", "_means", "files", "seeds")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,12 +122,16 @@ def _ranges(items: TensorList) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
     return starts, starts + np.array(extents, dtype=np.uint64) * sizes
 
 
-def find_shared(lists: Sequence[TensorList]) -> tuple[int, int, bool] | None:
+def find_shared(lists: Sequence[TensorList], num_changed: int | None = None) -> tuple[int, int, bool] | None:
     """Two tensors of all lists together that share memory, and whether that is certain; None if none do.
 
     O(n log n) when the byte ranges are disjoint; each pair of intersecting ranges of strided tensors adds a
     search.
-    Returns: the positions of the two in the concatenation of the lists.
+
+    Args:
+        num_changed: so many tensors, the first ones, are changed; the others may share memory among
+            themselves. All of them if None.
+    Returns: the positions of the two in the concatenation of the lists, ascending.
     """
     ranges = [_ranges(items) for items in lists]
     starts, ends = (np.concatenate(x) for x in zip(*ranges, strict=True))
@@ -136,12 +141,39 @@ def find_shared(lists: Sequence[TensorList]) -> tuple[int, int, bool] | None:
         return None
     tensors = [t for items in lists for t in items.tensors]
     contiguous = [flat for items in lists for flat in items.contiguous]
+    num_changed = len(tensors) if num_changed is None else num_changed
     open_ranges: list[int] = []
     for i in order.tolist():
         open_ranges = [j for j in open_ranges if ends[j] > starts[i]]
         for j in open_ranges:
+            if min(i, j) >= num_changed:
+                continue
             shared = True if contiguous[i] and contiguous[j] else _share_memory(tensors[j], tensors[i])
             if shared is not False:
                 return min(i, j), max(i, j), shared is True
         open_ranges.append(i)
     return None
+
+
+class Overlap(NamedTuple):
+    """Two tensors that share memory: their positions, ascending, among the changed ones and then the others.
+
+    `is_certain` is False where strides are too irregular to tell; such tensors are refused like the rest.
+    """
+
+    first: int
+    second: int
+    is_certain: bool
+
+
+def find_overlap(changed: Sequence[Tensor], others: Sequence[Tensor] = ()) -> Overlap | None:
+    """The check that calls in place make of their tensors, for those that will be made on `changed`.
+
+    Args:
+        changed: of one device, in memory, strided; of any dtype.
+        others: read or kept beside them; what they share among themselves does not matter.
+
+    Returns: two tensors that share memory, one of `changed` at least; None if there are none.
+    """
+    found = find_shared([TensorList(changed), TensorList(others)], len(changed))
+    return None if found is None else Overlap(*found)
