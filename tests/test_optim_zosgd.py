@@ -210,7 +210,7 @@ def test_an_exception_in_any_evaluation_takes_the_perturbation_back(
 
 
 @pytest.mark.usefixtures("ctrl_c_raises")
-@pytest.mark.parametrize("stop_at", range(1, 8))
+@pytest.mark.parametrize("stop_at", range(1, 7))
 def test_ctrl_c_inside_a_pass_updates_all_groups_or_none(
     stop_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,7 +234,7 @@ def test_ctrl_c_inside_a_pass_updates_all_groups_or_none(
     monkeypatch.setattr(fedkseed_kernels.Prepared, "seed_axpy_", seed_axpy_)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step(make_closure(model))
-    # Four passes to the points, one that only checks, and one for each group.
+    # Four passes to the points, and one for each group.
     updated = stop_at >= 5
     assert len(optimizer.projected_grads) == (2 if updated else 0)
     assert largest_difference(weights_of(mirror) if updated else before, weights_of(model)) < 1e-14
@@ -254,7 +254,10 @@ def test_a_closure_that_moves_a_parameter_is_noticed_and_nothing_stays_perturbed
                 model[2].bias.data = model[2].bias.data.clone()
             return float(len(calls))
 
-        with pytest.raises(RuntimeError, match="call prepare again"):
+        with pytest.raises(
+            RuntimeError,
+            match="expected tensor 3 where and what it was, but its address changed .*; make a new",
+        ):
             optimizer.step(closure)
         assert optimizer.projected_grads == ()
         assert largest_difference(before, weights_of(model)) < 1e-15

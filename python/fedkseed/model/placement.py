@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 import fedkseed_kernels
+from fedkseed.model.named_errors import errors_named
 
 
 def by_device(tensors: Iterable[torch.Tensor]) -> dict[torch.device, list[int]]:
@@ -41,9 +42,11 @@ class PreparedTensors:
         streams: the noise stream of each.
         family: of the noise.
         residuals: for each tensor None or its residual (contract, section 6.5).
+        names: of each tensor, by which errors call it; "tensors[i]" of its device if there are none.
 
     Raises:
         TypeError, ValueError: as `fedkseed_kernels.prepare`.
+        RuntimeError: no backend serves a device.
     """
 
     def __init__(
@@ -52,20 +55,24 @@ class PreparedTensors:
         streams: Sequence[int],
         family: str,
         residuals: Sequence[torch.Tensor | None] | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         residuals = [None] * len(tensors) if residuals is None else residuals
         given = list(zip(tensors, streams, residuals, strict=True))
-        self._handles = []
+        self._handles: list[tuple[fedkseed_kernels.Prepared, list[str]]] = []
         for positions in by_device(tensors).values() or [[]]:  # without tensors too, arguments are checked
             chosen = [given[position] for position in positions]
-            self._handles.append(
-                fedkseed_kernels.prepare(
+            chosen_names = [names[position] for position in positions] if names else []
+            with errors_named(chosen_names):
+                handle = fedkseed_kernels.prepare(
                     [tensor for tensor, _, _ in chosen],
                     streams=[stream for _, stream, _ in chosen],
                     family=family,
                     residuals=[residual for _, _, residual in chosen],
                 )
-            )
+            self._handles.append((handle, chosen_names))
+        with torch.no_grad():
+            self.check()
 
     def check(self) -> None:
         """Moves nothing.
@@ -73,8 +80,9 @@ class PreparedTensors:
         Raises:
             RuntimeError: a tensor is not where, or what, it was at construction; a device cannot be served.
         """
-        for handle in self._handles:
-            handle.seed_axpy_([], [])
+        for handle, names in self._handles:
+            with errors_named(names):
+                handle.check()
 
     def seed_axpy_(self, seeds: Any, coeffs: Any, **options: Any) -> None:
         """`fedkseed_kernels.seed_axpy_` on all of the tensors.
@@ -83,5 +91,6 @@ class PreparedTensors:
         """
         if len(self._handles) > 1:
             self.check()
-        for handle in self._handles:
-            handle.seed_axpy_(seeds, coeffs, **options)
+        for handle, names in self._handles:
+            with errors_named(names):
+                handle.seed_axpy_(seeds, coeffs, **options)

@@ -37,8 +37,15 @@ def flush_before_reads(model: nn.Module, weights: Waiting, owner: object) -> Non
 
     Raises:
         ValueError: a module compiled in place, whose compiled code may know no hooks.
+        TypeError: a TorchScript module, which knows none. No hook is made then.
     """
     for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"expected modules that tell when they are read, got {name or 'the model itself'} "
+                f"({type(module).__name__}), TorchScript, which knows no hooks; give the optimizer the model "
+                "that was scripted or traced, or take Inplace()"
+            )
         if module._compiled_call_impl is not None:
             raise ValueError(
                 f"expected a model that tells when it is read, got {name or 'one'} compiled in place "

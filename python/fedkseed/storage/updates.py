@@ -105,13 +105,16 @@ class GroupedWeights:
             [stream for group in weights.streams for stream in group],
             weights.family,
             [residual for group in residuals for residual in group],
+            [name for group in weights.names for name in group],
         )
         self._groups = (
             [self.whole]
             if len(weights.groups) == 1
             else [
-                PreparedTensors(group, streams, weights.family, of_group)
-                for group, streams, of_group in zip(weights.groups, weights.streams, residuals, strict=True)
+                PreparedTensors(group, streams, weights.family, of_group, its_names)
+                for group, streams, of_group, its_names in zip(
+                    weights.groups, weights.streams, residuals, weights.names, strict=True
+                )
             ]
         )
 

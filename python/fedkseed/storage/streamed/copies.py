@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fedkseed_kernels
+from fedkseed.model.named_errors import errors_named
 from fedkseed.model.packed import packed_bytes, packed_views
 from fedkseed.storage.updates import rounding_options
 
@@ -153,6 +154,7 @@ class Copies:
             if weight.stream is None
         ]
         self._handle: fedkseed_kernels.Prepared | None = None
+        self._names = [weight.name for weight in perturbed]
         if perturbed:
             prepare = fedkseed_kernels.prepare_out if len(sides) == 1 else fedkseed_kernels.prepare_pair
             self._handle = prepare(
@@ -172,7 +174,10 @@ class Copies:
         for stored, tensor in self._converted:
             tensor.copy_(stored)
         if self._handle is not None:
-            self._handle.seed_axpy([perturbation.seed], [sign * perturbation.eps], **perturbation.rounding)
+            with errors_named(self._names):
+                self._handle.seed_axpy(
+                    [perturbation.seed], [sign * perturbation.eps], **perturbation.rounding
+                )
 
 
 def _widened(weight: Weight, flat: Tensor) -> Tensor:

@@ -41,6 +41,12 @@ _REFUSED = (
         "FSDPModule",
         "it gathers weights on its own; use storage=Inplace() on a model that is not sharded",
     ),
+    (
+        "torch.jit",
+        "ScriptModule",
+        "TorchScript keeps its weights from being exchanged; give the model that was scripted or traced, or "
+        "use storage=Inplace()",
+    ),
 )
 
 
@@ -146,10 +152,10 @@ class _Splitter:
 
 
 def check_servable(model: nn.Module) -> None:
-    """Refuses modules that would not see the perturbed weights.
+    """Refuses modules that would not see the perturbed weights, and parameters that cannot be guarded.
 
     Raises:
-        TypeError: names the module and what to do instead.
+        TypeError: names the module or parameter and what to do instead.
     """
     refused = types_if_imported(_REFUSED)
     for name, module in model.named_modules():
@@ -171,6 +177,12 @@ def check_servable(model: nn.Module) -> None:
             raise TypeError(
                 f"expected parameters that have a shape, got {place} with uninitialized ones; "
                 "run one forward pass first"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise TypeError(
+                f"expected parameters that count what is written to them, got {name} made within "
+                "torch.inference_mode(); make the model outside of it, or use storage=Inplace()"
             )
 
 
