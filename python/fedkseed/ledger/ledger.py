@@ -26,6 +26,7 @@ from fedkseed.ledger.format import (
 from fedkseed.ledger.signature import PrivateKey, PublicKey, Signature
 from fedkseed.model.identity import IdentityError, ModelIdentity, frozen_indices
 from fedkseed.model.manifest import manifest_parameters
+from fedkseed.model.overlaps import check_overlaps
 from fedkseed.model.placement import PreparedTensors
 from fedkseed.seeds import SeedPool
 
@@ -231,7 +232,8 @@ class Ledger:
         Raises:
             IdentityError: another model, or other weights.
             LedgerUnsignedError, LedgerSignatureError: as `verify`.
-            TypeError, ValueError: as `ModelIdentity.of` and `fedkseed_kernels.prepare`.
+            TypeError, ValueError, RuntimeError: as `ModelIdentity.of`, `check_overlaps` and
+                `PreparedTensors`.
         """
         if public_key is not None:
             self.verify(public_key)
@@ -244,7 +246,10 @@ class Ledger:
         self.identity.require(ModelIdentity.of(model, self.frozen))
         frozen = frozenset(self.frozen)
         streams = [stream for stream in range(len(parameters)) if stream not in frozen]
-        weights = PreparedTensors([parameters[stream][1] for stream in streams], streams, self.family)
+        names = [parameters[stream][0] for stream in streams]
+        tensors = [parameters[stream][1] for stream in streams]
+        check_overlaps(names, tensors, model)
+        weights = PreparedTensors(tensors, streams, self.family, names=names)
         weights.seed_axpy_(self.seed_pool.seeds, self.coefficients)
 
     def _unsigned_bytes(self) -> bytes:

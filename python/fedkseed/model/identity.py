@@ -132,11 +132,16 @@ def content_hash(parameters: list[tuple[str, torch.Tensor]]) -> bytes:
     """SHA-256 over, for each (name, tensor): length of the dtype's name u32, that name, then the elements.
 
     Raises:
-        ValueError: a tensor without data of its own (meta device) or sharded, named.
+        ValueError: a tensor without data of its own (meta device, freed), sharded or not dense, named.
     """
     digest = hashlib.sha256()
     for name, parameter in parameters:
-        if parameter.is_meta or type(parameter.data) is not torch.Tensor:
+        if parameter.layout is not torch.strided:
+            raise ValueError(
+                f"expected dense weights, got {name} of layout {parameter.layout}; make it dense"
+            )
+        is_ordinary = type(parameter.data) is torch.Tensor and not parameter.is_meta
+        if not is_ordinary or (parameter.numel() > 0 and not parameter.data_ptr()):
             raise ValueError(
                 f"expected whole weights in memory, got {name} as {type(parameter.data).__name__} on "
                 f"{parameter.device}; load the full model first"

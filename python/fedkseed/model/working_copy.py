@@ -15,7 +15,10 @@ from torch import nn
 import fedkseed_kernels
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import Manifest, manifest_parameters
-from fedkseed.model.placement import by_device
+from fedkseed.model.named_errors import errors_named
+from fedkseed.model.overlaps import check_overlaps, refuse_overlap
+from fedkseed.model.placement import PreparedTensors, by_device
+from fedkseed.model.tunable import check_tunable
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.seeds import SeedPool
 
@@ -42,7 +45,8 @@ class WorkingCopy:
         seconds_rebuild, seconds_reset: time spent in rebuilding and in copying, in all.
 
     Raises:
-        ValueError: nothing to tune, or w0 of other shapes or dtypes.
+        ValueError: nothing to tune, w0 of other shapes or dtypes, or what shares memory with the weights.
+        TypeError, ValueError, RuntimeError: weights as `check_tunable` and `PreparedTensors`, named.
     """
 
     def __init__(
@@ -63,6 +67,10 @@ class WorkingCopy:
             raise ValueError("expected at least one parameter to tune, got all frozen (requires_grad=False)")
         self._streams = [stream for stream, _ in tuned]
         self._weights = [parameter for _, parameter in tuned]
+        self._names = [self.manifest.names[stream] for stream in self._streams]
+        check_tunable(self._names, self._weights)
+        check_overlaps(self._names, self._weights, model)
+        PreparedTensors(self._weights, self._streams, "gaussian", names=self._names)  # or it raises
         flush_waiting(self._weights)
         self.w0 = [weight.detach().clone() for weight in self._weights] if w0 is None else list(w0)
         self._check_like_weights("w0", self.w0)
@@ -72,6 +80,11 @@ class WorkingCopy:
         elif round_model is not None:
             self._round_model = list(round_model)
             self._check_like_weights("round_model", self._round_model)
+        refuse_overlap(
+            [*self._called("{}", self._weights), *self._called("round_model's {}", self._round_model or ())],
+            self._called("w0's {}", self.w0),
+            "give w0 and round_model tensors of their own",
+        )
         self._kept: tuple[SeedPool, bytes, str] | None = None  # what the round model holds
         self.seconds_rebuild = 0.0
         self.seconds_reset = 0.0
@@ -117,14 +130,15 @@ class WorkingCopy:
             self.seconds_reset += perf_counter() - start
             return
         for positions in by_device(self._weights).values():
-            fedkseed_kernels.seed_axpy(
-                [self.w0[position] for position in positions],
-                torch.from_numpy(pool.seeds.view(np.int64).copy()),
-                torch.from_numpy(coefficients.astype(np.float64)),
-                streams=[self._streams[position] for position in positions],
-                out=[self._weights[position] for position in positions],
-                family=family,
-            )
+            with errors_named([self._names[position] for position in positions], "w0's {}"):
+                fedkseed_kernels.seed_axpy(
+                    [self.w0[position] for position in positions],
+                    torch.from_numpy(pool.seeds.view(np.int64).copy()),
+                    torch.from_numpy(coefficients.astype(np.float64)),
+                    streams=[self._streams[position] for position in positions],
+                    out=[self._weights[position] for position in positions],
+                    family=family,
+                )
         self.seconds_rebuild += perf_counter() - start
         if self._round_model is not None:
             start = perf_counter()
@@ -143,11 +157,22 @@ class WorkingCopy:
         """Says that another process has rebuilt these coefficients into the shared round model."""
         self._kept = (pool, coefficients.astype(np.float64).tobytes(), family)
 
+    def _called(self, form: str, tensors: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        return [(form.format(name), tensor) for name, tensor in zip(self._names, tensors, strict=False)]
+
     def _check_like_weights(self, name: str, tensors: Sequence[torch.Tensor]) -> None:
-        found = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-        wanted = [(tuple(weight.shape), weight.dtype) for weight in self._weights]
-        if found != wanted:
+        pairs = list(zip(self._names, tensors, self._weights, strict=False))
+        others = [
+            f", {called} {_kind(tensor)} for {_kind(weight)}"
+            for called, tensor, weight in pairs
+            if _kind(tensor) != _kind(weight)
+        ]
+        if others or len(tensors) != len(self._weights):
             raise ValueError(
-                f"expected {name} with the shapes and dtypes of the model's {len(wanted)} tuned parameters, "
-                f"got {len(found)} tensors, {sum(a != b for a, b in zip(found, wanted, strict=False))} others"
+                f"expected {name} with the shapes and dtypes of the model's {len(self._weights)} tuned "
+                f"parameters, got {len(tensors)} tensors, {len(others)} others{''.join(others[:1])}"
             )
+
+
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"

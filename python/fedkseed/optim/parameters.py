@@ -10,6 +10,9 @@ import torch
 from torch import nn
 
 from fedkseed.model.manifest import Manifest, manifest_parameters
+from fedkseed.model.overlaps import check_overlaps
+from fedkseed.model.tunable import check_tunable
+from fedkseed.optim.quantised import warn_if_quantised
 
 #: What an optimizer can be given.
 Params = nn.Module | Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[dict[str, Any]]
@@ -24,7 +27,8 @@ class TunedParameters:
     Attributes:
         groups: as torch.optim.Optimizer takes them; a group may be empty.
         streams: the noise stream of each tensor, group by group.
-        names: of each tensor, group by group.
+        names: what errors call each tensor, group by group: by its name in the model, else by the name given,
+            else by its place.
         manifest: of the model that numbers them; None if a tensor's stream is its place among those given.
     """
 
@@ -40,6 +44,7 @@ def tuned_parameters(
     """Sorts out what an optimizer is given.
 
     A parameter with ``requires_grad=False`` is frozen: left out, but counted. Plain tensors are always tuned.
+    Warns of a model with quantised layers and no adapters.
 
     Args:
         params: a model, a list of tensors or of (name, tensor), or a list of groups of these: dicts with
@@ -48,8 +53,9 @@ def tuned_parameters(
         check_options: raises for options that a group must not have.
 
     Raises:
-        TypeError: a tensor that is not floating point or is sharded; not one of the above.
-        ValueError: nothing to tune, a tensor twice, a tensor that is not of the model.
+        TypeError: not one of the above; a tensor as `check_tunable`.
+        ValueError: nothing to tune, a tensor twice, a tensor that is not of the model; tensors as
+            `check_tunable` and `check_overlaps`.
     """
     given: list[Any]
     if isinstance(params, torch.Tensor):
@@ -66,7 +72,14 @@ def tuned_parameters(
     else:
         listed = [(given, {})]
     manifest, numbers = (None, None) if model is None else _numbers(model)
-    return _without_frozen(listed, manifest, numbers)
+    tuned = _without_frozen(listed, manifest, numbers)
+    names = [name for group in tuned.names for name in group]
+    tensors = [_tensor(member) for group in tuned.groups for member in group["params"]]
+    check_tunable(names, tensors)
+    check_overlaps(names, tensors, model)
+    if model is not None:
+        warn_if_quantised(model, tensors)
+    return tuned
 
 
 def _without_frozen(
@@ -97,7 +110,6 @@ def _without_frozen(
             if manifest is not None and numbers is not None:
                 name = manifest.names[numbers[id(tensor)]]
             if tensor.requires_grad or not isinstance(tensor, nn.Parameter):
-                _check_tunable(name, tensor)
                 tuned.append(member)
                 group_names.append(name)
                 group_streams.append(position if numbers is None else numbers[id(tensor)])
@@ -136,11 +148,5 @@ def _numbers(model: nn.Module) -> tuple[Manifest, dict[int, int]]:
     return manifest, {id(parameter): stream for stream, (_, parameter) in enumerate(parameters)}
 
 
-def _check_tunable(name: str, tensor: torch.Tensor) -> None:
-    if not tensor.is_floating_point():
-        raise TypeError(f"expected floating-point tensors, got {name} of {tensor.dtype}; leave it out")
-    if type(tensor.data) is not torch.Tensor:
-        raise TypeError(
-            f"expected ordinary tensors, got {name} of type {type(tensor.data).__name__}; "
-            "sharded and wrapped tensors are not supported here"
-        )
+def _tensor(member: _Member) -> torch.Tensor:
+    return member[1] if isinstance(member, tuple) else member  # type: ignore[no-any-return]
