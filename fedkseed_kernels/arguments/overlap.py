@@ -142,16 +142,17 @@ def find_shared(lists: Sequence[TensorList], num_changed: int | None = None) -> 
     tensors = [t for items in lists for t in items.tensors]
     contiguous = [flat for items in lists for flat in items.contiguous]
     num_changed = len(tensors) if num_changed is None else num_changed
-    open_ranges: list[int] = []
+    open_changed: list[int] = []
+    open_others: list[int] = []
     for i in order.tolist():
-        open_ranges = [j for j in open_ranges if ends[j] > starts[i]]
-        for j in open_ranges:
-            if min(i, j) >= num_changed:
-                continue
+        open_changed = [j for j in open_changed if ends[j] > starts[i]]
+        if i < num_changed:
+            open_others = [j for j in open_others if ends[j] > starts[i]]
+        for j in (*open_changed, *(open_others if i < num_changed else ())):
             shared = True if contiguous[i] and contiguous[j] else _share_memory(tensors[j], tensors[i])
             if shared is not False:
                 return min(i, j), max(i, j), shared is True
-        open_ranges.append(i)
+        (open_changed if i < num_changed else open_others).append(i)
     return None
 
 

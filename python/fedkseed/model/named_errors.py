@@ -11,7 +11,8 @@ TIE = "tie them as one Parameter object, or give one of them a copy (.clone())"
 
 _POSITION = re.compile(r"\b(tensors|residuals|out)\[(\d+)\]")
 _MEMORY_OF_ITS_OWN = "give it memory of its own: nn.Parameter(p.detach().clone().contiguous())"
-#: What the kernels say to those who call them: what it comes to for the owner of the model.
+#: What the kernels say to those who call them: what it comes to for the owner of the model, where {} is the
+#: first tensor's name.
 _WORDS = {
     "leave it out or convert it": (
         "convert it, or freeze it (requires_grad_(False)) and tune adapters if it is quantised"
@@ -26,6 +27,7 @@ _WORDS = {
     "wrap the call in torch.no_grad(), the noise kernels are not differentiable": (
         "leave gradients off: is there a torch.set_grad_enabled(True) in the closure?"
     ),
+    "expected tensors on one of": "expected {} on one of",
     "move them there": "move the model there",
 }
 
@@ -51,7 +53,7 @@ def _in_names(message: str, names: Sequence[str], tensors: str) -> str:
     forms = {"tensors": tensors, "residuals": "the residual of {}", "out": "{}"}
     message = _POSITION.sub(lambda found: forms[found[1]].format(names[int(found[2])]), message)
     for theirs, ours in _WORDS.items():
-        message = message.replace(theirs, ours)
+        message = message.replace(theirs, ours.replace("{}", names[0]))
     return message
 
 
