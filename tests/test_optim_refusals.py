@@ -275,7 +275,7 @@ def test_w0_apart_from_the_weights() -> None:
 
 
 class Linear4bit(nn.Module):
-    """As bitsandbytes calls its own."""
+    """A layer of 4 bits by the name that bitsandbytes gives it."""
 
     def __init__(self, adapter: bool = False) -> None:
         super().__init__()
@@ -286,7 +286,7 @@ class Linear4bit(nn.Module):
 
 
 class QuantLinear(nn.Module):
-    """As GPTQ packs a layer."""
+    """A layer packed into integers, by the names of GPTQ."""
 
     def __init__(self) -> None:
         super().__init__()
