@@ -21,7 +21,7 @@ from fedkseed.federation import (
 from fedkseed.files import FolderInUseError
 from fedkseed.ledger import Ledger, LedgerError, SigningKeyError, load
 from fedkseed.model import IdentityError, Manifest, ModelIdentity, WorkingCopy, manifest_parameters
-from fedkseed.optim import ZOSGD, FedKSeedSGD, paired_losses
+from fedkseed.optim import ZOSGD, FedKSeedSGD, decay_groups, paired_losses
 from fedkseed.seeds import SeedPool
 from fedkseed.simulation import (
     RoundFailedError,
@@ -66,6 +66,7 @@ __all__ = [
     "Task",
     "WorkerError",
     "WorkingCopy",
+    "decay_groups",
     "load",
     "manifest_parameters",
     "paired_losses",
