@@ -8,6 +8,7 @@ from time import perf_counter
 from typing import Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from fedkseed._checks import check_count
@@ -39,7 +40,8 @@ class LocalRun:
 class Client(Generic[BatchT]):
     """Rebuilds the round's model from w0 and coefficients, runs the schedule it is sent, returns scalars.
 
-    Between rounds it keeps nothing: the working copy may be shared with other clients of the same machine.
+    Between rounds it keeps nothing: the working copy may be shared with other clients of the same machine,
+    in other threads too, where one waits for the other (`WorkingCopy.exclusive`).
 
     Args:
         client: its number at the server.
@@ -99,6 +101,13 @@ class Client(Generic[BatchT]):
         """
         broadcast = Broadcast.from_bytes(message)
         pool = self._pool_for(broadcast)
+        with self.working.exclusive():
+            scalars = self._walk(broadcast, pool)
+        digest = broadcast_digest(message)
+        return Reply(broadcast.round, self.client, self.data_size, digest, scalars).to_bytes()
+
+    def _walk(self, broadcast: Broadcast, pool: SeedPool) -> NDArray[np.float32]:
+        """g of each step of the schedule, from the round's model on."""
         self.working.load(pool, broadcast.coefficients, broadcast.family)
         start = perf_counter()
         optimizer = FedKSeedSGD(
@@ -124,9 +133,7 @@ class Client(Generic[BatchT]):
         if len(losses) != num_steps:
             raise ValueError(f"expected {num_steps} batches, one for each local step, got {len(losses)}")
         self.last_run = LocalRun(tuple(losses), optimizer.num_skipped, perf_counter() - start)
-        scalars = np.array([g for _, g in optimizer.history], dtype=np.float32)
-        digest = broadcast_digest(message)
-        return Reply(broadcast.round, self.client, self.data_size, digest, scalars).to_bytes()
+        return np.array([g for _, g in optimizer.history], dtype=np.float32)
 
     def _pool_for(self, broadcast: Broadcast) -> SeedPool:
         """The seeds of a broadcast that is meant for this client and its model."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from functools import cached_property
+from contextlib import AbstractContextManager
 from time import perf_counter
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import fedkseed_kernels
+from fedkseed.model.buffers import Buffers
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import Manifest, manifest_parameters
 from fedkseed.model.named_errors import errors_named
@@ -22,12 +25,21 @@ from fedkseed.model.tunable import check_tunable
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.seeds import SeedPool
 
+#: The lock of each model that working copies have been made of: copies of one model share its weights.
+_locks: WeakKeyDictionary[nn.Module, AbstractContextManager[bool]] = WeakKeyDictionary()
+_locks_change = threading.Lock()
+
 
 class WorkingCopy:
     """A model whose tuned parameters can be set to any w0 + sum_k c_k z(seed_k).
 
-    Frozen parameters (``requires_grad=False``) and buffers are left alone: a model whose forward pass changes
-    buffers (batch norm in training mode) is not restored by `load`.
+    Frozen parameters (``requires_grad=False``) are left alone. Buffers, which a forward pass in training mode
+    may move (batch norm), are put back to what they were at construction.
+
+    Several threads may use it, and several working copies of one model: `load`, `fedkseed.Client.step` and
+    what runs under `exclusive` wait for each other. Random number generators are the process's: where the
+    loss draws from them (dropout), replies depend on which thread comes first, and between threads with a
+    model each the two sides of a step may see other numbers. Take processes there.
 
     Args:
         model: its weights are w0 as they stand now; from then on the working weights.
@@ -58,6 +70,7 @@ class WorkingCopy:
     ) -> None:
         self.model = model
         self.manifest = Manifest.of(model)
+        self._identity: ModelIdentity | None = None
         tuned = [
             (stream, parameter)
             for stream, (_, parameter) in enumerate(manifest_parameters(model))
@@ -70,9 +83,11 @@ class WorkingCopy:
         self._names = [self.manifest.names[stream] for stream in self._streams]
         check_tunable(self._names, self._weights)
         check_overlaps(self._names, self._weights, model)
-        PreparedTensors(self._weights, self._streams, "gaussian", names=self._names)  # or it raises
-        flush_waiting(self._weights)
-        self.w0 = [weight.detach().clone() for weight in self._weights] if w0 is None else list(w0)
+        with self.exclusive():
+            PreparedTensors(self._weights, self._streams, "gaussian", names=self._names)  # or it raises
+            flush_waiting(self._weights)
+            self.w0 = [weight.detach().clone() for weight in self._weights] if w0 is None else list(w0)
+            self._buffers = Buffers(model).keep()
         self._check_like_weights("w0", self.w0)
         self._round_model: list[torch.Tensor] | None = None
         if round_model == "own":
@@ -89,13 +104,31 @@ class WorkingCopy:
         self.seconds_rebuild = 0.0
         self.seconds_reset = 0.0
 
-    @cached_property
+    def exclusive(self) -> AbstractContextManager[bool]:
+        """Keeps other threads off the working weights; for whoever reads or writes them beside clients.
+
+            with working.exclusive():
+                working.load(pool, coefficients)
+                score = evaluate(working.model)
+
+        The thread that holds it may ask for it again: for `load`, or a client's whole step.
+        """
+        with _locks_change:
+            return _locks.setdefault(self.model, threading.RLock())
+
+    @property
     def identity(self) -> ModelIdentity:
         """Identity of w0 and the frozen parameters; read and hashed when first asked for.
 
         Raises:
             ValueError: a parameter that is sharded or on the meta device.
         """
+        if self._identity is None:
+            with self.exclusive():  # a step may have stand-ins where frozen parameters are
+                self._identity = self._hashed()
+        return self._identity
+
+    def _hashed(self) -> ModelIdentity:
         tuned = dict(zip(self._streams, self.w0, strict=True))
         weights = [
             tuned.get(stream, parameter.detach())
@@ -113,22 +146,50 @@ class WorkingCopy:
     ) -> None:
         """Sets the working weights to w0 + sum_k coefficients_k z(seed_k), in one pass over w0.
 
+        Buffers hold again what they held at construction.
+
         Args:
             family: of the noise z.
 
         Raises:
             ValueError: not one finite coefficient a seed, or an unknown family; nothing changes.
+            RuntimeError: a buffer was written that is too large to keep a copy of (`KeptBuffers.restore`).
         """
         if coefficients.shape != (pool.num_seeds,):
             raise ValueError(f"expected {pool.num_seeds} coefficients, got shape {coefficients.shape}")
-        flush_waiting(self._weights)  # later it would be taken from the weights loaded now
-        start = perf_counter()
         wanted = (pool, coefficients.astype(np.float64).tobytes(), family)
-        if self._round_model is not None and self._kept == wanted:
-            for weight, kept in zip(self._weights, self._round_model, strict=True):
-                weight.copy_(kept)
-            self.seconds_reset += perf_counter() - start
-            return
+        with self.exclusive():
+            flush_waiting(self._weights)  # later it would be taken from the weights loaded now
+            start = perf_counter()
+            self._buffers.restore()
+            if self._round_model is not None and self._kept == wanted:
+                for weight, kept in zip(self._weights, self._round_model, strict=True):
+                    weight.copy_(kept)
+                self.seconds_reset += perf_counter() - start
+                return
+            self._rebuild(pool, coefficients, family)
+            self.seconds_rebuild += perf_counter() - start
+            if self._round_model is not None:
+                start = perf_counter()
+                self._kept = None
+                for kept, weight in zip(self._round_model, self._weights, strict=True):
+                    kept.copy_(weight)
+                self._kept = wanted
+                self.seconds_reset += perf_counter() - start
+
+    def adopt_round_model(
+        self,
+        pool: SeedPool,
+        coefficients: NDArray[np.float32] | NDArray[np.float64],
+        family: str = "gaussian",
+    ) -> None:
+        """Says that another process has rebuilt these coefficients into the shared round model."""
+        with self.exclusive():
+            self._kept = (pool, coefficients.astype(np.float64).tobytes(), family)
+
+    def _rebuild(
+        self, pool: SeedPool, coefficients: NDArray[np.float32] | NDArray[np.float64], family: str
+    ) -> None:
         for positions in by_device(self._weights).values():
             with errors_named([self._names[position] for position in positions], "w0's {}"):
                 fedkseed_kernels.seed_axpy(
@@ -139,23 +200,6 @@ class WorkingCopy:
                     out=[self._weights[position] for position in positions],
                     family=family,
                 )
-        self.seconds_rebuild += perf_counter() - start
-        if self._round_model is not None:
-            start = perf_counter()
-            self._kept = None
-            for kept, weight in zip(self._round_model, self._weights, strict=True):
-                kept.copy_(weight)
-            self._kept = wanted
-            self.seconds_reset += perf_counter() - start
-
-    def adopt_round_model(
-        self,
-        pool: SeedPool,
-        coefficients: NDArray[np.float32] | NDArray[np.float64],
-        family: str = "gaussian",
-    ) -> None:
-        """Says that another process has rebuilt these coefficients into the shared round model."""
-        self._kept = (pool, coefficients.astype(np.float64).tobytes(), family)
 
     def _called(self, form: str, tensors: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         return [(form.format(name), tensor) for name, tensor in zip(self._names, tensors, strict=False)]

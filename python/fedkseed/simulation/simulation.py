@@ -342,10 +342,11 @@ class Simulation(Generic[ExampleT, BatchT]):
                 f"({reasons[0]}); the round was not merged, resuming tries it again"
             )
         server.merge(replies)
-        working.load(server.pool, server.wire_coefficients, server.config.family)
-        begin = perf_counter()
-        evaluation = self._evaluate(round)
-        end = perf_counter()
+        with working.exclusive():
+            working.load(server.pool, server.wire_coefficients, server.config.family)
+            begin = perf_counter()
+            evaluation = self._evaluate(round)
+            end = perf_counter()
         local = [run.local for run in runs.values() if run.local is not None]
         losses = [loss for seen in local for loss in seen.losses if math.isfinite(loss)]
         result = RoundResult(
