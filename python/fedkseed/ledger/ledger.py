@@ -89,6 +89,12 @@ class Ledger:
     ) -> Ledger:
         """The ledger of coefficients on a model that holds w0 now; what is frozen in it counts as frozen.
 
+        It cannot check that the coefficients belong to this model: that they were gathered from this w0,
+        with the parameters numbered by its manifest (an optimizer made of a plain list numbers them by their
+        place in it), with these ones frozen, along this pool's seeds and this family's noise. Otherwise the
+        ledger is that of another model than the tuned one. The optimizer knows: `fedkseed.optim.ledgers`
+        compares.
+
         Args:
             family: of the noise that the coefficients belong to, `FedKSeedSGD.family` for example.
 
