@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,7 @@ import torch
 from support.small_model import largest_difference, make_closure, make_model, weights_of
 from torch import nn
 
-from fedkseed import FedKSeedSGD, IdentityError, Ledger, LedgerError, SeedPool
-from fedkseed.optim.ledgers import ledger_of
+from fedkseed import FedKSeedSGD, IdentityError, LedgerError, SeedPool
 
 POOL = SeedPool(3, 16)
 LR = 0.05
@@ -35,18 +33,6 @@ def walked(optimizer: Any, model: nn.Module) -> Any:
     return optimizer
 
 
-def tuned(optimizer: Any) -> list[tuple[int, torch.Tensor]]:
-    weights = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
-    return list(zip(itertools.chain.from_iterable(optimizer._streams), weights, strict=True))
-
-
-def ledger(optimizer: FedKSeedSGD, w0: nn.Module, notes: Mapping[str, str] | None = None) -> Ledger:
-    return ledger_of(
-        *(optimizer.manifest, tuned(optimizer), optimizer.seed_pool),
-        *(optimizer.coefficients, optimizer.family, w0, notes),
-    )
-
-
 def difference(rebuilt: nn.Module, model: nn.Module) -> float:
     return largest_difference(weights_of(rebuilt), weights_of(model))
 
@@ -56,7 +42,7 @@ def difference(rebuilt: nn.Module, model: nn.Module) -> float:
 def test_the_ledger_rebuilds_the_walk(make: Callable[[], nn.Module], family: str) -> None:
     model, w0 = make(), make()
     optimizer = walked(FedKSeedSGD(model, LR, 1e-3, POOL, family=family), model)
-    found = ledger(optimizer, w0, {"creator": "a test"})
+    found = optimizer.ledger(w0, {"creator": "a test"})
     assert (found.seed_pool, found.family, found.notes) == (POOL, family, {"creator": "a test"})
     assert np.array_equal(found.coefficients, optimizer.coefficients.astype(np.float32))
     assert found.frozen == ((0, 1) if make is frozen_model else ())
@@ -70,7 +56,7 @@ def test_a_copy_made_before_the_first_step_is_a_w0() -> None:
     model = frozen_model()
     w0 = copy.deepcopy(model)
     optimizer = walked(FedKSeedSGD(model, LR, 1e-3, POOL), model)
-    ledger(optimizer, w0).apply_(w0)
+    optimizer.ledger(w0).apply_(w0)
     assert difference(w0, model) < ROUNDED
 
 
@@ -88,7 +74,7 @@ def test_a_plain_list_is_refused(params: Params) -> None:
     model = frozen_model()
     optimizer = walked(FedKSeedSGD(params(model), LR, 1e-3, POOL), model)
     with pytest.raises(LedgerError, match="give the optimizer the model, or model= beside the list"):
-        ledger(optimizer, frozen_model())
+        optimizer.ledger(frozen_model())
 
 
 def a_part(model: nn.Module) -> Any:
@@ -101,7 +87,7 @@ def test_a_list_beside_its_model_is_right_whatever_its_order(params: Params) -> 
     if params is a_part:
         w0[2].bias.requires_grad_(False)
     optimizer = walked(FedKSeedSGD(params(model), LR, 1e-3, POOL, model=model), model)
-    ledger(optimizer, w0).apply_(w0)
+    optimizer.ledger(w0).apply_(w0)
     assert difference(w0, model) < ROUNDED
     assert difference(w0, frozen_model()) > 0.1
 
@@ -110,7 +96,7 @@ def test_a_part_is_refused_where_w0_says_that_more_was_tuned() -> None:
     model = frozen_model()
     optimizer = FedKSeedSGD(a_part(model), LR, 1e-3, POOL, model=model)
     with pytest.raises(IdentityError, match=r"expected 2\.bias in w0 to be frozen .* to False"):
-        ledger(optimizer, frozen_model())
+        optimizer.ledger(frozen_model())
 
 
 def more(model: nn.Sequential) -> nn.Module:
@@ -165,8 +151,8 @@ def test_a_w0_of_another_make_is_refused_by_the_parameter_that_differs(
     model = frozen_model()
     optimizer = FedKSeedSGD(model, LR, 1e-3, POOL)
     with pytest.raises(IdentityError, match=message):
-        ledger(optimizer, change(frozen_model()))
-    ledger(optimizer, frozen_model())
+        optimizer.ledger(change(frozen_model()))
+    optimizer.ledger(frozen_model())
 
 
 def of_its_memory(model: nn.Sequential) -> nn.Module:
@@ -180,12 +166,12 @@ def test_the_tuned_model_is_no_w0(w0: Callable[[Any], Any]) -> None:
     model = frozen_model()
     optimizer = walked(FedKSeedSGD(model, LR, 1e-3, POOL), model)
     with pytest.raises(IdentityError, match=r"got the tuned one: they share 2\.weight; load the base"):
-        ledger(optimizer, w0(model))
+        optimizer.ledger(w0(model))
 
 
 def test_frozen_weights_may_be_shared_with_w0() -> None:
     model, w0 = frozen_model(), frozen_model()
     w0[0] = model[0]
     optimizer = walked(FedKSeedSGD(model, LR, 1e-3, POOL), model)
-    ledger(optimizer, w0).apply_(w0)
+    optimizer.ledger(w0).apply_(w0)
     assert difference(w0, model) < ROUNDED

@@ -27,7 +27,8 @@ drift from w0 + sum_k c_k z(s_k).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,9 +37,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedkseed._checks import check_count, check_learning_rate, check_real, check_seed, check_weight_decay
+from fedkseed.ledger import Ledger
 from fedkseed.optim.base import ZerothOrderOptimizer
 from fedkseed.optim.evaluation import Loss
 from fedkseed.optim.gradient import ProjectedGradient
+from fedkseed.optim.ledgers import ledger_of
 from fedkseed.optim.measurement import Plan, Reduce
 from fedkseed.optim.parameters import Params
 from fedkseed.seeds import SeedPool, derived_seed
@@ -291,6 +294,24 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         if closure is None and seed_index is not None:
             raise TypeError("expected seed_index beside a closure, got it alone; give it to measure")
         return self._step(closure, seed_index)
+
+    def ledger(self, w0: nn.Module, notes: Mapping[str, str] | None = None) -> Ledger:
+        """What was done to w0 since, as a file of a few kilobytes: the coefficients and what they belong to.
+
+        Args:
+            w0: a model that holds the weights of the start, made as the tuned one was; not the tuned one.
+            notes: free texts, see `Ledger`.
+
+        Raises:
+            LedgerError: the optimizer was made of a list without ``model``; a coefficient that is not finite
+                in fp32; notes that no ledger may have.
+            IdentityError: w0 is the tuned model, or has other parameters, another frozen set or dtype; the
+                first parameter that differs is named.
+        """
+        streams = itertools.chain.from_iterable(self._streams)
+        weights = itertools.chain.from_iterable(group["params"] for group in self.param_groups)
+        tuned = zip(streams, weights, strict=True)
+        return ledger_of(self.manifest, tuned, self.seed_pool, self.coefficients, self.family, w0, notes)
 
     def _plan(self, seed_index: int | None) -> Plan:
         if seed_index is None:
