@@ -516,3 +516,15 @@ def test_generators_and_buffers_stand_as_the_last_call_left_them_or_as_at_the_st
     with pytest.raises(ZeroDivisionError):
         optimizer.measure(lambda: closure() / 0)
     assert next_ones() == expected[0]
+
+
+@all_modes
+def test_a_closure_that_calls_its_optimizer_is_refused_in_words(storage: StorageOptions) -> None:
+    model, batches, optimizer = made(storage)
+    before = weights_of(model)
+    for call in (optimizer.step, optimizer.measure):
+        with pytest.raises(RuntimeError, match="got one that calls its own optimizer"):
+            optimizer.step(lambda call=call: call(batches(0)))  # type: ignore[misc]
+    optimizer.flush()
+    assert largest_difference(before, weights_of(model)) < 1e-13
+    optimizer.step(batches(0))

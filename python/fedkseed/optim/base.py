@@ -229,10 +229,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _step(self, closure: Callable[[], Loss] | None, seed_index: int | None = None) -> float:
         """The whole step, or its second half; see `step`. Calls no method that a hook or a user may wrap."""
+        plan = None
         if closure is not None:
             self._updates()  # options that are refused are, before anything is evaluated
-            self._measure(closure, 1.0, self._begun(closure, seed_index), is_apart=False)
+            plan = self._begun(closure, seed_index)
         try:
+            if closure is not None and plan is not None:
+                self._measure(closure, 1.0, plan, is_apart=False)
             return self._apply(is_apart=closure is None)
         except BaseException:
             self._abandon()
@@ -242,6 +245,10 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Along which noise the step goes that a measurement is of; checks what it can be measured with."""
         if not callable(closure):
             raise TypeError(f"expected a closure that returns the loss, got {type(closure).__name__}")
+        if self._is_evaluating:
+            raise RuntimeError(
+                "expected a closure that computes the loss, got one that calls its own optimizer"
+            )
         if self._measurement is None:
             self._check_ranks()
             self._notices.of_mode(self._model)
