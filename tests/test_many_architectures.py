@@ -78,7 +78,7 @@ def test_two_steps_are_those_of_perturbed_copies(row: ModelRow, mode: str) -> No
     options, kind = MODES[mode]
     model, batch, eps = row.make_model(), row.make_batch(), EPS[row.dtype]
     buffers = buffers_of(model)
-    reference: Any = kind(model, eps, LR, 1.0, SEED)
+    reference: Any = kind(model, eps, LR, decay=0.0, seed=SEED)
     optimizer = ZOSGD(model, LR, eps, seed=SEED, storage=options)
     losses: list[float] = []
 
