@@ -113,7 +113,7 @@ def test_buffers_are_put_back_when_a_closure_raises() -> None:
 
 
 def test_buffers_of_other_models_are_left_alone() -> None:
-    """Without weights that are widened there is nothing to widen to."""
+    """Nothing is widened where no weight is."""
     model = make_model(torch.float32)
     model[4].scales = model[4].scales.bfloat16()
     model[4].packed = model[4].packed.long()
