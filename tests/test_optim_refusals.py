@@ -245,6 +245,15 @@ def test_names_are_right_on_several_devices(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_another_view_of_the_same_memory(mode: str) -> None:
+    model = base()
+    optimizer = ZOSGD(model, 0.1, storage=MODES[mode])
+    model[2].weight.data = model[2].weight.data.t()
+    with refused(model, RuntimeError, "expected 2.weight where and what it was, but its strides changed"):
+        optimizer.step(lambda: model(torch.ones(6, 4)).square().mean(1)[:2].unbind()[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_gradients_that_a_closure_switches_on(mode: str) -> None:
     model = base()
     optimizer = ZOSGD(model, 0.1, storage=MODES[mode])
@@ -255,7 +264,10 @@ def test_gradients_that_a_closure_switches_on(mode: str) -> None:
         losses = model(inputs).square().mean(1)
         return (losses[:3].mean(), losses[3:].mean()) if mode == "paired" else losses.mean()
 
-    with pytest.raises(RuntimeError, match=r"got 0.weight that requires grad; .* in the closure\?"):
+    with (
+        pytest.warns(UserWarning, match="a loss with requires_grad"),
+        pytest.raises(RuntimeError, match=r"got 0.weight that requires grad; .* in the closure\?"),
+    ):
         optimizer.step(closure)
     assert torch.is_grad_enabled()
 

@@ -56,9 +56,21 @@ class HeldParameters:
                 )
 
 
-def _links(model: nn.Module) -> list[tuple[Mapping[str, Any], str, Any]]:
-    links: list[tuple[Mapping[str, Any], str, Any]] = []
+class _Live:
+    """What a TorchScript module holds, asked as a dict is."""
+
+    def __init__(self, held: Any) -> None:
+        self._held = held
+
+    def get(self, name: str) -> Any:
+        """What is held by that name now, or None."""
+        return dict(self._held.items()).get(name)
+
+
+def _links(model: nn.Module) -> list[tuple[Mapping[str, Any] | _Live, str, Any]]:
+    links: list[tuple[Mapping[str, Any] | _Live, str, Any]] = []
     for module in model.modules():
-        links += [(module._modules, name, child) for name, child in module._modules.items()]
-        links += [(module._parameters, name, held) for name, held in module._parameters.items()]
+        for registry in (module._modules, module._parameters):
+            asked = registry if isinstance(registry, dict) else _Live(registry)
+            links += [(asked, name, held) for name, held in registry.items()]
     return links

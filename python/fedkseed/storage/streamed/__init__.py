@@ -124,6 +124,8 @@ class StreamedStorage:
             if self._options.compensated:
                 self._move_residuals()
             self._prepare()
+        else:
+            self._weights.whole.check()  # shapes and strides: the forward pass would undo what changed them
         return have_moved
 
     def _move_residuals(self) -> None:
