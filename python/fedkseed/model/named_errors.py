@@ -17,7 +17,7 @@ _WORDS = {
     "leave it out or convert it": (
         "convert it, or freeze it (requires_grad_(False)) and tune adapters if it is quantised"
     ),
-    "pass its values() or a dense copy": "make it dense (.to_dense()), or freeze it (requires_grad_(False))",
+    "like its input": "like w0's",
     "is it sharded away?": "load the model whole; is it sharded, offloaded or freed?",
     "pass a contiguous copy": _MEMORY_OF_ITS_OWN,
     "list a tied parameter once, or pass a copy": TIE,

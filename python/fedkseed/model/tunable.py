@@ -26,12 +26,12 @@ _WRAPPERS = (
 
 
 def check_tunable(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
-    """Refuses what is no ordinary floating-point tensor in memory.
+    """Refuses what is no ordinary floating-point tensor with an address in memory.
 
     Dtypes, strides and what else the kernels ask for are theirs to check (`PreparedTensors`).
 
     Raises:
-        TypeError: not floating point, or of a type that wraps other tensors.
+        TypeError: not floating point, not strided, or of a type that wraps other tensors.
         ValueError: without a shape or without memory yet.
     """
     for name, tensor in zip(names, tensors, strict=True):
@@ -50,6 +50,11 @@ def check_tunable(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None
             raise ValueError(
                 f"expected weights in memory, got {name} on the meta device; if accelerate has offloaded it "
                 "(device_map), load the model whole, else give it values first (to_empty, load_state_dict)"
+            )
+        if tensor.layout is not torch.strided:
+            raise TypeError(
+                f"expected strided tensors, got {name} of layout {tensor.layout}; make it dense "
+                f"(.to_dense()), or {_FREEZE}"
             )
         if not tensor.is_floating_point():
             raise TypeError(
