@@ -272,6 +272,29 @@ def test_gradients_that_a_closure_switches_on(mode: str) -> None:
     assert torch.is_grad_enabled()
 
 
+def test_a_working_copy_whose_model_was_changed() -> None:
+    """Loading would go to parameters that the model no longer has, or to another dtype."""
+    for change, error, message in (
+        (
+            lambda model: model.load_state_dict(dict(base().state_dict()), assign=True),
+            RuntimeError,
+            "0.weight",
+        ),
+        (lambda model: setattr(model, "2", nn.Linear(4, 4)), RuntimeError, "2.weight"),
+        (
+            lambda model: model.to(torch.bfloat16),
+            TypeError,
+            "0.weight in torch.float32 like w0's, got torch.bf",
+        ),
+    ):
+        model = base()
+        working = WorkingCopy(model)
+        change(model)
+        advice = ".* make a new WorkingCopy" if error is RuntimeError else ""
+        with refused(model, error, message + advice):
+            working.load(POOL, COEFFICIENTS)
+
+
 def test_w0_apart_from_the_weights() -> None:
     model = base()
     weights = [p.data for p in model.parameters()]

@@ -1,4 +1,4 @@
-"""Whether a model still holds the parameters that an optimizer tunes."""
+"""Whether a model still holds the parameters that are tuned."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ class HeldParameters:
     Args:
         model: that holds them.
         parameters: (name, parameter) of each that is tuned.
+        holder: what was made for them, as errors call it.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[tuple[str, Tensor]]) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: Sequence[tuple[str, Tensor]], holder: str = "optimizer"
+    ) -> None:
         self._model = model
         self._parameters = list(parameters)
+        self._holder = holder
         self._links = _links(model)
 
     def check(self) -> bool:
@@ -51,8 +55,8 @@ class HeldParameters:
                 )
                 raise RuntimeError(
                     f"expected the model to hold the parameter {name} that is tuned, got {found}: it was "
-                    "exchanged after the optimizer was made (by load_state_dict(assign=True), by resizing, "
-                    "or by a new module), and no step would move it; make a new optimizer"
+                    f"exchanged after the {self._holder} was made (load_state_dict(assign=True), resizing, "
+                    f"a new module), and nothing would move it; make a new {self._holder}"
                 )
 
 

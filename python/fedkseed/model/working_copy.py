@@ -16,6 +16,7 @@ from torch import nn
 
 import fedkseed_kernels
 from fedkseed.model.buffers import Buffers
+from fedkseed.model.held import HeldParameters
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import Manifest, manifest_parameters
 from fedkseed.model.named_errors import errors_named
@@ -81,9 +82,10 @@ class WorkingCopy:
         self._streams = [stream for stream, _ in tuned]
         self._weights = [parameter for _, parameter in tuned]
         self._names = [self.manifest.names[stream] for stream in self._streams]
-        check_tunable(self._names, self._weights)
-        check_overlaps(self._names, self._weights, model)
+        self._held = HeldParameters(model, list(zip(self._names, self._weights, strict=True)), "WorkingCopy")
         with self.exclusive():
+            check_tunable(self._names, self._weights)
+            check_overlaps(self._names, self._weights, model)
             PreparedTensors(self._weights, self._streams, "gaussian", names=self._names)  # or it raises
             flush_waiting(self._weights)
             self.w0 = [weight.detach().clone() for weight in self._weights] if w0 is None else list(w0)
@@ -153,8 +155,10 @@ class WorkingCopy:
 
         Raises:
             ValueError: not one finite coefficient a seed, or an unknown family; nothing changes.
-            RuntimeError: a buffer was written that is too large to keep a copy of (`KeptBuffers.restore`).
+            RuntimeError: the model holds another Parameter than one of those tuned (named); a buffer was
+                written that is too large to keep a copy of (`KeptBuffers.restore`).
         """
+        self._held.check()
         if coefficients.shape != (pool.num_seeds,):
             raise ValueError(f"expected {pool.num_seeds} coefficients, got shape {coefficients.shape}")
         wanted = (pool, coefficients.astype(np.float64).tobytes(), family)
