@@ -254,6 +254,17 @@ def test_another_view_of_the_same_memory(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_memory_that_is_shared_later_is_refused_at_every_step(mode: str) -> None:
+    model = base()
+    model[0].requires_grad_(False)
+    optimizer = ZOSGD(model, 0.1, storage=MODES[mode])
+    model[2].weight.data = model[0].weight.data
+    for _ in range(2):
+        with refused(model, ValueError, "share memory", ("2.weight", "0.weight (not tuned)")):
+            optimizer.step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_gradients_that_a_closure_switches_on(mode: str) -> None:
     model = base()
     optimizer = ZOSGD(model, 0.1, storage=MODES[mode])

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from fedkseed.model.manifest import Manifest, manifest_parameters
-from fedkseed.model.overlaps import check_overlaps
 from fedkseed.model.tunable import check_tunable
 from fedkseed.optim.quantised import warn_if_quantised
 
@@ -54,8 +53,8 @@ def tuned_parameters(
 
     Raises:
         TypeError: not one of the above; a tensor as `check_tunable`.
-        ValueError: nothing to tune, a tensor twice, a tensor that is not of the model; tensors as
-            `check_tunable` and `check_overlaps`.
+        ValueError: nothing to tune, a tensor twice, a tensor that is not of the model; a tensor as
+            `check_tunable`.
     """
     given: list[Any]
     if isinstance(params, torch.Tensor):
@@ -76,7 +75,6 @@ def tuned_parameters(
     names = [name for group in tuned.names for name in group]
     tensors = [_tensor(member) for group in tuned.groups for member in group["params"]]
     check_tunable(names, tensors)
-    check_overlaps(names, tensors, model)
     if model is not None:
         warn_if_quantised(model, tensors)
     return tuned

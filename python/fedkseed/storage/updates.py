@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from fedkseed._checks import check_count
+from fedkseed.model.overlaps import check_overlaps
 from fedkseed.model.placement import PreparedTensors
 from fedkseed.seeds import derived_seed
 from fedkseed.storage.interface import GroupUpdate, TunedWeights
@@ -91,8 +92,9 @@ class GroupedWeights:
         whole: all tensors; one pass, of one call for each device.
 
     Raises:
-        TypeError, ValueError: what the kernels refuse: a dtype, tensors that overlap, a device without a
-            backend.
+        TypeError, ValueError: what the kernels refuse (a dtype, an expanded tensor), and memory shared with
+            another tensor of the model (`check_overlaps`).
+        RuntimeError: a device without a backend.
     """
 
     def __init__(
@@ -100,12 +102,15 @@ class GroupedWeights:
     ) -> None:
         if residuals is None:
             residuals = [[None] * len(group) for group in weights.groups]
+        tensors = [tensor for group in weights.groups for tensor in group]
+        names = [name for group in weights.names for name in group]
+        check_overlaps(names, tensors, weights.model)
         self.whole = PreparedTensors(
-            [tensor for group in weights.groups for tensor in group],
+            tensors,
             [stream for group in weights.streams for stream in group],
             weights.family,
             [residual for group in residuals for residual in group],
-            [name for group in weights.names for name in group],
+            names,
         )
         self._groups = (
             [self.whole]
