@@ -253,6 +253,19 @@ def test_another_view_of_the_same_memory(mode: str) -> None:
         optimizer.step(lambda: model(torch.ones(6, 4)).square().mean(1)[:2].unbind()[0])
 
 
+@pytest.mark.parametrize("mode", ["inplace", "chained"])
+def test_a_closure_that_makes_restoring_impossible_is_told_so_by_name(mode: str) -> None:
+    model = base()
+    optimizer = ZOSGD(model, 0.1, storage=MODES[mode])
+
+    def closure() -> float:
+        model[2].weight.data = torch.ones(4, 1).expand(4, 4)
+        return 0.0
+
+    with pytest.raises(ValueError, match="got 2.weight with elements that share memory"):
+        optimizer.step(closure)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_memory_that_is_shared_later_is_refused_at_every_step(mode: str) -> None:
     model = base()

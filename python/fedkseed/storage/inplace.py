@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import fedkseed_kernels
+from fedkseed.model.named_errors import errors_named
 from fedkseed.model.placement import Places, by_device
 from fedkseed.model.waiting import flush_before_reads
 from fedkseed.storage.interface import Evaluation, GroupUpdate, TunedWeights
@@ -240,15 +241,17 @@ class PerturbedWeights:
 
     def _move_anywhere(self, offset: float, rounding_seed: int | None) -> None:
         streams = [stream for group in self._tuned.streams for stream in group]
+        names = [name for group in self._tuned.names for name in group]
         for positions in by_device(self.tensors).values():
-            fedkseed_kernels.perturb_(
-                [self.tensors[position] for position in positions],
-                self.seed,
-                offset,
-                streams=[streams[position] for position in positions],
-                family=self._tuned.family,
-                **rounding_options(rounding_seed),
-            )
+            with errors_named([names[position] for position in positions]):
+                fedkseed_kernels.perturb_(
+                    [self.tensors[position] for position in positions],
+                    self.seed,
+                    offset,
+                    streams=[streams[position] for position in positions],
+                    family=self._tuned.family,
+                    **rounding_options(rounding_seed),
+                )
 
     @contextmanager
     def _pass(self) -> Iterator[int | None]:
