@@ -139,6 +139,9 @@ def test_a_ledger_names_it_too(case: str) -> None:
             Ledger.of(model, POOL, COEFFICIENTS)
         return
     ledger = Ledger.of(model, POOL, COEFFICIENTS)
+    if case == "lazy buffers":  # no part of a ledger
+        ledger.apply_(model)
+        return
     with refused(model, found.error, ".", found.names):
         ledger.apply_(model)
 
@@ -167,11 +170,7 @@ def test_tensors_without_a_model_have_their_names_or_places() -> None:
 @pytest.mark.parametrize("case", accepted())
 def test_what_only_looks_alike_is_tuned(case: str, mode: str) -> None:
     model = accepted()[case]()
-    if case == "lazy buffers" and isinstance(MODES[mode], Streamed):
-        with refused(model, TypeError, r"have a shape, got 1 \(LazyBatchNorm1d\) with uninitialized ones"):
-            ZOSGD(model, 0.1, storage=MODES[mode])
-    else:
-        ZOSGD(model, 0.1, storage=MODES[mode])
+    ZOSGD(model, 0.1, storage=MODES[mode])
     WorkingCopy(model)
 
 

@@ -88,6 +88,12 @@ def lazy() -> nn.Module:
     return model
 
 
+def lazy_buffers() -> nn.Module:
+    model = base()
+    model[1] = nn.LazyBatchNorm1d(affine=False)
+    return model
+
+
 def shared(view: Callable[[Tensor], Tensor], place: str, kind: str) -> nn.Module:
     """The base with a view of 0.weight at a place: tuned, frozen, or as a buffer."""
     model = base()
@@ -146,6 +152,12 @@ REFUSED = {
     ),
     "freed": Refused(freed, ValueError, "with memory, got 2.weight without; load the model whole; is it"),
     "lazy": Refused(lazy, ValueError, "have a shape, got 2.weight uninitialized; run one forward pass first"),
+    "lazy buffers": Refused(
+        lazy_buffers,
+        ValueError,
+        "have a shape, got 1.running_mean uninitialized; run one forward pass",
+        ("1.",),
+    ),
     "fake": Refused(fake, TypeError, r"got \d\.\w+ of type FakeTensor; make the model outside", ()),
     "sharded": Refused(sharded, TypeError, "got 2.weight of type DTensor; .* load the model whole"),
     "wrapper": Refused(
@@ -232,11 +244,6 @@ def accepted() -> dict[str, Callable[[], nn.Module]]:
         model.register_buffer("more", model[0].weight.data.expand(3, 4, 4))
         return model
 
-    def lazy_buffers() -> nn.Module:
-        model = base()
-        model[1] = nn.LazyBatchNorm1d(affine=False)
-        return model
-
     odd = {
         "frozen sparse": torch.eye(4).to_sparse(),
         "frozen mkldnn": torch.eye(4).to_mkldnn(),
@@ -251,5 +258,4 @@ def accepted() -> dict[str, Callable[[], nn.Module]]:
         "tied as one object": tied,
         "interleaved": interleaved,
         "frozen alone": frozen_alone,
-        "lazy buffers": lazy_buffers,
     }

@@ -1,10 +1,11 @@
-"""Tensors that no perturbation can be written to, refused in the words of those who own the model."""
+"""Tensors that no step can perturb or put back, refused in the words of those who own the model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fedkseed.model.manifest import types_if_imported
@@ -64,4 +65,17 @@ def check_tunable(names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None
             raise ValueError(
                 f"expected parameters, got {name}, which autograd has computed from others; give those, or a "
                 "copy (.detach().clone()) that the loss reads"
+            )
+
+
+def check_buffers(model: nn.Module) -> None:
+    """Refuses buffers without a shape yet: what the first forward pass makes of them cannot be put back.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for name, buffer in model.named_buffers():
+        if is_lazy(buffer):
+            raise ValueError(
+                f"expected buffers that have a shape, got {name} uninitialized; run one forward pass first"
             )

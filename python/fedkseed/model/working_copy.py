@@ -22,7 +22,7 @@ from fedkseed.model.manifest import Manifest, manifest_parameters
 from fedkseed.model.named_errors import errors_named
 from fedkseed.model.overlaps import check_overlaps, refuse_overlap
 from fedkseed.model.placement import PreparedTensors, by_device
-from fedkseed.model.tunable import check_tunable
+from fedkseed.model.tunable import check_buffers, check_tunable
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.seeds import SeedPool
 
@@ -59,7 +59,8 @@ class WorkingCopy:
 
     Raises:
         ValueError: nothing to tune, w0 of other shapes or dtypes, or what shares memory with the weights.
-        TypeError, ValueError, RuntimeError: weights as `check_tunable` and `PreparedTensors`, named.
+        TypeError, ValueError, RuntimeError: weights as `check_tunable` and `PreparedTensors`, buffers as
+            `check_buffers`: named.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class WorkingCopy:
         self._held = HeldParameters(model, list(zip(self._names, self._weights, strict=True)), "WorkingCopy")
         with self.exclusive():
             check_tunable(self._names, self._weights)
+            check_buffers(model)
             check_overlaps(self._names, self._weights, model)
             PreparedTensors(self._weights, self._streams, "gaussian", names=self._names)  # or it raises
             flush_waiting(self._weights)

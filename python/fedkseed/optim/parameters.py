@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedkseed.model.manifest import Manifest, manifest_parameters
-from fedkseed.model.tunable import check_tunable
+from fedkseed.model.tunable import check_buffers, check_tunable
 from fedkseed.optim.quantised import warn_if_quantised
 
 #: What an optimizer can be given.
@@ -54,7 +54,7 @@ def tuned_parameters(
     Raises:
         TypeError: not one of the above; a tensor as `check_tunable`.
         ValueError: nothing to tune, a tensor twice, a tensor that is not of the model; a tensor as
-            `check_tunable`.
+            `check_tunable`, a buffer as `check_buffers`.
     """
     given: list[Any]
     if isinstance(params, torch.Tensor):
@@ -76,6 +76,7 @@ def tuned_parameters(
     tensors = [_tensor(member) for group in tuned.groups for member in group["params"]]
     check_tunable(names, tensors)
     if model is not None:
+        check_buffers(model)
         warn_if_quantised(model, tensors)
     return tuned
 
