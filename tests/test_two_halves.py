@@ -154,7 +154,7 @@ def test_two_measures_and_a_step_are_one_closure_of_their_mean(
 def test_in_place_two_measures_and_a_step_are_these_passes(
     chained: bool, dtype: torch.dtype, rounding: Any
 ) -> None:
-    """To both sides and back for each call; chained to both sides, and on from where that ended."""
+    """Passes to both sides and back for each call; chained to both sides, and on from where that ended."""
     model, batches, optimizer = made(Inplace(chained, rounding), dtype)
     hand = make_model(dtype)
     rounding_seeds = iter(range(100))
