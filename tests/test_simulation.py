@@ -409,7 +409,8 @@ def test_a_folder_from_before_the_clients_settings_were_kept(tmp_path: Path) -> 
     with Simulation(make_task(), config, folder=tmp_path, resume=True):
         pass
     with pytest.raises(StateError, match="storage"):
-        Simulation(make_task(), SimulationConfig(**CONFIG), folder=tmp_path, resume=True)
+        explicit = SimulationConfig(**CONFIG, storage=Inplace())
+        Simulation(make_task(), explicit, folder=tmp_path, resume=True)
     for damaged in ("{", "[]", '{"storage": "Inplace()"}'):
         (tmp_path / CLIENTS).write_text(damaged)
         with pytest.raises(RunFolderError, match=CLIENTS):

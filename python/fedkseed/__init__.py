@@ -32,7 +32,7 @@ from fedkseed.simulation import (
     Task,
     WorkerError,
 )
-from fedkseed.storage import Inplace, Streamed
+from fedkseed.storage import Inplace, NotStreamableError, Streamed
 
 __all__ = [
     "ZOSGD",
@@ -49,6 +49,7 @@ __all__ = [
     "MessageError",
     "MissingExtraError",
     "ModelIdentity",
+    "NotStreamableError",
     "ProtocolError",
     "Reply",
     "RoundFailedError",

@@ -17,7 +17,7 @@ from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.evaluation import Loss
 from fedkseed.optim.optimizers import FedKSeedSGD
 from fedkseed.seeds import MAX_CLIENTS, SeedPool
-from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
+from fedkseed.storage import DEFAULT_STORAGE, StorageChoice, StorageOptions, check_choice
 
 BatchT = TypeVar("BatchT")
 
@@ -30,18 +30,23 @@ class LocalRun:
         losses: (L+ + L-) / 2 of each step.
         num_skipped: steps whose loss was NaN or infinite.
         seconds: time of the steps, without rebuilding the model.
+        storage: the storage mode of the steps; where the client was made with "auto", what that resolved to.
+        refusal: why "auto" could not stream the model, one line; None if it could, or nothing asked it to.
     """
 
     losses: tuple[float, ...]
     num_skipped: int
     seconds: float
+    storage: StorageOptions
+    refusal: str | None
 
 
 class Client(Generic[BatchT]):
     """Rebuilds the round's model from w0 and coefficients, runs the schedule it is sent, returns scalars.
 
-    Between rounds it keeps nothing: the working copy may be shared with other clients of the same machine,
-    in other threads too, where one waits for the other (`WorkingCopy.exclusive`).
+    Between rounds it keeps nothing but the storage mode that "auto" resolved to: the working copy may be
+    shared with other clients of the same machine, in other threads too, where one waits for the other
+    (`WorkingCopy.exclusive`).
 
     Args:
         client: its number at the server.
@@ -53,7 +58,8 @@ class Client(Generic[BatchT]):
         run_id: 16 bytes; if given, broadcasts of another run are refused.
         on_step: called after each local step.
         storage: how both sides of the weights are visited, by one loss a call (not paired); what the server
-            sees of it are the roundings in g.
+            sees of it are the roundings in g. "auto" is resolved, and said, in the first round, as
+            `FedKSeedSGD` does, and stays.
 
     Attributes:
         last_run: of the last round, None before the first.
@@ -73,7 +79,7 @@ class Client(Generic[BatchT]):
         data_size: int,
         run_id: bytes | None = None,
         on_step: Callable[[], None] | None = None,
-        storage: StorageOptions = DEFAULT_STORAGE,
+        storage: StorageChoice = DEFAULT_STORAGE,
     ) -> None:
         self.client = check_count("client", client, 0, MAX_CLIENTS - 1)
         self.data_size = check_count("data_size", data_size, 1, 2**32 - 1)
@@ -84,6 +90,7 @@ class Client(Generic[BatchT]):
         self._loss = loss
         self._batches = batches
         self._on_step = on_step
+        check_choice(storage)
         self._storage = storage
 
     def step(self, message: bytes) -> bytes:
@@ -121,6 +128,7 @@ class Client(Generic[BatchT]):
             storage=self._storage,
             reduce=False,  # a client is one rank, whatever process group carries its messages
         )
+        resolved = optimizer.storage
         num_steps = len(broadcast.schedule)
         losses = []
         try:
@@ -130,9 +138,14 @@ class Client(Generic[BatchT]):
                     self._on_step()
         finally:
             optimizer.flush()
+            if losses or optimizer.storage != resolved:
+                self._storage = optimizer.storage  # for good: the next round tries no other
         if len(losses) != num_steps:
             raise ValueError(f"expected {num_steps} batches, one for each local step, got {len(losses)}")
-        self.last_run = LocalRun(tuple(losses), optimizer.num_skipped, perf_counter() - start)
+        seconds = perf_counter() - start
+        self.last_run = LocalRun(
+            tuple(losses), optimizer.num_skipped, seconds, optimizer.storage, optimizer.storage_refusal
+        )
         return np.array([g for _, g in optimizer.history], dtype=np.float32)
 
     def _pool_for(self, broadcast: Broadcast) -> SeedPool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import nn
@@ -18,7 +18,16 @@ from fedkseed.optim.gradient import ProjectedGradient
 from fedkseed.optim.measurement import LastStep, Measurement, Plan, Reduce, check_weight, reduced
 from fedkseed.optim.notices import Notices
 from fedkseed.optim.parameters import Params, tuned_parameters
-from fedkseed.storage import GroupUpdate, Storage, StorageOptions, TunedWeights
+from fedkseed.storage import (
+    AutoStorage,
+    GroupUpdate,
+    Storage,
+    StorageChoice,
+    StorageOptions,
+    TunedWeights,
+    check_choice,
+    mode_of_text,
+)
 from fedkseed.storage.updates import interrupts_held
 
 
@@ -36,8 +45,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             weights of the latter kind cannot be described by a ledger.
         num_skipped: how many directions were skipped: a loss or g was not finite, or |L+ - L-| was above
             max_loss_gap.
+        storage: the storage mode at work: the one given, or what "auto" has resolved to. The latter may still
+            change: to `Inplace()` in the first measurement, to the mode of a state that is loaded.
+        storage_refusal: why "auto" could not stream the model, one line; None if it could, or need not.
         last: what came out of the last step of this object; None before the first.
     """
+
+    #: Whether the result of a run is the model that its ledger defines, and not the weights as walked.
+    _LEDGER_COUNTS: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -46,13 +61,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         gradient: ProjectedGradient,
         model: nn.Module | None,
         check_options: Callable[[dict[str, Any]], None],
-        storage: StorageOptions,
+        storage: StorageChoice,
         family: str,
         seed: int,
         reduce: Reduce | None,
     ) -> None:
         if not (reduce is None or reduce is False or callable(reduce)):
             raise TypeError(f"expected reduce as a function of the losses, False or None, got {reduce!r}")
+        check_choice(storage)
         tuned = tuned_parameters(params, model, check_options)
         self._is_complete = False
         super().__init__(tuned.groups, defaults)
@@ -68,10 +84,14 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         tensors: list[list[torch.Tensor]] = [list(group["params"]) for group in self.param_groups]
         whole = params if isinstance(params, nn.Module) else model
         self.family = family
-        self._options = storage
-        self._storage: Storage = storage.open(
-            TunedWeights(tensors, self._streams, self.eps, family, seed, whole, tuned.names)
-        )
+        weights = TunedWeights(tensors, self._streams, self.eps, family, seed, whole, tuned.names)
+        self._storage: Storage
+        if isinstance(storage, str):
+            self._storage = AutoStorage(weights, self._LEDGER_COUNTS)
+        else:
+            self._options = storage
+            self._storage = storage.open(weights)
+        self._auto = self._storage if isinstance(self._storage, AutoStorage) else None
         self._measurement: Measurement | None = None
         self._is_evaluating = False
         self._surroundings = Surroundings(whole, list(itertools.chain(*tensors)))
@@ -79,6 +99,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._held = None if whole is None else HeldParameters(whole, named)
         self._model = whole
         self._notices = Notices(self.eps, gradient.max_loss_gap)
+
+    @property
+    def storage(self) -> StorageOptions:
+        """See the class's attributes."""
+        return self._options if self._auto is None else self._auto.options
+
+    @property
+    def storage_refusal(self) -> str | None:
+        """See the class's attributes."""
+        return None if self._auto is None else self._auto.refusal
 
     @torch.no_grad()
     def measure(
@@ -163,7 +193,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Goes on where `state_dict` was taken; the weights are the caller's to load. Drops what is measured.
 
         Learning rates and weight decays come from the state, as in every torch optimizer; seeds, eps, bounds
-        and the parameters' streams must be those of this optimizer.
+        and the parameters' streams must be those of this optimizer. So must the storage mode, but for an
+        optimizer made with "auto", which goes on in the state's.
 
         Raises:
             ValueError: the state of another optimizer, or damaged; nothing changes.
@@ -173,7 +204,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if not isinstance(own, dict) or own.get("optimizer") != name:
             raise ValueError(f"expected a state_dict of {name}, got one of another optimizer")
         for key, wanted in self._identity().items():
-            if own.get(key) != wanted:
+            if own.get(key) != wanted and not (key == "storage" and self._auto is not None):
                 raise ValueError(
                     f"expected a state with {key} {wanted}, got {own.get(key)}; "
                     "construct the optimizer with those of the state"
@@ -184,7 +215,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"expected a whole state_dict of {name}, got a damaged one: {error!r}"
             ) from error
-        self._storage.load_state(own.get("storage_state", {}))
+        storage_state = own.get("storage_state", {})
+        if self._auto is None:
+            self._storage.load_state(storage_state)
+        else:
+            has_stepped = bool(progress["_num_drawn"] or progress.get("history"))
+            self._auto.adopt(mode_of_text(own.get("storage")), storage_state, has_stepped)
         self._measurement = None
         super().load_state_dict(state_dict)
         for attribute, value in progress.items():
@@ -198,7 +234,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             "max_loss_gap": self._gradient.max_loss_gap,
             "streams": [list(streams) for streams in self._streams],
             "family": self.family,
-            "storage": repr(self._options),
+            "storage": repr(self.storage),
         }
 
     def _progress(self) -> dict[str, Any]:

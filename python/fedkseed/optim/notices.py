@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from fedkseed.model.randomness import active_dropout
+from fedkseed.storage import SIXTEEN_BIT
 
 logger = logging.getLogger("fedkseed")
 
-_SHORT = (torch.bfloat16, torch.float16)
 #: After so many first steps, or so many steps in a row, whose losses were all equal on both sides.
 _EQUAL_FROM_THE_START, _EQUAL_IN_A_ROW = 3, 50
 #: Folders of frames that are not the user's: this package's, torch's.
@@ -55,7 +55,7 @@ class Notices:
 
     def of_loss(self, loss: torch.Tensor) -> None:
         """A loss of 16 bits; one with a graph."""
-        if loss.dtype in _SHORT:
+        if loss.dtype in SIXTEEN_BIT:
             self._warn(
                 "16 bits",
                 f"the closure returns a loss of {str(loss.dtype).removeprefix('torch.')}, whose steps are "

@@ -20,9 +20,9 @@ Every evaluation meets the same world: torch's, NumPy's and Python's random numb
 the model's modules own, buffers and the autocast cache are put back before each (`ZerothOrderOptimizer`;
 docs/optimizer.md says what is not).
 
-How both sides are visited is the storage mode's (`fedkseed.storage`). By default weights are perturbed in
-place, with the memory of inference: every pass rounds to the weights' dtype, so stored weights of 16 bits
-drift from w0 + sum_k c_k z(s_k).
+How both sides are visited is the storage mode's (`fedkseed.storage`). By default weights of 32 bits are
+perturbed in place, with the memory of inference. Weights of 16 bits would round at every such pass and drift
+from w0 + sum_k c_k z(s_k): they are streamed, where the model can be.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from fedkseed.optim.ledgers import ledger_of
 from fedkseed.optim.measurement import Plan, Reduce
 from fedkseed.optim.parameters import Params
 from fedkseed.seeds import SeedPool, derived_seed
-from fedkseed.storage import DEFAULT_STORAGE, GroupUpdate, StorageOptions
+from fedkseed.storage import DEFAULT_STORAGE, GroupUpdate, StorageChoice
 from fedkseed_kernels import derived
 
 _REBUILD = (
@@ -59,10 +59,10 @@ class ZOSGD(ZerothOrderOptimizer):
 
         w <- (1 - lr weight_decay) w - lr / n sum_i g_i z(s_i)
 
-    Each g_i is measured around the same w. A step makes 2 n evaluations and 2 n + 1 passes over the weights,
-    decay and update within the last one (`InplaceStorage`; chained, 2 n passes). alpha = 1 - lr weight_decay
-    is an fp32 number, whose steps are 6e-8: what its rounding leaves out is carried to the next step, in fp64
-    for each group, so that the decay asked for arrives over time.
+    Each g_i is measured around the same w. A step makes 2 n evaluations, and in place 2 n + 1 passes over
+    the weights, decay and update within the last one (`InplaceStorage`; chained, 2 n passes).
+    alpha = 1 - lr weight_decay is an fp32 number, whose steps are 6e-8: what its rounding leaves out is
+    carried to the next step, in fp64 for each group, so that the decay asked for arrives over time.
 
     Seed number i is the candidate seed of index i (contract, section 9, purpose 0) of ``seed``; step t takes
     the numbers n t to n t + n - 1. So the seeds of a run are those of SeedPool(seed, n steps).
@@ -82,7 +82,10 @@ class ZOSGD(ZerothOrderOptimizer):
             directions of a step are skipped, the step changes nothing: no weight decay either.
         model: beside a list or groups: the model whose manifest gives the streams, so that grouping and
             leaving out parameters does not change what noise they get.
-        storage: how both sides of the weights are visited (`fedkseed.storage`).
+        storage: how both sides of the weights are visited (`fedkseed.storage`): a mode, or "auto" for the one
+            that suits, which is said (logger "fedkseed") and kept in the attribute ``storage``. That is
+            `Inplace()` for weights of 32 bits and more and for models that cannot be streamed, else
+            ``Streamed(compensated=True)``, on a processor with ``compute_dtype=torch.float32``.
         family: of the noise, "gaussian" or "rademacher".
         reduce: makes the losses of several ranks one: called once a step with an fp64 tensor [n, 2] on the
             CPU, which it changes in place, or returns another for. False: the closure returns the losses of
@@ -92,7 +95,7 @@ class ZOSGD(ZerothOrderOptimizer):
         seed: in [0, 2^64).
         num_directions: as given.
         projected_grads: g of each direction of the last step, as used; empty before the first.
-        eps, family, last, manifest, num_skipped: see `ZerothOrderOptimizer`.
+        eps, family, last, manifest, num_skipped, storage: see `ZerothOrderOptimizer`.
 
     Raises:
         TypeError: a tensor that is not floating point or is sharded; a number of another type.
@@ -111,7 +114,7 @@ class ZOSGD(ZerothOrderOptimizer):
         max_abs_g: float | None = None,
         max_loss_gap: float | None = None,
         model: nn.Module | None = None,
-        storage: StorageOptions = DEFAULT_STORAGE,
+        storage: StorageChoice = DEFAULT_STORAGE,
         family: str = "gaussian",
         reduce: Reduce | None = None,
     ) -> None:
@@ -195,9 +198,9 @@ class ZOSGD(ZerothOrderOptimizer):
 class FedKSeedSGD(ZerothOrderOptimizer):
     """Zeroth-order SGD over a pool of candidate seeds: what it did is one coefficient a seed.
 
-    A step makes three passes over the weights: +eps z; -2 eps z; restore and update in one, (eps - lr g) z.
-    With storage Inplace(chained=True) it makes two where its seed was known before: drawn, not passed as
-    seed_index.
+    In place a step makes three passes over the weights: +eps z; -2 eps z; restore and update in one,
+    (eps - lr g) z. With storage Inplace(chained=True) it makes two where its seed was known before: drawn,
+    not passed as seed_index.
 
     Args:
         params: a model (a parameter's stream is then its index in the manifest), or ``named_parameters()``, a
@@ -214,20 +217,23 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         max_loss_gap: a step with |L+ - L-| above it is skipped.
         model: beside a list or groups: the model whose manifest gives the streams, without which no ledger
             can be made.
-        storage: how both sides of the weights are visited (`fedkseed.storage`).
+        storage: as in `ZOSGD`; "auto" is not compensated here, for the ledger has every update: `Streamed()`
+            for weights of 16 bits, on a processor with ``compute_dtype=torch.float32``.
         family: of the noise, "gaussian" or "rademacher".
         reduce: makes the losses of several ranks one, as in `ZOSGD`.
 
     Attributes:
         history: one (index into the pool, g) for each step since construction; g = 0 if it was skipped.
         coefficients: fp64 [K], the sum of -lr g over the steps that drew each seed.
-        eps, family, last, manifest, num_skipped: see `ZerothOrderOptimizer`.
+        eps, family, last, manifest, num_skipped, storage: see `ZerothOrderOptimizer`.
 
     Raises:
         TypeError: a tensor that is not floating point or is sharded; a number or the pool of another type.
         ValueError: a number or the schedule out of range, nothing to tune, a tensor twice, weight decay, a
             group with options of its own.
     """
+
+    _LEDGER_COUNTS = True
 
     def __init__(
         self,
@@ -241,7 +247,7 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         max_abs_g: float | None = None,
         max_loss_gap: float | None = None,
         model: nn.Module | None = None,
-        storage: StorageOptions = DEFAULT_STORAGE,
+        storage: StorageChoice = DEFAULT_STORAGE,
         family: str = "gaussian",
         reduce: Reduce | None = None,
     ) -> None:

@@ -156,7 +156,8 @@ def run(settings: RunSettings, place: Place) -> dict[str, Any]:
                 print(f"Resuming {place.folder} after {simulation.server.round} rounds")
             left = config.num_rounds - simulation.server.round
             bar.reset(left * config.clients_per_round * config.num_local_steps)
-            print(f"\n{round_header()}", flush=True)
+            chosen = " (auto)" if config.storage == "auto" else ""
+            print(f"Storage mode{chosen}: {simulation.storage}\n\n{round_header()}", flush=True)
             for result in simulation.rounds():
                 events.add(result)
                 bar.write(round_row(result))

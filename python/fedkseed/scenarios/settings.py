@@ -54,7 +54,9 @@ class RunSettings:
     )
     family: str = _setting("gaussian", "noise; rademacher: signs, the cheaper to make", choices=FAMILIES)
     storage: str = _setting(
-        "inplace", "how a step visits both sides of the weights", choices=tuple(STORAGE_MODES)
+        "auto",
+        "how a step visits both sides of the weights; auto: as suits their dtype and device",
+        choices=tuple(STORAGE_MODES),
     )
     round_rows: int = _setting(1, "test rows of each task behind the held-out loss of a round", "N")
     final_rows: int = _setting(16, "test rows of each task behind the losses before and after, of 16", "N")

@@ -15,7 +15,7 @@ from fedkseed.federation.client import BatchT, Client, LocalRun
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.seeds import SeedPool
 from fedkseed.simulation.task import ExampleT, Task
-from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
+from fedkseed.storage import DEFAULT_STORAGE, StorageChoice
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,13 @@ class ClientRun:
 
 
 class Host(Protocol):
-    """Runs the clients of one machine."""
+    """Runs the clients of one machine.
+
+    Attributes:
+        storage: how clients visit both sides of the weights; may change between rounds.
+    """
+
+    storage: StorageChoice
 
     def run(self, messages: Mapping[int, bytes], on_step: Callable[[], None]) -> dict[int, ClientRun]:
         """One round: each client's broadcast in, its outcome out; ``on_step`` after each local step.
@@ -65,7 +71,7 @@ class InProcessHost(Generic[ExampleT, BatchT]):
     working: WorkingCopy
     seed: int
     batch_size: int
-    storage: StorageOptions = DEFAULT_STORAGE
+    storage: StorageChoice = DEFAULT_STORAGE
 
     def run(self, messages: Mapping[int, bytes], on_step: Callable[[], None]) -> dict[int, ClientRun]:
         """See `Host.run`."""

@@ -6,8 +6,9 @@
     metrics.jsonl       one line a round; the same bytes in every run of the same configuration
     timings.jsonl       one line a round; seconds, which differ
 
-The clients' settings are written once. All others are written anew and renamed after each round, the server's
-state last: after a crash at any instant the state says which lines of the others count.
+The clients' settings are written once, and again if the first round shows that "auto" has to be another
+storage mode. All others are written anew and renamed after each round, the server's state last: after a crash
+at any instant the state says which lines of the others count.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from fedkseed.federation.state import StateError
 from fedkseed.files import read_bounded, write_atomically
+from fedkseed.storage import StorageOptions, mode_of_text
 
 METRICS, TIMINGS, LEDGER = "metrics.jsonl", "timings.jsonl", "ledger.safetensors"
 CLIENTS = "clients.json"
@@ -42,11 +44,8 @@ def check_client_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """
     if not path.exists():
         return
-    try:
-        found = json.loads(read_bounded(path, _MAX_BYTES))
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"expected the settings of the clients in {path}, got {error}") from error
-    if not isinstance(found, dict) or found.keys() != settings.keys():
+    found = _settings_in(path)
+    if found.keys() != settings.keys():
         raise RunFolderError(f"expected {', '.join(settings)} in {path}, got {found}")
     for name, value in settings.items():
         if found[name] != value:
@@ -54,6 +53,34 @@ def check_client_settings(path: Path, settings: Mapping[str, Any]) -> None:
                 f"expected clients with {name} {found[name]}, which the run in {path.parent} began with, "
                 f"got {value}; resume with the configuration that it began with"
             )
+
+
+def kept_storage(path: Path) -> StorageOptions | None:
+    """The storage mode among the clients' settings; None in a folder from before they were kept.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        RunFolderError: the file cannot be read, or holds no mode.
+    """
+    if not path.exists():
+        return None
+    settings = _settings_in(path)
+    try:
+        return mode_of_text(settings.get("storage"))
+    except ValueError as error:
+        raise RunFolderError(f"expected a storage mode in {path}, got {error}") from error
+
+
+def _settings_in(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_bounded(path, _MAX_BYTES))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"expected the settings of the clients in {path}, got {error}") from error
+    if not isinstance(found, dict):
+        raise RunFolderError(f"expected the settings of the clients in {path}, got {found}")
+    return found
 
 
 def write_client_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +25,7 @@ from fedkseed.model.manifest import manifest_parameters
 from fedkseed.model.packed import SharedTensors
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.model.working_copy import WorkingCopy
+from fedkseed.optim.optimizers import FedKSeedSGD
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed.simulation.host import ClientRun, Host, InProcessHost
 from fedkseed.simulation.run_folder import (
@@ -33,11 +35,21 @@ from fedkseed.simulation.run_folder import (
     TIMINGS,
     RoundLog,
     check_client_settings,
+    kept_storage,
     write_client_settings,
 )
 from fedkseed.simulation.task import ExampleT, Task
 from fedkseed.simulation.worker_pool import WorkerPool
-from fedkseed.storage import DEFAULT_STORAGE, StorageOptions
+from fedkseed.storage import (
+    DEFAULT_STORAGE,
+    Inplace,
+    StorageChoice,
+    StorageOptions,
+    Tentative,
+    check_choice,
+)
+
+logger = logging.getLogger("fedkseed")
 
 
 class RoundFailedError(RuntimeError):
@@ -65,7 +77,7 @@ class SimulationConfig:
         family: of the noise, "gaussian" or "rademacher".
         num_threads: CPU threads of each worker and of the evaluation; they change the bits of a loss.
         storage: how clients visit both sides of the weights (`fedkseed.storage`); it changes the bits of a
-            loss too.
+            loss too. "auto": as suits the model, see `FedKSeedSGD`.
 
     Raises:
         TypeError, ValueError: a field of another type or out of range.
@@ -83,7 +95,7 @@ class SimulationConfig:
     sampling: Sampling = "uniform"
     family: str = "gaussian"
     num_threads: int = 1
-    storage: StorageOptions = DEFAULT_STORAGE
+    storage: StorageChoice = DEFAULT_STORAGE
 
     def __post_init__(self) -> None:
         check_count("num_rounds", self.num_rounds, 0, MAX_ROUNDS - 1)
@@ -92,6 +104,7 @@ class SimulationConfig:
         check_count("num_threads", self.num_threads, 1, 2**15)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"expected an integer seed, got {self.seed!r}")
+        check_choice(self.storage)
         self.server_config(MAX_CLIENTS)  # checks the rest; how many clients there are is not known yet
 
     def server_config(self, num_clients: int) -> ServerConfig:
@@ -110,11 +123,6 @@ class SimulationConfig:
             sampling=self.sampling,
             family=self.family,
         )
-
-    @property
-    def client_settings(self) -> dict[str, Any]:
-        """What g depends on beside the server's part; ready for JSON."""
-        return {"storage": repr(self.storage), "batch_size": self.batch_size}
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,8 @@ class Simulation(Generic[ExampleT, BatchT]):
 
     Attributes:
         server, working: the server, and the model of this process.
+        storage: the clients' storage mode; where the config says "auto", what that has resolved to, which the
+            folder keeps. A model that turns out in the first round not to be streamable changes it once.
 
     Raises:
         ValueError: fewer clients than a round needs, workers without ``make_task``, or a folder that holds a
@@ -242,11 +252,10 @@ class Simulation(Generic[ExampleT, BatchT]):
             "pool": pool,
             "seed": config.seed,
             "batch_size": config.batch_size,
-            "storage": config.storage,
         }
         self._host: Host
         if shared is None:
-            self._host = InProcessHost(task, working=self.working, **host_options)
+            self._host = InProcessHost(task, working=self.working, storage=self._choice, **host_options)
         else:
             assert make_task is not None, "checked by the constructor"
             self._host = WorkerPool(
@@ -255,6 +264,7 @@ class Simulation(Generic[ExampleT, BatchT]):
                 num_threads=config.num_threads,
                 w0=shared[0],
                 round_model=shared[1],
+                storage=self._choice,
                 host_options=host_options,
             )
         self._exit.callback(self._host.close)
@@ -264,20 +274,67 @@ class Simulation(Generic[ExampleT, BatchT]):
     def _open_server(self, pool: SeedPool, resume: bool) -> None:
         server_config = self.config.server_config(len(self.task.datasets))
         identity = self.working.identity
-        clients = self.config.client_settings
         if resume and self._folder is not None:
             self.server = Server.resume(self._folder, identity, pool, server_config)
         else:
             self.server = Server(identity, pool, server_config)
         self._exit.callback(self.server.close)
+        self._choice = self._resolved(resume)
         if self._folder is not None:
             if resume:
-                check_client_settings(self._folder / CLIENTS, clients)
+                check_client_settings(self._folder / CLIENTS, self._client_settings)
             self.server.save(self._folder)
-            write_client_settings(self._folder / CLIENTS, clients)
+            self._keep_client_settings()
             self.ledger().save(self._folder / LEDGER)
             self._metrics = RoundLog(self._folder / METRICS, self.server.round)
             self._timings = RoundLog(self._folder / TIMINGS, self.server.round)
+
+    def _resolved(self, resume: bool) -> StorageChoice:
+        """What the clients are told, and `storage`: "auto" goes on with what the run in the folder has."""
+        config, is_begun = self.config, self.server.round > 0
+        if config.storage != "auto":
+            self.storage: StorageOptions = config.storage
+            return config.storage
+        kept = kept_storage(self._folder / CLIENTS) if resume and self._folder is not None else None
+        if kept is None and is_begun:
+            kept = Inplace()  # of the time before folders kept it
+        if kept is None:
+            with self._threads():
+                self.storage = FedKSeedSGD(
+                    self.task.model,
+                    lr=config.lr,
+                    eps=config.eps,
+                    seed_pool=self.server.pool,
+                    family=config.family,
+                    reduce=False,
+                ).storage
+        else:
+            self.storage = kept
+            logger.info('storage="auto" goes on in %r, that of the run in %s', kept, self._folder)
+        return self.storage if is_begun else Tentative(self.storage)
+
+    def _settle(self, runs: Mapping[int, ClientRun]) -> None:
+        """Makes the storage mode of a round that came through that of all to come.
+
+        Each client of the first round found out by itself, so that it does not matter which process ran it.
+        """
+        if not isinstance(self._choice, Tentative):
+            return
+        found = [run.local for run in runs.values() if run.local is not None and run.local.refusal]
+        if found:
+            self.storage = found[0].storage
+            logger.warning('storage="auto" falls to %r: %s', self.storage, found[0].refusal)
+            self._keep_client_settings()
+        self._choice = self._host.storage = self.storage
+
+    @property
+    def _client_settings(self) -> dict[str, Any]:
+        """What g depends on beside the server's part; ready for JSON."""
+        return {"storage": repr(self.storage), "batch_size": self.config.batch_size}
+
+    def _keep_client_settings(self) -> None:
+        if self._folder is not None:
+            write_client_settings(self._folder / CLIENTS, self._client_settings)
 
     def __enter__(self) -> Simulation[ExampleT, BatchT]:
         return self
@@ -341,6 +398,7 @@ class Simulation(Generic[ExampleT, BatchT]):
                 f"expected at least one reply in round {round}, got none of {len(members)} clients "
                 f"({reasons[0]}); the round was not merged, resuming tries it again"
             )
+        self._settle(runs)
         server.merge(replies)
         with working.exclusive():
             working.load(server.pool, server.wire_coefficients, server.config.family)

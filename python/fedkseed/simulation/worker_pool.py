@@ -19,6 +19,7 @@ from fedkseed.model.packed import SharedTensors
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.simulation.host import ClientRun, InProcessHost
 from fedkseed.simulation.task import Task
+from fedkseed.storage import StorageChoice
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -44,7 +45,11 @@ class WorkerPool:
         num_workers: processes, at least 1.
         num_threads: CPU threads of each.
         w0, round_model: shared weights; the caller rebuilds the round's model there before `run`.
+        storage: how clients visit both sides of the weights.
         host_options: further arguments of each worker's `InProcessHost`.
+
+    Attributes:
+        storage: as given; may change between rounds.
 
     Raises:
         WorkerError: a worker failed to start; says why.
@@ -58,8 +63,10 @@ class WorkerPool:
         num_threads: int,
         w0: SharedTensors,
         round_model: SharedTensors,
+        storage: StorageChoice,
         host_options: Mapping[str, Any],
     ) -> None:
+        self.storage = storage
         context = multiprocessing.get_context("spawn")
         self._workers: dict[_Pipe, Any] = {}
         try:
@@ -116,7 +123,7 @@ class WorkerPool:
 
     def _send(self, connection: _Pipe, job: tuple[int, bytes]) -> int:
         try:
-            connection.send(job)
+            connection.send((*job, self.storage))
         except (BrokenPipeError, ConnectionResetError):
             raise self._died(connection) from None
         return job[0]
@@ -161,7 +168,7 @@ def _work(
     try:
         connection.send(("ready", None))
         while True:
-            client, message = connection.recv()
+            client, message, host.storage = connection.recv()
             broadcast = Broadcast.from_bytes(message)
             working.adopt_round_model(host.pool, broadcast.coefficients, broadcast.family)
             run = host.run_client(client, message, lambda: connection.send(("step", None)))

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 import torch
 
+from fedkseed.storage.auto import DEFAULT_STORAGE, AutoStorage, StorageChoice, Tentative, check_choice
 from fedkseed.storage.inplace import Inplace
 from fedkseed.storage.interface import (
+    SIXTEEN_BIT,
     Evaluation,
     GroupUpdate,
     Storage,
@@ -15,26 +17,34 @@ from fedkseed.storage.interface import (
     TunedWeights,
 )
 from fedkseed.storage.streamed import Streamed
+from fedkseed.storage.streamed.refusals import NotStreamableError
+from fedkseed.storage.texts import mode_of_text
 
 __all__ = [
     "DEFAULT_STORAGE",
+    "SIXTEEN_BIT",
     "STORAGE_MODES",
+    "AutoStorage",
     "Evaluation",
     "GroupUpdate",
     "Inplace",
+    "NotStreamableError",
     "Storage",
+    "StorageChoice",
     "StorageOptions",
     "Streamed",
+    "Tentative",
     "TunedWeights",
+    "check_choice",
+    "mode_of_text",
     "storage_mode",
 ]
 
-DEFAULT_STORAGE: StorageOptions = Inplace()
-
 #: Modes by their names in flags and configuration files: those that a closure with one loss serves;
 #: the paired ones need a closure of their own.
-STORAGE_MODES: Mapping[str, StorageOptions] = {
-    "inplace": DEFAULT_STORAGE,
+STORAGE_MODES: Mapping[str, StorageChoice] = {
+    "auto": "auto",
+    "inplace": Inplace(),
     "chained": Inplace(chained=True),
     "streamed": Streamed(),
     "streamed-fp32": Streamed(compute_dtype=torch.float32),
@@ -42,7 +52,7 @@ STORAGE_MODES: Mapping[str, StorageOptions] = {
 }
 
 
-def storage_mode(name: str) -> StorageOptions:
+def storage_mode(name: str) -> StorageChoice:
     """The mode called ``name``.
 
     Raises:

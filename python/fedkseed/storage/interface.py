@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
+#: Dtypes of weights that a pass rounds noticeably.
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
 
 class GroupUpdate(NamedTuple):
     """w <- alpha w - lr (mean over the directions of g z), for the tensors of one group; alpha is fp32."""

@@ -11,13 +11,12 @@ import torch
 
 from fedkseed.model.placement import Places
 from fedkseed.model.waiting import flush_waiting
-from fedkseed.storage.interface import Evaluation, GroupUpdate, TunedWeights
+from fedkseed.storage.interface import SIXTEEN_BIT, Evaluation, GroupUpdate, TunedWeights
 from fedkseed.storage.streamed.copies import Perturbation, Weight
 from fedkseed.storage.streamed.forward import PerturbedModel
+from fedkseed.storage.streamed.refusals import NotStreamableModelError, NotStreamableWeightError
 from fedkseed.storage.streamed.units import check_servable
 from fedkseed.storage.updates import GroupedWeights, RoundingSeeds, Written, check_rounding
-
-_SHORT = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -80,14 +79,15 @@ class StreamedStorage:
     """Evaluates on copies; one pass in place for the update, w <- alpha w - sum_i (lr g_i) / n z_i.
 
     Raises:
-        TypeError: no model, or one that cannot be served (`units.check_servable`).
-        ValueError: a tensor that no unit of the model reads, an embedding with max_norm, a unit on several
-            devices.
+        NotStreamableModelError (a TypeError): no model, or one that cannot be served
+            (`units.check_servable`).
+        NotStreamableWeightError (a ValueError): a tensor that no unit of the model reads, an embedding with
+            max_norm, a unit on several devices.
     """
 
     def __init__(self, weights: TunedWeights, options: Streamed) -> None:
         if weights.model is None:
-            raise TypeError(
+            raise NotStreamableModelError(
                 "expected the model whose forward pass is perturbed, got tensors alone; give the model, or "
                 "model= beside them, or use storage=Inplace()"
             )
@@ -219,7 +219,7 @@ class StreamedStorage:
 
 
 def _residual(tensor: torch.Tensor) -> torch.Tensor | None:
-    if tensor.dtype not in _SHORT:
+    if tensor.dtype not in SIXTEEN_BIT:
         return None
     strides = tensor.stride()
     return torch.empty_strided(tensor.shape, strides, dtype=torch.int16, device=tensor.device).zero_()
@@ -239,13 +239,13 @@ def _seen_weights(
     }
     seen = []
     for name, parameter in weights.model.named_parameters():
-        widens = compute_dtype is not None and parameter.dtype in _SHORT
+        widens = compute_dtype is not None and parameter.dtype in SIXTEEN_BIT
         dtype = compute_dtype if compute_dtype is not None and widens else parameter.dtype
         if id(parameter) in tuned or widens:
             stream, residual = tuned.pop(id(parameter), (None, None))
             seen.append(Weight(name, parameter, parameter.data, stream, dtype, residual))
     if tuned:
-        raise ValueError(
+        raise NotStreamableWeightError(
             f"expected tensors that are parameters of the model, got {len(tuned)} that are not; "
             "leave them out"
         )

@@ -20,6 +20,7 @@ from fedkseed.storage.streamed.buffers import WidenedBuffers
 from fedkseed.storage.streamed.copies import Copies, Perturbation, Scratch, Weight
 from fedkseed.storage.streamed.guard import ReadGuard, StandIns
 from fedkseed.storage.streamed.pairing import Pairing, map_tensors
+from fedkseed.storage.streamed.refusals import NotStreamableForwardError, NotStreamableWeightError
 from fedkseed.storage.streamed.units import Unit, partition
 from fedkseed.storage.updates import interrupts_held
 
@@ -37,8 +38,8 @@ class PerturbedModel:
         is_paired: whether evaluations are of both sides at once, by `evaluate_both`.
 
     Raises:
-        ValueError: a parameter of ``weights`` belongs to no unit, an embedding renormalises its weight, or a
-            unit has parameters on several devices.
+        NotStreamableWeightError: a parameter of ``weights`` belongs to no unit, an embedding renormalises its
+            weight, or a unit has parameters on several devices.
     """
 
     def __init__(self, model: nn.Module, weights: Sequence[Weight], is_paired: bool = False) -> None:
@@ -75,7 +76,8 @@ class PerturbedModel:
         The first evaluation, and the one after a loss that was not a number, look at every operator.
 
         Raises:
-            RuntimeError: a parameter is read while none of its units runs.
+            NotStreamableForwardError: a parameter is read while none of its units runs, or meets tensors of
+                16 bits in fp32.
         """
         self._perturbation, self._sign = perturbation, sign
         with nullcontext() if self._is_checked else self._guard():
@@ -89,7 +91,8 @@ class PerturbedModel:
         """The closure's losses of the halves of a doubled batch, at w + eps z and at w - eps z.
 
         Raises:
-            RuntimeError: as `evaluate`; random numbers are drawn.
+            NotStreamableForwardError: as `evaluate`.
+            RuntimeError: random numbers are drawn.
             TypeError, ValueError: a batch that cannot be split, or a unit's results that cannot be joined.
         """
         self._perturbation, self._sign = perturbation, 0
@@ -240,7 +243,7 @@ class PerturbedModel:
     def _refusal(self, weight: Weight, operator: str) -> Exception:
         owners = [str(unit) for unit in self.units if self._reads(unit, weight)]
         where = f"while {self._running[-1]} runs" if self._running else "while no unit runs"
-        return RuntimeError(
+        return NotStreamableForwardError(
             f"expected {weight.name} to be read by the forward of {' or '.join(owners)} alone, got "
             f"{operator} that reads it outside of its unit, {where}; use storage=Inplace() for this model"
         )
@@ -253,12 +256,12 @@ class PerturbedModel:
         """Where a unit's parameters are.
 
         Raises:
-            ValueError: on several devices.
+            NotStreamableWeightError: on several devices.
         """
         parameters = unit.parameters or (unit.gathered,)
         devices = list(by_device(self._of_parameter[id(parameter)].stored for parameter in parameters))
         if len(devices) > 1:
-            raise ValueError(
+            raise NotStreamableWeightError(
                 f"expected all tuned parameters of a unit on one device, got those of {unit} on "
                 f"{', '.join(map(str, devices))}; place such modules as a whole, or use storage=Inplace()"
             )
@@ -267,13 +270,13 @@ class PerturbedModel:
     def _check_units(self) -> None:
         for weight in self._weights:
             if not any(self._reads(unit, weight) for unit in self.units):
-                raise ValueError(
+                raise NotStreamableWeightError(
                     f"expected every tuned tensor in the forward of a module, got {weight.name} in none; "
                     "use storage=Inplace()"
                 )
         for unit in self.units:
             if unit.gathered is not None and getattr(unit.module, "max_norm", None) is not None:
-                raise ValueError(
+                raise NotStreamableWeightError(
                     f"expected embeddings without max_norm, got {unit}: its forward pass writes its weight; "
                     "use storage=Inplace()"
                 )

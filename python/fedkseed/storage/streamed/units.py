@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from fedkseed.model.manifest import types_if_imported
+from fedkseed.storage.streamed.refusals import NotStreamableModelError
 
 #: What models keep their repeated layers in.
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -155,32 +156,34 @@ def check_servable(model: nn.Module) -> None:
     """Refuses modules that would not see the perturbed weights, and parameters that cannot be guarded.
 
     Raises:
-        TypeError: names the module or parameter and what to do instead.
+        NotStreamableModelError: names the module or parameter and what to do instead.
     """
     refused = types_if_imported(_REFUSED)
     for name, module in model.named_modules():
         place = f"{name or 'the model itself'} ({type(module).__name__})"
         for kind, reason in refused:
             if isinstance(module, kind):
-                raise TypeError(f"expected modules that can be run unit by unit, got {place}: {reason}")
+                raise NotStreamableModelError(
+                    f"expected modules that can be run unit by unit, got {place}: {reason}"
+                )
         if getattr(module, "_compiled_call_impl", None) is not None:
-            raise TypeError(
+            raise NotStreamableModelError(
                 f"expected modules that can be run unit by unit, got {place} compiled in place: compiled "
                 "code may keep the addresses of weights; make the optimizer of a model without .compile()"
             )
         if _is_compiled(module.forward):
-            raise TypeError(
+            raise NotStreamableModelError(
                 f"expected modules that can be run unit by unit, got {place} with a compiled forward: "
                 "compiled code may keep the addresses of weights; make the optimizer of a model without it"
             )
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            raise TypeError(
+            raise NotStreamableModelError(
                 f"expected parameters that have a shape, got {place} with uninitialized ones; "
                 "run one forward pass first"
             )
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
-            raise TypeError(
+            raise NotStreamableModelError(
                 f"expected parameters that count what is written to them, got {name} made within "
                 "torch.inference_mode(); make the model outside of it, or use storage=Inplace()"
             )
