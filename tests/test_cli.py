@@ -10,14 +10,16 @@ import torch
 from support.data_samples import make_tokenizer
 from support.tiny_language_model import make_model, make_task
 
-from fedkseed import Ledger, ModelIdentity, cli
+from fedkseed import Inplace, Ledger, ModelIdentity, Streamed, cli
 from fedkseed.data import FetchError, ModelError
 from fedkseed.data.models import load_causal_lm_weights
 from fedkseed.scenarios import instruction_run
 from fedkseed.scenarios.settings import QUICK, RunSettings, SettingsError, make_settings, read_toml
-from fedkseed.simulation.run_folder import LEDGER, METRICS, TIMINGS
+from fedkseed.simulation.run_folder import CLIENTS, LEDGER, METRICS, TIMINGS
+from fedkseed.storage import STORAGE_MODES, StorageOptions
 
 SMALL = ["--rounds", "2", "--clients-per-round", "2", "--num-seeds", "16", "--threads", "1"]
+IN_FP32 = Streamed(compute_dtype=torch.float32)
 FEW_ROWS = ["--round-rows", "1", "--final-rows", "2", "--generate-rows", "1"]
 
 
@@ -221,6 +223,27 @@ def test_a_run_of_signs_on_streamed_weights(base: Path, tmp_path: Path) -> None:
     assert cli.main(["apply", str(run / LEDGER), "--base", str(base), "--out", str(tmp_path / "tuned")]) == 0
     tuned = load_causal_lm_weights(tmp_path / "tuned", torch.bfloat16)
     assert ModelIdentity.of(tuned).content.hex() == summary["content"]
+
+
+@pytest.mark.usefixtures("_tasks")
+@pytest.mark.parametrize(("dtype", "mode"), [("float32", Inplace()), ("bfloat16", IN_FP32)])
+def test_the_storage_mode_is_chosen_said_and_kept(
+    dtype: str, mode: StorageOptions, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, explicit = tmp_path / "run", tmp_path / "explicit"
+    assert simulate(base, run, "--dtype", dtype) == 0
+    said = f"Storage mode (auto): {mode}"
+    assert capsys.readouterr().out.splitlines().count(said) == 1
+    assert json.loads((run / "settings.json").read_text("utf-8"))["storage"] == "auto"
+    assert json.loads((run / CLIENTS).read_text("utf-8"))["storage"] == repr(mode)
+    (name,) = [name for name, options in STORAGE_MODES.items() if options == mode]
+    assert simulate(base, explicit, "--dtype", dtype, "--storage", name) == 0
+    assert f"Storage mode: {mode}" in capsys.readouterr().out
+    for file in (LEDGER, METRICS, CLIENTS, "server.state"):
+        assert (run / file).read_bytes() == (explicit / file).read_bytes(), file
+    assert cli.main(["simulate", "--resume", str(run)]) == 0
+    assert said in capsys.readouterr().out
+    assert simulate(base, tmp_path / "named", "--storage", "auto", "--rounds", "0") == 0
 
 
 def test_toml_then_flags(tmp_path: Path) -> None:

@@ -126,15 +126,18 @@ def state_of(optimizer: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("_nothing_carried")
+@pytest.mark.parametrize("is_auto", [False, True])
 @pytest.mark.parametrize("name", write.OPTIMIZERS)
-def test_optimizer_states(name: str) -> None:
+def test_optimizer_states(name: str, is_auto: bool) -> None:
     """The state loads, is saved anew with the same content, and goes on to the bits that 0.1 came to.
 
-    But for decay that alpha's rounding lost there, and that arrives since.
+    But for decay that alpha's rounding lost there, and that arrives since. An optimizer made with
+    "auto" takes the state's storage mode.
     """
     content = torch.load(FOLDER / "optimizers" / f"{name}.pt", weights_only=True)
     model = write.make_model()
-    optimizer = write.OPTIMIZERS[name](model)
+    make = write.make_zosgd if name.startswith("zosgd") else write.make_fedkseed
+    optimizer = make(model, "auto") if is_auto else write.OPTIMIZERS[name](model)
     with torch.no_grad():
         for weight, saved in zip(model.parameters(), content["weights"], strict=True):
             weight.copy_(saved)

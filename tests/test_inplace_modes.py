@@ -63,7 +63,7 @@ def test_steps_that_are_not_chained_round_stochastically_too(dtype: torch.dtype)
     assert all(same_bytes(*pair) for pair in zip(seen, expected, strict=True))
     assert same_bytes(weights_of(model), hand((s1, EPS - 0.05 * g1)))
     nearest = make_model(dtype)
-    ZOSGD(nearest, 0.05, EPS, seed=5).step(make_closure(nearest))
+    ZOSGD(nearest, 0.05, EPS, seed=5, storage=Inplace()).step(make_closure(nearest))
     assert same_bytes(weights_of(nearest), weights_of(model)) == (g1 == 0)
 
 

@@ -14,7 +14,7 @@ from support.small_model import largest_difference, make_closure, make_model, sa
 from torch import nn
 
 import fedkseed_kernels
-from fedkseed import FedKSeedSGD, SeedPool
+from fedkseed import FedKSeedSGD, Inplace, SeedPool
 
 POOL = SeedPool(11, 64)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -24,7 +24,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def test_a_step_is_three_passes_with_the_stated_coefficients(dtype: torch.dtype) -> None:
     model, mirror = make_model(dtype), make_model(dtype)
     lr, eps = 0.37, 3e-3
-    optimizer = FedKSeedSGD(model, lr=lr, eps=eps, seed_pool=POOL)
+    optimizer = FedKSeedSGD(model, lr=lr, eps=eps, seed_pool=POOL, storage=Inplace())
     returned = optimizer.step(make_closure(model), seed_index=9)
 
     eps32 = float(np.float32(eps))
@@ -127,7 +127,7 @@ def test_dropout_agrees_on_both_sides() -> None:
 def test_a_loss_that_is_not_finite_skips_the_update(losses: tuple[float, float], dtype: torch.dtype) -> None:
     model = make_model(dtype)
     before = weights_of(model)
-    optimizer = FedKSeedSGD(model, 0.1, 1e-3, POOL)
+    optimizer = FedKSeedSGD(model, 0.1, 1e-3, POOL, storage=Inplace())
     values = iter(losses)
     optimizer.step(lambda: next(values), seed_index=3)
     assert optimizer.num_skipped == 1

@@ -14,7 +14,7 @@ import torch
 from support.small_model import make_closure, make_model, same_bytes, weights_of
 from torch import nn
 
-from fedkseed import ZOSGD, FedKSeedSGD, SeedPool
+from fedkseed import ZOSGD, FedKSeedSGD, Inplace, SeedPool
 
 POOL = SeedPool(2**64 - 3, 32)
 
@@ -32,11 +32,12 @@ def new_zosgd(model: nn.Sequential) -> ZOSGD:
         max_abs_g=2.0,
         max_loss_gap=0.3,
         model=model,
+        storage=Inplace(),
     )
 
 
 def new_fedkseed(model: nn.Sequential) -> FedKSeedSGD:
-    return FedKSeedSGD(model, 0.05, 1e-2, POOL, max_abs_g=2.0)
+    return FedKSeedSGD(model, 0.05, 1e-2, POOL, max_abs_g=2.0, storage=Inplace())
 
 
 @pytest.mark.filterwarnings("ignore:the model is in train mode")

@@ -16,7 +16,7 @@ from support.small_model import largest_difference, make_closure, make_model, sa
 from torch import nn
 
 import fedkseed_kernels
-from fedkseed import ZOSGD, FedKSeedSGD, Manifest, SeedPool
+from fedkseed import ZOSGD, FedKSeedSGD, Inplace, Manifest, SeedPool
 
 POOL = SeedPool(2**64 - 3, 32)
 
@@ -37,8 +37,9 @@ def test_it_minimises_and_its_seeds_are_those_of_a_pool() -> None:
 
 def test_one_direction_of_zosgd_is_a_step_of_fedkseed_with_the_same_seed() -> None:
     model, other = make_model(dtype=torch.bfloat16), make_model(dtype=torch.bfloat16)
-    optimizer = ZOSGD(model, 0.1, 1e-2, seed=POOL.base_seed, max_abs_g=0.5, max_loss_gap=0.1)
-    pooled = FedKSeedSGD(other, 0.1, 1e-2, POOL, max_abs_g=0.5, max_loss_gap=0.1)
+    options: dict[str, Any] = {"max_abs_g": 0.5, "max_loss_gap": 0.1, "storage": Inplace()}
+    optimizer = ZOSGD(model, 0.1, 1e-2, seed=POOL.base_seed, **options)
+    pooled = FedKSeedSGD(other, 0.1, 1e-2, POOL, **options)
     for index in range(6):
         assert optimizer.step(make_closure(model)) == pooled.step(make_closure(other), seed_index=index)
         assert pooled.history[-1] == (index, *optimizer.projected_grads)

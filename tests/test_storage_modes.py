@@ -147,9 +147,7 @@ def test_the_setting_reaches_the_client(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_an_unknown_mode_is_refused_by_name() -> None:
-    with pytest.raises(
-        ValueError, match=r"storage mode out of \['auto', 'inplace', 'chained'.*got 'outside'"
-    ):
+    with pytest.raises(ValueError, match=r"storage mode out of \['auto', 'inplace'.*got 'outside'"):
         storage_mode("outside")
     with pytest.raises(SettingsError, match="storage mode out of"):
         RunSettings(**json.loads('{"storage": "outside"}'))
