@@ -91,7 +91,7 @@ class WorkingCopy:
             PreparedTensors(self._weights, self._streams, "gaussian", names=self._names)  # or it raises
             flush_waiting(self._weights)
             self.w0 = [weight.detach().clone() for weight in self._weights] if w0 is None else list(w0)
-            self._buffers = Buffers(model).keep()
+            self._buffers = Buffers(model.named_modules()).keep()
         self._check_like_weights("w0", self.w0)
         self._round_model: list[torch.Tensor] | None = None
         if round_model == "own":

@@ -46,7 +46,7 @@ class Surroundings:
         placed = [*self._tensors, *(model.parameters() if model is not None else ())]
         devices = {tensor.device for tensor in placed if not tensor.is_meta}
         self._generators = Generators(devices, [] if model is None else own_generators(model))
-        self._buffers = None if model is None else Buffers(model)
+        self._buffers = None if model is None else Buffers(model.named_modules())
 
     def now(self) -> World:
         """The world as it is now."""

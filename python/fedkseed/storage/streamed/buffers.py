@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,20 +27,32 @@ class WidenedBuffers:
         self._dtype = dtype
         self._owners = [] if dtype is None else [module for module in model.modules() if _is_plain(module)]
         self._stored: list[tuple[Tensor, Tensor]] = []
+        #: Where they are, and the dtype in which they are stored.
+        self._places: list[tuple[MutableMapping[str, Tensor | None], str, Tensor, torch.dtype]] = []
 
     def widen(self) -> None:
         """Gives the buffers of 16 bits widened values."""
         if self._dtype is None:
             return
         for owner in self._owners:
-            for buffer in owner.buffers(recurse=False):
-                # One that two modules share is wide the second time.
-                if buffer.dtype in _SHORT:
-                    self._stored.append((buffer, buffer.data))
-                    buffer.data = buffer.data.to(self._dtype)
+            for name, buffer in owner._buffers.items():
+                if buffer is not None and buffer.dtype in _SHORT:
+                    self._places.append((owner._buffers, name, buffer, buffer.dtype))
+        for _, _, buffer, _ in self._places:
+            if buffer.dtype in _SHORT:  # one that two modules share is wide the second time
+                self._stored.append((buffer, buffer.data))
+                buffer.data = buffer.data.to(self._dtype)
 
     def put_back(self) -> None:
-        """Gives them their memory back, with the values that they hold by now, rounded to nearest."""
+        """Gives them their memory back, with the values that they hold by now, rounded to nearest.
+
+        What a module holds in place of one of them by now is rounded likewise.
+        """
+        while self._places:
+            registry, name, buffer, dtype = self._places.pop()
+            now = registry.get(name)
+            if now is not None and now is not buffer and now.dtype == self._dtype:
+                registry[name] = now.to(dtype)
         while self._stored:
             buffer, stored = self._stored.pop()
             wide, buffer.data = buffer.data, stored

@@ -48,6 +48,8 @@ class StandIns:
         """The weight that this tensor, or a view of it, stands for."""
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
             return None
+        if tensor.layout is not torch.strided:
+            return None
         return self._owners.get(tensor.data_ptr()) if tensor.numel() else None
 
 
