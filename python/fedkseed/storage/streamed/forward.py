@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from fedkseed.model.buffers import Buffers
 from fedkseed.model.packed import packed_bytes
 from fedkseed.model.placement import by_device
 from fedkseed.storage.streamed.buffers import WidenedBuffers
 from fedkseed.storage.streamed.copies import Copies, Perturbation, Scratch, Weight
 from fedkseed.storage.streamed.guard import ReadGuard, StandIns
+from fedkseed.storage.streamed.halves import Halves
 from fedkseed.storage.streamed.pairing import Pairing, map_tensors
 from fedkseed.storage.streamed.refusals import NotStreamableForwardError, NotStreamableWeightError
 from fedkseed.storage.streamed.units import Unit, partition
@@ -65,9 +65,8 @@ class PerturbedModel:
         #: 1 or -1: the side that is evaluated; 0: both, each unit splits its batch.
         self._sign = 1
         self._is_checked = False
-        self._pairing = Pairing(model, self._guard, self._scratches)
-        #: Of each unit that is run on one half, then on the other.
-        self._unit_buffers = {unit: Buffers(unit.module) for unit in self.units} if is_paired else {}
+        self._halves = Halves(model, self.units if is_paired else ())
+        self._pairing = Pairing(model, self._guard, self._scratches, self._halves.outside)
         self._widened = WidenedBuffers(model, next((w.dtype for w in weights if w.is_widened), None))
 
     def evaluate(self, closure: Callable[[], float], perturbation: Perturbation, sign: int) -> float:
@@ -92,10 +91,11 @@ class PerturbedModel:
 
         Raises:
             NotStreamableForwardError: as `evaluate`.
-            RuntimeError: random numbers are drawn.
+            RuntimeError: random numbers are drawn; as `Halves.outside`.
             TypeError, ValueError: a batch that cannot be split, or a unit's results that cannot be joined.
         """
         self._perturbation, self._sign = perturbation, 0
+        self._halves.begin()
         with nullcontext() if self._is_checked else self._guard():
             losses = closure()
         self._is_checked = not any(math.isnan(loss) for loss in losses)
@@ -156,13 +156,11 @@ class PerturbedModel:
         calls = self._pairing.split(unit, args, kwargs)
         results: list[Any] = []
         with self._entered(unit) as sides:
-            buffers = self._unit_buffers[unit].keep()
             for (sign, load), (half_args, half_kwargs) in zip(sides, calls, strict=True):
                 self._sign = sign
                 load()
-                if results:
-                    buffers.restore()  # the second half meets them as the first did
-                results.append(self._result(unit, forward, half_args, half_kwargs))
+                with self._halves.half(unit, sign):
+                    results.append(self._result(unit, forward, half_args, half_kwargs))
             return self._pairing.merge(unit, calls, *results)
 
     def _result(

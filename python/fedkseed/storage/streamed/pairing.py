@@ -66,15 +66,21 @@ class Pairing:
         model: whose call says what the rows are.
         make_guard: to run the model in, the first time.
         devices: where its units run.
+        around: what its forward runs in besides.
     """
 
     def __init__(
-        self, model: nn.Module, make_guard: Callable[[], ReadGuard], devices: Collection[torch.device]
+        self,
+        model: nn.Module,
+        make_guard: Callable[[], ReadGuard],
+        devices: Collection[torch.device],
+        around: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._model = model
         self._devices = frozenset(devices)
         self._own_generators = own_generators(model)
         self._make_guard = make_guard
+        self._around = around
         self._num_rows: int | None = None
         self._checked: set[int] = set()
         self._guard: ReadGuard | None = None
@@ -87,7 +93,7 @@ class Pairing:
         """The model's own forward with its batch noted for the units within.
 
         It raises ValueError: the batch is not doubled, or has as many rows as another dimension.
-        RuntimeError: random numbers were drawn.
+        RuntimeError: random numbers were drawn; what ``around`` raises.
         """
 
         @functools.wraps(forward)
@@ -209,7 +215,7 @@ class Pairing:
         generators = Generators(devices, self._own_generators)
         states = generators.states()
         try:
-            with guard:
+            with guard, self._around():
                 yield
         finally:
             self._num_rows, self._guard = outer
