@@ -1,0 +1,424 @@
+"""Both sides of a step meet the same world in every storage mode: generators, buffers, the autocast cache."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import storage_reference as reference_of
+from support.moving_models import drawing, make_model, moving
+from support.small_model import same_bytes
+from support.streamed_models import projected
+from torch import nn
+
+import fedkseed_kernels
+from fedkseed import ZOSGD, Inplace, Streamed
+from fedkseed.storage import StorageOptions
+from fedkseed_kernels.contract import derived
+
+pytestmark = pytest.mark.filterwarnings("ignore:the model is in train mode with dropout")
+SEED, ROWS = 5, 12
+WIDE = Streamed(compute_dtype=torch.float32)
+PAIRED = Streamed(paired=True)
+
+#: Of each mode what happens to weights in memory, wider than 16 bits and of 16.
+MODES: dict[str, tuple[StorageOptions, type[reference_of.Reference], type[reference_of.Reference]]] = {
+    "in place": (Inplace(), reference_of.InplaceReference, reference_of.InplaceReference),
+    "in place, stochastic": (
+        Inplace(rounding="stochastic"),
+        reference_of.InplaceReference,
+        reference_of.stochastic(reference_of.InplaceReference),
+    ),
+    "chained": (Inplace(chained=True), reference_of.ChainedReference, reference_of.ChainedReference),
+    "chained, stochastic": (
+        Inplace(chained=True, rounding="stochastic"),
+        reference_of.ChainedReference,
+        reference_of.stochastic(reference_of.ChainedReference),
+    ),
+    "streamed": (Streamed(), reference_of.StreamedReference, reference_of.StreamedReference),
+    "streamed, stochastic": (
+        Streamed(rounding="stochastic"),
+        reference_of.StreamedReference,
+        reference_of.stochastic(reference_of.StreamedReference),
+    ),
+    "streamed in fp32": (WIDE, reference_of.StreamedReference, reference_of.StreamedFloatReference),
+    "compensated": (
+        Streamed(compensated=True),
+        reference_of.StreamedReference,
+        reference_of.CompensatedReference,
+    ),
+    "compensated in fp32": (
+        Streamed(compensated=True, compute_dtype=torch.float32),
+        reference_of.StreamedReference,
+        reference_of.CompensatedFloatReference,
+    ),
+    "paired": (PAIRED, reference_of.StreamedReference, reference_of.StreamedReference),
+    "paired in fp32": (
+        Streamed(paired=True, compute_dtype=torch.float32),
+        reference_of.StreamedReference,
+        reference_of.StreamedFloatReference,
+    ),
+}
+#: dtype of the weights, eps, and where autocast is.
+PRECISIONS: dict[str, tuple[torch.dtype, float, str]] = {
+    "fp64": (torch.float64, 2.0**-20, "nowhere"),
+    "fp32": (torch.float32, 2.0**-10, "nowhere"),
+    "bf16": (torch.bfloat16, 2.0**-5, "nowhere"),
+    "autocast around the step": (torch.float32, 2.0**-5, "around"),
+    "autocast in the closure": (torch.float32, 2.0**-5, "within"),
+}
+DRAWING, MOVING = drawing(), moving()
+KINDS = {**DRAWING, **MOVING, "nothing": nn.Identity}
+#: Modes that round, or widen, what is wider than 16 bits already do so no more.
+PLAIN_MODES = ("in place", "chained", "streamed", "paired")
+
+
+def served(mode: str, precision: str) -> bool:
+    return precision == "bf16" or mode in PLAIN_MODES
+
+
+EVERY = [(mode, precision) for precision in PRECISIONS for mode in MODES if served(mode, precision)]
+#: Kinds that stand for the others where a step is not a plain one.
+SOME = ("torch", "np.random.Generator", "Python", "batch norm", "in place", "exchanged", "counter", "shared")
+
+
+def inputs() -> torch.Tensor:
+    return torch.randn(ROWS, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def autocast() -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def loss_of(model: nn.Module, is_paired: bool = False) -> Any:
+    x = inputs().to(next(model.parameters()).dtype)
+    y = (model(torch.cat([x, x]) if is_paired else x).double() - 1).square()
+    return tuple(half.mean() for half in y.chunk(2)) if is_paired else y.mean()
+
+
+def global_states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), np.random.get_state(legacy=False), random.getstate()
+
+
+def set_global_states(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+
+
+def seed_all() -> None:
+    torch.manual_seed(1)
+    np.random.seed(2)
+    random.seed(3)
+
+
+class World:
+    """Evaluates each side on a copy of the model and its surroundings, as both were at construction.
+
+    Attributes:
+        model, states: what the last one left.
+    """
+
+    def __init__(
+        self, model: nn.Module, states: tuple[Any, ...], evaluate: Callable[[nn.Module], Any]
+    ) -> None:
+        self._start, self._states, self._evaluate = copy.deepcopy(model), states, evaluate
+        self.model, self.states = self._start, states
+
+    def __call__(self, perturbed: nn.Module) -> float:
+        dtype = next(perturbed.parameters()).dtype
+        self.model = copy.deepcopy(self._start).to(dtype)
+        self.model.load_state_dict(dict(perturbed.named_parameters()), strict=False)
+        set_global_states(self._states)
+        torch.clear_autocast_cache()
+        loss = float(self._evaluate(self.model))
+        self.states = global_states()
+        return loss
+
+    def next(self, model: nn.Module) -> World:
+        """Goes on from what the last one left, in the dtypes in which the model stores it."""
+        left = copy.deepcopy(self.model)
+        for module, stored in zip(left.modules(), model.modules(), strict=True):
+            for name, buffer in stored.named_buffers(recurse=False):
+                module._buffers[name] = module._buffers[name].to(buffer.dtype)  # type: ignore[union-attr]
+        return World(left, self.states, self._evaluate)
+
+
+class Case:
+    """A model, its closure, and what it has to come to."""
+
+    def __init__(self, kind: str, mode: str, precision: str, num_directions: int = 1, **options: Any) -> None:
+        self.dtype, eps, place = PRECISIONS[precision]
+        self.storage, *references = MODES[mode]
+        self.model = make_model(KINDS[kind], self.dtype, **options)
+        self.reference = references[self.dtype == torch.bfloat16](self.model, eps, 0.0, 0.0, SEED)
+        self.is_paired = getattr(self.storage, "paired", False)
+        self._place = place
+        seed_all()
+        self.world = World(self.model, global_states(), lambda model: self._within(model, False))
+        self.optimizer = ZOSGD(
+            self.model, 0.0, eps, seed=SEED, storage=self.storage, num_directions=num_directions
+        )
+        self.seeds = [int(seed) for seed in derived.candidate_seeds(SEED, 2 * num_directions + 1)]
+        self.eps = eps
+
+    def around(self) -> AbstractContextManager[Any]:
+        return autocast() if self._place == "around" else nullcontext()
+
+    def closure(self) -> Any:
+        return self._within(self.model, self.is_paired)
+
+    def _within(self, model: nn.Module, is_paired: bool) -> Any:
+        with torch.no_grad(), autocast() if self._place == "within" else nullcontext():
+            return loss_of(model, is_paired)
+
+    @contextmanager
+    def by_reference(self) -> Iterator[None]:
+        """The world of the reference; the model's comes back."""
+        states = global_states()
+        with torch.no_grad(), self.around():
+            yield
+        set_global_states(states)
+        torch.clear_autocast_cache()
+
+    def check_world(self, world: World) -> None:
+        """The model's surroundings are those."""
+        for mine, theirs in zip(global_states(), world.states, strict=True):
+            assert str(mine) == str(theirs)
+            if isinstance(mine, torch.Tensor):
+                assert torch.equal(mine, theirs)
+        ours, theirs = dict(self.model.named_buffers()), dict(world.model.named_buffers())
+        assert list(ours) == list(theirs)
+        # Those of a copy that was widened are.
+        assert same_bytes(list(ours.values()), [theirs[name].to(b.dtype) for name, b in ours.items()])
+        for mine, other in zip(self.model.modules(), world.model.modules(), strict=True):
+            if hasattr(mine, "owned"):
+                assert drawn(mine) == drawn(other)
+
+
+def drawn(module: Any) -> float:
+    """What comes next of a module's generators, copied."""
+    return module.draw(copy.deepcopy(module.owned)) if module.owned is not None else 0.0
+
+
+def directions(case: Case, num_directions: int) -> list[tuple[float, float]]:
+    """The losses of the reference along the first seeds, by the passes of a step along several."""
+    reference, eps, losses = case.reference, case.eps, []
+    standing: list[int] = []
+    for seed in case.seeds[:num_directions]:
+        if isinstance(reference, reference_of.InplaceReference):
+            reference.move([*standing, seed], [eps] * (len(standing) + 1))
+            losses.append(reference.both(seed, case.world))
+            standing = [seed]
+        else:
+            losses.append(reference.losses(seed, case.world))
+            reference.num_passes += 1
+    return losses
+
+
+def is_refused(kind: str, mode: str) -> bool:
+    """Both halves of a doubled batch would draw different numbers."""
+    return mode.startswith("paired") and kind in DRAWING
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "precision"),
+    [
+        (kind, mode, precision)
+        for kind in KINDS
+        for mode, precision in EVERY
+        if not is_refused(kind, mode) and not (kind in DRAWING and precision == "autocast in the closure")
+    ],
+)
+def test_g_is_that_of_copies_in_the_same_world(kind: str, mode: str, precision: str) -> None:
+    case = Case(kind, mode, precision)
+    for step in range(2):
+        with case.by_reference():
+            losses = case.reference.losses(case.seeds[step], case.world)
+        with case.around():
+            case.optimizer.step(case.closure)
+        (g,) = case.optimizer.projected_grads
+        assert g == projected(list(losses), case.eps) != 0
+        case.check_world(case.world)
+        case.reference.update(case.seeds[step], g, case.seeds[step + 1])
+        case.world = case.world.next(case.model)
+
+
+@pytest.mark.parametrize("mode", PLAIN_MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_g_is_the_slope_between_copies_that_were_perturbed(kind: str, mode: str) -> None:
+    if is_refused(kind, mode):
+        return
+    case = Case(kind, mode, "fp64")
+    states, losses = global_states(), []
+    for sign in (1, -1):
+        side = copy.deepcopy(case.model)
+        set_global_states(states)
+        with torch.no_grad():
+            fedkseed_kernels.perturb_(list(side.parameters()), case.seeds[0], sign * case.eps)
+            losses.append(float(loss_of(side)))
+    set_global_states(states)
+    case.optimizer.step(case.closure)
+    (g,) = case.optimizer.projected_grads
+    assert g == pytest.approx(projected(losses, case.eps), rel=0.01)
+    assert abs(g) > 1e-3
+
+
+@pytest.mark.parametrize(("mode", "precision"), [pair for pair in EVERY if pair[1] in ("fp32", "bf16")])
+@pytest.mark.parametrize("kind", SOME)
+def test_along_three_directions(kind: str, mode: str, precision: str) -> None:
+    if is_refused(kind, mode):
+        return
+    case = Case(kind, mode, precision, num_directions=3)
+    with case.by_reference():
+        losses = directions(case, 3)
+    with case.around():
+        case.optimizer.step(case.closure)
+    assert case.optimizer.projected_grads == tuple(projected(list(pair), case.eps) for pair in losses)
+    case.check_world(case.world)
+
+
+@pytest.mark.parametrize(("mode", "precision"), [pair for pair in EVERY if pair[1] in ("fp32", "bf16")])
+@pytest.mark.parametrize("kind", SOME)
+def test_two_measures_and_a_step(kind: str, mode: str, precision: str) -> None:
+    """The second begins in the world that the first left."""
+    if is_refused(kind, mode):
+        return
+    case = Case(kind, mode, precision)
+    reference, (seed, *_), eps, losses = case.reference, case.seeds, case.eps, []
+    for number in range(2):
+        with case.by_reference():
+            if number and isinstance(reference, reference_of.ChainedReference):
+                reference.move([seed], [2 * eps])
+                losses.append(reference.both(seed, case.world))
+            else:
+                losses.append(reference.losses(seed, case.world))
+                if type(reference).losses is reference_of.InplaceReference.losses:
+                    reference.move([seed], [eps])
+        with case.around():
+            case.optimizer.measure(case.closure)
+        case.check_world(case.world)
+        case.world = case.world.next(case.model)
+    case.optimizer.step()
+    means = [(first + second) / 2 for first, second in zip(*losses, strict=True)]
+    assert case.optimizer.projected_grads == (projected(means, eps),)
+    case.check_world(case.world)
+
+
+@pytest.mark.parametrize("mode", [*PLAIN_MODES, "streamed in fp32"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_comes_to_nothing_leaves_the_world_as_it_was(kind: str, mode: str) -> None:
+    if is_refused(kind, mode):
+        return
+    num_directions = 3 if kind in SOME else 1
+    case = Case(kind, mode, "bf16", num_directions)
+    calls: list[int] = []
+
+    def no_number() -> Any:
+        case.closure()
+        return (float("nan"),) * 2 if case.is_paired else float("nan")
+
+    def fails() -> Any:
+        case.closure()
+        calls.append(1)
+        if len(calls) == (1 if case.is_paired else 2 * num_directions):
+            raise OSError("gone")
+        return case.closure()
+
+    case.optimizer.step(no_number)
+    assert case.optimizer.num_skipped == num_directions
+    case.check_world(case.world)
+    with pytest.raises(OSError, match="gone"):
+        case.optimizer.step(fails)
+    case.check_world(case.world)
+    calls.clear()
+    case.optimizer.measure(case.closure)
+    with pytest.raises(OSError, match="gone"):
+        case.optimizer.measure(fails)
+    case.check_world(case.world)
+    case.optimizer.measure(case.closure)
+    case.optimizer.measure(case.closure)
+    case.optimizer.discard()
+    case.check_world(case.world)
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("kind", DRAWING)
+def test_paired_refuses_random_numbers(kind: str, outside: bool) -> None:
+    case = Case(kind, "paired", "fp32", outside=outside)
+    with pytest.raises(RuntimeError, match="without random numbers in a paired step"):
+        case.optimizer.step(case.closure)
+    case.check_world(case.world)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MOVING if kind != "spectral_norm"])
+def test_paired_refuses_what_moves_outside_of_its_units(kind: str) -> None:
+    """Both halves run through it at once; with weights of its own it is a unit.
+
+    The old spectral_norm is refused in all streamed modes there: its hook reads the weight first.
+    """
+    case = Case(kind, "paired", "fp32", outside=True)
+    if any(True for _ in case.model[2].parameters()):
+        with case.by_reference():
+            losses = case.reference.losses(case.seeds[0], case.world)
+        case.optimizer.step(case.closure)
+        assert case.optimizer.projected_grads == (projected(list(losses), case.eps),)
+    else:
+        name = r"2\.norm \(BatchNorm1d\)" if kind.startswith("batch") else r"its buffer 2\."
+        with pytest.raises(RuntimeError, match=name):
+            case.optimizer.step(case.closure)
+
+
+@pytest.mark.parametrize("options", [{"track_running_stats": False}, {"affine": False}])
+def test_paired_refuses_frozen_batch_norm_in_train_mode(options: dict[str, Any]) -> None:
+    model = make_model(lambda: nn.BatchNorm1d(6, **options), torch.float32, outside=True)
+    model[2].requires_grad_(False)
+    optimizer = ZOSGD(model, 0.0, 2.0**-10, seed=SEED, storage=PAIRED)
+    with pytest.raises(RuntimeError, match=r"got 2 \(BatchNorm1d\) that normalises both halves together"):
+        optimizer.step(lambda: loss_of(model, True))
+
+
+def odd_buffers() -> dict[str, Callable[[], torch.Tensor]]:
+    def inferred(make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        with torch.inference_mode():
+            return make()
+
+    return {
+        "sparse": lambda: torch.eye(ROWS).to_sparse_coo(),
+        "sparse in rows": lambda: torch.eye(ROWS).to_sparse_csr(),
+        "meta": lambda: torch.ones(3, device="meta"),
+        "of inference mode": lambda: inferred(lambda: torch.ones(6)),
+        "of inference mode, expanded": lambda: inferred(lambda: torch.ones(1).expand(6)),
+        "of inference mode, large": lambda: inferred(lambda: torch.ones(2**20, dtype=torch.long)),
+    }
+
+
+class Holding(nn.Module):
+    """Has a buffer that a forward pass cannot write, or does not."""
+
+    def __init__(self, buffer: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("buffer", buffer)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.mm(self.buffer, hidden) if self.buffer.shape == (ROWS, ROWS) else hidden
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+@pytest.mark.parametrize("mode", ["in place", "chained", "streamed"])
+@pytest.mark.parametrize("kind", odd_buffers())
+def test_buffers_that_are_not_written_stand_in_no_ones_way(kind: str, mode: str) -> None:
+    gs = []
+    for held in (Holding(odd_buffers()[kind]()), nn.Identity()):
+        model = make_model(lambda held=held: held, torch.float32)  # type: ignore[misc]
+        optimizer = ZOSGD(model, 0.0, 2.0**-10, seed=SEED, storage=MODES[mode][0])
+        for _ in range(2):
+            optimizer.step(lambda model=model: loss_of(model))  # type: ignore[misc]
+        gs.append(optimizer.projected_grads)
+    assert gs[0] == gs[1]
