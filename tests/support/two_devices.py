@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 1)
+_ON_THE_PROCESSOR = (torch.Tensor.cpu, torch.Tensor.numpy)
 _COPIES = (torch.clone, torch.Tensor.clone, torch.empty_like, torch.zeros_like)
 
 
 class _Factories(TorchFunctionMode):
-    """Has what is made with device=SECOND there."""
+    """Has what is made with device=SECOND, or moved to it, there; only cpu() brings it to NumPy."""
 
     def __init__(self, devices: TwoDevices) -> None:
         super().__init__()
@@ -28,6 +29,14 @@ class _Factories(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.to and SECOND in (*args[1:], kwargs.get("device")):
+            result = args[0].clone()
+            self._devices.place(result)
+            return result
+        if func in _ON_THE_PROCESSOR and args[0].device == SECOND:
+            if func is torch.Tensor.numpy:
+                raise TypeError("a tensor of another device has no numpy(); copy it by cpu() first")
+            return args[0].clone()
         result = func(*args, **kwargs)
         if kwargs.get("device") == SECOND or (func in _COPIES and args[0].device == SECOND):
             self._devices.place(result)

@@ -350,7 +350,7 @@ class FedKSeedSGD(ZerothOrderOptimizer):
         }
 
     def _parsed(self, own: dict[str, Any]) -> dict[str, Any]:
-        schedule, coefficients = own["schedule"], own["coefficients"].double().numpy().copy()
+        schedule, coefficients = own["schedule"], own["coefficients"].cpu().double().numpy().copy()
         if coefficients.shape != self.coefficients.shape or not np.isfinite(coefficients).all():
             raise ValueError(
                 f"expected {self.seed_pool.num_seeds} finite coefficients, got shape {coefficients.shape}"
