@@ -94,8 +94,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._auto = self._storage if isinstance(self._storage, AutoStorage) else None
         self._measurement: Measurement | None = None
         self._is_evaluating = False
-        self._surroundings = Surroundings(whole, list(itertools.chain(*tensors)))
-        named = list(zip(itertools.chain(*tuned.names), itertools.chain(*tensors), strict=True))
+        self._tensors = list(itertools.chain(*tensors))
+        self._surroundings = Surroundings(whole, self._tensors)
+        named = list(zip(itertools.chain(*tuned.names), self._tensors, strict=True))
         self._held = None if whole is None else HeldParameters(whole, named)
         self._model = whole
         self._notices = Notices(self.eps, gradient.max_loss_gap)
@@ -135,6 +136,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             ValueError, TypeError: a loss, a weight or an index that is none.
             Whatever the closure raises; what was measured is discarded then, and the weights are w.
         """
+        self._check_itself("measure")
         return self._measure(closure, check_weight(weight), self._begun(closure, seed_index), is_apart=True)
 
     def discard(self) -> None:
@@ -142,6 +144,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         Harmless if there is nothing.
         """
+        self._check_itself("discard")
         if self._measurement is not None:
             self._abandon()
 
@@ -305,11 +308,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             evaluation = Evaluation(closure, self._surroundings, self._notices.of_loss)
             if self._measurement is None:
                 self._measurement = Measurement(plan, evaluation.start)
+            gradients = self._notices.gradients(self._tensors)
             self._is_evaluating = True
             try:
                 losses = self._storage.measure(plan.seeds, evaluation, is_apart)
             finally:
                 self._is_evaluating = False
+            self._notices.of_backward(gradients, self._tensors)
             if is_apart:
                 torch.clear_autocast_cache()  # it may hold casts of a side
             self._measurement.add(losses, weight)
@@ -357,6 +362,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._storage.restore()
         if measurement is not None:
             self._surroundings.restore(measurement.start)
+
+    def _check_itself(self, method: str) -> None:
+        """Refuses a wrapper that borrows this class, as Lightning's does: it would keep what is measured.
+
+        Raises:
+            RuntimeError: ``self`` is none of the objects that were constructed.
+        """
+        if "_measurement" not in vars(self):
+            raise RuntimeError(
+                f"expected {method} to be called on the optimizer itself, got a wrapper around it, "
+                f"{type(self).__name__}, whose step would not know of it; call .optimizer.{method}()"
+            )
 
     def _check_ranks(self) -> None:
         """Refuses several ranks that would part in silence.

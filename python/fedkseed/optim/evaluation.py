@@ -15,6 +15,10 @@ from fedkseed.model.randomness import Generators, own_generators
 #: What a closure returns: the loss of one batch, a number or a tensor of one element.
 Loss = torch.Tensor | float
 
+_NO_LOSS = (
+    "; Lightning's step() passes a closure that returns nothing where none is given: give it that of the "
+    "last batch (docs/optimizer.md)"
+)
 _BACKWARD = "does not require grad and does not have a grad_fn"
 
 
@@ -143,5 +147,6 @@ class Evaluation:
         if not isinstance(loss, numbers.Real):
             raise TypeError(
                 f"expected the closure to return the loss, a tensor or a number, got {type(loss).__name__}"
+                + ("" if loss is not None else _NO_LOSS)
             )
         return float(loss)

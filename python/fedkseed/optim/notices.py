@@ -70,6 +70,31 @@ class Notices:
                 "compute the loss without enable_grad and backward",
             )
 
+    def gradients(self, tensors: Sequence[torch.Tensor]) -> list[tuple[int, int] | None] | None:
+        """The gradients that the weights hold before the first evaluation, for `of_backward`."""
+        if "backward" in self._said:
+            return None
+        self._said.add("backward")
+        return _gradients(tensors)
+
+    def of_backward(
+        self, before: list[tuple[int, int] | None] | None, tensors: Sequence[torch.Tensor]
+    ) -> None:
+        """A closure that runs backward() and returns the loss without its graph, as Lightning's own does."""
+        if before is None:
+            return
+        num_new = sum(
+            new is not None and new != old for old, new in zip(before, _gradients(tensors), strict=True)
+        )
+        if num_new:
+            self._warn(
+                "graph",
+                f"the closure calls backward(): {num_new} of {len(before)} tuned weights have new gradients, "
+                "at the memory and time of a backward pass for each evaluation, and a zeroth-order "
+                "step uses none of them; compute the loss alone (in Lightning: manual optimization, "
+                "docs/optimizer.md)",
+            )
+
     def of_skipped(self, losses: Sequence[tuple[float, float]], gs: Sequence[float | None]) -> None:
         """Directions that were skipped; the first aloud, as a run that diverges would repeat it each step."""
         for (plus, minus), g in zip(losses, gs, strict=True):
@@ -99,6 +124,12 @@ class Notices:
         if what not in self._said:
             self._said.add(what)
             warn_user(message)
+
+
+def _gradients(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int] | None]:
+    """Of each tensor which gradient it has and how often that was written."""
+    grads = [tensor.grad if tensor.is_leaf else None for tensor in tensors]
+    return [None if grad is None else (id(grad), grad._version) for grad in grads]
 
 
 def warn_user(message: str) -> None:
