@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import move_to_device
 from accelerate.state import AcceleratorState, GradientState
 from support import ranks
+from support.ports import free_port
 from support.running import SECONDS
 from support.small_model import make_closure, make_model, same_bytes, weights_of
 from support.two_devices import FIRST, SECOND, two_devices
@@ -124,12 +124,6 @@ def test_a_state_that_was_moved_to_another_device_loads(storage: StorageOptions)
     assert optimizers[0].history == optimizers[1].history
     assert (optimizers[0].coefficients == optimizers[1].coefficients).all()
     assert same_bytes(weights_of(models[0]), weights_of(models[1]))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from support import stand_ins
 from support.small_model import make_closure, make_model, same_bytes, weights_of
+from support.stand_ins import LightningOptimizer
 from torch import nn
 
 from fedkseed import ZOSGD, Inplace
@@ -18,25 +19,10 @@ from fedkseed.storage import StorageOptions
 IN_PLACE = [Inplace(), Inplace(chained=True)]
 
 
-class Wrapper:
-    """What Lightning 2.6 hands out by ``self.optimizers()``, in its essentials."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-        borrowed = (type(self), type(optimizer))
-        self.__class__ = type("Lightning" + type(optimizer).__name__, borrowed, {})
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        return self.optimizer.step(closure or (lambda: None))  # type: ignore[arg-type, return-value]
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.optimizer, name)
-
-
 def made(storage: StorageOptions) -> tuple[nn.Module, ZOSGD, Any]:
     model = make_model(torch.float32)
     optimizer = ZOSGD(model, 0.05, 1e-2, seed=5, storage=storage)
-    return model, optimizer, Wrapper(optimizer)
+    return model, optimizer, LightningOptimizer(optimizer)
 
 
 @pytest.mark.parametrize("storage", IN_PLACE, ids=repr)
@@ -96,7 +82,7 @@ def test_a_closure_that_runs_backward_is_warned_of_once(storage: StorageOptions,
             wrapper.step(closure)
     assert len(found) == 1
     assert "calls backward(): 4 of 4 tuned weights" in str(found[0].message)
-    assert found[0].filename == __file__
+    assert found[0].filename == stand_ins.__file__  # whose step calls the optimizer's
 
 
 def test_gradients_of_before_are_no_reason_to_warn() -> None:

@@ -59,7 +59,7 @@ def walk(model: nn.Module, optimizer: Any, rank: int = 0, num_ranks: int = 1) ->
 
 
 def digest(model: nn.Module) -> str:
-    """Of the bytes of all weights."""
+    """SHA-256 over the bytes of all weights."""
     content = hashlib.sha256()
     for parameter in model.parameters():
         content.update(parameter.detach().numpy().tobytes())

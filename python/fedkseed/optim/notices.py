@@ -127,7 +127,7 @@ class Notices:
 
 
 def _gradients(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int] | None]:
-    """Of each tensor which gradient it has and how often that was written."""
+    """Which gradient each tensor has, and how often that was written."""
     grads = [tensor.grad if tensor.is_leaf else None for tensor in tensors]
     return [None if grad is None else (id(grad), grad._version) for grad in grads]
 
