@@ -65,6 +65,7 @@ def test_the_page_of_the_optimizers_runs(tmp_path: Path, monkeypatch: pytest.Mon
         return sum(loss_of(tuned, batch).item() for batch in batches) / len(batches)
 
     assert mean_loss(model) < mean_loss(names["rebuilt"]) < mean_loss(names["w0"])
+    assert mean_loss(adapted) < mean_loss(names["rebuilt"])  # the base that it began at
 
 
 def test_the_settings_file_is_one(tmp_path: Path) -> None:
