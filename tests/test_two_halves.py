@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -528,3 +529,24 @@ def test_a_closure_that_calls_its_optimizer_is_refused_in_words(storage: Storage
     optimizer.flush()
     assert largest_difference(before, weights_of(model)) < 1e-13
     optimizer.step(batches(0))
+
+
+def test_sides_that_draw_other_numbers_are_said_once() -> None:
+    _, batches, optimizer = made(Inplace(), num_directions=2)
+
+    def fair() -> float:
+        return float(batches(0)()) + 0 * float(torch.rand(())) + 0 * random.random()
+
+    def seeded_anew() -> float:
+        torch.seed()
+        return fair()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(fair)
+    with pytest.warns(
+        UserWarning, match=r"seeds a generator anew from the system \(torch.seed\(\)\)"
+    ) as caught:
+        for _ in range(3):
+            optimizer.step(seeded_anew)
+    assert [warning.filename for warning in caught] == [__file__]

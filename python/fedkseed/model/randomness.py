@@ -61,11 +61,14 @@ class Generators:
         """Their states now, for `restore`."""
         return [source.get() for source in self._sources]
 
-    def restore(self, states: Sequence[Any]) -> None:
-        """Sets those back that are in another state by now."""
-        for source, state in zip(self._sources, states, strict=True):
-            if not _equal(source.get(), state):
+    def restore(self, states: Sequence[Any]) -> list[Any] | None:
+        """Sets those back that have moved since; gives the states they were in, or None if none has."""
+        now = self.states()
+        have_moved = [not _equal(found, state) for found, state in zip(now, states, strict=True)]
+        for source, state, has_moved in zip(self._sources, states, have_moved, strict=True):
+            if has_moved:
                 source.set(state)
+        return now if any(have_moved) else None
 
     def have_changed(self, states: Sequence[Any]) -> bool:
         """Whether one is in another state by now."""

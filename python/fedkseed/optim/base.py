@@ -314,6 +314,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 losses = self._storage.measure(plan.seeds, evaluation, is_apart)
             finally:
                 self._is_evaluating = False
+            if not evaluation.has_same_draws():
+                self._notices.of_draws()
             self._notices.of_backward(gradients, self._tensors)
             if is_apart:
                 torch.clear_autocast_cache()  # it may hold casts of a side

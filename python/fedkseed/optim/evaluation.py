@@ -58,16 +58,21 @@ class Surroundings:
             self._last = self._buffers.keep(self._last)
         return World(self._generators.states(), self._last)
 
-    def restore(self, world: World) -> None:
-        """Puts back what has moved since.
+    def restore(self, world: World) -> list[Any] | None:
+        """Puts back what has moved since; the states that generators were in, None if none has moved.
 
         Raises:
             RuntimeError: as `KeptBuffers.restore`.
         """
-        self._generators.restore(world.generators)
+        left = self._generators.restore(world.generators)
         if world.buffers is not None:
             world.buffers.restore()
         torch.clear_autocast_cache()
+        return left
+
+    def are_generators_in(self, states: Sequence[Any]) -> bool:
+        """Whether all generators are in these states now."""
+        return not self._generators.have_changed(states)
 
 
 class Evaluation:
@@ -93,6 +98,12 @@ class Evaluation:
         self._note = note
         self.start = surroundings.now()
         self._is_first = True
+        #: The states in which the first call left the generators, if it moved any.
+        self._left: list[Any] | None = None
+
+    def has_same_draws(self) -> bool:
+        """Whether the last call has left the generators as the first did."""
+        return self._left is None or self._surroundings.are_generators_in(self._left)
 
     def side(self) -> float:
         """See `fedkseed.storage.Evaluation`."""
@@ -116,7 +127,8 @@ class Evaluation:
             torch.clear_autocast_cache()
             self._is_first = False
         else:
-            self._surroundings.restore(self.start)
+            left = self._surroundings.restore(self.start)
+            self._left = self._left or left
         try:
             return self._closure()
         except RuntimeError as error:

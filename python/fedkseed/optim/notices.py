@@ -95,6 +95,16 @@ class Notices:
                 "docs/optimizer.md)",
             )
 
+    def of_draws(self) -> None:
+        """Sides that began with the same random numbers and left the generators in other states."""
+        self._warn(
+            "draws",
+            "the closure took other random numbers on one side of a step than on the other, although both "
+            "began with the same: it seeds a generator anew from the system (torch.seed()), or how many it "
+            "draws depends on the weights; what is measured then is noise. Call model.eval(), or give it a "
+            "fixed seed",
+        )
+
     def of_skipped(self, losses: Sequence[tuple[float, float]], gs: Sequence[float | None]) -> None:
         """Directions that were skipped; the first aloud, as a run that diverges would repeat it each step."""
         for (plus, minus), g in zip(losses, gs, strict=True):
