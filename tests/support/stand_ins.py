@@ -1,4 +1,4 @@
-"""As much of Lightning and of peft as `docs/optimizer.md` uses, for tests: neither is installed there."""
+"""Stand-ins for Lightning and peft, as much of them as `docs/optimizer.md` uses: tests install neither."""
 
 from __future__ import annotations
 
