@@ -47,7 +47,7 @@ class Exchanged(Scaled):
 
 
 class WrittenByData(Scaled):
-    """As codebooks of vector quantisation are moved: torch does not count this write."""
+    """A buffer written as codebooks of vector quantisation are: torch does not count this write."""
 
     def __init__(self) -> None:
         super().__init__()
