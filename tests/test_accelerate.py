@@ -29,9 +29,10 @@ NUM_RANKS = 2
 
 
 @pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
+def accelerator(request: pytest.FixtureRequest) -> Iterator[Accelerator]:
     """Accumulates four micro-batches; its state is the process's, and is dropped afterwards."""
-    yield Accelerator(cpu=True, gradient_accumulation_steps=4)
+    mixed_precision = getattr(request, "param", "no")
+    yield Accelerator(cpu=True, gradient_accumulation_steps=4, mixed_precision=mixed_precision)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
@@ -43,7 +44,7 @@ def twins(**options: Any) -> list[tuple[nn.Module, ZOSGD]]:
 
 def batch_of(model: nn.Module, number: int) -> Callable[[], Tensor]:
     inputs = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(4))[number]
-    return lambda: (model(inputs) - 1).square().mean()
+    return lambda: (model(inputs).float() - 1).square().mean()
 
 
 @pytest.mark.parametrize("storage", [Inplace(), Inplace(chained=True), Streamed()], ids=repr)
@@ -84,6 +85,19 @@ def test_what_accumulate_does_to_a_closure_and_to_measurements(accelerator: Acce
         other.measure(batch_of(twin, number), weight=number + 1)
     other.step()
     assert optimizer.last == other.last
+    assert same_bytes(weights_of(model), weights_of(twin))
+
+
+@pytest.mark.parametrize("accelerator", ["bf16"], indirect=True)
+def test_mixed_precision_is_autocast_around_the_forward(accelerator: Accelerator) -> None:
+    (model, optimizer), (twin, other) = twins()
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    wrapped, prepared = accelerator.prepare(model, optimizer)
+    for number in range(3):
+        prepared.step(batch_of(wrapped, number))
+        with autocast:
+            other.step(lambda number=number: batch_of(twin, number)())  # type: ignore[misc]
+        assert optimizer.projected_grads != (0.0,)
     assert same_bytes(weights_of(model), weights_of(twin))
 
 
