@@ -41,21 +41,11 @@ def own_generators(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-class Generators:
-    """The generators that a forward pass may draw from, taken and put back together.
+class _Together:
+    """Generators that are taken and put back together."""
 
-    torch's of the CPU and of ``devices``, Python's and NumPy's of the process, and those in ``own``.
-    """
-
-    def __init__(self, devices: Iterable[torch.device] = (), own: Iterable[Any] = ()) -> None:
-        # Functions are looked up at each call: tests and other libraries replace some of them.
-        self._sources: list[_Source | _OfNumpy] = [
-            _Source(lambda: torch.get_rng_state(), lambda state: torch.set_rng_state(state)),
-            _Source(lambda: random.getstate(), lambda state: random.setstate(state)),
-            _OfNumpy(),
-            *(_of_device(device) for device in devices if device.type != "cpu"),
-            *map(_of_object, own),
-        ]
+    def __init__(self, sources: Iterable[_Source | _OfNumpy]) -> None:
+        self._sources = list(sources)
 
     def states(self) -> list[Any]:
         """Their states now, for `restore`."""
@@ -75,6 +65,39 @@ class Generators:
         return not all(
             _equal(source.get(), state) for source, state in zip(self._sources, states, strict=True)
         )
+
+
+class Generators(_Together):
+    """The generators that a forward pass may draw from, taken and put back together.
+
+    torch's of the CPU and of ``devices``, Python's and NumPy's of the process, and those in ``own``.
+    """
+
+    def __init__(self, devices: Iterable[torch.device] = (), own: Iterable[Any] = ()) -> None:
+        # Functions are looked up at each call: tests and other libraries replace some of them.
+        super().__init__(
+            [
+                _Source(lambda: torch.get_rng_state(), lambda state: torch.set_rng_state(state)),
+                _Source(lambda: random.getstate(), lambda state: random.setstate(state)),
+                _OfNumpy(),
+                *(_of_device(device) for device in devices if device.type != "cpu"),
+                *map(_of_object, own),
+            ]
+        )
+
+    def seed(self, *entropy: int) -> None:
+        """Seeds those of the process, each by these numbers of its own."""
+        of_torch, of_numpy, of_python = np.random.SeedSequence(entropy).generate_state(3).tolist()
+        torch.manual_seed(of_torch)
+        np.random.seed(of_numpy)
+        random.seed(of_python)
+
+
+class OwnGenerators(_Together):
+    """The generators that a model's modules own (`own_generators`), taken and put back together."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(map(_of_object, own_generators(model)))
 
 
 class _Source(NamedTuple):

@@ -22,6 +22,7 @@ from fedkseed.model.manifest import Manifest, manifest_parameters
 from fedkseed.model.named_errors import errors_named
 from fedkseed.model.overlaps import check_overlaps, refuse_overlap
 from fedkseed.model.placement import PreparedTensors, by_device
+from fedkseed.model.randomness import OwnGenerators
 from fedkseed.model.tunable import check_buffers, check_tunable
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.seeds import SeedPool
@@ -35,7 +36,8 @@ class WorkingCopy:
     """A model whose tuned parameters can be set to any w0 + sum_k c_k z(seed_k).
 
     Frozen parameters (``requires_grad=False``) are left alone. Buffers, which a forward pass in training mode
-    may move (batch norm), are put back to what they were at construction.
+    may move (batch norm), are put back to what they were at construction, and so are random number generators
+    that modules own.
 
     Several threads may use it, and several working copies of one model: `load`, `fedkseed.Client.step` and
     what runs under `exclusive` wait for each other. Random number generators are the process's: where the
@@ -92,6 +94,8 @@ class WorkingCopy:
             flush_waiting(self._weights)
             self.w0 = [weight.detach().clone() for weight in self._weights] if w0 is None else list(w0)
             self._buffers = Buffers(model.named_modules()).keep()
+            self._generators = OwnGenerators(model)
+            self._states = self._generators.states()
         self._check_like_weights("w0", self.w0)
         self._round_model: list[torch.Tensor] | None = None
         if round_model == "own":
@@ -150,7 +154,7 @@ class WorkingCopy:
     ) -> None:
         """Sets the working weights to w0 + sum_k coefficients_k z(seed_k), in one pass over w0.
 
-        Buffers hold again what they held at construction.
+        Buffers and generators that modules own are again as they were at construction.
 
         Args:
             family: of the noise z.
@@ -168,6 +172,7 @@ class WorkingCopy:
             flush_waiting(self._weights)  # later it would be taken from the weights loaded now
             start = perf_counter()
             self._buffers.restore()
+            self._generators.restore(self._states)
             if self._round_model is not None and self._kept == wanted:
                 for weight, kept in zip(self._weights, self._round_model, strict=True):
                     weight.copy_(kept)

@@ -28,6 +28,7 @@ from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.optimizers import FedKSeedSGD
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed.simulation.host import ClientRun, Host, InProcessHost
+from fedkseed.simulation.modes import Modes, buffers_by_name
 from fedkseed.simulation.run_folder import (
     CLIENTS,
     LEDGER,
@@ -265,6 +266,7 @@ class Simulation(Generic[ExampleT, BatchT]):
                 w0=shared[0],
                 round_model=shared[1],
                 storage=self._choice,
+                beside=(Modes(task.model), buffers_by_name(task.model)),
                 host_options=host_options,
             )
         self._exit.callback(self._host.close)
@@ -434,8 +436,12 @@ class Simulation(Generic[ExampleT, BatchT]):
     def _evaluate(self, round: int) -> dict[str, float | None]:
         if self.task.evaluate is None:
             return {}
-        with torch.no_grad():
-            found = self.task.evaluate(self.working.model, round)
+        modes = Modes(self.working.model)
+        try:
+            with torch.no_grad():
+                found = self.task.evaluate(self.working.model, round)
+        finally:
+            modes.restore(self.working.model)  # or the clients of this process go on in the evaluation's
         return {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
 
     def _keep(self, result: RoundResult) -> None:

@@ -18,6 +18,7 @@ from fedkseed.federation.messages import Broadcast
 from fedkseed.model.packed import SharedTensors
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.simulation.host import ClientRun, InProcessHost
+from fedkseed.simulation.modes import Modes, set_buffers
 from fedkseed.simulation.task import Task
 from fedkseed.storage import StorageChoice
 
@@ -38,7 +39,7 @@ class WorkerPool:
 
     Each worker makes a task of its own by ``make_task``, which must be picklable (a function at the top level
     of a module, or a functools.partial of one) and give the same rows and functions everywhere. Its model
-    becomes the worker's working copy; its weights are not used.
+    becomes the worker's working copy; its tuned weights, buffers and modes are not used.
 
     Args:
         make_task: makes a worker's task.
@@ -46,6 +47,7 @@ class WorkerPool:
         num_threads: CPU threads of each.
         w0, round_model: shared weights; the caller rebuilds the round's model there before `run`.
         storage: how clients visit both sides of the weights.
+        beside: modes and buffers of the caller's model.
         host_options: further arguments of each worker's `InProcessHost`.
 
     Attributes:
@@ -64,6 +66,7 @@ class WorkerPool:
         w0: SharedTensors,
         round_model: SharedTensors,
         storage: StorageChoice,
+        beside: tuple[Modes, dict[str, torch.Tensor]],
         host_options: Mapping[str, Any],
     ) -> None:
         self.storage = storage
@@ -74,7 +77,7 @@ class WorkerPool:
                 here, there = context.Pipe()
                 process = context.Process(
                     target=_work,
-                    args=(there, make_task, num_threads, w0, round_model, dict(host_options)),
+                    args=(there, make_task, num_threads, w0, round_model, beside, dict(host_options)),
                     name=f"fedkseed-worker-{number}",
                     daemon=True,
                 )
@@ -153,6 +156,7 @@ def _work(
     num_threads: int,
     w0: SharedTensors,
     round_model: SharedTensors,
+    beside: tuple[Modes, dict[str, torch.Tensor]],
     host_options: dict[str, Any],
 ) -> None:
     """A worker's life: set up, then one client after the other until the pipe is closed."""
@@ -160,6 +164,9 @@ def _work(
     torch.set_num_threads(num_threads)
     try:
         task = make_task()
+        modes, buffers = beside
+        modes.restore(task.model)
+        set_buffers(task.model, buffers)
         working = WorkingCopy(task.model, w0=w0.tensors(), round_model=round_model.tensors())
         host = InProcessHost(task, working=working, **host_options)
     except Exception as failure:
