@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import sysconfig
 import warnings
 from collections.abc import Sequence
 
@@ -18,10 +19,15 @@ logger = logging.getLogger("fedkseed")
 
 #: After so many first steps, or so many steps in a row, whose losses were all equal on both sides.
 _EQUAL_FROM_THE_START, _EQUAL_IN_A_ROW = 3, 50
-#: Folders of frames that are not the user's: this package's, torch's.
+#: Folders of frames that are not the user's: this package's, torch's, of what is installed (wrappers).
 _LIBRARIES = tuple(
-    os.path.join(os.path.dirname(os.path.abspath(path)), "")
-    for path in (sys.modules["fedkseed"].__file__ or "", torch.__file__)
+    os.path.join(os.path.abspath(folder), "")
+    for folder in (
+        os.path.dirname(sys.modules["fedkseed"].__file__ or ""),
+        os.path.dirname(torch.__file__),
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+    )
 )
 
 
@@ -143,7 +149,7 @@ def _gradients(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int] | None]:
 
 
 def warn_user(message: str) -> None:
-    """A UserWarning at the innermost frame that is neither of this package nor of torch."""
+    """A UserWarning at the innermost frame that is of no library; at the outermost if all are."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         level, frame = level + 1, frame.f_back
