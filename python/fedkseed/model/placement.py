@@ -20,15 +20,34 @@ def by_device(tensors: Iterable[torch.Tensor]) -> dict[torch.device, list[int]]:
 
 
 class Places:
-    """Where tensors lie in memory and in which dtype, to notice that they were moved."""
+    """Where tensors lie in memory and in which dtype, to notice that they were moved.
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._tensors = tensors
+    Args:
+        tensors: as they are now.
+        names: of each, for messages.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+        self._tensors, self._names = tensors, names
         self._places = self._current()
+        self._shapes = [tensor.shape for tensor in tensors]
 
     def have_changed(self) -> bool:
-        """Whether one is elsewhere, or of another dtype, by now."""
-        return self._places != self._current()
+        """Whether one is elsewhere, or of another dtype, by now.
+
+        Raises:
+            RuntimeError: one has another shape; names the first.
+        """
+        if self._places == self._current():
+            return False
+        for name, shape, tensor in zip(self._names, self._shapes, self._tensors, strict=True):
+            if tensor.shape != shape:
+                raise RuntimeError(
+                    f"expected {name} of shape {tuple(shape)} as when the optimizer was made, got "
+                    f"{tuple(tensor.shape)}: it was resized, and its noise and the model's ledger belong to "
+                    "the shape that it had; make a new optimizer"
+                )
+        return True
 
     def _current(self) -> tuple[list[int], list[torch.dtype]]:
         return [tensor.data_ptr() for tensor in self._tensors], [tensor.dtype for tensor in self._tensors]

@@ -170,10 +170,12 @@ class PerturbedWeights:
 
     def __init__(self, weights: TunedWeights, rounding_seeds: RoundingSeeds) -> None:
         self.tensors = [tensor for group in weights.groups for tensor in group]
-        self.written = Written([name for names in weights.names for name in names], self.tensors)
+        names = [name for names in weights.names for name in names]
+        self.written = Written(names, self.tensors)
         self.rounding_seeds = rounding_seeds
         self._tuned = weights
-        self._places = Places(self.tensors)
+        self._names = names
+        self._places = Places(self.tensors, names)
         self._groups = GroupedWeights(weights)
         self._lock = threading.RLock()
         self.seed = 0
@@ -184,12 +186,13 @@ class PerturbedWeights:
         """Prepares weights again that were moved, wherever they stand; whether any were.
 
         Raises:
+            RuntimeError: as `Places.have_changed`.
             TypeError, ValueError: as at construction.
         """
         have_moved = self._places.have_changed()
         if have_moved:
             self._groups = GroupedWeights(self._tuned)
-            self._places = Places(self.tensors)
+            self._places = Places(self.tensors, self._names)
         return have_moved
 
     def move(self, seed: int, offset: float) -> None:

@@ -115,7 +115,8 @@ class StreamedStorage:
             for names, group in zip(weights.names, weights.groups, strict=True)
             for name, tensor in zip(names, group, strict=True)
         }
-        self._places = Places([*self._tensors, *(weight.parameter for weight in seen)])
+        names = [*itertools.chain(*weights.names), *(weight.name for weight in seen)]
+        self._places = Places([*self._tensors, *(weight.parameter for weight in seen)], names)
 
     def prepare(self) -> bool:
         """See `Storage.prepare`; residuals move along."""
