@@ -248,19 +248,39 @@ def test_after_the_first_measurement_the_mode_stays(caplog: pytest.LogCaptureFix
     assert "falls" not in caplog.text
 
 
-def test_inputs_of_16_bits_for_weights_in_fp32(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("make_layer", "shape"),
+    [
+        (lambda: nn.Linear(5, 2), (3, 5)),
+        (lambda: nn.Conv1d(2, 3, 2), (3, 2, 5)),  # refused above the dispatcher
+        (lambda: nn.MultiheadAttention(4, 2), (3, 1, 4)),
+        (lambda: nn.GRU(4, 2), (3, 1, 4)),  # in Python
+    ],
+)
+def test_inputs_of_16_bits_for_weights_in_fp32(
+    make_layer: Callable[[], nn.Module], shape: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
     """A model that is fed its own 16-bit dtype cannot be run in fp32; it is told so, and trained in place."""
-    model, inputs = make_model(BF16), torch.ones(3, 5, dtype=BF16)
-    with pytest.raises(NotStreamableError, match=r"compute_dtype says, got aten.* torch\.bfloat16.*Inplace"):
-        zosgd(model, IN_FP32).step(lambda: model(inputs).float().sum())
+    model, inputs = make_layer().to(BF16), torch.ones(shape, dtype=BF16)
+    arguments = 3 if isinstance(model, nn.MultiheadAttention) else 1
+
+    def loss(inputs: torch.Tensor) -> torch.Tensor:
+        found = model(*[inputs] * arguments)
+        return (found[0] if isinstance(found, tuple) else found).float().sum()
+
+    with pytest.raises(NotStreamableError, match="compute_dtype says, got one that mixes dtypes"):
+        zosgd(model, IN_FP32).step(lambda: loss(inputs))
     optimizer = zosgd(model)
-    optimizer.step(lambda: model(inputs).float().sum())
+    optimizer.step(lambda: loss(inputs))
     assert optimizer.storage == Inplace()
-    assert "give inputs in fp32" in said(caplog, logging.WARNING)[0]
+    assert "give it inputs in fp32" in said(caplog, logging.WARNING)[0]
     # What fails without widened weights is the closure's own.
-    with pytest.raises(RuntimeError) as caught:
-        zosgd(model, Streamed()).step(lambda: model(inputs.float()).sum())
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        zosgd(model, Streamed()).step(lambda: loss(inputs.float()))
     assert not isinstance(caught.value, NotStreamableError)
+    # So are other errors with them.
+    with pytest.raises(ValueError, match="^no data of type float$"):
+        zosgd(model, IN_FP32).step(lambda: (_ for _ in ()).throw(ValueError("no data of type float")))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -23,6 +24,11 @@ from fedkseed.storage.streamed.pairing import Pairing, map_tensors
 from fedkseed.storage.streamed.refusals import NotStreamableForwardError, NotStreamableWeightError
 from fedkseed.storage.streamed.units import Unit, partition
 from fedkseed.storage.updates import interrupts_held
+
+#: What torch and its modules say where tensors of fp32 and of 16 bits meet: they name both dtypes.
+_MIXED_DTYPES = re.compile(
+    r"(?=.*\b(?:bfloat16|half|float16)\b)(?=.*\b(?:float|float32)\b)", re.IGNORECASE | re.DOTALL
+)
 
 
 class PerturbedModel:
@@ -65,6 +71,7 @@ class PerturbedModel:
         #: 1 or -1: the side that is evaluated; 0: both, each unit splits its batch.
         self._sign = 1
         self._is_checked = False
+        self._is_widened = any(weight.is_widened for weight in self._weights)
         self._halves = Halves(model, self.units if is_paired else ())
         self._pairing = Pairing(model, self._guard, self._scratches, self._halves.outside)
         self._widened = WidenedBuffers(model, next((w.dtype for w in weights if w.is_widened), None))
@@ -79,7 +86,7 @@ class PerturbedModel:
                 16 bits in fp32.
         """
         self._perturbation, self._sign = perturbation, sign
-        with nullcontext() if self._is_checked else self._guard():
+        with self._looked_at():
             loss = closure()
         self._is_checked = not math.isnan(loss)
         return loss
@@ -96,12 +103,29 @@ class PerturbedModel:
         """
         self._perturbation, self._sign = perturbation, 0
         self._halves.begin()
-        with nullcontext() if self._is_checked else self._guard():
+        with self._looked_at():
             losses = closure()
         self._is_checked = not any(math.isnan(loss) for loss in losses)
         if not self._is_checked:
             self._pairing.forget()
         return losses
+
+    @contextmanager
+    def _looked_at(self) -> Iterator[None]:
+        if self._is_checked:
+            yield
+            return
+        with self._guard():
+            try:
+                yield
+            except (RuntimeError, TypeError, ValueError) as error:
+                if self._is_widened and _MIXED_DTYPES.match(str(error)):
+                    raise NotStreamableForwardError(
+                        "expected a forward pass in torch.float32, as compute_dtype says, got one that mixes "
+                        "dtypes, for what the model is given, or a buffer, has 16 bits: give it inputs in "
+                        f"fp32, or use compute_dtype=None or storage=Inplace(); {error}"
+                    ) from error
+                raise
 
     def _guard(self) -> ReadGuard:
         return ReadGuard(self._stand_ins, self._refusal)

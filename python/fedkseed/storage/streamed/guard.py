@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fedkseed.storage.interface import SIXTEEN_BIT
 from fedkseed.storage.streamed.copies import Weight
-from fedkseed.storage.streamed.refusals import NotStreamableForwardError
 
 # Operators that take a tensor for its shape, dtype and device alone.
 _METADATA_PREFIXES, _METADATA_SUFFIXES = ("new_",), ("_like",)
@@ -22,16 +20,12 @@ class StandIns:
     """A tensor of NaN for each weight, of its shape, dtype and device, all elements in one place of memory.
 
     ``stand_ins[weight]`` is the tensor.
-
-    Attributes:
-        are_widened: whether one has another dtype than its weight is stored in.
     """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._owners: dict[int, Weight] = {}
         self._tensors: dict[Weight, Tensor] = {}
-        self.are_widened = any(weight.is_widened for weight in weights)
         for position, weight in enumerate(weights):
             dtype, device = kind = weight.dtype, weight.stored.device
             buffer = self._buffers.get(kind)
@@ -73,26 +67,11 @@ class ReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for value in tree_iter((args, kwargs)):
                 if isinstance(value, Tensor) and (weight := self._stand_ins.owner(value)) is not None:
                     raise self._refuse(weight, str(func))
-        try:
-            result = func(*args, **kwargs)
-        except RuntimeError as error:
-            self._explain_dtypes(func, args, kwargs, error)
-            raise
+        result = func(*args, **kwargs)
         if any(isinstance(value, Tensor) and self.is_marked(value) for value in tree_iter((args, kwargs))):
             results = tree_iter((result, _written(func, args, kwargs)))
             self.mark(value for value in results if isinstance(value, Tensor))
         return result
-
-    def _explain_dtypes(self, func: Any, args: Any, kwargs: Any, error: RuntimeError) -> None:
-        """Says why an operator failed, if widened weights met tensors that are not."""
-        dtypes = {value.dtype for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)}
-        short = dtypes.intersection(SIXTEEN_BIT)
-        if self._stand_ins.are_widened and short and torch.float32 in dtypes:
-            raise NotStreamableForwardError(
-                f"expected a forward pass in torch.float32, as compute_dtype says, got {func} on that and "
-                f"{', '.join(map(str, short))}: what the model is given or a buffer has 16 bits; give inputs "
-                "in fp32, or use compute_dtype=None or storage=Inplace()"
-            ) from error
 
     def mark(self, tensors: Iterable[Tensor]) -> None:
         """Marks tensors, for as long as they live."""
