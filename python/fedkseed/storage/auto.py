@@ -115,6 +115,7 @@ class AutoStorage:
         self._is_quiet = known is not None
         #: Whether a measurement was made, or a state of one loaded: the mode stays from then on.
         self._is_for_good = False
+        self._is_move_said = False
         self._resolved, reason = resolve(weights, ledger_counts)
         self.options = self._resolved if known is None else known
         self.refusal: str | None = None
@@ -127,7 +128,6 @@ class AutoStorage:
             self.refusal = _line(error)
             reason = f"{reason}, but the model cannot be streamed: {self.refusal}"
         self._say(logging.INFO, 'storage="auto" is %r: %s', self.options, reason)
-        self._is_moved = False
 
     def adopt(self, options: StorageOptions, state: dict[str, Any], is_for_good: bool) -> None:
         """Goes on in the mode of a state, where that was taken.
@@ -163,10 +163,10 @@ class AutoStorage:
         except NotStreamableError as error:
             self._fall(error)
             return True
-        if have_moved and not self._is_moved and self.options == self._resolved:
+        if have_moved and not self._is_move_said and self.options == self._resolved:
             suits, reason = resolve(self._weights, self._ledger_counts)
             if suits != self._resolved:
-                self._is_moved = True
+                self._is_move_said = True
                 self._say(
                     logging.WARNING,
                     'storage="auto" stays %r, as resolved before the model was converted or moved; for %s a '
@@ -188,18 +188,6 @@ class AutoStorage:
             losses = self._opened.measure(seeds, evaluation, is_apart)
         self._is_for_good = True
         return losses
-
-    def _fall(self, error: NotStreamableError) -> None:
-        """Raises the error where the mode stays."""
-        if self._is_for_good:
-            raise error
-        self._opened = Inplace().open(self._weights)
-        self.options, self.refusal = Inplace(), _line(error)
-        self._say(logging.WARNING, 'storage="auto" falls to %r: %s', self.options, self.refusal)
-
-    def _say(self, level: int, text: str, *arguments: object) -> None:
-        if not self._is_quiet:
-            logger.log(level, text, *arguments)
 
     def update(
         self,
@@ -226,6 +214,18 @@ class AutoStorage:
     def load_state(self, state: dict[str, Any]) -> None:
         """See `Storage.load_state`; a state of the resolved mode."""
         self._opened.load_state(state)
+
+    def _fall(self, error: NotStreamableError) -> None:
+        """Raises the error where the mode stays."""
+        if self._is_for_good:
+            raise error
+        self._opened = Inplace().open(self._weights)
+        self.options, self.refusal = Inplace(), _line(error)
+        self._say(logging.WARNING, 'storage="auto" falls to %r: %s', self.options, self.refusal)
+
+    def _say(self, level: int, text: str, *arguments: object) -> None:
+        if not self._is_quiet:
+            logger.log(level, text, *arguments)
 
 
 def _line(error: Exception) -> str:
