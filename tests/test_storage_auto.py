@@ -366,12 +366,13 @@ def test_from_one_waiting_mode_to_another_the_weights_are_clean() -> None:
     optimizer.load_state_dict(chained)
     walk(optimizer, model, 1)
     assert not same_bytes(before, weights_of(model))
-    standing = weights_of(model)
+    standing, kept = weights_of(model), optimizer._auto._opened  # kept alive: its end would flush, too
     optimizer.load_state_dict(plain)
     assert not same_bytes(standing, weights_of(model))  # the perturbation is taken back
     clean = weights_of(model)
     optimizer.flush()
     model(make_ids())
+    del kept
     assert same_bytes(clean, weights_of(model))
 
 
