@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support import storage_reference as reference_of
-from support.moving_models import drawing, make_model, moving
+from support.moving_models import Block, drawing, make_model, moving
 from support.small_model import same_bytes
 from support.streamed_models import projected
 from torch import nn
@@ -422,3 +422,69 @@ def test_buffers_that_are_not_written_stand_in_no_ones_way(kind: str, mode: str)
             optimizer.step(lambda model=model: loss_of(model))  # type: ignore[misc]
         gs.append(optimizer.projected_grads)
     assert gs[0] == gs[1]
+
+
+class Following(nn.Module):
+    """A target network that follows by an average, as frozen parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online = nn.Linear(6, 6)
+        self.target = nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.target.bias.mul_(0.5)
+        found: torch.Tensor = self.online(hidden) + self.target(hidden)
+        return found
+
+
+@pytest.mark.parametrize("mode", ["in place", "chained", "streamed"])
+def test_a_forward_that_writes_frozen_parameters_is_refused(mode: str) -> None:
+    model = make_model(Following, torch.float64)
+    optimizer = ZOSGD(model, 0.0, 2.0**-20, seed=SEED, storage=MODES[mode][0])
+    with pytest.raises(RuntimeError, match=r"got 1.moved.target.bias written.*make it a buffer"):
+        optimizer.step(lambda: loss_of(model))
+
+
+class Recurrent(nn.Module):
+    """Blocks of which one runs twice, and whose modules may share a buffer; the model may be called twice."""
+
+    def __init__(self, kind: str, shares: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 6)
+        self.blocks = nn.ModuleList([Block(MOVING[kind]), Block(MOVING[kind])])
+        if shares:
+            self.blocks[1].moved = self.blocks[0].moved
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        for index in (0, 1, 0):
+            hidden = self.blocks[index](hidden)
+        return hidden  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("mode", PLAIN_MODES)
+@pytest.mark.parametrize("shares", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind in MOVING if kind not in ("shared", "spectral_norm", "parametrizations.spectral_norm")],
+)
+def test_what_runs_several_times_meets_what_its_own_side_left(kind: str, shares: bool, mode: str) -> None:
+    torch.manual_seed(3)
+    model, is_paired = Recurrent(kind, shares), mode == "paired"
+    storage, reference_kind, _ = MODES[mode]
+    eps = 2.0**-10
+
+    def twice(model: nn.Module, is_paired: bool = False) -> Any:
+        with torch.no_grad():
+            pairs = [loss_of(model, is_paired) for _ in range(2)]
+        return [plus + minus for plus, minus in zip(*pairs, strict=True)] if is_paired else sum(pairs)
+
+    reference = reference_kind(model, eps, 0.0, 0.0, SEED)
+    seed = int(derived.candidate_seeds(SEED, 1)[0])
+    with torch.no_grad():
+        losses = reference.losses(seed, World(model, global_states(), twice))
+    optimizer = ZOSGD(model, 0.0, eps, seed=SEED, storage=storage)
+    optimizer.step(lambda: twice(model, is_paired))
+    assert optimizer.projected_grads == (projected(list(losses), eps),)

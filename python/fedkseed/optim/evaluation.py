@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,12 @@ class Surroundings:
         devices = {tensor.device for tensor in placed if not tensor.is_meta}
         self._generators = Generators(devices, [] if model is None else own_generators(model))
         self._buffers = None if model is None else Buffers(model.named_modules())
+        tuned = {id(tensor) for tensor in self._tensors}
+        self._unwatched = [
+            (name, parameter)
+            for name, parameter in ([] if model is None else model.named_parameters())
+            if id(parameter) not in tuned and not parameter.is_inference()
+        ]
 
     def now(self) -> World:
         """The world as it is now."""
@@ -73,6 +80,24 @@ class Surroundings:
     def are_generators_in(self, states: Sequence[Any]) -> bool:
         """Whether all generators are in these states now."""
         return not self._generators.have_changed(states)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around a side: the first time since `find` it is watched whether it writes frozen parameters.
+
+        Raises:
+            RuntimeError: it does; names the first.
+        """
+        versions = [parameter._version for _, parameter in self._unwatched]
+        yield
+        for (name, parameter), version in zip(self._unwatched, versions, strict=True):
+            if parameter._version != version:
+                raise RuntimeError(
+                    f"expected the closure to leave frozen parameters alone, got {name} written: both sides "
+                    "of a step have to meet the same values; make it a buffer, which is put back before each "
+                    "side, or write it between steps"
+                )
+        self._unwatched = []
 
 
 class Evaluation:
@@ -122,15 +147,17 @@ class Evaluation:
         return self._value(losses[0]), self._value(losses[1])
 
     def _evaluate(self) -> Any:
-        if self._is_first:
+        is_first, self._is_first = self._is_first, False
+        if is_first:
             # Casts made of other weights; nothing else has moved yet.
             torch.clear_autocast_cache()
-            self._is_first = False
         else:
             left = self._surroundings.restore(self.start)
             self._left = self._left or left
         try:
-            return self._closure()
+            # What the first call of a module prepares (a layer that packs its weight) is not watched.
+            with nullcontext() if is_first else self._surroundings.watched():
+                return self._closure()
         except RuntimeError as error:
             if _BACKWARD in str(error):
                 raise RuntimeError(
