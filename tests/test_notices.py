@@ -224,7 +224,7 @@ def test_hooks_and_schedulers_do_not_hide_the_line(caught: list[warnings.Warning
 
 
 def test_an_installed_wrapper_does_not_hide_the_line(caught: list[warnings.WarningMessage]) -> None:
-    """As accelerate's, which hands the closure on."""
+    """Such as accelerate's, which hands the closure on."""
     case = Case(Inplace())
     source = "def step(optimizer, closure):\n    return optimizer.step(closure)\n"
     namespace: dict[str, Any] = {}

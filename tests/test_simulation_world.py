@@ -103,7 +103,7 @@ def test_an_evaluation_that_leaves_eval_mode_behind(tmp_path: Path) -> None:
 
 
 def test_workers_take_buffers_and_modes_from_the_task_that_is_given(tmp_path: Path) -> None:
-    """As they take the weights: not those that their own task begins with."""
+    """Not those that their own task begins with, as with the weights."""
     folders = [tmp_path / str(num_workers) for num_workers in (1, 2)]
     found = []
     for folder, num_workers in zip(folders, (1, 2), strict=True):
