@@ -79,11 +79,11 @@ def _refusal(got: str) -> RuntimeError:
 
 
 def _by_shared_buffers(units: Sequence[Unit]) -> dict[Unit, Buffers]:
-    """For each unit the buffers of its modules, and of those units with which it shares a module or buffer."""
+    """For each unit the buffers of its modules, and of units with which it shares a module or a buffer."""
     groups: list[tuple[set[int], list[Unit]]] = []
     for unit in units:
-        modules = {id(module) for module in unit.module.modules()}
-        held, members = modules.union(id(buffer) for buffer in unit.module.buffers()), [unit]
+        held = {id(part) for part in (*unit.module.modules(), *unit.module.buffers())}
+        members = [unit]
         apart = []
         for ids, others in groups:
             if ids & held:
