@@ -39,7 +39,7 @@ class Buffers:
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        self._owners = [(name, module._buffers) for name, module in modules]
+        self._owners = [(name, _registry(module)) for name, module in modules]
 
     def keep(self, earlier: KeptBuffers | None = None) -> KeptBuffers:
         """What they hold now.
@@ -112,6 +112,12 @@ class KeptBuffers:
             for name in list(registry)[count:]:
                 return _full_name(prefix, name)
         return None
+
+
+def _registry(module: nn.Module) -> _Registry:
+    """What a module holds its buffers in; a copy of that for TorchScript, which only writes them in place."""
+    held = module._buffers
+    return held if isinstance(held, dict) else dict(held.items())
 
 
 def _keep(
