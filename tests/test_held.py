@@ -54,6 +54,7 @@ MOVES: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.few
 @all_modes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)

@@ -103,6 +103,7 @@ def _one_process() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
+@pytest.mark.few(54)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_tuned_is_named(case: str, mode: str) -> None:

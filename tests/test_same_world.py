@@ -227,6 +227,7 @@ def is_refused(kind: str, mode: str) -> bool:
     return mode.startswith("paired") and kind in DRAWING
 
 
+@pytest.mark.few(120)
 @pytest.mark.parametrize(
     ("kind", "mode", "precision"),
     [
@@ -250,6 +251,7 @@ def test_g_is_that_of_copies_in_the_same_world(kind: str, mode: str, precision: 
         case.world = case.world.next(case.model)
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize("mode", PLAIN_MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_g_is_the_slope_between_copies_that_were_perturbed(kind: str, mode: str) -> None:
@@ -270,6 +272,7 @@ def test_g_is_the_slope_between_copies_that_were_perturbed(kind: str, mode: str)
     assert abs(g) > 1e-3
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize(("mode", "precision"), [pair for pair in EVERY if pair[1] in ("fp32", "bf16")])
 @pytest.mark.parametrize("kind", SOME)
 def test_along_three_directions(kind: str, mode: str, precision: str) -> None:
@@ -284,6 +287,7 @@ def test_along_three_directions(kind: str, mode: str, precision: str) -> None:
     case.check_world(case.world)
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize(("mode", "precision"), [pair for pair in EVERY if pair[1] in ("fp32", "bf16")])
 @pytest.mark.parametrize("kind", SOME)
 def test_two_measures_and_a_step(kind: str, mode: str, precision: str) -> None:
@@ -311,6 +315,7 @@ def test_two_measures_and_a_step(kind: str, mode: str, precision: str) -> None:
     case.check_world(case.world)
 
 
+@pytest.mark.few(28)
 @pytest.mark.parametrize("mode", [*PLAIN_MODES, "streamed in fp32"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_comes_to_nothing_leaves_the_world_as_it_was(kind: str, mode: str) -> None:
@@ -464,6 +469,7 @@ class Recurrent(nn.Module):
         return hidden  # type: ignore[no-any-return]
 
 
+@pytest.mark.few(24)
 @pytest.mark.parametrize("mode", PLAIN_MODES)
 @pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize(

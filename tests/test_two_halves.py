@@ -83,6 +83,7 @@ def near(dtype: torch.dtype) -> float:
     return 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.few
 @all_modes
 @all_dtypes
 @pytest.mark.parametrize("num_directions", [1, 3])
@@ -130,6 +131,7 @@ def test_between_the_halves_and_after_an_exception_and_discard_readers_meet_w(
     assert optimizer.last is None
 
 
+@pytest.mark.few
 @streamed_modes
 @all_dtypes
 @pytest.mark.parametrize("num_directions", [1, 3])
