@@ -196,7 +196,9 @@ def test_ctrl_c_inside_a_pass_over_the_weights(stop_at: int, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
-        (None, TypeError, "return the loss, a tensor or a number, got NoneType"),
+        (None, TypeError, "return the loss, a tensor or a number, got NoneType; end it with return loss"),
+        ((torch.zeros(()), 1), TypeError, "got tuple; return the loss alone"),
+        ({"loss": torch.zeros(())}, TypeError, "got dict; return its loss alone"),
         (torch.zeros(2), ValueError, r"one element, got shape \(2,\)"),
     ],
 )
@@ -298,7 +300,7 @@ def test_state_dict_resumes_bit_for_bit() -> None:
         ({"lr": math.nan}, ValueError, "finite lr"),
         ({"lr": math.inf}, ValueError, "finite lr"),
         ({"lr": "0.1"}, TypeError, "real number for lr, got '0.1'"),
-        ({"lr": torch.tensor(0.1)}, TypeError, "real number for lr"),
+        ({"lr": torch.tensor(0.1)}, TypeError, r"real number for lr.*; take its .item\(\)"),
         ({"eps": 0.0}, ValueError, "expected eps in"),
         ({"eps": -1e-3}, ValueError, "expected eps in"),
         ({"eps": math.nan}, ValueError, "expected eps in"),
@@ -312,6 +314,7 @@ def test_state_dict_resumes_bit_for_bit() -> None:
         ({"params": []}, ValueError, "at least one tensor to tune, got none"),
         ({"params": nn.ReLU()}, ValueError, "without any"),
         ({"params": nn.Linear(2, 2).requires_grad_(False)}, ValueError, "got 2, all of them frozen"),
+        ({"params": None}, TypeError, "a model or an iterable of tensors, got NoneType"),
         ({"params": torch.zeros(3)}, TypeError, "got one tensor; put it into a list"),
         ({"params": [torch.zeros(3, dtype=torch.int64)]}, TypeError, "floating-point tensors, got tensor 0"),
         ({"params": [("a", torch.zeros(3, dtype=torch.uint8))]}, TypeError, "got a of torch.uint8"),

@@ -183,6 +183,12 @@ def test_what_is_no_storage_mode(storage: Any) -> None:
         zosgd(make_model(), storage)
 
 
+@pytest.mark.parametrize("storage", [Inplace, Streamed])
+def test_a_class_is_no_storage_mode(storage: Any) -> None:
+    with pytest.raises(TypeError, match=rf"got the class {storage.__name__}; call it: {storage.__name__}\("):
+        zosgd(make_model(), storage)
+
+
 @BOTH
 @pytest.mark.parametrize("is_apart", [False, True])
 def test_it_falls_in_the_first_evaluation_to_what_in_place_would_have_done(

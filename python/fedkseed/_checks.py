@@ -97,7 +97,10 @@ def check_real(name: str, value: object) -> float:
         TypeError: not one.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"expected a real number for {name}, got {value!r} ({type(value).__name__})")
+        raise TypeError(
+            f"expected a real number for {name}, got {value!r} ({type(value).__name__})"
+            + ("; take its .item()" if hasattr(value, "item") else "")
+        )
     return float(value)
 
 

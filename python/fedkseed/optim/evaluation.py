@@ -17,8 +17,9 @@ from fedkseed.model.randomness import Generators, own_generators
 Loss = torch.Tensor | float
 
 _NO_LOSS = (
-    "; Lightning's step() passes a closure that returns nothing where none is given: give it that of the "
-    "last batch (docs/optimizer.md)"
+    "; end it with return loss (models of transformers compute one if they are given labels). Lightning's "
+    "step() passes a closure that returns nothing where none is given: give it that of the last batch "
+    "(docs/optimizer.md)"
 )
 _BACKWARD = "does not require grad and does not have a grad_fn"
 
@@ -186,6 +187,6 @@ class Evaluation:
         if not isinstance(loss, numbers.Real):
             raise TypeError(
                 f"expected the closure to return the loss, a tensor or a number, got {type(loss).__name__}"
-                + ("" if loss is not None else _NO_LOSS)
+                + ("; return the loss alone" if loss is not None else _NO_LOSS)
             )
         return float(loss)

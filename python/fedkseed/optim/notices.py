@@ -118,7 +118,12 @@ class Notices:
                 level = logging.INFO if "skipped" in self._said else logging.WARNING
                 self._said.add("skipped")
                 logger.log(
-                    level, "skipped: losses %s and %s, max_loss_gap %s", plus, minus, self._max_loss_gap
+                    level,
+                    "a direction counts as g = 0 and is skipped: losses %s and %s, max_loss_gap %s; further "
+                    "ones are logged at level INFO and counted in num_skipped",
+                    plus,
+                    minus,
+                    self._max_loss_gap,
                 )
 
     def of_equal_losses(self, losses: Sequence[tuple[float, float]]) -> None:

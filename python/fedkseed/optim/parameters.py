@@ -63,6 +63,8 @@ def tuned_parameters(
         if model is not None:
             raise TypeError("expected model only beside a list or groups of its parameters, got two models")
         model, given = params, list(manifest_parameters(params))
+    elif not isinstance(params, Iterable):
+        raise TypeError(f"expected a model or an iterable of tensors, got {type(params).__name__}")
     else:
         given = list(params)
     listed: list[tuple[list[_Member], dict[str, Any]]]

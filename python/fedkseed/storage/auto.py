@@ -52,8 +52,12 @@ def check_choice(storage: object) -> None:
     """Refuses what is no storage mode.
 
     Raises:
-        TypeError: neither "auto" nor a mode.
+        TypeError: neither "auto" nor a mode; a mode's class.
     """
+    if isinstance(storage, type) and hasattr(storage, "open"):
+        raise TypeError(
+            f"expected a storage mode, got the class {storage.__name__}; call it: {storage.__name__}()"
+        )
     if not (storage == "auto" or hasattr(storage, "open")):
         raise TypeError(
             f"expected storage='auto', or a mode such as Inplace() or Streamed(), got {storage!r}; "
