@@ -221,6 +221,7 @@ def test_it_falls_in_the_first_evaluation_to_what_in_place_would_have_done(
     assert walks[0][2] == walks[1][2]
     (line,) = said(caplog, logging.WARNING)
     assert line.startswith(f'storage="auto" falls to {Inplace()!r}: expected head.weight to be read by')
+    assert line.endswith("In place each pass rounds weights of 16 bits, and they drift (docs/numerics.md)")
 
 
 def test_an_explicit_mode_never_falls_and_its_error_has_a_type() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -531,6 +532,30 @@ def test_a_closure_that_calls_its_optimizer_is_refused_in_words(storage: Storage
     optimizer.flush()
     assert largest_difference(before, weights_of(model)) < 1e-13
     optimizer.step(batches(0))
+
+
+def test_another_thread_is_refused_during_a_step_in_words() -> None:
+    _, batches, optimizer = made(Inplace())
+    caught = []
+
+    def step() -> None:
+        try:
+            optimizer.step(batches(0))
+        except RuntimeError as error:
+            caught.append(str(error))
+
+    def closure() -> torch.Tensor:
+        thread = threading.Thread(target=step)
+        thread.start()
+        thread.join()
+        return batches(0)()
+
+    optimizer.step(closure)
+    assert len(caught) == 2  # one for each side
+    assert all(
+        text.endswith("from another thread during a step; an optimizer makes one step at a time")
+        for text in caught
+    )
 
 
 def test_sides_that_draw_other_numbers_are_said_once() -> None:

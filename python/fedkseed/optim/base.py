@@ -286,7 +286,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise TypeError(f"expected a closure that returns the loss, got {type(closure).__name__}")
         if self._is_evaluating:
             raise RuntimeError(
-                "expected a closure that computes the loss, got one that calls its own optimizer"
+                "expected a closure that computes the loss, got one that calls its own optimizer, or a call "
+                "from another thread during a step; an optimizer makes one step at a time"
             )
         if self._measurement is None:
             self._check_ranks()

@@ -225,7 +225,13 @@ class AutoStorage:
             raise error
         self._opened = Inplace().open(self._weights)
         self.options, self.refusal = Inplace(), _line(error)
-        self._say(logging.WARNING, 'storage="auto" falls to %r: %s', self.options, self.refusal)
+        self._say(
+            logging.WARNING,
+            'storage="auto" falls to %r: %s. In place each pass rounds weights of 16 bits, and they drift '
+            "(docs/numerics.md)",
+            self.options,
+            self.refusal,
+        )
 
     def _say(self, level: int, text: str, *arguments: object) -> None:
         if not self._is_quiet:
