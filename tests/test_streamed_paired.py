@@ -284,7 +284,13 @@ def test_dropout_in_eval_mode_is_served() -> None:
         (lambda m: m(torch.zeros(8, 4).long()), ValueError, r"8 doubled rows and a tensor of shape \(8, 4\)"),
         (lambda m: m(torch.zeros(4).long()), ValueError, "got no tensor of two dimensions or more"),
         (lambda m: m.norm(torch.zeros(4, WIDTH)), RuntimeError, "got a call of norm"),
-        (lambda m: m(torch.zeros(4, 7).long()).mean(), ValueError, "return two losses"),
+        (
+            lambda m: m(torch.zeros(4, 7).long()).mean(),
+            ValueError,
+            r"return two.*shape \(\); .*paired_losses",
+        ),
+        (lambda m: (1.0, 2.0, 3.0), ValueError, "got tuple of 3; "),
+        (lambda m: {"loss": 1.0}, ValueError, "got dict; "),
     ],
 )
 def test_closures_that_are_not_of_a_doubled_batch(

@@ -143,7 +143,9 @@ class Evaluation:
         )
         if not is_sequence or len(losses) != 2:
             raise ValueError(
-                f"expected the closure of a paired step to return two losses, (plus, minus), got {losses!r}"
+                "expected the closure of a paired step to return two losses, (plus, minus), got "
+                f"{_named(losses)}; return one for each half of the doubled batch, as "
+                "fedkseed.paired_losses(model, batch) does for models of transformers"
             )
         return self._value(losses[0]), self._value(losses[1])
 
@@ -190,3 +192,10 @@ class Evaluation:
                 + ("; return the loss alone" if loss is not None else _NO_LOSS)
             )
         return float(loss)
+
+
+def _named(losses: object) -> str:
+    """What it is, in few words: a model's output or logits would fill the screen."""
+    if isinstance(losses, torch.Tensor):
+        return f"a tensor of shape {tuple(losses.shape)}"
+    return type(losses).__name__ + (f" of {len(losses)}" if isinstance(losses, (list, tuple)) else "")
