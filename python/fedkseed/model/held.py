@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from operator import methodcaller
 from typing import Any
 
 from torch import Tensor, nn
 
 from fedkseed.model.manifest import manifest_parameters
+
+_VALUES = methodcaller("values")
 
 
 class HeldParameters:
@@ -25,22 +29,32 @@ class HeldParameters:
         self._model = model
         self._parameters = list(parameters)
         self._holder = holder
-        self._links = _links(model)
+        self._find()
 
     def check(self) -> bool:
-        """Whether the model's modules are those of the last call, too.
+        """Whether the modules, and the parameters that they hold, are those of the last call.
 
         Raises:
-            RuntimeError: it holds another Parameter than a tuned one, or none; names the first.
+            RuntimeError: the model holds another Parameter than a tuned one, or none; names the first.
         """
-        for registry, name, held in self._links:
-            if registry.get(name) is not held:
-                break
-        else:
+        # In one pass without a line of Python for each: this is asked for at every step.
+        if list(map(id, self._held_now())) == self._ids:
             return True
         self._check_all()
-        self._links = _links(self._model)
+        self._find()
         return False
+
+    def _find(self) -> None:
+        self._registries = [
+            registry if isinstance(registry, dict) else _Live(registry)
+            for module in self._model.modules()
+            for registry in (module._modules, module._parameters)
+        ]
+        self._held = list(self._held_now())  # kept alive, or another might come to have the id of one
+        self._ids = list(map(id, self._held))
+
+    def _held_now(self) -> Iterator[Any]:
+        return chain.from_iterable(map(_VALUES, self._registries))
 
     def _check_all(self) -> None:
         now = manifest_parameters(self._model)
@@ -66,15 +80,6 @@ class _Live:
     def __init__(self, held: Any) -> None:
         self._held = held
 
-    def get(self, name: str) -> Any:
-        """What is held by that name now, or None."""
-        return dict(self._held.items()).get(name)
-
-
-def _links(model: nn.Module) -> list[tuple[Mapping[str, Any] | _Live, str, Any]]:
-    links: list[tuple[Mapping[str, Any] | _Live, str, Any]] = []
-    for module in model.modules():
-        for registry in (module._modules, module._parameters):
-            asked = registry if isinstance(registry, dict) else _Live(registry)
-            links += [(asked, name, held) for name, held in registry.items()]
-    return links
+    def values(self) -> list[Any]:
+        """What is held now."""
+        return [held for _, held in self._held.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import nn
 
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _OWN_TYPES = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def active_dropout(model: nn.Module) -> list[tuple[str, float]]:
@@ -24,28 +26,68 @@ def active_dropout(model: nn.Module) -> list[tuple[str, float]]:
     ]
 
 
-def own_generators(model: nn.Module) -> list[Any]:
-    """Generators that modules hold as attributes, or in a list, tuple or dict that is one, each once.
+class OwnGenerators:
+    """The generators that a model's modules own: attributes, or in a list, tuple or dict that is one.
 
     Those are torch.Generator, NumPy's Generator and RandomState, and random.Random.
+
+    Args:
+        model: whose modules, as they are now, are looked at.
     """
-    found: dict[int, Any] = {}
-    for module in model.modules():
-        for value in vars(module).values():
-            values: Iterable[Any] = (value,)
-            if isinstance(value, (list, tuple)):
-                values = value
-            elif isinstance(value, dict):
-                values = value.values()
-            found.update((id(item), item) for item in values if isinstance(item, _OWN_TYPES))
-    return list(found.values())
+
+    def __init__(self, model: nn.Module) -> None:
+        self._owners = [vars(module) for module in model.modules()]
+        self._find()
+
+    def now(self) -> list[Any]:
+        """Each of them once; the same list as before where none was exchanged, set or taken away.
+
+        One that comes into a list in which there was none is not seen.
+        """
+        if self._have_changed():
+            self._find()
+        return self._generators
+
+    def _find(self) -> None:
+        self._counts = list(map(len, self._owners))
+        #: What holds generators, or nothing yet: the attributes of a module, a name among them, the value.
+        self._places: list[tuple[dict[str, Any], str, Any, list[Any]]] = []
+        for attributes in self._owners:
+            for name, value in attributes.items():
+                found = _generators_in(value)
+                if found or (value is None and name not in _OF_EVERY_MODULE):
+                    self._places.append((attributes, name, value, found))
+        self._generators = list({id(item): item for *_, found in self._places for item in found}.values())
+
+    def _have_changed(self) -> bool:
+        if list(map(len, self._owners)) != self._counts:
+            return True
+        for attributes, name, value, found in self._places:
+            now = attributes.get(name)
+            if now is not value or (found and not _are_same(found, _generators_in(now))):
+                return True
+        return False
 
 
-class _Together:
+def _are_same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def _generators_in(value: Any) -> list[Any]:
+    if isinstance(value, _OWN_TYPES):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [item for item in value if isinstance(item, _OWN_TYPES)]
+
+
+class GivenGenerators:
     """Generators that are taken and put back together."""
 
-    def __init__(self, sources: Iterable[_Source | _OfNumpy]) -> None:
-        self._sources = list(sources)
+    def __init__(self, given: Iterable[Any]) -> None:
+        self._sources: list[_Source | _OfNumpy] = [_of_object(generator) for generator in given]
 
     def states(self) -> list[Any]:
         """Their states now, for `restore`."""
@@ -67,23 +109,21 @@ class _Together:
         )
 
 
-class Generators(_Together):
+class Generators(GivenGenerators):
     """The generators that a forward pass may draw from, taken and put back together.
 
     torch's of the CPU and of ``devices``, Python's and NumPy's of the process, and those in ``own``.
     """
 
     def __init__(self, devices: Iterable[torch.device] = (), own: Iterable[Any] = ()) -> None:
+        super().__init__(own)
         # Functions are looked up at each call: tests and other libraries replace some of them.
-        super().__init__(
-            [
-                _Source(lambda: torch.get_rng_state(), lambda state: torch.set_rng_state(state)),
-                _Source(lambda: random.getstate(), lambda state: random.setstate(state)),
-                _OfNumpy(),
-                *(_of_device(device) for device in devices if device.type != "cpu"),
-                *map(_of_object, own),
-            ]
-        )
+        self._sources += [
+            _Source(lambda: torch.get_rng_state(), lambda state: torch.set_rng_state(state)),
+            _Source(lambda: random.getstate(), lambda state: random.setstate(state)),
+            _OfNumpy(),
+            *(_of_device(device) for device in devices if device.type != "cpu"),
+        ]
 
     def seed(self, *entropy: int) -> None:
         """Seeds those of the process, each by these numbers of its own."""
@@ -91,13 +131,6 @@ class Generators(_Together):
         torch.manual_seed(of_torch)
         np.random.seed(of_numpy)
         random.seed(of_python)
-
-
-class OwnGenerators(_Together):
-    """The generators that a model's modules own (`own_generators`), taken and put back together."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(map(_of_object, own_generators(model)))
 
 
 class _Source(NamedTuple):

@@ -22,7 +22,7 @@ from fedkseed.model.manifest import Manifest, manifest_parameters
 from fedkseed.model.named_errors import errors_named
 from fedkseed.model.overlaps import check_overlaps, refuse_overlap
 from fedkseed.model.placement import PreparedTensors, by_device
-from fedkseed.model.randomness import OwnGenerators
+from fedkseed.model.randomness import GivenGenerators, OwnGenerators
 from fedkseed.model.tunable import check_buffers, check_tunable
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.seeds import SeedPool
@@ -94,7 +94,7 @@ class WorkingCopy:
             flush_waiting(self._weights)
             self.w0 = [weight.detach().clone() for weight in self._weights] if w0 is None else list(w0)
             self._buffers = Buffers(model.named_modules()).keep()
-            self._generators = OwnGenerators(model)
+            self._generators = GivenGenerators(OwnGenerators(model).now())
             self._states = self._generators.states()
         self._check_like_weights("w0", self.w0)
         self._round_model: list[torch.Tensor] | None = None

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedkseed.model.buffers import Buffers, KeptBuffers
-from fedkseed.model.randomness import Generators, own_generators
+from fedkseed.model.randomness import Generators, OwnGenerators
 
 #: What a closure returns: the loss of one batch, a number or a tensor of one element.
 Loss = torch.Tensor | float
@@ -27,7 +27,8 @@ _BACKWARD = "does not require grad and does not have a grad_fn"
 class World(NamedTuple):
     """What a forward pass may move beside the weights, as it was at a time."""
 
-    generators: list[Any]
+    generators: Generators
+    states: list[Any]
     buffers: KeptBuffers | None
 
 
@@ -51,7 +52,9 @@ class Surroundings:
         # Random numbers are drawn where frozen parameters are, too.
         placed = [*self._tensors, *(model.parameters() if model is not None else ())]
         devices = {tensor.device for tensor in placed if not tensor.is_meta}
-        self._generators = Generators(devices, [] if model is None else own_generators(model))
+        self._owned = None if model is None else OwnGenerators(model)
+        self._own = [] if self._owned is None else self._owned.now()
+        self._generators = Generators(devices, self._own)
         self._buffers = None if model is None else Buffers(model.named_modules())
         tuned = {id(tensor) for tensor in self._tensors}
         self._unwatched = [
@@ -62,9 +65,11 @@ class Surroundings:
 
     def now(self) -> World:
         """The world as it is now."""
+        if self._owned is not None and self._owned.now() is not self._own:
+            self.find()
         if self._buffers is not None:
             self._last = self._buffers.keep(self._last)
-        return World(self._generators.states(), self._last)
+        return World(self._generators, self._generators.states(), self._last)
 
     def restore(self, world: World) -> list[Any] | None:
         """Puts back what has moved since; the states that generators were in, None if none has moved.
@@ -72,15 +77,11 @@ class Surroundings:
         Raises:
             RuntimeError: as `KeptBuffers.restore`.
         """
-        left = self._generators.restore(world.generators)
+        left = world.generators.restore(world.states)
         if world.buffers is not None:
             world.buffers.restore()
         torch.clear_autocast_cache()
         return left
-
-    def are_generators_in(self, states: Sequence[Any]) -> bool:
-        """Whether all generators are in these states now."""
-        return not self._generators.have_changed(states)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -124,12 +125,13 @@ class Evaluation:
         self._note = note
         self.start = surroundings.now()
         self._is_first = True
-        #: The states in which the first call left the generators, if it moved any.
+        #: The states in which the first call that ended well left the generators, if it moved any.
         self._left: list[Any] | None = None
+        self._has_ended_well = False
 
     def has_same_draws(self) -> bool:
         """Whether the last call has left the generators as the first did."""
-        return self._left is None or self._surroundings.are_generators_in(self._left)
+        return self._left is None or not self.start.generators.have_changed(self._left)
 
     def side(self) -> float:
         """See `fedkseed.storage.Evaluation`."""
@@ -156,11 +158,12 @@ class Evaluation:
             torch.clear_autocast_cache()
         else:
             left = self._surroundings.restore(self.start)
-            self._left = self._left or left
+            if self._has_ended_well:
+                self._left = self._left or left
         try:
             # What the first call of a module prepares (a layer that packs its weight) is not watched.
             with nullcontext() if is_first else self._surroundings.watched():
-                return self._closure()
+                found = self._closure()
         except RuntimeError as error:
             if _BACKWARD in str(error):
                 raise RuntimeError(
@@ -168,6 +171,8 @@ class Evaluation:
                     "backward(): a zeroth-order step takes no gradients; leave backward() and zero_grad() out"
                 ) from error
             raise
+        self._has_ended_well = True
+        return found
 
     def _value(self, loss: Any) -> float:
         if isinstance(loss, torch.Tensor):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from fedkseed.model.randomness import Generators, active_dropout, own_generators
+from fedkseed.model.randomness import Generators, OwnGenerators, active_dropout
 from fedkseed.storage.streamed.guard import ReadGuard
 from fedkseed.storage.streamed.units import Unit
 
@@ -78,7 +78,7 @@ class Pairing:
     ) -> None:
         self._model = model
         self._devices = frozenset(devices)
-        self._own_generators = own_generators(model)
+        self._own_generators = OwnGenerators(model)
         self._make_guard = make_guard
         self._around = around
         self._num_rows: int | None = None
@@ -212,7 +212,7 @@ class Pairing:
         if self._guard is not None:
             self._guard.mark(inputs)
         devices = self._devices.union(tensor.device for tensor in inputs)
-        generators = Generators(devices, self._own_generators)
+        generators = Generators(devices, self._own_generators.now())
         states = generators.states()
         try:
             with guard, self._around():
