@@ -52,7 +52,7 @@ class Counting(nn.Module):
 
 
 def check_g_is_fair(optimizer: ZOSGD, model: nn.Module) -> None:
-    """Of a linear loss g is of order 1; numbers or counts that differ give at least 1e3."""
+    """The g of a linear loss is of order 1; numbers or counts that differ give at least 1e3."""
     optimizer.step(lambda: model(X).sum())
     assert 0 < abs(optimizer.projected_grads[0]) < 50
 

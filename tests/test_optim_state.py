@@ -131,6 +131,20 @@ def test_a_damaged_state_changes_nothing(damage: Callable[[dict[str, Any]], Any]
     assert str(optimizer.state_dict()) == before
 
 
+def test_a_state_of_other_groups_changes_nothing() -> None:
+    model = make_model(torch.bfloat16)
+    optimizer = ZOSGD(model, 0.1, 1e-2, storage=Inplace(rounding="stochastic"))
+    state = optimizer.state_dict()
+    optimizer.step(make_closure(model))
+    before = str(optimizer.state_dict())
+    for groups in ([], [{"params": [0]}], [{}]):
+        with pytest.raises(ValueError, match="expected"):
+            optimizer.load_state_dict({**state, "param_groups": groups})
+    with pytest.raises(ValueError, match="damaged"):
+        optimizer.load_state_dict({"fedkseed": state["fedkseed"]})
+    assert str(optimizer.state_dict()) == before
+
+
 def test_a_copy_is_refused() -> None:
     optimizer = ZOSGD([torch.zeros(2)], 0.1)
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):

@@ -334,6 +334,17 @@ def test_reduce_is_called_once_a_step_and_its_losses_count(returns: bool, apart:
     assert optimizer.projected_grads == tuple(float(np.float32(gap)) for gap in gaps)
 
 
+def test_losses_are_reduced_on_the_processor_whatever_the_default_device_is() -> None:
+    devices = []
+    _, batches, optimizer = made(Inplace(), reduce=lambda losses: devices.append(losses.device.type))
+    torch.set_default_device("meta")
+    try:
+        optimizer.step(lambda: float(batches(0)()))
+    finally:
+        torch.set_default_device(None)
+    assert devices == ["cpu"]
+
+
 @all_modes
 @pytest.mark.parametrize(
     ("reduce", "error", "message"),
@@ -526,9 +537,16 @@ def test_generators_and_buffers_stand_as_the_last_call_left_them_or_as_at_the_st
 def test_a_closure_that_calls_its_optimizer_is_refused_in_words(storage: StorageOptions) -> None:
     model, batches, optimizer = made(storage)
     before = weights_of(model)
-    for call in (optimizer.step, optimizer.measure):
+    calls: list[Callable[[], object]] = [
+        lambda: optimizer.step(batches(0)),
+        lambda: optimizer.measure(batches(0)),
+        optimizer.step,
+        optimizer.discard,
+        lambda: optimizer.load_state_dict(optimizer.state_dict()),
+    ]
+    for call in calls:
         with pytest.raises(RuntimeError, match="got one that calls its own optimizer"):
-            optimizer.step(lambda call=call: call(batches(0)))  # type: ignore[misc]
+            optimizer.step(lambda call=call: (call(), batches(0)())[1])  # type: ignore[misc]
     optimizer.flush()
     assert largest_difference(before, weights_of(model)) < 1e-13
     optimizer.step(batches(0))

@@ -137,14 +137,19 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             Whatever the closure raises; what was measured is discarded then, and the weights are w.
         """
         self._check_itself("measure")
+        self._check_idle()
         return self._measure(closure, check_weight(weight), self._begun(closure, seed_index), is_apart=True)
 
     def discard(self) -> None:
         """Drops what was measured since the last step; the weights, generators and buffers are as they were.
 
         Harmless if there is nothing.
+
+        Raises:
+            RuntimeError: called by a closure, or on a wrapper of the optimizer.
         """
         self._check_itself("discard")
+        self._check_idle()
         if self._measurement is not None:
             self._abandon()
 
@@ -201,7 +206,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: the state of another optimizer, or damaged; nothing changes.
+            RuntimeError: called by a closure.
         """
+        self._check_idle()
         name = type(self).__name__
         own = state_dict.get("fedkseed")
         if not isinstance(own, dict) or own.get("optimizer") != name:
@@ -214,10 +221,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 )
         try:
             progress = self._parsed(own)
+            sizes = [len(group["params"]) for group in state_dict["param_groups"]]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"expected a whole state_dict of {name}, got a damaged one: {error!r}"
             ) from error
+        wanted_sizes = [len(group["params"]) for group in self.param_groups]
+        if sizes != wanted_sizes:
+            raise ValueError(
+                f"expected parameter groups of {wanted_sizes} tensors, as those of this optimizer, got {sizes}"
+            )
         storage_state = own.get("storage_state", {})
         if self._auto is None:
             self._storage.load_state(storage_state)
@@ -268,6 +281,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _step(self, closure: Callable[[], Loss] | None, seed_index: int | None = None) -> float:
         """The whole step, or its second half; see `step`. Calls no method that a hook or a user may wrap."""
+        self._check_idle()
         plan = None
         if closure is not None:
             self._updates()  # options that are refused are, before anything is evaluated
@@ -284,11 +298,6 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Along which noise the step goes that a measurement is of; checks what it can be measured with."""
         if not callable(closure):
             raise TypeError(f"expected a closure that returns the loss, got {type(closure).__name__}")
-        if self._is_evaluating:
-            raise RuntimeError(
-                "expected a closure that computes the loss, got one that calls its own optimizer, or a call "
-                "from another thread during a step; an optimizer makes one step at a time"
-            )
         if self._measurement is None:
             self._check_ranks()
             self._notices.of_mode(self._model)
@@ -376,6 +385,18 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 f"expected {method} to be called on the optimizer itself, got a wrapper around it, "
                 f"{type(self).__name__}, whose step would not know of it; call .optimizer.{method}()"
+            )
+
+    def _check_idle(self) -> None:
+        """Refuses a closure that comes back to the optimizer that evaluates it.
+
+        Raises:
+            RuntimeError: a closure runs.
+        """
+        if self._is_evaluating:
+            raise RuntimeError(
+                "expected a closure that computes the loss, got one that calls its own optimizer, or a call "
+                "from another thread during a step; an optimizer makes one step at a time"
             )
 
     def _check_ranks(self) -> None:

@@ -103,7 +103,7 @@ def reduced(
         ValueError: it returned a tensor of another shape.
     """
     if callable(reduce):
-        tensor = torch.tensor(losses, dtype=torch.float64)
+        tensor = torch.tensor(losses, dtype=torch.float64, device="cpu")  # whatever the default is
         shape = tensor.shape
         returned = reduce(tensor)
         if returned is not None:
