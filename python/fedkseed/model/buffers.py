@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -21,14 +21,34 @@ _Registry = MutableMapping[str, Tensor | None]
 
 @dataclass
 class _Kept:
-    """A buffer as it was: ``version`` is None if torch does not tell when it is written."""
+    """A buffer as it was.
+
+    ``version`` is None if torch counts no writes of it at all; ``is_counted`` says that it counts every one.
+    """
 
     registry: _Registry
     name: str
     full_name: str
     tensor: Tensor | None
     version: int | None
+    is_counted: bool
     copy: Tensor | None
+
+    def stands(self) -> bool:
+        """Whether the same tensor is held, in which the same values stand; False if only reading it tells."""
+        tensor, copy = self.tensor, self.copy
+        if self.registry.get(self.name) is not tensor:
+            return False
+        if tensor is None:
+            return self.name in self.registry
+        if copy is None and self.version is None:
+            return True  # of inference mode and not to be written, or too large to be looked at
+        if self.version is not None and self.version != tensor._version:
+            return False
+        return self.is_counted or (
+            # Not on an accelerator, which the comparison would wait for.
+            copy is not None and tensor.dtype == copy.dtype and tensor.is_cpu and _are_equal(tensor, copy)
+        )
 
 
 class Buffers:
@@ -45,15 +65,17 @@ class Buffers:
         """What they hold now.
 
         Args:
-            earlier: of the same buffers; its copies of those that have not moved are used again.
+            earlier: of the same buffers; what is kept there of those that have not moved is used again.
         """
-        known = {} if earlier is None else {(id(k.registry), k.name): k for k in earlier.entries}
-        return KeptBuffers([_keep(*place, known) for place in self._places()], self._owners)
-
-    def _places(self) -> Iterator[tuple[_Registry, str, str]]:
-        for prefix, registry in self._owners:
-            for name in registry:
-                yield registry, name, _full_name(prefix, name)
+        standing = {} if earlier is None else earlier.standing()
+        if earlier is not None and len(standing) == len(earlier.entries) == _count(self._owners):
+            return earlier
+        entries = [
+            standing.get((id(registry), name)) or _keep(registry, name, prefix)
+            for prefix, registry in self._owners
+            for name in registry
+        ]
+        return KeptBuffers(entries, self._owners)
 
 
 class KeptBuffers:
@@ -70,48 +92,44 @@ class KeptBuffers:
     def __init__(self, entries: list[_Kept], owners: Sequence[tuple[str, _Registry]]) -> None:
         self.entries = entries
         self._owners = owners
-        self._counts = [len(registry) for _, registry in owners]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts exchanged tensors back, and their values into those that were written; takes new ones out.
 
+        What stands is not written, for it may lie in memory that must only be read.
+
         Raises:
             RuntimeError: one that is too large to keep a copy of was written; names it.
         """
-        if [len(registry) for _, registry in self._owners] != self._counts:
-            for (_, registry), count in zip(self._owners, self._counts, strict=True):
-                for name in list(registry)[count:]:  # registered since, behind those that were there
-                    del registry[name]
         for kept in self.entries:
-            if kept.registry.get(kept.name) is not kept.tensor:
-                kept.registry[kept.name] = kept.tensor
-            if kept.tensor is None or (kept.version is not None and kept.version == kept.tensor._version):
-                continue
-            if kept.copy is None and kept.version is None:
-                continue  # of inference mode and not to be written, or too large to be looked at
-            if kept.copy is None:
-                raise RuntimeError(
-                    f"expected the forward pass to leave the buffer {kept.full_name} alone, "
-                    f"{kept.tensor.nbytes} bytes of {kept.tensor.dtype}, got it written: both sides of a "
-                    "step have to meet the same values, and no copy is kept of one so large; put the module "
-                    "that writes it into eval mode"
-                )
-            if kept.tensor.shape != kept.copy.shape:  # exchanged by .data
-                kept.tensor.data = torch.empty_like(kept.copy)
-            with torch.inference_mode() if kept.tensor.is_inference() else nullcontext():
-                kept.tensor.copy_(kept.copy)
-            kept.version = None if kept.version is None else kept.tensor._version
+            if not kept.stands():
+                _put_back(kept)
+        for _, registry, name in self._new():
+            del registry[name]
+
+    def standing(self) -> dict[tuple[int, str], _Kept]:
+        """Those that have not moved, by registry and name."""
+        return {(id(kept.registry), kept.name): kept for kept in self.entries if kept.stands()}
 
     def first_moved(self) -> str | None:
         """The name of a buffer that holds something else by now, or of one that is new; None if all stand."""
         for kept in self.entries:
             if not _stands(kept, kept.registry.get(kept.name)):
                 return kept.full_name
-        for (prefix, registry), count in zip(self._owners, self._counts, strict=True):
-            for name in list(registry)[count:]:
-                return _full_name(prefix, name)
-        return None
+        return next((_full_name(prefix, name) for prefix, _, name in self._new()), None)
+
+    def _new(self) -> list[tuple[str, _Registry, str]]:
+        """Those that modules hold beside the ones of then, which they hold all."""
+        if _count(self._owners) == len(self.entries):
+            return []
+        known = {(id(kept.registry), kept.name) for kept in self.entries}
+        return [
+            (prefix, registry, name)
+            for prefix, registry in self._owners
+            for name in registry
+            if (id(registry), name) not in known
+        ]
 
 
 def _registry(module: nn.Module) -> _Registry:
@@ -120,22 +138,38 @@ def _registry(module: nn.Module) -> _Registry:
     return held if isinstance(held, dict) else dict(held.items())
 
 
-def _keep(
-    registry: _Registry,
-    name: str,
-    full_name: str,
-    known: dict[tuple[int, str], _Kept],
-) -> _Kept:
-    tensor = registry[name]
+def _count(owners: Sequence[tuple[str, _Registry]]) -> int:
+    return sum([len(registry) for _, registry in owners])
+
+
+def _keep(registry: _Registry, name: str, prefix: str) -> _Kept:
+    tensor, full_name = registry[name], _full_name(prefix, name)
     if tensor is None:
-        return _Kept(registry, name, full_name, None, None, None)
-    version = None if _is_written_unseen(tensor) else tensor._version
-    earlier = known.get((id(registry), name))
-    has_moved = (
-        earlier is None or earlier.tensor is not tensor or version is None or version != earlier.version
-    )
-    copy = _copy(tensor) if earlier is None or has_moved else earlier.copy
-    return _Kept(registry, name, full_name, tensor, version, copy)
+        return _Kept(registry, name, full_name, None, None, True, None)
+    version = None if tensor.is_inference() else tensor._version
+    return _Kept(registry, name, full_name, tensor, version, _is_counted(tensor), _copy(tensor))
+
+
+def _put_back(kept: _Kept) -> None:
+    """Raises: see `KeptBuffers.restore`."""
+    tensor, copy = kept.tensor, kept.copy
+    kept.registry[kept.name] = tensor
+    if tensor is None or (kept.is_counted and kept.version == tensor._version):
+        return
+    if copy is None:
+        if kept.version is None or kept.version == tensor._version:
+            return
+        raise RuntimeError(
+            f"expected the forward pass to leave the buffer {kept.full_name} alone, "
+            f"{tensor.nbytes} bytes of {tensor.dtype}, got it written: both sides of a "
+            "step have to meet the same values, and no copy is kept of one so large; put the module "
+            "that writes it into eval mode"
+        )
+    if tensor.shape != copy.shape:  # exchanged by .data
+        tensor.data = torch.empty_like(copy)
+    with torch.inference_mode() if tensor.is_inference() else nullcontext():
+        tensor.copy_(copy)
+    kept.version = None if kept.version is None else tensor._version
 
 
 def _full_name(prefix: str, name: str) -> str:
@@ -146,24 +180,31 @@ def _stands(kept: _Kept, now: Tensor | None) -> bool:
     """Whether what a module holds now is what was kept, or equal to it."""
     if now is None or kept.tensor is None:
         return now is kept.tensor
-    if now is kept.tensor and kept.version is not None and kept.version == now._version:
+    if now is kept.tensor and kept.is_counted and kept.version == now._version:
         return True
     copy = kept.tensor if kept.copy is None and now is not kept.tensor else kept.copy
     if copy is None or (now.shape, now.dtype, now.device) != (copy.shape, copy.dtype, copy.device):
         return False
-    return torch.equal(now, copy) or (
+    return _are_equal(now, copy) or (
         now.is_floating_point() and now.allclose(copy, rtol=0, atol=0, equal_nan=True)
     )
 
 
-def _is_written_unseen(tensor: Tensor) -> bool:
-    """Whether its version counter may stand still when it is written, through ``.data`` or by batch norm."""
-    if tensor.is_inference():
-        return True
-    if tensor.layout is not torch.strided:
+def _are_equal(tensor: Tensor, copy: Tensor) -> bool:
+    try:
+        return torch.equal(tensor, copy)
+    except RuntimeError:  # of a dtype that torch can copy and not compare
         return False
+
+
+def _is_counted(tensor: Tensor) -> bool:
+    """Whether its version counter moves whenever it is written; not through ``.data`` or by batch norm."""
+    if tensor.is_inference():
+        return False
+    if tensor.layout is not torch.strided:
+        return True
     has_fractions = tensor.is_floating_point() or tensor.is_complex()
-    return (has_fractions or tensor.nbytes <= _MAX_COUNTER) and _is_writable(tensor)
+    return not (has_fractions or tensor.nbytes <= _MAX_COUNTER) or not _is_writable(tensor)
 
 
 def _copy(tensor: Tensor) -> Tensor | None:

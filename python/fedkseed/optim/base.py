@@ -226,11 +226,9 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"expected a whole state_dict of {name}, got a damaged one: {error!r}"
             ) from error
-        wanted_sizes = [len(group["params"]) for group in self.param_groups]
-        if sizes != wanted_sizes:
-            raise ValueError(
-                f"expected parameter groups of {wanted_sizes} tensors, as those of this optimizer, got {sizes}"
-            )
+        own_sizes = [len(group["params"]) for group in self.param_groups]
+        if sizes != own_sizes:
+            raise ValueError(f"expected a state with groups of {own_sizes} parameters, got those of {sizes}")
         storage_state = own.get("storage_state", {})
         if self._auto is None:
             self._storage.load_state(storage_state)
