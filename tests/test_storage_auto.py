@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -222,6 +223,19 @@ def test_it_falls_in_the_first_evaluation_to_what_in_place_would_have_done(
     (line,) = said(caplog, logging.WARNING)
     assert line.startswith(f'storage="auto" falls to {Inplace()!r}: expected head.weight to be read by')
     assert line.endswith("In place each pass rounds weights of 16 bits, and they drift (docs/numerics.md)")
+
+
+def test_what_was_drawn_before_it_fell_is_no_other_draw() -> None:
+    model, ids = build(ReadsOutside, BF16), make_ids()
+
+    def loss() -> torch.Tensor:
+        return torch.rand(()) + loss_of(model, ids) + torch.rand(())
+
+    optimizer = zosgd(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(loss)
+    assert optimizer.storage == Inplace()
 
 
 def test_an_explicit_mode_never_falls_and_its_error_has_a_type() -> None:
