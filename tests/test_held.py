@@ -121,6 +121,7 @@ def taken_out(model: Any) -> None:
     model[2].weight = None
 
 
+@pytest.mark.few
 @all_modes
 @pytest.mark.parametrize(
     ("exchange", "name", "found"),

@@ -167,6 +167,7 @@ class Case:
         )
         self.seeds = [int(seed) for seed in derived.candidate_seeds(SEED, 2 * num_directions + 1)]
         self.eps = eps
+        self._dtypes = {name: buffer.dtype for name, buffer in self.model.named_buffers()}
 
     def around(self) -> AbstractContextManager[Any]:
         return autocast() if self._place == "around" else nullcontext()
@@ -195,6 +196,7 @@ class Case:
                 assert torch.equal(mine, theirs)
         ours, theirs = dict(self.model.named_buffers()), dict(world.model.named_buffers())
         assert list(ours) == list(theirs)
+        assert {name: ours[name].dtype for name in self._dtypes} == self._dtypes
         # Those of a copy that was widened are.
         assert same_bytes(list(ours.values()), [theirs[name].to(b.dtype) for name, b in ours.items()])
         for mine, other in zip(self.model.modules(), world.model.modules(), strict=True):
@@ -494,3 +496,17 @@ def test_what_runs_several_times_meets_what_its_own_side_left(kind: str, shares:
     optimizer = ZOSGD(model, 0.0, eps, seed=SEED, storage=storage)
     optimizer.step(lambda: twice(model, is_paired))
     assert optimizer.projected_grads == (projected(list(losses), eps),)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated")
+def test_buffers_of_torchscript_are_put_back_too() -> None:
+    gs = []
+    for script in (torch.jit.script, lambda module: module):
+        model = make_model(MOVING["batch norm"], torch.float64)
+        model[1] = script(model[1])
+        optimizer = ZOSGD(model, 0.0, 2.0**-20, seed=SEED, storage=Inplace())
+        with torch.no_grad():
+            for _ in range(2):
+                optimizer.step(lambda model=model: loss_of(model))  # type: ignore[misc]
+        gs.append(optimizer.projected_grads)
+    assert gs[0] == gs[1]
