@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -56,10 +56,14 @@ class Buffers:
 
     Args:
         modules: all that hold them, by name, as ``model.named_modules()``.
+
+    Attributes:
+        owners: (name of a module, what it holds its buffers in).
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        self._owners = [(name, _registry(module)) for name, module in modules]
+        self.owners = [(name, _registry(module)) for name, module in modules]
+        self._registries = [registry for _, registry in self.owners]
 
     def keep(self, earlier: KeptBuffers | None = None) -> KeptBuffers:
         """What they hold now.
@@ -68,14 +72,18 @@ class Buffers:
             earlier: of the same buffers; what is kept there of those that have not moved is used again.
         """
         standing = {} if earlier is None else earlier.standing()
-        if earlier is not None and len(standing) == len(earlier.entries) == _count(self._owners):
+        if earlier is not None and len(standing) == len(earlier.entries) == self.count():
             return earlier
         entries = [
             standing.get((id(registry), name)) or _keep(registry, name, prefix)
-            for prefix, registry in self._owners
+            for prefix, registry in self.owners
             for name in registry
         ]
-        return KeptBuffers(entries, self._owners)
+        return KeptBuffers(entries, self)
+
+    def count(self) -> int:
+        """How many there are now; asked for before each side, so without a line of Python for each module."""
+        return sum(map(len, self._registries))
 
 
 class KeptBuffers:
@@ -83,15 +91,15 @@ class KeptBuffers:
 
     Args:
         entries: one for each buffer.
-        owners: what all modules hold, as they do now, by their names.
+        buffers: as they are now.
 
     Attributes:
         entries: as given.
     """
 
-    def __init__(self, entries: list[_Kept], owners: Sequence[tuple[str, _Registry]]) -> None:
+    def __init__(self, entries: list[_Kept], buffers: Buffers) -> None:
         self.entries = entries
-        self._owners = owners
+        self._buffers = buffers
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -121,12 +129,12 @@ class KeptBuffers:
 
     def _new(self) -> list[tuple[str, _Registry, str]]:
         """Those that modules hold beside the ones of then, which they hold all."""
-        if _count(self._owners) == len(self.entries):
+        if self._buffers.count() == len(self.entries):
             return []
         known = {(id(kept.registry), kept.name) for kept in self.entries}
         return [
             (prefix, registry, name)
-            for prefix, registry in self._owners
+            for prefix, registry in self._buffers.owners
             for name in registry
             if (id(registry), name) not in known
         ]
@@ -136,10 +144,6 @@ def _registry(module: nn.Module) -> _Registry:
     """What a module holds its buffers in; a copy of that for TorchScript, which only writes them in place."""
     held = module._buffers
     return held if isinstance(held, dict) else dict(held.items())
-
-
-def _count(owners: Sequence[tuple[str, _Registry]]) -> int:
-    return sum([len(registry) for _, registry in owners])
 
 
 def _keep(registry: _Registry, name: str, prefix: str) -> _Kept:
