@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from operator import methodcaller
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 
 from fedkseed.model.manifest import manifest_parameters
-
-_VALUES = methodcaller("values")
 
 
 class HeldParameters:
@@ -37,24 +35,22 @@ class HeldParameters:
         Raises:
             RuntimeError: the model holds another Parameter than a tuned one, or none; names the first.
         """
-        # In one pass without a line of Python for each: this is asked for at every step.
-        if list(map(id, self._held_now())) == self._ids:
+        # Without a line of Python for each, since this is asked for at every step.
+        now = list(chain.from_iterable(self._views))
+        if len(now) == len(self._held) and all(map(is_, now, self._held)):
             return True
         self._check_all()
         self._find()
         return False
 
     def _find(self) -> None:
-        self._registries = [
-            registry if isinstance(registry, dict) else _Live(registry)
+        #: What each module holds now: views follow their dict.
+        self._views: list[Iterable[Any]] = [
+            registry.values() if isinstance(registry, dict) else _Live(registry)
             for module in self._model.modules()
             for registry in (module._modules, module._parameters)
         ]
-        self._held = list(self._held_now())  # kept alive, or another might come to have the id of one
-        self._ids = list(map(id, self._held))
-
-    def _held_now(self) -> Iterator[Any]:
-        return chain.from_iterable(map(_VALUES, self._registries))
+        self._held = list(chain.from_iterable(self._views))
 
     def _check_all(self) -> None:
         now = manifest_parameters(self._model)
@@ -75,11 +71,10 @@ class HeldParameters:
 
 
 class _Live:
-    """What a TorchScript module holds, asked as a dict is."""
+    """What a TorchScript module holds, as a dict's view of its values."""
 
     def __init__(self, held: Any) -> None:
         self._held = held
 
-    def values(self) -> list[Any]:
-        """What is held now."""
-        return [held for _, held in self._held.items()]
+    def __iter__(self) -> Iterator[Any]:
+        return iter([held for _, held in self._held.items()])

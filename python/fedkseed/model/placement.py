@@ -50,7 +50,7 @@ class Places:
         return True
 
     def _current(self) -> tuple[list[int], list[torch.dtype]]:
-        return [tensor.data_ptr() for tensor in self._tensors], [tensor.dtype for tensor in self._tensors]
+        return list(map(torch.Tensor.data_ptr, self._tensors)), [tensor.dtype for tensor in self._tensors]
 
 
 class PreparedTensors:
