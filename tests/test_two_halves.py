@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import signal
 import threading
 import warnings
 from collections.abc import Callable
@@ -596,3 +597,43 @@ def test_sides_that_draw_other_numbers_are_said_once() -> None:
     (warning,) = caught
     assert "seeds a generator anew from the system (torch.seed())" in str(warning.message)
     assert warning.filename == __file__
+
+
+class Interrupting(random.Random):
+    """A generator that is interrupted as it is put back, once armed."""
+
+    is_armed = False
+
+    def setstate(self, state: tuple[Any, ...]) -> None:
+        if self.is_armed:
+            signal.raise_signal(signal.SIGINT)
+        super().setstate(state)
+
+
+@pytest.mark.parametrize("is_skipped", [False, True])
+@pytest.mark.parametrize("storage", [Inplace(), Inplace(chained=True), Streamed()])
+def test_an_interrupt_while_the_world_is_put_back_waits_for_the_rest(
+    storage: StorageOptions, is_skipped: bool
+) -> None:
+    model, batches, optimizer = made(storage)
+    generator = Interrupting(3)
+    model[0].generator = generator  # type: ignore[assignment]
+    calls = 0
+
+    def closure() -> float:
+        nonlocal calls
+        calls += 1
+        generator.random()
+        torch.rand(())
+        generator.is_armed = calls == 2  # once both sides are evaluated
+        return float(batches(0)()) * (math.nan if is_skipped else 1)
+
+    states = torch.get_rng_state(), generator.getstate()
+    with pytest.raises(KeyboardInterrupt):
+        if is_skipped:
+            optimizer.step(closure)
+        else:
+            optimizer.measure(closure)
+            optimizer.discard()
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert generator.getstate() == states[1]

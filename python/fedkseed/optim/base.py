@@ -358,8 +358,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self.last = LastStep(loss, tuple(losses), tuple(projected_grads), skipped)
             self.num_skipped += sum(skipped)
             self._measurement = None
-        if is_skipped:
-            self._surroundings.restore(measurement.start)
+            if is_skipped:
+                self._surroundings.restore(measurement.start)
         torch.clear_autocast_cache()  # it may hold casts of a side, or of the weights before
         self._notices.of_skipped(losses, gs)
         if not is_skipped:
@@ -368,10 +368,11 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     def _abandon(self) -> None:
         """Weights, generators and buffers as when the step began; nothing is measured."""
-        measurement, self._measurement = self._measurement, None
-        self._storage.restore()
-        if measurement is not None:
-            self._surroundings.restore(measurement.start)
+        with interrupts_held():
+            measurement, self._measurement = self._measurement, None
+            self._storage.restore()
+            if measurement is not None:
+                self._surroundings.restore(measurement.start)
 
     def _check_itself(self, method: str) -> None:
         """Refuses a wrapper that borrows this class, as Lightning's does: it would keep what is measured.
