@@ -215,18 +215,28 @@ class Written:
         return [0 if tensor.is_inference() else tensor._version for tensor in self._tensors]
 
 
+#: Whether the main thread is within `interrupts_held`.
+_is_held = False
+
+
 @contextmanager
 def interrupts_held() -> Iterator[None]:
     """Delays Ctrl-C until a pass over the weights and the note of what it did are done; may be nested."""
-    previous = signal.getsignal(signal.SIGINT)
-    if not callable(previous) or threading.current_thread() is not threading.main_thread():
+    global _is_held
+    if _is_held or threading.current_thread() is not threading.main_thread():
         yield  # only the main thread gets a KeyboardInterrupt
+        return
+    previous = signal.getsignal(signal.SIGINT)
+    if not callable(previous):
+        yield
         return
     held: list[tuple[int, FrameType | None]] = []
     signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    _is_held = True
     try:
         yield
     finally:
+        _is_held = False
         signal.signal(signal.SIGINT, previous)
         if held:
             previous(*held[-1])
