@@ -15,7 +15,7 @@ from fedkseed._checks import check_count
 from fedkseed.federation.messages import Broadcast, ProtocolError, Reply, broadcast_digest
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.evaluation import Loss
-from fedkseed.optim.optimizers import FedKSeedSGD
+from fedkseed.optim.fedkseed_sgd import FedKSeedSGD
 from fedkseed.seeds import MAX_CLIENTS, SeedPool
 from fedkseed.storage import DEFAULT_STORAGE, StorageChoice, StorageOptions, check_choice
 

@@ -25,7 +25,7 @@ from fedkseed.model.manifest import manifest_parameters
 from fedkseed.model.packed import SharedTensors
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.model.working_copy import WorkingCopy
-from fedkseed.optim.optimizers import FedKSeedSGD
+from fedkseed.optim.fedkseed_sgd import FedKSeedSGD
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed.simulation.host import ClientRun, Host, InProcessHost
 from fedkseed.simulation.modes import Modes, buffers_by_name
