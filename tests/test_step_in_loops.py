@@ -330,6 +330,7 @@ class Interrupting(random.Random):
 
 @pytest.mark.parametrize("is_skipped", [False, True])
 @pytest.mark.parametrize("storage", [Inplace(), Inplace(chained=True), Streamed()])
+@pytest.mark.usefixtures("ctrl_c_raises")
 def test_an_interrupt_while_the_world_is_put_back_waits_for_the_rest(
     storage: StorageOptions, is_skipped: bool
 ) -> None:

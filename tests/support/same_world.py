@@ -1,4 +1,4 @@
-"""Support for tests of the world beside the weights: modes, modules that draw or move, and their reference."""
+"""Support for tests of the world beside the weights: modes, modules that draw or move, their reference."""
 
 from __future__ import annotations
 
