@@ -40,14 +40,15 @@ class Noisy(nn.Module):
 
 
 class Counting(nn.Module):
-    """Adds the number of its calls, a buffer."""
+    """Adds the number of its calls in train mode, a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros((), dtype=torch.float64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
+        if self.training:
+            self.calls += 1
         return x + self.calls
 
 
@@ -97,3 +98,13 @@ def test_a_measurement_of_before_is_discarded_with_what_it_began_with(mode: Stor
     optimizer.measure(lambda: model(X).sum())
     optimizer.discard()
     assert torch.equal(model.more[0].get_state(), state)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_buffers_of_a_module_in_the_place_of_another_are_put_back(mode: StorageOptions) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 1).double(), Counting()).eval()
+    optimizer = ZOSGD(model, 0.0, 1e-6, storage=mode)
+    check_g_is_fair(optimizer, model)
+    model[1] = Counting()
+    check_g_is_fair(optimizer, model)

@@ -20,6 +20,7 @@ from support.halves import (
     made,
 )
 from support.small_model import largest_difference, make_model, same_bytes, weights_of
+from torch import nn
 
 from fedkseed import ZOSGD, Inplace, Streamed
 from fedkseed.storage import StorageOptions
@@ -356,3 +357,44 @@ def test_an_interrupt_while_the_world_is_put_back_waits_for_the_rest(
             optimizer.discard()
     assert torch.equal(torch.get_rng_state(), states[0])
     assert generator.getstate() == states[1]
+
+
+class Scaled(nn.Module):
+    """A layer whose forward pass moves a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 1).double()
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.scale *= 0.5
+        return self.layer(x) * self.scale  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("storage", [Inplace(), Inplace(chained=True), Streamed()], ids=repr)
+@pytest.mark.parametrize("change", ["nothing", "load", "convert"])
+@pytest.mark.parametrize("end", ["discard", "step"])
+def test_buffers_that_were_loaded_or_converted_in_between_stay(
+    storage: StorageOptions, change: str, end: str
+) -> None:
+    model = Scaled()
+    checkpoint = {name: torch.full_like(value, 7.0) for name, value in model.state_dict().items()}
+    optimizer = ZOSGD(model, 0.1, storage=storage, reduce=lambda losses: losses[0])
+    x = torch.ones(2, 5, dtype=torch.float64)
+    optimizer.measure(lambda: model(x).square().mean())
+    if change == "load":
+        model.load_state_dict(checkpoint)
+    elif change == "convert":
+        model.float()
+    if end == "discard":
+        optimizer.discard()
+    else:
+        with pytest.raises((RuntimeError, ValueError)):  # written weights, or what reduce gives
+            optimizer.step()
+    if change != "convert" or end == "discard":
+        assert float(model.scale) == {"nothing": 1.0, "load": 7.0, "convert": 0.5}[change]
+    if change == "convert" and end == "discard":
+        assert model.scale.dtype == torch.float32
+    if change == "load":
+        assert all(bool((weight == 7).all()) for weight in model.parameters())

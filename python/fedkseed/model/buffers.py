@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedkseed.model.registries import registry_of
+
 #: Bytes up to which buffers without fractions are copied too. Larger ones are packed weights or tables, which
 #: no forward pass writes: they are only watched.
 MAX_COPIED_INTEGERS = 2**22
@@ -62,7 +64,7 @@ class Buffers:
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]]) -> None:
-        self.owners = [(name, _registry(module)) for name, module in modules]
+        self.owners = [(name, registry_of(module._buffers)) for name, module in modules]
         self._registries = [registry for _, registry in self.owners]
 
     def keep(self, earlier: KeptBuffers | None = None) -> KeptBuffers:
@@ -138,12 +140,6 @@ class KeptBuffers:
             for name in registry
             if (id(registry), name) not in known
         ]
-
-
-def _registry(module: nn.Module) -> _Registry:
-    """What a module holds its buffers in; a copy of that for TorchScript, which only writes them in place."""
-    held = module._buffers
-    return held if isinstance(held, dict) else dict(held.items())
 
 
 def _keep(registry: _Registry, name: str, prefix: str) -> _Kept:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedkseed.model.manifest import manifest_parameters
+from fedkseed.model.registries import registry_of
 
 
 class HeldParameters:
@@ -29,6 +30,10 @@ class HeldParameters:
         self._holder = holder
         self._find()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles look at the copy of the model, anew: views of dicts cannot be copied."""
+        return type(self), (self._model, self._parameters, self._holder)
+
     def check(self) -> bool:
         """Whether the modules, and the parameters that they hold, are those of the last call.
 
@@ -46,9 +51,9 @@ class HeldParameters:
     def _find(self) -> None:
         #: What each module holds now: views follow their dict.
         self._views: list[Iterable[Any]] = [
-            registry.values() if isinstance(registry, dict) else _Live(registry)
+            registry_of(held).values()
             for module in self._model.modules()
-            for registry in (module._modules, module._parameters)
+            for held in (module._modules, module._parameters)
         ]
         self._held = list(chain.from_iterable(self._views))
 
@@ -68,13 +73,3 @@ class HeldParameters:
                     f"exchanged after the {self._holder} was made (load_state_dict(assign=True), resizing, "
                     f"a new module), and nothing would move it; make a new {self._holder}"
                 )
-
-
-class _Live:
-    """What a TorchScript module holds, as a dict's view of its values."""
-
-    def __init__(self, held: Any) -> None:
-        self._held = held
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([held for _, held in self._held.items()])

@@ -316,6 +316,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             evaluation = Evaluation(closure, self._surroundings, self._notices.of_loss)
             if self._measurement is None:
                 self._measurement = Measurement(plan, evaluation.start)
+            self._measurement.is_apart = False
             gradients = self._notices.gradients(self._tensors)
             self._is_evaluating = True
             try:
@@ -328,6 +329,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             if is_apart:
                 torch.clear_autocast_cache()  # it may hold casts of a side
             self._measurement.add(losses, weight)
+            self._measurement.is_apart = is_apart
             return mean((plus + minus) / 2 for plus, minus in losses)
         except BaseException:
             self._abandon()
@@ -370,9 +372,20 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Weights, generators and buffers as when the step began; nothing is measured."""
         with interrupts_held():
             measurement, self._measurement = self._measurement, None
+            # Whoever wrote or converted the weights since, a checkpoint's load, did so to the buffers too.
+            is_touched = measurement is not None and measurement.is_apart and self._is_touched()
             self._storage.restore()
             if measurement is not None:
-                self._surroundings.restore(measurement.start)
+                self._surroundings.restore(measurement.start, buffers=not is_touched)
+
+    @torch.no_grad()
+    def _is_touched(self) -> bool:
+        """Whether weights were written, moved or converted since they were measured apart."""
+        try:
+            self._storage.check_unwritten()
+            return self._storage.prepare()
+        except (RuntimeError, TypeError, ValueError):
+            return True
 
     def _check_itself(self, method: str) -> None:
         """Refuses a wrapper that borrows this class, as Lightning's does: it would keep what is measured.

@@ -43,7 +43,6 @@ class Surroundings:
     def __init__(self, model: nn.Module | None, tensors: Sequence[torch.Tensor]) -> None:
         self._model = model
         self._tensors = tensors
-        self._last: KeptBuffers | None = None
         self.find()
 
     def find(self) -> None:
@@ -56,6 +55,7 @@ class Surroundings:
         self._own = [] if self._owned is None else self._owned.now()
         self._generators = Generators(devices, self._own)
         self._buffers = None if model is None else Buffers(model.named_modules())
+        self._last: KeptBuffers | None = None
         tuned = {id(tensor) for tensor in self._tensors}
         self._unwatched = [
             (name, parameter)
@@ -71,14 +71,17 @@ class Surroundings:
             self._last = self._buffers.keep(self._last)
         return World(self._generators, self._generators.states(), self._last)
 
-    def restore(self, world: World) -> list[Any] | None:
+    def restore(self, world: World, buffers: bool = True) -> list[Any] | None:
         """Puts back what has moved since; the states that generators were in, None if none has moved.
+
+        Args:
+            buffers: whether they are put back, too.
 
         Raises:
             RuntimeError: as `KeptBuffers.restore`.
         """
         left = world.generators.restore(world.states)
-        if world.buffers is not None:
+        if buffers and world.buffers is not None:
             world.buffers.restore()
         torch.clear_autocast_cache()
         return left

@@ -57,11 +57,16 @@ class Measurement:
     Args:
         plan: of the step.
         start: the world when its first call began.
+
+    Attributes:
+        plan, start: as given.
+        is_apart: whether others may have written since its last call.
     """
 
     def __init__(self, plan: Plan, start: World) -> None:
         self.plan = plan
         self.start = start
+        self.is_apart = False
         self._sums = [(0.0, 0.0)] * len(plan.seeds)
         self._weight = 0.0
 
