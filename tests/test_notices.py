@@ -291,3 +291,35 @@ def test_other_runtime_errors_of_a_closure_come_through(storage: StorageOptions)
 
     with pytest.raises(RuntimeError, match="^shapes do not fit$"):
         case.optimizer.step(case.closure(fails))
+
+
+@pytest.mark.parametrize("storage", [Inplace(), Inplace(chained=True)], ids=repr)
+def test_a_closure_that_writes_tuned_weights(
+    storage: StorageOptions, caught: list[warnings.WarningMessage]
+) -> None:
+    """Streamed modes refuse it."""
+    case = Case(storage)
+    evaluate = case.closure()
+
+    def clamps() -> Any:
+        case.model[2].weight.clamp_(-0.1, 0.1)  # type: ignore[operator, index]
+        return evaluate()
+
+    for _ in range(3):
+        case.optimizer.step(clamps)  # said here
+    check_said_once(caught, "writes the tuned weight 2.weight")
+
+
+@all_modes
+def test_weights_that_are_frozen_later(
+    storage: StorageOptions, caught: list[warnings.WarningMessage]
+) -> None:
+    case = Case(storage)
+    case.optimizer.step(case.closure())
+    case.model[0].bias.requires_grad_(False)  # type: ignore[operator, index]
+    before = weights_of(case.model)
+    for _ in range(2):
+        case.optimizer.step(case.closure())  # said here
+    check_said_once(caught, "0.bias has requires_grad=False by now and is tuned all the same")
+    case.optimizer.flush()
+    assert not torch.equal(weights_of(case.model)[1], before[1])

@@ -95,11 +95,13 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         self._measurement: Measurement | None = None
         self._is_evaluating = False
         self._tensors = list(itertools.chain(*tensors))
-        self._surroundings = Surroundings(whole, self._tensors)
+        self._notices = Notices(self.eps, gradient.max_loss_gap)
         named = list(zip(itertools.chain(*tuned.names), self._tensors, strict=True))
+        self._surroundings = Surroundings(whole, named, self._notices.of_written)
+        #: Parameters that asked for gradients when they were given; until it is said that one no longer does.
+        self._asking = [pair for pair in named if pair[1].requires_grad]
         self._held = None if whole is None else HeldParameters(whole, named)
         self._model = whole
-        self._notices = Notices(self.eps, gradient.max_loss_gap)
 
     @property
     def storage(self) -> StorageOptions:
@@ -436,5 +438,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             RuntimeError, TypeError, ValueError: as `Storage.prepare`.
         """
         has_changed = self._held is not None and not self._held.check()
+        if not all([tensor.requires_grad for _, tensor in self._asking]):
+            self._notices.of_frozen(next(name for name, tensor in self._asking if not tensor.requires_grad))
+            self._asking = []
         if self._storage.prepare() or has_changed:
             self._surroundings.find()

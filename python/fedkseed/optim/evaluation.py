@@ -37,30 +37,40 @@ class Surroundings:
 
     Args:
         model: None if the optimizer was given tensors alone; then of generators those of the process count.
-        tensors: that are tuned.
+        tuned: (name, tensor) of each that is tuned.
+        note_written: called with the name of a tuned one that the closure writes.
     """
 
-    def __init__(self, model: nn.Module | None, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module | None,
+        tuned: Sequence[tuple[str, torch.Tensor]],
+        note_written: Callable[[str], None],
+    ) -> None:
         self._model = model
-        self._tensors = tensors
+        self._tuned = tuned
+        self._note_written = note_written
         self.find()
 
     def find(self) -> None:
         """Looks for generators and buffers in the model's modules, and for devices."""
         model = self._model
         # Random numbers are drawn where frozen parameters are, too.
-        placed = [*self._tensors, *(model.parameters() if model is not None else ())]
+        placed = [*(tensor for _, tensor in self._tuned), *(model.parameters() if model is not None else ())]
         devices = {tensor.device for tensor in placed if not tensor.is_meta}
         self._owned = None if model is None else OwnGenerators(model)
         self._own = [] if self._owned is None else self._owned.now()
         self._generators = Generators(devices, self._own)
         self._buffers = None if model is None else Buffers(model.named_modules())
         self._last: KeptBuffers | None = None
-        tuned = {id(tensor) for tensor in self._tensors}
+        tuned = {id(tensor) for _, tensor in self._tuned}
+        rest = [] if model is None else model.named_parameters()
+        frozen = [(name, parameter, True) for name, parameter in rest if id(parameter) not in tuned]
+        #: (name, parameter, whether it is frozen) of what has not been watched yet.
         self._unwatched = [
-            (name, parameter)
-            for name, parameter in ([] if model is None else model.named_parameters())
-            if id(parameter) not in tuned and not parameter.is_inference()
+            row
+            for row in (*frozen, *((name, tensor, False) for name, tensor in self._tuned))
+            if not row[1].is_inference()
         ]
 
     def now(self) -> World:
@@ -88,15 +98,19 @@ class Surroundings:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Around a side: the first time since `find` it is watched whether it writes frozen parameters.
+        """Around a side: the first time since `find` it is watched whether it writes parameters.
 
         Raises:
-            RuntimeError: it does; names the first.
+            RuntimeError: frozen ones; names the first.
         """
-        versions = [parameter._version for _, parameter in self._unwatched]
+        versions = [parameter._version for _, parameter, _ in self._unwatched]
         yield
-        for (name, parameter), version in zip(self._unwatched, versions, strict=True):
-            if parameter._version != version:
+        for (name, parameter, is_frozen), version in zip(self._unwatched, versions, strict=True):
+            if parameter._version == version:
+                continue
+            if not is_frozen:
+                self._note_written(name)
+            else:
                 raise RuntimeError(
                     f"expected the closure to leave frozen parameters alone, got {name} written: both sides "
                     "of a step have to meet the same values; make it a buffer, which is put back before each "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -19,16 +20,14 @@ logger = logging.getLogger("fedkseed")
 
 #: After so many first steps, or so many steps in a row, whose losses were all equal on both sides.
 _EQUAL_FROM_THE_START, _EQUAL_IN_A_ROW = 3, 50
-#: Folders of frames that are not the user's: this package's, torch's, of what is installed (wrappers).
-_LIBRARIES = tuple(
-    os.path.join(os.path.abspath(folder), "")
-    for folder in (
-        os.path.dirname(sys.modules["fedkseed"].__file__ or ""),
-        os.path.dirname(torch.__file__),
-        sysconfig.get_path("purelib"),
-        sysconfig.get_path("platlib"),
-    )
+#: Where frames are not the user's: this package, torch, what is installed (wrappers), context managers.
+_FOLDERS = (
+    os.path.dirname(sys.modules["fedkseed"].__file__ or ""),
+    os.path.dirname(torch.__file__),
+    sysconfig.get_path("purelib"),
+    sysconfig.get_path("platlib"),
 )
+_LIBRARIES = (contextlib.__file__, *(os.path.join(os.path.abspath(folder), "") for folder in _FOLDERS))
 
 
 class Notices:
@@ -100,6 +99,23 @@ class Notices:
                 "step uses none of them; compute the loss alone (in Lightning: manual optimization, "
                 "docs/optimizer.md)",
             )
+
+    def of_written(self, name: str) -> None:
+        """A closure that writes tuned weights, which are no business of its own."""
+        self._warn(
+            "written",
+            f"the closure writes the tuned weight {name} (a clamp, another optimizer's step, an embedding "
+            "with max_norm): both sides of a step do not belong to the same weights then; write it between "
+            "steps",
+        )
+
+    def of_frozen(self, name: str) -> None:
+        """A parameter that was frozen after its optimizer was made."""
+        self._warn(
+            "frozen",
+            f"{name} has requires_grad=False by now and is tuned all the same: what is frozen is read when "
+            "the optimizer is made; make a new one",
+        )
 
     def of_draws(self) -> None:
         """Sides that began with the same random numbers and left the generators in other states."""
