@@ -314,14 +314,16 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         try:
             if self._measurement is not None:
                 self._storage.check_unwritten()
-            self._prepare()
+            has_moved = self._prepare()
             evaluation = Evaluation(closure, self._surroundings, self._notices.of_loss)
             if self._measurement is None:
                 self._measurement = Measurement(plan, evaluation.start)
+            else:
+                self._measurement.has_moved |= has_moved
             self._measurement.is_apart = False
             gradients = self._notices.gradients(self._tensors)
-            self._is_evaluating = True
             try:
+                self._is_evaluating = True
                 losses = self._storage.measure(plan.seeds, evaluation, is_apart)
             finally:
                 self._is_evaluating = False
@@ -348,7 +350,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             )
         if is_apart:
             self._storage.check_unwritten()
-            self._prepare()
+            measurement.has_moved |= self._prepare()
         plan = measurement.plan
         losses, loss = reduced(measurement.losses(), self._reduce)
         gs = [self._gradient(plus, minus) for plus, minus in losses]
@@ -363,7 +365,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             self.num_skipped += sum(skipped)
             self._measurement = None
             if is_skipped:
-                self._surroundings.restore(measurement.start)
+                self._surroundings.restore(measurement.start, buffers=not measurement.has_moved)
         torch.clear_autocast_cache()  # it may hold casts of a side, or of the weights before
         self._notices.of_skipped(losses, gs)
         if not is_skipped:
@@ -374,11 +376,12 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         """Weights, generators and buffers as when the step began; nothing is measured."""
         with interrupts_held():
             measurement, self._measurement = self._measurement, None
-            # Whoever wrote or converted the weights since, a checkpoint's load, did so to the buffers too.
-            is_touched = measurement is not None and measurement.is_apart and self._is_touched()
+            # Whoever wrote or moved the weights since, a checkpoint's load, did so to the buffers too.
+            if measurement is not None and measurement.is_apart:
+                measurement.has_moved |= self._is_touched()
             self._storage.restore()
             if measurement is not None:
-                self._surroundings.restore(measurement.start, buffers=not is_touched)
+                self._surroundings.restore(measurement.start, buffers=not measurement.has_moved)
 
     @torch.no_grad()
     def _is_touched(self) -> bool:
@@ -430,8 +433,8 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                     "reduce=False if the closure does so or each rank tunes a model of its own"
                 )
 
-    def _prepare(self) -> None:
-        """What is tuned is what the model holds now, and where it is now.
+    def _prepare(self) -> bool:
+        """What is tuned is what the model holds now, and where it is now; whether it was moved.
 
         Raises:
             RuntimeError: as `HeldParameters.check`.
@@ -441,5 +444,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
         if not all([tensor.requires_grad for _, tensor in self._asking]):
             self._notices.of_frozen(next(name for name, tensor in self._asking if not tensor.requires_grad))
             self._asking = []
-        if self._storage.prepare() or has_changed:
+        has_moved = self._storage.prepare()
+        if has_moved or has_changed:
             self._surroundings.find()
+        return has_moved

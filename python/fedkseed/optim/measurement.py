@@ -61,12 +61,14 @@ class Measurement:
     Attributes:
         plan, start: as given.
         is_apart: whether others may have written since its last call.
+        has_moved: whether the weights were moved or converted since its first call, and buffers with them.
     """
 
     def __init__(self, plan: Plan, start: World) -> None:
         self.plan = plan
         self.start = start
         self.is_apart = False
+        self.has_moved = False
         self._sums = [(0.0, 0.0)] * len(plan.seeds)
         self._weight = 0.0
 

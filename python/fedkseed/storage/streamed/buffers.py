@@ -7,7 +7,8 @@ from collections.abc import MutableMapping, Sequence
 import torch
 from torch import Tensor, nn
 
-_SHORT = (torch.bfloat16, torch.float16)
+from fedkseed.storage.interface import SIXTEEN_BIT
+
 _PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
@@ -36,10 +37,10 @@ class WidenedBuffers:
             return
         for owner in self._owners:
             for name, buffer in owner._buffers.items():
-                if buffer is not None and buffer.dtype in _SHORT:
+                if buffer is not None and buffer.dtype in SIXTEEN_BIT:
                     self._places.append((owner._buffers, name, buffer, buffer.dtype))
         for _, _, buffer, _ in self._places:
-            if buffer.dtype in _SHORT:  # one that two modules share is wide the second time
+            if buffer.dtype in SIXTEEN_BIT:  # one that two modules share is wide the second time
                 self._stored.append((buffer, buffer.data))
                 buffer.data = buffer.data.to(self._dtype)
 
