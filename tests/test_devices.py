@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import halves
 from support.kernel_calls import watch_calls
 from support.small_model import same_bytes, weights_of
 from support.streamed_models import (
@@ -32,15 +33,18 @@ from fedkseed.optim import evaluation
 from fedkseed.storage import StorageOptions
 from fedkseed.storage.streamed import pairing
 
-MODES: dict[str, StorageOptions] = {
-    "in place": Inplace(),
-    "in place, stochastic": Inplace(rounding="stochastic"),
-    "chained": Inplace(chained=True),
-    "streamed": Streamed(),
-    "streamed in fp32": Streamed(compute_dtype=torch.float32),
-    "compensated": Streamed(compensated=True),
-    "paired": Streamed(paired=True),
-    "paired, compensated in fp32": Streamed(paired=True, compensated=True, compute_dtype=torch.float32),
+MODES = {
+    name: halves.MODES[name]
+    for name in (
+        "in place",
+        "in place, stochastic",
+        "chained",
+        "streamed",
+        "streamed in fp32",
+        "compensated",
+        "paired",
+        "paired, compensated in fp32",
+    )
 }
 
 

@@ -8,22 +8,26 @@ from typing import Any
 
 import pytest
 import torch
+from support import halves
 from support.small_model import largest_difference, make_model, weights_of
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fedkseed import ZOSGD, FedKSeedSGD, Inplace, ModelIdentity, SeedPool, Streamed
+from fedkseed import ZOSGD, FedKSeedSGD, Inplace, ModelIdentity, SeedPool
 from fedkseed.optim.paired import paired_losses
 from fedkseed.storage import StorageOptions
 
-MODES: dict[str, StorageOptions] = {
-    "in place": Inplace(),
-    "in place, stochastic": Inplace(rounding="stochastic"),
-    "chained": Inplace(chained=True),
-    "streamed": Streamed(),
-    "streamed in fp32": Streamed(compute_dtype=torch.float32),
-    "compensated": Streamed(compensated=True),
-    "paired": Streamed(paired=True),
+MODES = {
+    name: halves.MODES[name]
+    for name in (
+        "in place",
+        "in place, stochastic",
+        "chained",
+        "streamed",
+        "streamed in fp32",
+        "compensated",
+        "paired",
+    )
 }
 all_modes = pytest.mark.parametrize("storage", MODES.values(), ids=MODES)
 EPS, SEED = 2.0**-7, 5

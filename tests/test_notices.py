@@ -13,19 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import halves
 from support.messages import make_broadcast
 from support.small_model import make_model, same_bytes, weights_of
 
 from fedkseed import ZOSGD, Client, FedKSeedSGD, Inplace, ModelIdentity, SeedPool, Streamed, WorkingCopy
 from fedkseed.storage import StorageOptions
 
-MODES: dict[str, StorageOptions] = {
-    "in place": Inplace(),
-    "chained": Inplace(chained=True),
-    "streamed": Streamed(),
-    "streamed in fp32": Streamed(compute_dtype=torch.float32),
-    "compensated": Streamed(compensated=True),
-    "paired": Streamed(paired=True),
+MODES = {
+    name: halves.MODES[name]
+    for name in ("in place", "chained", "streamed", "streamed in fp32", "compensated", "paired")
 }
 all_modes = pytest.mark.parametrize("storage", MODES.values(), ids=MODES)
 EPS, SEED = 2.0**-8, 5
