@@ -170,12 +170,11 @@ class PerturbedWeights:
 
     def __init__(self, weights: TunedWeights, rounding_seeds: RoundingSeeds) -> None:
         self.tensors = [tensor for group in weights.groups for tensor in group]
-        names = [name for names in weights.names for name in names]
-        self.written = Written(names, self.tensors)
+        self._names = [name for names in weights.names for name in names]
+        self.written = Written(self._names, self.tensors)
         self.rounding_seeds = rounding_seeds
         self._tuned = weights
-        self._names = names
-        self._places = Places(self.tensors, names)
+        self._places = Places(self.tensors, self._names)
         self._groups = GroupedWeights(weights)
         self._lock = threading.RLock()
         self.seed = 0
@@ -244,9 +243,8 @@ class PerturbedWeights:
 
     def _move_anywhere(self, offset: float, rounding_seed: int | None) -> None:
         streams = [stream for group in self._tuned.streams for stream in group]
-        names = [name for group in self._tuned.names for name in group]
         for positions in by_device(self.tensors).values():
-            with errors_named([names[position] for position in positions]):
+            with errors_named([self._names[position] for position in positions]):
                 fedkseed_kernels.perturb_(
                     [self.tensors[position] for position in positions],
                     self.seed,
