@@ -136,8 +136,10 @@ def test_a_client_that_is_asked_for_an_unknown_family_refuses_and_stays() -> Non
         working.load(POOL, COEFFICIENTS, "hadamard")
     for make in (
         lambda: config(family="hadamard"),
-        lambda: ServerConfig(5, 2, 4, 0.1, 1e-3, family="hadamard"),
-        lambda: make_settings({"family": "hadamard"}, quick=False, toml=None),
+        lambda: ServerConfig(
+            num_clients=5, clients_per_round=2, num_local_steps=4, lr=0.1, eps=1e-3, family="hadamard"
+        ),
+        lambda: RunSettings.of({"family": "hadamard"}, num_clients=16),
     ):
         with pytest.raises(ValueError, match=r"family out of \['gaussian', 'rademacher'\], got 'hadamard'"):
             make()

@@ -1,9 +1,9 @@
-"""What a server is told once, at its start; a resumed server must be told the same."""
+"""The numbers of a federation, each declared once: those of a round, and what a server has beside them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from fedkseed._checks import check_count, check_eps, check_learning_rate, check_max_abs_g
 from fedkseed.federation.messages import RUN_ID_BYTES, moves_within_fp32
@@ -14,29 +14,25 @@ Weighting = Literal["data_size", "equal"]
 Sampling = Literal["uniform", "pro"]
 
 
-@dataclass(frozen=True)
-class ServerConfig:
-    """A federation's fixed numbers.
+@dataclass(frozen=True, kw_only=True)
+class RoundConfig:
+    """The numbers of a round, the same for a server and for a simulation of it.
 
     Attributes:
-        num_clients: registered clients, 0 .. num_clients - 1.
-        clients_per_round: how many are invited to a round.
+        clients_per_round: clients that are invited to a round.
         num_local_steps: tau, steps of a client in a round.
-        lr: learning rate of the local steps.
+        lr: learning rate of the local steps; the more clients share a round, the larger it may be.
         eps: scale of the perturbation, rounded to fp32.
         max_abs_g: bound of |g|, rounded to fp32; clients clip to it, and a reply beyond it is refused. So a
             round moves the coefficients by at most lr tau max_abs_g in all, whoever replies.
         weighting: of the replies, "data_size" (as the clients state it) or "equal".
-        sampling: of the seeds of a schedule, "uniform" or "pro" (`SeedSignificance`).
-        family: of the noise, "gaussian" or "rademacher".
-        run_id: 16 bytes that tell this run from others; if None, `Server` puts a hash of the configuration,
-            the model and the pool there, so equal runs have equal ids.
+        sampling: of the seeds of a schedule, "uniform" or "pro" (by significance, FedKSeed-Pro).
+        family: of the noise, "gaussian" or "rademacher" (signs, the cheaper to make).
 
     Raises:
         TypeError, ValueError: a field of another type or out of range.
     """
 
-    num_clients: int
     clients_per_round: int
     num_local_steps: int
     lr: float
@@ -44,12 +40,10 @@ class ServerConfig:
     max_abs_g: float = 1000.0
     weighting: Weighting = "data_size"
     sampling: Sampling = "uniform"
-    family: str = "gaussian"
-    run_id: bytes | None = None
+    family: str = field(default="gaussian", metadata={"choices": FAMILIES})
 
     def __post_init__(self) -> None:
-        check_count("num_clients", self.num_clients, 1, MAX_CLIENTS)
-        check_count("clients_per_round", self.clients_per_round, 1, self.num_clients)
+        check_count("clients_per_round", self.clients_per_round, 1, MAX_CLIENTS)
         check_count("num_local_steps", self.num_local_steps, 1, MAX_STEPS - 1)
         object.__setattr__(self, "lr", check_learning_rate(self.lr))
         object.__setattr__(self, "eps", check_eps(self.eps))
@@ -66,6 +60,34 @@ class ServerConfig:
         ):
             if value not in choices:
                 raise ValueError(f"expected a {name} out of {list(choices)}, got {value!r}")
+
+    def round_numbers(self) -> dict[str, Any]:
+        """The fields of `RoundConfig` alone, as arguments by name."""
+        return {entry.name: getattr(self, entry.name) for entry in fields(RoundConfig)}
+
+
+@dataclass(frozen=True)
+class ServerConfig(RoundConfig):
+    """What a server is told once, at its start; a resumed server must be told the same.
+
+    Attributes:
+        num_clients: registered clients, 0 .. num_clients - 1.
+        run_id: 16 bytes that tell this run from others; if None, `Server` puts a hash of the configuration,
+            the model and the pool there, so equal runs have equal ids.
+
+    The other fields are those of `RoundConfig`, given by name.
+
+    Raises:
+        TypeError, ValueError: a field of another type or out of range.
+    """
+
+    num_clients: int
+    run_id: bytes | None = None
+
+    def __post_init__(self) -> None:
+        check_count("num_clients", self.num_clients, 1, MAX_CLIENTS)
+        super().__post_init__()
+        check_count("clients_per_round", self.clients_per_round, 1, self.num_clients)
         if self.run_id is not None and (
             not isinstance(self.run_id, bytes) or len(self.run_id) != RUN_ID_BYTES
         ):

@@ -113,9 +113,19 @@ class ServerState:
         num_seeds, round, clients, invited, steps, base_seed, lr, eps, max_abs_g, run_id = rest[:-2]
         _require(1 <= num_seeds <= MAX_SEEDS, f"a number of seeds in [1, {MAX_SEEDS}]", num_seeds)
         _require(round < MAX_ROUNDS, f"a round below {MAX_ROUNDS}", round)
-        options = (max_abs_g, _WEIGHTINGS[weighting], _SAMPLINGS[sampling], FAMILIES[family], run_id)
         try:
-            config = ServerConfig(clients, invited, steps, lr, eps, *options)
+            config = ServerConfig(
+                num_clients=clients,
+                clients_per_round=invited,
+                num_local_steps=steps,
+                lr=lr,
+                eps=eps,
+                max_abs_g=max_abs_g,
+                weighting=_WEIGHTINGS[weighting],
+                sampling=_SAMPLINGS[sampling],
+                family=FAMILIES[family],
+                run_id=run_id,
+            )
         except ValueError as error:
             raise StateError(f"expected a configuration in range, got one that says: {error}") from error
         identity = ModelIdentity(rest[-2], rest[-1], DTYPES_BY_CODE[dtype])

@@ -1,185 +1,163 @@
-"""What one federated run on the instruction tasks is made of: fields with their help, from flags or TOML."""
+"""All settings of one run, each declared once: from flags, a TOML file, a folder's settings.json, presets."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 import torch
 
-from fedkseed.data.prompts import PromptStyle
-from fedkseed.federation.config import Sampling, Weighting
+from fedkseed.data.own import DataChoice
+from fedkseed.documents import DocumentError, read_toml
 from fedkseed.model.identity import DTYPE_CODES
+from fedkseed.scenarios.options import Option, SettingsError, checked_values, options_of
+from fedkseed.scenarios.presets import QUICK, completed, preset_of
 from fedkseed.simulation.simulation import SimulationConfig
 from fedkseed.storage import STORAGE_MODES, storage_mode
-from fedkseed_kernels import FAMILIES
 
-DTYPES = {name: getattr(torch, name) for name in DTYPE_CODES if name != "mixed"}
+__all__ = ["OLD_NAMES", "OPTIONS", "RunSettings", "SettingsError", "given_values", "values_of_file"]
 
+_DTYPES = {name: getattr(torch, name) for name in DTYPE_CODES if name != "mixed"}
 
-class SettingsError(ValueError):
-    """A setting that is unknown, of another type or out of range; names it."""
-
-
-def _setting(default: Any, meaning: str, metavar: str | None = None, choices: Sequence[str] = ()) -> Any:
-    return field(default=default, metadata={"help": meaning, "metavar": metavar, "choices": tuple(choices)})
+#: Names of version 0.1, in files and flags -> the present ones.
+OLD_NAMES: Mapping[str, str] = {
+    "rounds": "num_rounds",
+    "local_steps": "num_local_steps",
+    "threads": "num_threads",
+    "prompt": "template",
+}
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """A run of a federation whose clients hold one instruction task each.
+    """A run of `fedkseed simulate`.
 
-    Every field is a flag (``num_seeds`` is --num-seeds) and a key of a TOML file.
+    Attributes:
+        federation: the numbers of server, clients and simulation.
+        choice: the data, and who holds which part.
+        model: a save_pretrained folder or a hub id; by default SmolLM2-135M-Instruct.
+        dtype: of the weights.
+        trust_remote_code: run the code that a model's folder or hub id brings along.
+        max_length: tokens of a row; a longer one loses the beginning of its prompt.
+        autocast: of the forward passes; auto: bfloat16 on a processor with AMX, else off.
+        device: cpu, cuda, cuda:N, or auto: a GPU if there is one.
+        workers: processes that run clients side by side, on GPUs one each; 1: this process.
+        worker_timeout: seconds without a step after which a worker counts as hung; 0: never.
+        round_rows: held-out rows of each client behind the scores of a round.
+        final_rows: held-out rows of each client behind the scores before and after.
+        generate_rows: held-out rows of each client that are answered for Rouge-L and exact match.
+        rouge_every: rounds between measurements of Rouge-L; 0: only before and after.
 
     Raises:
         SettingsError: a field out of range.
     """
 
-    rounds: int = _setting(8, "rounds to run", "N")
-    clients_per_round: int = _setting(16, "clients that take part in a round, of 16", "N")
-    local_steps: int = _setting(2, "steps of each client in a round", "N")
-    batch_size: int = _setting(2, "rows of a step's batch", "N")
-    lr: float = _setting(1e-4, "learning rate; the more clients share a round, the larger it may be", "LR")
-    eps: float = _setting(1e-3, "scale of the perturbation", "EPS")
-    num_seeds: int = _setting(256, "size K of the seed pool", "K")
-    seed: int = _setting(0, "base seed of every random choice", "SEED")
-    weighting: str = _setting("data_size", "weights of the clients", choices=get_args(Weighting))
-    sampling: str = _setting(
-        "uniform", "how seeds are drawn; pro: by significance (FedKSeed-Pro)", choices=get_args(Sampling)
-    )
-    family: str = _setting("gaussian", "noise; rademacher: signs, the cheaper to make", choices=FAMILIES)
-    storage: str = _setting(
-        "auto",
-        "how a step visits both sides of the weights; auto: as suits their dtype and device",
-        choices=tuple(STORAGE_MODES),
-    )
-    round_rows: int = _setting(1, "test rows of each task behind the held-out loss of a round", "N")
-    final_rows: int = _setting(16, "test rows of each task behind the losses before and after, of 16", "N")
-    generate_rows: int = _setting(
-        2, "test rows of each client task that are answered for Rouge-L and exact match", "N"
-    )
-    rouge_every: int = _setting(0, "rounds between measurements of Rouge-L; 0: only before and after", "N")
-    model: str = _setting("", "a save_pretrained folder or a hub id (SmolLM2-135M-Instruct)", "MODEL")
-    prompt: str = _setting("plain", "prompt style", choices=get_args(PromptStyle))
-    dtype: str = _setting("float32", "dtype of the weights", choices=tuple(DTYPES))
-    workers: int = _setting(1, "processes that run clients side by side; 1: this process", "N")
-    threads: int = _setting(0, "CPU threads of each worker; 0: torch's own number", "N")
+    federation: SimulationConfig
+    choice: DataChoice
+    model: str = ""
+    dtype: str = field(default="float32", metadata={"choices": tuple(_DTYPES)})
+    trust_remote_code: bool = False
+    max_length: int = 1024
+    autocast: Literal["auto", "off", "bfloat16"] = "auto"
+    device: str = "auto"
+    workers: int = 1
+    worker_timeout: float = 600.0
+    round_rows: int = 1
+    final_rows: int = 16
+    generate_rows: int = 0
+    rouge_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("round_rows", "final_rows", "generate_rows", "workers"):
-            self._at_least(name, 1)
-        for name in ("rouge_every", "threads"):
-            self._at_least(name, 0)
+        for name in ("round_rows", "final_rows"):
+            self._require(name, 1, 2**31)
+        for name in ("rouge_every", "generate_rows"):
+            self._require(name, 0, 2**31)
+        self._require("workers", 1, 2**15)
+        self._require("max_length", 2, 2**31)
+        self._require("worker_timeout", 0, 1e9)
+
+    def _require(self, name: str, low: float, high: float) -> None:
+        if not low <= getattr(self, name) <= high:
+            raise SettingsError(f"expected {name} in [{low:g}, {high:g}], got {getattr(self, name)}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], num_clients: int) -> RunSettings:
+        """The settings of these values, presets under them.
+
+        Args:
+            values: by name, of the options' types.
+            num_clients: how many clients the data has: some settings follow from it if they are not given.
+
+        Raises:
+            SettingsError: a value out of range.
+        """
+        data = values.get("data", DataChoice().data)
+        whole = completed({**preset_of(data), **values}, num_clients)
+        whole["num_threads"] = whole.get("num_threads") or torch.get_num_threads()
         try:
-            self.simulation_config()
+            whole["storage"] = storage_mode(whole.get("storage", "auto"))
+            federation = SimulationConfig(**_part(whole, SimulationConfig))
+            federation.server_config(num_clients)
+            return cls(
+                federation=federation, choice=DataChoice(**_part(whole, DataChoice)), **_part(whole, cls)
+            )
         except (TypeError, ValueError) as error:
             raise SettingsError(str(error)) from error
 
-    def _at_least(self, name: str, low: int) -> None:
-        if getattr(self, name) < low:
-            raise SettingsError(f"expected {name} of at least {low}, got {getattr(self, name)}")
+    def values(self) -> dict[str, Any]:
+        """All of them by name, ready for JSON: what `of` takes."""
+        parts = (self.federation, self.choice, self)
+        whole = {entry.name: getattr(part, entry.name) for part in parts for entry in dataclasses.fields(part)}
+        named = {repr(mode): name for name, mode in STORAGE_MODES.items()}
+        whole["storage"] = named[repr(whole["storage"])]
+        return {name: whole[name] for name in OPTIONS}
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the weights."""
-        dtype: torch.dtype = DTYPES[self.dtype]
+        dtype: torch.dtype = _DTYPES[self.dtype]
         return dtype
 
-    def simulation_config(self) -> SimulationConfig:
-        """The federation's part."""
-        return SimulationConfig(
-            num_rounds=self.rounds,
-            clients_per_round=self.clients_per_round,
-            num_local_steps=self.local_steps,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            eps=self.eps,
-            num_seeds=self.num_seeds,
-            seed=self.seed,
-            weighting=self.weighting,  # type: ignore[arg-type]
-            sampling=self.sampling,  # type: ignore[arg-type]
-            family=self.family,
-            storage=storage_mode(self.storage),
-            num_threads=self.threads or torch.get_num_threads(),
-        )
+
+def _part(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
+    return {entry.name: values[entry.name] for entry in dataclasses.fields(cls) if entry.name in values}
 
 
-#: What --quick changes: about a minute, all parts, too short to learn much.
-QUICK: Mapping[str, Any] = {
-    "rounds": 2,
-    "clients_per_round": 2,
-    "lr": 1e-5,
-    "round_rows": 1,
-    "final_rows": 1,
-    "generate_rows": 1,
-}
+#: Every setting of a run by its name: flags and keys of files are made from these.
+OPTIONS: Mapping[str, Option] = options_of(
+    (DataChoice, RunSettings, SimulationConfig), left_out=("federation", "choice"), old_names=OLD_NAMES
+)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag a field, each with its default in the help; unset flags stay None."""
-    for entry in dataclasses.fields(RunSettings):
-        default = entry.default if entry.default != "" else None
-        shown = f" ({default})" if default is not None else ""
-        quick = f"; with --quick {QUICK[entry.name]}" if entry.name in QUICK else ""
-        parser.add_argument(
-            "--" + entry.name.replace("_", "-"),
-            type=type(entry.default),
-            help=entry.metadata["help"] + (shown[:-1] + quick + ")" if quick else shown),
-            metavar=entry.metadata["metavar"],
-            choices=entry.metadata["choices"] or None,
-        )
-
-
-def make_settings(flags: Mapping[str, Any], *, quick: bool, toml: Path | None) -> RunSettings:
-    """Flags over the file's keys over --quick over the defaults.
+def given_values(flags: Mapping[str, Any], *, quick: bool, toml: Path | None) -> dict[str, Any]:
+    """What was set: flags over the file's keys over --quick.
 
     Args:
-        flags: by field; None where unset.
+        flags: by name; None where unset.
         quick: whether --quick was given.
         toml: a file of top-level keys, or None.
 
     Raises:
-        SettingsError: an unknown key, a value of another type or out of range, or a file that is not TOML.
+        SettingsError: an unknown key, a value of another type, or a file that is not TOML.
     """
     values: dict[str, Any] = dict(QUICK) if quick else {}
     if toml is not None:
-        values.update(read_toml(toml))
+        values.update(values_of_file(toml))
     values.update({name: value for name, value in flags.items() if value is not None})
-    return RunSettings(**values)
+    return values
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The keys of a TOML file, checked against the fields of `RunSettings`.
+def values_of_file(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file.
 
     Raises:
-        SettingsError: as `make_settings`.
+        SettingsError: as `given_values`.
     """
     try:
-        found = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        found = read_toml(path)
+    except (OSError, DocumentError) as error:
         raise SettingsError(f"expected a TOML file at {path}, got: {error}") from error
-    known = {entry.name: entry for entry in dataclasses.fields(RunSettings)}
-    if unknown := sorted(set(found) - set(known)):
-        raise SettingsError(
-            f"expected only known keys in {path}, got {', '.join(unknown)}; known are {', '.join(known)}"
-        )
-    return {name: _checked(path, known[name], value) for name, value in found.items()}
-
-
-def _checked(path: Path, entry: dataclasses.Field[Any], value: Any) -> Any:
-    wanted = type(entry.default)
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if type(value) is not wanted:
-        raise SettingsError(f"expected {entry.name} in {path} as {wanted.__name__}, got {value!r}")
-    choices = entry.metadata["choices"]
-    if choices and value not in choices:
-        raise SettingsError(
-            f"expected {entry.name} in {path} to be one of {', '.join(choices)}, got {value!r}"
-        )
-    return value
+    return checked_values(found, OPTIONS, str(path))

@@ -17,7 +17,7 @@ import torch
 from fedkseed._checks import check_count
 from fedkseed._means import mean
 from fedkseed.federation.client import BatchT
-from fedkseed.federation.config import Sampling, ServerConfig, Weighting
+from fedkseed.federation.config import RoundConfig, ServerConfig
 from fedkseed.federation.server import Server
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.model.identity import frozen_indices
@@ -26,7 +26,7 @@ from fedkseed.model.packed import SharedTensors
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.fedkseed_sgd import FedKSeedSGD
-from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, MAX_SEEDS, SeedPool
+from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed.simulation.host import ClientRun, Host, InProcessHost
 from fedkseed.simulation.modes import Modes, buffers_by_name
 from fedkseed.simulation.run_folder import (
@@ -58,47 +58,35 @@ class RoundFailedError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class SimulationConfig:
+class SimulationConfig(RoundConfig):
     """One run; every random choice in it derives from ``seed``.
 
-    Two runs of one config on one machine give the same bytes, however many workers they have.
+    Two runs of one config on one machine give the same bytes, however many workers they have. The numbers of
+    a round are the fields of `RoundConfig`, given by name.
 
     Attributes:
         num_rounds: rounds to run.
-        clients_per_round: clients that take part in each.
-        num_local_steps: tau, steps of a client in a round.
         batch_size: rows of a step's batch (all rows of a client that has fewer).
-        lr: learning rate of the local steps.
-        eps: scale of the perturbation.
         num_seeds: K, size of the seed pool.
         seed: base seed of the pool, the schedules, the client samples and the order of the data; taken mod
             2^64.
-        weighting: of the clients' sums, "data_size" or "equal".
-        sampling: of the seeds, "uniform" or "pro" (by significance, FedKSeed-Pro).
-        family: of the noise, "gaussian" or "rademacher".
         num_threads: CPU threads of each worker and of the evaluation; they change the bits of a loss.
-        storage: how clients visit both sides of the weights (`fedkseed.storage`); it changes the bits of a
-            loss too. "auto": as suits the model, see `FedKSeedSGD`.
+        storage: how a step visits both sides of the weights (`fedkseed.storage`); it changes the bits of a
+            loss too. "auto": as suits their dtype and device, see `FedKSeedSGD`.
 
     Raises:
         TypeError, ValueError: a field of another type or out of range.
     """
 
     num_rounds: int
-    clients_per_round: int
-    num_local_steps: int
     batch_size: int
-    lr: float
-    eps: float
     num_seeds: int = 4096
     seed: int = 0
-    weighting: Weighting = "data_size"
-    sampling: Sampling = "uniform"
-    family: str = "gaussian"
     num_threads: int = 1
     storage: StorageChoice = DEFAULT_STORAGE
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_count("num_rounds", self.num_rounds, 0, MAX_ROUNDS - 1)
         check_count("batch_size", self.batch_size, 1, 2**31)
         check_count("num_seeds", self.num_seeds, 1, MAX_SEEDS)
@@ -106,24 +94,14 @@ class SimulationConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"expected an integer seed, got {self.seed!r}")
         check_choice(self.storage)
-        self.server_config(MAX_CLIENTS)  # checks the rest; how many clients there are is not known yet
 
     def server_config(self, num_clients: int) -> ServerConfig:
         """The server's part, for this many registered clients.
 
         Raises:
-            TypeError, ValueError: a field of another type or out of range.
+            ValueError: fewer clients than a round invites.
         """
-        return ServerConfig(
-            num_clients=num_clients,
-            clients_per_round=self.clients_per_round,
-            num_local_steps=self.num_local_steps,
-            lr=self.lr,
-            eps=self.eps,
-            weighting=self.weighting,
-            sampling=self.sampling,
-            family=self.family,
-        )
+        return ServerConfig(num_clients=num_clients, **self.round_numbers())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,151 @@
+"""Options of a run: fields of dataclasses as flags and as keys of files, checked alike wherever they come from."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fedkseed._documented import attributes_of
+
+
+class SettingsError(ValueError):
+    """A setting that is unknown, of another type or out of range; names it."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting.
+
+    Attributes:
+        name: of the field; the flag has hyphens for its underscores.
+        type: int, float, str or bool.
+        choices: the only texts; empty if any will do.
+        default: of the field; `dataclasses.MISSING` if it has none.
+        meaning: what the class says of the field.
+        old_names: earlier names, still taken.
+    """
+
+    name: str
+    type: type
+    choices: tuple[str, ...]
+    default: Any
+    meaning: str
+    old_names: tuple[str, ...] = ()
+
+    def checked(self, value: Any, where: str) -> Any:
+        """The value as the field has it; ints are taken for floats.
+
+        Raises:
+            SettingsError: of another type, or none of the choices.
+        """
+        if self.type is float and type(value) is int and abs(value) < 2**1023:
+            value = float(value)
+        if type(value) is not self.type:
+            raise SettingsError(
+                f"expected {self.name} in {where} as {self.type.__name__}, got {_shortened(value)}"
+            )
+        if self.choices and value not in self.choices:
+            raise SettingsError(
+                f"expected {self.name} in {where} to be one of {', '.join(self.choices)}, got "
+                f"{_shortened(value)}{nearest(value, self.choices)}"
+            )
+        return value
+
+
+def options_of(
+    classes: Iterable[type], *, left_out: Iterable[str] = (), old_names: Mapping[str, str] | None = None
+) -> dict[str, Option]:
+    """The fields of dataclasses as options, by name; their meaning is what the docstrings say.
+
+    Args:
+        classes: dataclasses; those they inherit from count, too.
+        left_out: fields that are no options.
+        old_names: earlier name -> name.
+    """
+    found: dict[str, Option] = {}
+    for cls in classes:
+        meanings, hints = attributes_of(cls), typing.get_type_hints(cls)
+        for entry in dataclasses.fields(cls):
+            if entry.name in left_out:
+                continue
+            kind = hints[entry.name]
+            choices = tuple(entry.metadata.get("choices", ()))
+            if typing.get_origin(kind) is Literal:
+                choices = typing.get_args(kind)
+            earlier = tuple(old for old, name in (old_names or {}).items() if name == entry.name)
+            plain = kind if kind in (int, float, bool) else str
+            meaning = meanings[entry.name].replace("`", "")
+            found[entry.name] = Option(entry.name, plain, choices, entry.default, meaning, earlier)
+    return found
+
+
+def checked_values(found: Mapping[str, Any], options: Mapping[str, Option], where: str) -> dict[str, Any]:
+    """The settings of a file under their present names.
+
+    Raises:
+        SettingsError: a name that is unknown (with the nearest that is) or stands twice, or a value of
+            another type.
+    """
+    names = {name: option for option in options.values() for name in (option.name, *option.old_names)}
+    values: dict[str, Any] = {}
+    for name, value in found.items():
+        option = names.get(name)
+        if option is None:
+            raise SettingsError(
+                f"expected only known keys in {where}, got {_shortened(name)}"
+                f"{nearest(name, names) or '; known are ' + ', '.join(options)}"
+            )
+        if option.name in values:
+            raise SettingsError(f"expected {option.name} in {where} once, got it as {name} too")
+        values[option.name] = option.checked(value, where)
+    return values
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """A hint at the nearest known name, "" if none is near."""
+    close = difflib.get_close_matches(str(name)[:64], list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, options: Mapping[str, Option], defaults: Mapping[str, Any]
+) -> None:
+    """One flag an option, its default in the help; flags that are not given stay None.
+
+    Args:
+        parser: gets them.
+        options: the flags.
+        defaults: by name, before those of the fields.
+    """
+    for option in options.values():
+        default = defaults.get(option.name, option.default)
+        is_shown = default not in ("", False, None) and default is not dataclasses.MISSING
+        meaning = option.meaning[0].lower() + option.meaning[1:] if option.meaning[1:2].islower() else option.meaning
+        text = meaning.rstrip(".") + (f" ({_number(default)})" if is_shown else "")
+        flags = ["--" + name.replace("_", "-") for name in (option.name, *option.old_names)]
+        text = text.replace("%", "%%")
+        if option.type is bool:
+            parser.add_argument(flags[0], dest=option.name, action="store_true", default=None, help=text)
+        else:
+            parser.add_argument(
+                *flags,
+                dest=option.name,
+                type=option.type,
+                help=text,
+                metavar=None if option.choices else option.name.rsplit("_", 1)[-1].upper(),
+                choices=option.choices or None,
+            )
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _shortened(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
