@@ -32,9 +32,10 @@ KERNELS = {
     "__init__": ("_version", "contract", "arguments", "self_test", "dispatch", "ops", "prepared"),
     "conformance": ("*",),
 }
-GROUND = ("_checks", "_extras", "_means", "files", "seeds")
+GROUND = ("_checks", "_documented", "_extras", "_means", "files", "seeds")
 FEDKSEED = {
     "_checks": (),
+    "_documented": (),
     "_extras": (),
     "_means": (),
     "files": (),
@@ -76,7 +77,7 @@ INSIDE = {
     ("benchmarks", "machine_code"): ("fedkseed_kernels.backends.triton",),
     ("benchmarks", "kernels"): ("fedkseed_kernels.contract",),
 }
-MOST_MODULES = {"fedkseed_kernels": 7, "fedkseed": 6, "benchmarks": 4}
+MOST_MODULES = {"fedkseed_kernels": 7, "fedkseed": 7, "benchmarks": 4}
 
 
 def modules(root: Path) -> dict[str, Path]:
