@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from fedkseed._means import mean
-from fedkseed.data.instructions import Task
+from fedkseed.data.federated import ClientRows
 from fedkseed.data.prompts import IGNORED, Batch, pad_token_id
 
 if TYPE_CHECKING:
@@ -180,36 +180,35 @@ def exact_match(prediction: str, reference: str) -> float:
 
 @dataclass(frozen=True)
 class MajorityScore:
-    """A task's most frequent training answer and its mean scores on the task's test rows."""
+    """A client's most frequent training answer and its mean scores on the client's held-out rows."""
 
-    task: str
+    client: str
     answer: str
     rouge_l: float
     exact_match: float
 
 
-def majority_answer_scores(tasks: Sequence[Task]) -> list[MajorityScore]:
-    """What giving each task's most frequent training answer scores (of equally frequent ones: the first).
+def majority_answer_scores(clients: Sequence[ClientRows], num_rows: int | None = None) -> list[MajorityScore]:
+    """What giving each client's most frequent training answer scores (of equally frequent ones: the first).
 
-    It has no loss: it is an answer, not a distribution.
+    It has no loss: it is an answer, not a distribution. A client without held-out rows has no score.
 
-    Raises:
-        ValueError: a task without training or test rows.
+    Args:
+        clients: those that train.
+        num_rows: held-out rows of each that are looked at; None: all.
     """
     scores = []
-    for task in tasks:
-        if not task.train or not task.test:
-            raise ValueError(
-                f"task {task.name}: expected training and test rows, "
-                f"got {len(task.train)} and {len(task.test)}"
-            )
-        answer = Counter(row.output for row in task.train).most_common(1)[0][0]
+    for client in clients:
+        asked = client.held_out[:num_rows]
+        if not asked:
+            continue
+        answer = Counter(row.response for row in client.train).most_common(1)[0][0]
         scores.append(
             MajorityScore(
-                task=task.name,
+                client=client.name,
                 answer=answer,
-                rouge_l=mean(rouge_l(answer, row.output) for row in task.test),
-                exact_match=mean(exact_match(answer, row.output) for row in task.test),
+                rouge_l=mean(rouge_l(answer, row.response) for row in asked),
+                exact_match=mean(exact_match(answer, row.response) for row in asked),
             )
         )
     return scores

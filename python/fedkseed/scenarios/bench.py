@@ -1,0 +1,43 @@
+"""What a run needs of a kind of data: batches and a loss for the clients, scores before, within and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from fedkseed.simulation.task import Task
+
+
+class Bench(Protocol):
+    """The model, the rows of each client as tokens, and how they are scored.
+
+    Scores are dictionaries that are ready for JSON.
+
+    Attributes:
+        model: as it stands; tuned in place.
+        names: of the clients.
+        notes: what was cut or dropped as rows became tokens, a line each.
+        widths: tokens of the longest row that is trained on, and of the longest that is scored.
+    """
+
+    model: PreTrainedModel
+    names: Sequence[str]
+    notes: Sequence[str]
+    widths: tuple[int, int]
+
+    def task(self) -> Task[Any, Any]:
+        """What the federation trains; its ``evaluate`` is `round_scores`."""
+
+    def round_scores(self, round: int) -> dict[str, float]:
+        """Scores of the model as it stands, on few rows: "held_out_loss" among them."""
+
+    def scores(self) -> dict[str, Any]:
+        """Scores of the model as it stands, on all rows that are looked at before and after."""
+
+    def table(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+        """Both beside each other, and beside what needs no training, as text."""
+
+    def summary(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+        """The same, by name."""

@@ -1,0 +1,124 @@
+"""What a run prints: what it is made of, a row for each round, what it came to and how to go on from there."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedkseed_kernels
+from fedkseed.model.manifest import Manifest
+from fedkseed.scenarios.bench import Bench
+from fedkseed.scenarios.settings import RunSettings
+from fedkseed.simulation.run_folder import LEDGER, METRICS
+from fedkseed.simulation.simulation import RoundResult
+
+_COLUMNS = (
+    ("round", 5),
+    ("train loss", 10),
+    ("held-out loss", 13),
+    ("bytes down", 10),
+    ("bytes up", 8),
+    ("rebuild s", 9),
+    ("local steps s", 13),
+    ("evaluation s", 12),
+)
+
+
+def model_name(settings: RunSettings) -> str:
+    """What the model is called in texts."""
+    return settings.model or "SmolLM2-135M-Instruct"
+
+
+def command() -> str:
+    """The command `fedkseed` of this environment, as a shell finds it."""
+    return str(Path(sys.prefix) / "bin" / "fedkseed")
+
+
+def resume_line(folder: Path) -> str:
+    """The command line that goes on with a run."""
+    return f"{command()} simulate --resume {_quoted(folder)}"
+
+
+def start_text(settings: RunSettings, bench: Bench) -> str:
+    """What the run is made of."""
+    kernels, federation = fedkseed_kernels.info(), settings.federation
+    drawn = "uniformly" if federation.sampling == "uniform" else "by significance"
+    forward = "" if settings.autocast == "off" else ", forward passes in bfloat16 by autocast (AMX)"
+    lines = [
+        f"{Manifest.of(bench.model).numel:,} parameters in {settings.dtype}{forward}; kernels: "
+        f"{kernels['cpu_backend']} ({kernels['cpu_isa']}), {settings.workers} worker(s) of "
+        f"{torch.get_num_threads()} threads",
+        f"{federation.num_rounds} rounds of {federation.clients_per_round} out of {len(bench.names)} clients, "
+        f"{federation.num_local_steps} steps each; batch {federation.batch_size}, lr {federation.lr:g}, "
+        f"eps {federation.eps:g}, {federation.family} noise of K = {federation.num_seeds} seeds from base seed "
+        f"{federation.seed}, drawn {drawn}",
+        f"Held-out loss of a round: on {settings.round_rows} row(s) of each client",
+    ]
+    return "\n".join([*lines, *bench.notes])
+
+
+def round_header() -> str:
+    """The head of the table of rounds."""
+    return "  ".join(name.rjust(width) for name, width in _COLUMNS)
+
+
+def round_row(result: RoundResult) -> str:
+    """One round as a row of that table."""
+    cells = (
+        str(result.round + 1),
+        _loss(result.train_loss),
+        _loss(result.evaluation.get("held_out_loss")),
+        f"{result.bytes_down:,}",
+        f"{result.bytes_up:,}",
+        f"{result.seconds_rebuild + result.seconds_reset:.2f}",
+        f"{result.seconds_local:.1f}",
+        f"{result.seconds_evaluation:.1f}",
+    )
+    return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
+
+
+def end_text(folder: Path, base: str | Path, table: str, summary: Mapping[str, Any], best: Path | None) -> str:
+    """What the run came to, and the commands that rebuild and ask the model."""
+    traffic, seconds = summary["bytes"], summary["seconds"]
+    exchanged = traffic["down"] + traffic["up"]
+    ledger = folder / LEDGER
+    lines = [
+        "",
+        table,
+        "",
+        f"Bytes in all: {traffic['down']:,} down and {traffic['up']:,} up. Sending the weights (FedAvg) would "
+        f"have cost {traffic['by_weights']:,}"
+        + (f", {traffic['by_weights'] / exchanged:,.0f} times as much." if exchanged else "."),
+        f"{seconds['run']:.0f} s after {seconds['set_up']:.0f} s of set-up, on {summary['processor']}",
+        "",
+        f"The tuned model is {ledger} ({ledger.stat().st_size:,} bytes; metrics beside it in {METRICS}). "
+        f"To rebuild it, content {summary['content'][:16]}..., and to ask it:",
+        f"  {command()} apply {_quoted(ledger)} --base {_quoted(base)} --out {_quoted(folder / 'model')}",
+        f"  {command()} ask {_quoted(folder / 'model')} TEXT",
+    ]
+    if best is not None:
+        lines.append(f"The round with the lowest held-out loss was {summary['best_round'] + 1}: {best}")
+    return "\n".join(lines)
+
+
+def processor_name() -> str:
+    """The processor as the system calls it, with its number of threads here."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8", errors="replace")
+        names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0] if names else 'an unnamed processor'}, {torch.get_num_threads()} threads"
+
+
+def _loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _quoted(path: str | Path) -> str:
+    return shlex.quote(str(path))
