@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from fedkseed.data.errors import DataError
 from fedkseed.data.fetch import FetchError
-from fedkseed.data.instructions import DataError, Example, Task, load_instruction_tasks
+from fedkseed.data.instructions import Example, Task, load_instruction_tasks
 from fedkseed.data.models import ModelError, load_causal_lm, load_causal_lm_weights, load_smollm2
 
 __all__ = [

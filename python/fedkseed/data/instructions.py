@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkseed.data import fetch
+from fedkseed.data.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,10 +52,6 @@ UNSEEN_TASKS = {
     "born_first": "born_first.jsonl",
     "first-letters": "samples.jsonl",
 }
-
-
-class DataError(ValueError):
-    """A data file does not hold what it should."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
 
+from fedkseed.data.federated import Row
+from fedkseed.data.templates import Template
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -18,17 +21,6 @@ PromptStyle = Literal["chat", "alpaca", "plain"]
 
 #: Label of a token that carries no loss (the value that torch's cross entropy ignores).
 IGNORED = -100
-
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-_ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. "
-    "Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Response:\n"
-)
 
 
 class ExampleLike(Protocol):
@@ -70,36 +62,20 @@ class Batch:
 def format_prompt(
     tokenizer: PreTrainedTokenizerBase, instruction: str, input: str, style: PromptStyle
 ) -> str:
-    """The text that the model continues.
-
-    "plain" is the instruction and the input, a line each, and nothing else: the fewest tokens. "alpaca" is
-    the field's template, as in the paper. "chat" is the tokenizer's own template (instruction as system
-    message and input as user message, or the instruction as user message if the input is empty).
+    """The text that the model continues (`Template.prompt` of the template of that name).
 
     Raises:
         ValueError: unknown style, or "chat" with a tokenizer that has no chat template.
     """
-    if style == "plain":
-        return "".join(f"{text}\n" for text in (instruction, input) if text)
-    if style == "alpaca":
-        template = _ALPACA_WITH_INPUT if input else _ALPACA_WITHOUT_INPUT
-        return template.format(instruction=instruction, input=input)
-    if style != "chat":
+    if style not in get_args(PromptStyle):
         raise ValueError(f"expected a prompt style out of {list(get_args(PromptStyle))}, got {style!r}")
-    if not tokenizer.chat_template:
-        raise ValueError("expected a tokenizer with a chat template, got one without; use style='alpaca'")
-    if input:
-        messages = [{"role": "system", "content": instruction}, {"role": "user", "content": input}]
-    else:
-        messages = [{"role": "user", "content": instruction}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return Template.named(style).prompt(tokenizer, {"instruction": instruction, "input": input})
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, example: ExampleLike, style: PromptStyle) -> list[int]:
     """Token ids of the prompt alone, as generation needs them."""
     text = format_prompt(tokenizer, example.instruction, example.input, style)
-    # A chat template writes its own special tokens; plain text gets the tokenizer's (a leading BOS, say).
-    return list(tokenizer(text, add_special_tokens=style != "chat").input_ids)
+    return _prompt_ids(tokenizer, text, Template.named(style).adds_special_tokens)
 
 
 def encode_example(
@@ -108,26 +84,90 @@ def encode_example(
     style: PromptStyle = "chat",
     max_length: int = 1024,
 ) -> Encoded:
+    """Tokens of an example, as `encode_text` makes them.
+
+    Raises:
+        ValueError: see `encode_text` and `format_prompt`.
+    """
+    prompt = format_prompt(tokenizer, example.instruction, example.input, style)
+    special = Template.named(style).adds_special_tokens
+    return encode_text(tokenizer, prompt, example.output, adds_special_tokens=special, max_length=max_length)
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    response: str,
+    *,
+    adds_special_tokens: bool,
+    max_length: int,
+) -> Encoded:
     """Tokens of prompt, response and end of text; past ``max_length`` tokens the prompt loses its beginning.
 
     Raises:
         ValueError: the response with one prompt token before it does not fit into ``max_length``, or the
             tokenizer has no end-of-text token.
     """
+    answer = _response_ids(tokenizer, response)
+    question = _prompt_ids(tokenizer, prompt, adds_special_tokens)
+    if len(answer) >= max_length:
+        raise ValueError(
+            f"expected a response of at most {max_length - 2} tokens (max_length={max_length}), "
+            f"got {len(answer) - 1}; shorten the response or raise max_length"
+        )
+    return _fitted(question, answer, max_length)
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """What became of rows that do not fit into the length.
+
+    Attributes:
+        shortened: prompts that lost their beginning.
+        dropped: rows left out, since their response alone does not fit.
+    """
+
+    shortened: int = 0
+    dropped: int = 0
+
+
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], template: Template, max_length: int
+) -> tuple[list[Encoded], Cuts]:
+    """Tokens of rows, each as `encode_text` makes them, and how many were cut.
+
+    Raises:
+        ValueError: the tokenizer has no end-of-text token, or see `Template.prompt`.
+    """
+    encoded: list[Encoded] = []
+    shortened = 0
+    for row in rows:
+        answer = _response_ids(tokenizer, row.response)
+        if len(answer) >= max_length:
+            continue
+        text = template.prompt(tokenizer, row.fields)
+        question = _prompt_ids(tokenizer, text, template.adds_special_tokens)
+        encoded.append(_fitted(question, answer, max_length))
+        shortened += encoded[-1].num_prompt < len(question)
+    return encoded, Cuts(shortened, len(rows) - len(encoded))
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, adds_special_tokens: bool) -> list[int]:
+    # A chat template writes its own special tokens; plain text gets the tokenizer's (a leading BOS, say).
+    return list(tokenizer(text, add_special_tokens=adds_special_tokens).input_ids)
+
+
+def _response_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "expected a tokenizer with an end-of-text token (eos_token), got one without; set it"
         )
-    prompt = encode_prompt(tokenizer, example, style)
-    response = [*tokenizer(example.output, add_special_tokens=False).input_ids, int(tokenizer.eos_token_id)]
-    room = max_length - len(response)
-    if room < 1:
-        raise ValueError(
-            f"expected a response of at most {max_length - 2} tokens (max_length={max_length}), "
-            f"got {len(response) - 1}; shorten the response or raise max_length"
-        )
-    prompt = prompt[-room:]
-    return Encoded(tuple(prompt + response), len(prompt))
+    return [*tokenizer(text, add_special_tokens=False).input_ids, int(tokenizer.eos_token_id)]
+
+
+def _fitted(prompt: list[int], response: list[int], max_length: int) -> Encoded:
+    prompt = prompt[len(response) - max_length :]
+    return Encoded((*prompt, *response), len(prompt))
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
