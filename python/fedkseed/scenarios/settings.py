@@ -14,7 +14,7 @@ from fedkseed.data.own import DataChoice
 from fedkseed.documents import DocumentError, read_toml
 from fedkseed.model.identity import DTYPE_CODES
 from fedkseed.scenarios.options import Option, SettingsError, checked_values, options_of
-from fedkseed.scenarios.presets import QUICK, completed, preset_of
+from fedkseed.scenarios.presets import DEFAULT_DATA, QUICK, completed, preset_of
 from fedkseed.simulation.simulation import SimulationConfig
 from fedkseed.storage import STORAGE_MODES, storage_mode
 
@@ -94,8 +94,8 @@ class RunSettings:
         Raises:
             SettingsError: a value out of range.
         """
-        data = values.get("data", DataChoice().data)
-        whole = completed({**preset_of(data), **values}, num_clients)
+        data = values.get("data", DEFAULT_DATA)
+        whole = completed({"data": data, **preset_of(data), **values}, num_clients)
         whole["num_threads"] = whole.get("num_threads") or torch.get_num_threads()
         try:
             whole["storage"] = storage_mode(whole.get("storage", "auto"))

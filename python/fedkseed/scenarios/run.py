@@ -1,0 +1,170 @@
+"""One federated run on any data: prints its tables and keeps itself in a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import fedkseed_kernels
+from fedkseed.data import load_causal_lm, load_smollm2
+from fedkseed.data.federated import FederatedData
+from fedkseed.data.models import smollm2_folder
+from fedkseed.files import write_atomically
+from fedkseed.model.identity import ModelIdentity
+from fedkseed.model.manifest import Manifest
+from fedkseed.scenarios import built_in
+from fedkseed.scenarios.autocast import forward_passes
+from fedkseed.scenarios.bench import Bench
+from fedkseed.scenarios.events import Events
+from fedkseed.scenarios.instructions import InstructionBench, RowLimits
+from fedkseed.scenarios.report import (
+    end_text,
+    model_name,
+    processor_name,
+    round_header,
+    round_row,
+    start_text,
+)
+from fedkseed.scenarios.settings import RunSettings
+from fedkseed.simulation.run_folder import BEST, RunFolder
+from fedkseed.simulation.simulation import Simulation
+from fedkseed.simulation.task import Task
+
+SUMMARY = "summary.json"
+
+
+def make_bench(settings: RunSettings, data: FederatedData | None) -> Bench:
+    """The model and the rows of a run.
+
+    Args:
+        settings: of the run.
+        data: what `load_data` gave: None for the built-in tasks, whose rows are chosen by their tokens.
+
+    Raises:
+        DataError, FetchError, ModelError: as the functions of `fedkseed.data`.
+        MissingExtraError: a package of the extra `hf` is not installed.
+    """
+    dtype = settings.torch_dtype
+    model, tokenizer = load_causal_lm(settings.model, dtype) if settings.model else load_smollm2(dtype)
+    if data is None:
+        data = built_in.instruction_tasks(tokenizer, settings.choice.template)
+    limits = RowLimits(
+        settings.round_rows, settings.final_rows, settings.generate_rows, settings.rouge_every
+    )
+    return InstructionBench(model, tokenizer, data, limits, settings.max_length)
+
+
+def make_task(settings: RunSettings, data: FederatedData | None, bench: Bench | None = None) -> Task[Any, Any]:
+    """What the federation trains; loads the model and the rows unless ``bench`` has them."""
+    work = make_bench(settings, data) if bench is None else bench
+    task = work.task()
+    loss, evaluate = task.loss, task.evaluate
+    device = next(work.model.parameters()).device
+
+    def train_loss(model: torch.nn.Module, batch: Any) -> Any:
+        with forward_passes(settings.autocast, device):
+            return loss(model, batch)
+
+    def scores(model: torch.nn.Module, round: int) -> Mapping[str, float]:
+        with forward_passes(settings.autocast, device):
+            return evaluate(model, round) if evaluate is not None else {}
+
+    return dataclasses.replace(task, loss=train_loss, evaluate=scores)
+
+
+def run(
+    settings: RunSettings, data: FederatedData | None, folder: RunFolder, *, tensorboard: bool = False
+) -> dict[str, Any]:
+    """One run; prints as it goes, and returns what it printed, ready for JSON.
+
+    Args:
+        settings: of the run.
+        data: what `load_data` gave.
+        folder: held by the caller; a run that is in it goes on.
+        tensorboard: also write event files to ``folder``/tensorboard.
+
+    Raises:
+        DataError, FetchError, ModelError: model or rows cannot be had.
+        MissingExtraError: a package of an extra is not installed.
+        StateError, RunFolderError, IdentityError: the folder holds another run.
+        RoundFailedError, WorkerError: a round did not come through; resuming goes on before it.
+        OSError: the folder cannot be written.
+    """
+    start = perf_counter()
+    config = settings.federation
+    torch.set_num_threads(config.num_threads)
+    print(f"Loading {model_name(settings)}", flush=True)
+    bench = make_bench(settings, data)
+    task = make_task(settings, data, bench)
+    set_up = perf_counter() - start
+    print(start_text(settings, bench), flush=True)
+    device = next(bench.model.parameters()).device
+    with forward_passes(settings.autocast, device):
+        before = bench.scores()
+    with tqdm(unit="step", desc="local steps", leave=False, disable=None) as bar:
+        simulation = Simulation(
+            task,
+            config,
+            make_task=functools.partial(make_task, settings, data),
+            num_workers=settings.workers,
+            folder=folder,
+            on_step=bar.update,
+        )
+        events_folder = folder.path / "tensorboard" if tensorboard else None
+        with simulation, Events(events_folder) as events:
+            if simulation.server.round:
+                print(f"Resuming {folder.path} after {simulation.server.round} rounds")
+            left = config.num_rounds - simulation.server.round
+            bar.reset(left * config.clients_per_round * config.num_local_steps)
+            chosen = " (auto)" if config.storage == "auto" else ""
+            print(f"Storage mode{chosen}: {simulation.storage}\n\n{round_header()}", flush=True)
+            for result in simulation.rounds():
+                events.add(result)
+                bar.write(round_row(result))
+                sys.stdout.flush()
+            rounds = simulation.past_metrics
+            # The working weights are those that the ledger rebuilds.
+            content = ModelIdentity.of(bench.model).content.hex()
+    with forward_passes(settings.autocast, device):
+        after = bench.scores()
+    summary = {
+        **_summary(settings, bench, rounds),
+        "scores": bench.summary(before, after),
+        "content": content,
+        "seconds": {"set_up": set_up, "run": perf_counter() - start - set_up},
+    }
+    write_atomically(folder.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    best = folder.path / BEST
+    base = settings.model or smollm2_folder()
+    is_best_kept = summary["best_round"] is not None and best.exists()
+    text = end_text(folder.path, base, bench.table(before, after), summary, best if is_best_kept else None)
+    print(text)
+    return summary
+
+
+def _summary(settings: RunSettings, bench: Bench, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in bench.model.parameters())
+    losses = {row["round"]: row["evaluation"].get("held_out_loss") for row in rounds}
+    known = {round: loss for round, loss in losses.items() if loss is not None}
+    return {
+        "settings": settings.values(),
+        "threads": torch.get_num_threads(),
+        "processor": processor_name(),
+        "model": {"num_parameters": Manifest.of(bench.model).numel, "weight_bytes": weight_bytes},
+        "kernels": fedkseed_kernels.info(),
+        "best_round": min(known, key=lambda round: known[round]) if known else None,
+        "bytes": {
+            "down": sum(row["bytes_down"] for row in rounds),
+            "up": sum(row["bytes_up"] for row in rounds),
+            "by_weights": 2 * weight_bytes * sum(len(row["clients"]) for row in rounds),
+        },
+    }
