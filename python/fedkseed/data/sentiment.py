@@ -167,7 +167,15 @@ def _read_files(archive: Path, members: Sequence[str]) -> list[str]:
                 if file is None:
                     raise DataError(f"{what} {member} as a file, got something else")
                 texts.append(file.read().decode("utf-8"))
-    except (OSError, EOFError, KeyError, ValueError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
+    except (
+        OSError,
+        EOFError,
+        KeyError,
+        ValueError,
+        zlib.error,
+        zipfile.BadZipFile,
+        tarfile.TarError,
+    ) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{what} {', '.join(members)}, got {error}") from error
