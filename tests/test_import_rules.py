@@ -32,12 +32,13 @@ KERNELS = {
     "__init__": ("_version", "contract", "arguments", "self_test", "dispatch", "ops", "prepared"),
     "conformance": ("*",),
 }
-GROUND = ("_checks", "_documented", "_extras", "_means", "files", "seeds")
+GROUND = ("_checks", "_documented", "_extras", "_means", "documents", "files", "seeds")
 FEDKSEED = {
     "_checks": (),
     "_documented": (),
     "_extras": (),
     "_means": (),
+    "documents": (),
     "files": (),
     "seeds": ("_checks",),
     "data": GROUND,
