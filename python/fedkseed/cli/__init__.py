@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import fedkseed_kernels
 from fedkseed._extras import MissingExtraError
@@ -39,9 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that proposes the nearest option for one that it does not know."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = super().parse_known_args(args, namespace)
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for text in unknown:
+            if text.startswith("--") and (near := difflib.get_close_matches(text.split("=")[0], known, n=1)):
+                self.error(f"unrecognized option {text.split('=')[0]}; did you mean {near[0]}?")
+        return found, unknown
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fedkseed",
         description="Federated full-parameter tuning of language models: clients exchange seeds and scalars, "
         "a tuned model is a ledger of 16 KB.",

@@ -18,7 +18,7 @@ def add(
     """Adds the subcommand."""
     from fedkseed.scenarios.options import add_flags
     from fedkseed.scenarios.presets import OWN
-    from fedkseed.scenarios.settings import OPTIONS
+    from fedkseed.scenarios.settings import OPTION_GROUPS
 
     parser = commands.add_parser(
         "simulate",
@@ -43,7 +43,8 @@ def add(
         "round_rows": "4, fewer of many clients",
         "final_rows": "100, fewer of many clients",
     }
-    add_flags(parser, OPTIONS, {**OWN, **shown})
+    for title, options in OPTION_GROUPS.items():
+        add_flags(parser.add_argument_group(title), options.values(), {**OWN, **shown})
     parser.set_defaults(run=run)
 
 
@@ -61,13 +62,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
-    from fedkseed.scenarios.run import load_data, num_clients
+    from fedkseed.seeds import MAX_CLIENTS
+    from fedkseed.scenarios.built_in import load_data, num_clients
     from fedkseed.scenarios.settings import RunSettings, given_values
     from fedkseed.simulation.run_folder import RunFolder
 
     values = given_values(flags, quick=options.quick, toml=options.config)
-    RunSettings.of(values, 2**31)  # what is wrong whatever the data are, before they are read
-    data = load_data(values)
+    checked = RunSettings.of(values, MAX_CLIENTS)  # what is wrong whatever the data are, before they are read
+    data = load_data(values, checked.federation.seed)
     settings = RunSettings.of(values, num_clients(data))
     with RunFolder.start(options.out or _free_folder()) as folder:
         try:
@@ -80,7 +82,7 @@ def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 
 def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     from fedkseed.scenarios.options import SettingsError, checked_values
-    from fedkseed.scenarios.run import load_data, num_clients
+    from fedkseed.scenarios.built_in import load_data, num_clients
     from fedkseed.scenarios.settings import OPTIONS, RunSettings
     from fedkseed.simulation.run_folder import RunFolder
 
@@ -94,7 +96,7 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     with RunFolder.reopen(options.resume) as folder:
         values = checked_values(folder.read_settings(), OPTIONS, str(folder.settings_path))
         values.update({name: value for name, value in flags.items() if value is not None})
-        data = load_data(values)
+        data = load_data(values, checked.federation.seed)
         return _run(RunSettings.of(values, num_clients(data)), data, folder, options.tensorboard)
 
 

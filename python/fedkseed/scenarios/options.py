@@ -13,6 +13,9 @@ from typing import Any, Literal
 from fedkseed._documented import attributes_of
 
 
+_METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "TEXT", bool: ""}
+
+
 class SettingsError(ValueError):
     """A setting that is unknown, of another type or out of range; names it."""
 
@@ -27,6 +30,7 @@ class Option:
         choices: the only texts; empty if any will do.
         default: of the field; `dataclasses.MISSING` if it has none.
         meaning: what the class says of the field.
+        metavar: what stands for a value in usage texts.
         old_names: earlier names, still taken.
     """
 
@@ -35,6 +39,7 @@ class Option:
     choices: tuple[str, ...]
     default: Any
     meaning: str
+    metavar: str
     old_names: tuple[str, ...] = ()
 
     def checked(self, value: Any, where: str) -> Any:
@@ -80,7 +85,8 @@ def options_of(
             earlier = tuple(old for old, name in (old_names or {}).items() if name == entry.name)
             plain = kind if kind in (int, float, bool) else str
             meaning = meanings[entry.name].replace("`", "")
-            found[entry.name] = Option(entry.name, plain, choices, entry.default, meaning, earlier)
+            metavar = entry.metadata.get("metavar") or _METAVARS[plain]
+            found[entry.name] = Option(entry.name, plain, choices, entry.default, meaning, metavar, earlier)
     return found
 
 
@@ -113,31 +119,30 @@ def nearest(name: Any, known: Iterable[str]) -> str:
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, options: Mapping[str, Option], defaults: Mapping[str, Any]
+    group: argparse._ArgumentGroup, options: Iterable[Option], defaults: Mapping[str, Any]
 ) -> None:
     """One flag an option, its default in the help; flags that are not given stay None.
 
     Args:
-        parser: gets them.
+        group: gets them.
         options: the flags.
         defaults: by name, before those of the fields.
     """
-    for option in options.values():
+    for option in options:
         default = defaults.get(option.name, option.default)
         is_shown = default not in ("", False, None) and default is not dataclasses.MISSING
-        meaning = option.meaning[0].lower() + option.meaning[1:] if option.meaning[1:2].islower() else option.meaning
-        text = meaning.rstrip(".") + (f" ({_number(default)})" if is_shown else "")
-        flags = ["--" + name.replace("_", "-") for name in (option.name, *option.old_names)]
+        text = option.meaning.rstrip(".") + (f" ({_number(default)})" if is_shown else "")
         text = text.replace("%", "%%")
+        flags = ["--" + name.replace("_", "-") for name in (option.name, *option.old_names)]
         if option.type is bool:
-            parser.add_argument(flags[0], dest=option.name, action="store_true", default=None, help=text)
+            group.add_argument(*flags, dest=option.name, action="store_true", default=None, help=text)
         else:
-            parser.add_argument(
+            group.add_argument(
                 *flags,
                 dest=option.name,
                 type=option.type,
                 help=text,
-                metavar=None if option.choices else option.name.rsplit("_", 1)[-1].upper(),
+                metavar=None if option.choices else option.metavar,
                 choices=option.choices or None,
             )
 

@@ -34,8 +34,8 @@ INSTRUCTIONS: Mapping[str, Any] = {
 }
 
 #: Names that --data takes beside files, folders and hub ids.
-DEFAULT_DATA = "instructions"
-BUILT_IN: Mapping[str, Mapping[str, Any]] = {"instructions": INSTRUCTIONS}
+DEFAULT_DATA, SENTIMENT = "instructions", "sentiment"
+BUILT_IN: Mapping[str, Mapping[str, Any]] = {DEFAULT_DATA: INSTRUCTIONS, SENTIMENT: {}}
 
 #: What --quick changes of a built-in run: about a minute, all parts, too short to learn much.
 QUICK: Mapping[str, Any] = {

@@ -116,7 +116,8 @@ def run(
             config,
             make_task=functools.partial(make_task, settings, data),
             num_workers=settings.workers,
-            folder=folder,
+            folder=folder.path,
+            resume=(folder.path / 'server.state').exists(),
             on_step=bar.update,
         )
         events_folder = folder.path / "tensorboard" if tensorboard else None

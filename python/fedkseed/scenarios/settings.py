@@ -18,7 +18,7 @@ from fedkseed.scenarios.presets import DEFAULT_DATA, QUICK, completed, preset_of
 from fedkseed.simulation.simulation import SimulationConfig
 from fedkseed.storage import STORAGE_MODES, storage_mode
 
-__all__ = ["OLD_NAMES", "OPTIONS", "RunSettings", "SettingsError", "given_values", "values_of_file"]
+__all__ = ["OLD_NAMES", "OPTIONS", "OPTION_GROUPS", "RunSettings", "SettingsError", "given_values", "values_of_file"]
 
 _DTYPES = {name: getattr(torch, name) for name in DTYPE_CODES if name != "mixed"}
 
@@ -57,12 +57,12 @@ class RunSettings:
 
     federation: SimulationConfig
     choice: DataChoice
-    model: str = ""
+    model: str = field(default="", metadata={"metavar": "MODEL"})
     dtype: str = field(default="float32", metadata={"choices": tuple(_DTYPES)})
     trust_remote_code: bool = False
     max_length: int = 1024
     autocast: Literal["auto", "off", "bfloat16"] = "auto"
-    device: str = "auto"
+    device: str = field(default="auto", metadata={"metavar": "DEVICE"})
     workers: int = 1
     worker_timeout: float = 600.0
     round_rows: int = 1
@@ -126,10 +126,16 @@ def _part(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
     return {entry.name: values[entry.name] for entry in dataclasses.fields(cls) if entry.name in values}
 
 
+#: The settings by what they are about, each with its options.
+OPTION_GROUPS: Mapping[str, Mapping[str, Option]] = {
+    "data": options_of((DataChoice,), old_names=OLD_NAMES),
+    "model, machine and scores": options_of((RunSettings,), left_out=("federation", "choice")),
+    "federation": options_of((SimulationConfig,), old_names=OLD_NAMES),
+}
 #: Every setting of a run by its name: flags and keys of files are made from these.
-OPTIONS: Mapping[str, Option] = options_of(
-    (DataChoice, RunSettings, SimulationConfig), left_out=("federation", "choice"), old_names=OLD_NAMES
-)
+OPTIONS: Mapping[str, Option] = {
+    name: option for group in OPTION_GROUPS.values() for name, option in group.items()
+}
 
 
 def given_values(flags: Mapping[str, Any], *, quick: bool, toml: Path | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -43,6 +43,7 @@ from fedkseed.simulation.task import ExampleT, Task
 from fedkseed.simulation.worker_pool import WorkerPool
 from fedkseed.storage import (
     DEFAULT_STORAGE,
+    STORAGE_MODES,
     Inplace,
     StorageChoice,
     StorageOptions,
@@ -83,7 +84,7 @@ class SimulationConfig(RoundConfig):
     num_seeds: int = 4096
     seed: int = 0
     num_threads: int = 1
-    storage: StorageChoice = DEFAULT_STORAGE
+    storage: StorageChoice = field(default=DEFAULT_STORAGE, metadata={"choices": tuple(STORAGE_MODES)})
 
     def __post_init__(self) -> None:
         super().__post_init__()
