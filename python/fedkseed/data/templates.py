@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 CUSTOM = "custom"
 CHAT = "chat"
 PLAIN = "plain"
+ALPACA = "alpaca"
+NATURAL_INSTRUCTIONS = "fedkseed-ni"
+DOLLY = "fedkseed-dolly"
 
 #: Placeholders of the templates that come with the package: what is asked, and a context that may be empty.
 INSTRUCTION, INPUT = "instruction", "input"
@@ -39,15 +42,15 @@ _PARTS_WITHOUT = "### Instruction:\n{instruction}\n\n### Response:"
 
 _TEXTS = {
     PLAIN: "{instruction}\n{input}\n",
-    "alpaca": f"{_WITH_CONTEXT}{_COMPLETE}{_PARTS_WITH}\n",
+    ALPACA: f"{_WITH_CONTEXT}{_COMPLETE}{_PARTS_WITH}\n",
     CHAT: "",
-    "fedkseed-ni": f"{_WITH_CONTEXT}{_COMPLETE}{_PARTS_WITH}",
-    "fedkseed-dolly": f"{_WITH_CONTEXT}{_RESPOND}{_PARTS_WITH}",
+    NATURAL_INSTRUCTIONS: f"{_WITH_CONTEXT}{_COMPLETE}{_PARTS_WITH}",
+    DOLLY: f"{_WITH_CONTEXT}{_RESPOND}{_PARTS_WITH}",
 }
 #: What stands in a text's place for a row without a context.
 _TEXTS_WITHOUT = {
-    "alpaca": f"{_WITHOUT_CONTEXT}{_COMPLETE}{_PARTS_WITHOUT}\n",
-    "fedkseed-dolly": f"{_WITHOUT_CONTEXT}{_RESPOND}{_PARTS_WITHOUT}",
+    ALPACA: f"{_WITHOUT_CONTEXT}{_COMPLETE}{_PARTS_WITHOUT}\n",
+    DOLLY: f"{_WITHOUT_CONTEXT}{_RESPOND}{_PARTS_WITHOUT}",
 }
 TEMPLATE_NAMES = tuple(_TEXTS)
 
