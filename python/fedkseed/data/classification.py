@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedkseed.data.errors import DataError
 from fedkseed.data.federated import Row
-from fedkseed.data.instructions import DataError
 from fedkseed.data.templates import Template
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class Classifier:
 
     def _words(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
         assert self.verbalizer is not None
-        last = batch.attention_mask.sum(dim=1) - 1
+        last: Any = batch.attention_mask.sum(dim=1) - 1  # `unique` has no annotations
         columns, place = last.unique(return_inverse=True)
         parameters = inspect.signature(model.forward).parameters
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
@@ -184,7 +184,8 @@ class Classifier:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).logits
         rows = torch.arange(len(last), device=last.device)
         logits = logits[rows, place if keeps else last]
-        return logits[:, list(self.verbalizer.token_ids)]
+        found: torch.Tensor = logits[:, list(self.verbalizer.token_ids)]
+        return found
 
     def _head(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
         found: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits

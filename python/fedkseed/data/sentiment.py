@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedkseed.data import fetch
+from fedkseed.data.errors import DataError
 from fedkseed.data.federated import ClientRows, FederatedData, Row
-from fedkseed.data.instructions import DataError
 from fedkseed.data.templates import Template
 
 #: Texts lose their words from here on: short rows make short steps.
@@ -31,7 +31,7 @@ HELD_OUT_PART = 5
 
 LABELS = ("negative", "positive")
 WORDS = (" terrible", " great")
-TEMPLATE = Template("custom", "{text} It was")
+TEMPLATE = Template.custom("{text} It was")
 
 _TAR = "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"
 #: Client -> file of its sentences in the tar. An id ``document_sentence`` names a document.
@@ -46,7 +46,7 @@ _MAX_BYTES = 64 << 20  # of what is unpacked; the pinned archive needs 7 MiB
 
 @dataclass(frozen=True)
 class Sentence:
-    """A rated sentence: ``rating`` is the mean of its raters, -4 (negative) to 4; ids of one document agree."""
+    """A sentence of a document; ``rating`` is the mean of its raters, from -4 (negative) to 4."""
 
     document: str
     rating: float
@@ -87,7 +87,7 @@ def read_sentiment(archive: Path) -> FederatedData:
                 kept.append(sentence)
         clients.append(_split(name, kept))
         notes.append(
-            f"{name}: {len(sentences) - len(rated):,} of {len(sentences):,} sentences left out that are rated "
+            f"{name}: of {len(sentences):,} sentences {len(sentences) - len(rated):,} left out, rated "
             f"between -1 and 1, and {len(rated) - len(kept)} repeated ones"
         )
     return FederatedData(

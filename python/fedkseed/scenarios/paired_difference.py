@@ -46,9 +46,9 @@ def accuracy_interval(num_right: int, num_rows: int, level: float = LEVEL) -> In
 def paired_difference(before: Sequence[bool], after: Sequence[bool], level: float = LEVEL) -> Interval:
     """Accuracy after less accuracy before on the same rows, with the adjusted Wald interval for paired data.
 
-    D. G. Bonett, R. M. Price, "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based
-    on Paired Data", Journal of Educational and Behavioral Statistics 37, 2012. It stays a little wide where
-    few rows change sides.
+    D. G. Bonett, R. M. Price, "Adjusted Wald Confidence Interval for a Difference of Binomial Proportions
+    Based on Paired Data", Journal of Educational and Behavioral Statistics 37, 2012. It stays a little wide
+    where few rows change sides.
 
     Args:
         before: whether each row was right.

@@ -1,0 +1,271 @@
+"""Labelled rows around one model: training batches, losses, accuracies with intervals, and their table."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from fedkseed.data.classification import (
+    Classifier,
+    LabelledBatch,
+    LabelledTokens,
+    Verbalizer,
+    area_under_curve,
+    collate_labelled,
+    cross_entropies,
+    encode_labelled,
+    score_rows,
+)
+from fedkseed.data.federated import ClientRows, FederatedData
+from fedkseed.data.prompts import pad_token_id
+from fedkseed.scenarios.paired_difference import Interval, accuracy_interval, paired_difference
+from fedkseed.simulation.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Part:
+    """The scored rows of one client: their tokens, and the client's most frequent training label."""
+
+    name: str
+    rows: tuple[LabelledTokens, ...]
+    majority: int
+
+
+class ClassificationBench:
+    """See `fedkseed.scenarios.bench.Bench`. Losses are in nats a row, among the labels; accuracies in [0, 1].
+
+    Args:
+        model: a causal language model, or one with a classifier's head if the data has no words.
+        tokenizer: of the model.
+        data: of kind "classification".
+        round_rows: held-out rows of each client behind the scores of a round.
+        final_rows: those behind the scores before and after.
+        max_length: tokens of a row; a longer one loses the beginning of its prompt.
+        autocast: matrix products in bfloat16.
+
+    Attributes:
+        model, names, notes, widths: as `Bench` says.
+        classifier: how the model answers.
+
+    Raises:
+        DataError: a word that is not one token, or a row with a label that is not in the list.
+        ValueError: a model with a head that cannot take these batches, or no held-out rows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        data: FederatedData,
+        *,
+        round_rows: int,
+        final_rows: int,
+        max_length: int,
+        autocast: bool = False,
+    ) -> None:
+        self.model = model
+        self.names = [client.name for client in data.clients]
+        self._labels = data.labels
+        self._round_rows = round_rows
+        self._pad_id = pad_token_id(tokenizer)
+        verbalizer = None
+        if data.words:
+            verbalizer = Verbalizer.of(tokenizer, dict(zip(data.labels, data.words, strict=True)))
+        else:
+            _check_head(model, data.labels, self._pad_id)
+        self.classifier = Classifier(len(data.labels), verbalizer, autocast)
+        self._num_cut = 0
+
+        def encoded(rows: Sequence[Any]) -> list[LabelledTokens]:
+            found, num_cut = encode_labelled(tokenizer, rows, data.template, data.labels, max_length)
+            self._num_cut += num_cut
+            return found
+
+        def part(client: ClientRows, of: Iterable[ClientRows]) -> Part:
+            answers = Counter(row.response for each in of for row in each.train)
+            majority = min(data.labels, key=lambda label: (-answers[label], data.labels.index(label)))
+            rows = tuple(encoded(client.held_out[:final_rows]))
+            return Part(client.name, rows, data.labels.index(majority))
+
+        self._train = [encoded(client.train) for client in data.clients]
+        self._parts = [part(client, [client]) for client in data.clients if client.held_out]
+        # An unseen client has no training rows: its majority answer is that of all others.
+        self._unseen = [part(client, data.clients) for client in data.unseen if client.held_out]
+        if not self._parts and not self._unseen:
+            raise ValueError("expected held-out rows of at least one client, got none; hold some out")
+        cut = f"{self._num_cut:,} prompts lost their beginning: over {max_length} tokens"
+        self.notes = [cut] if self._num_cut else []
+        scored = [row for each in (*self._parts, *self._unseen) for row in each.rows]
+        self.widths = _longest([row for rows in self._train for row in rows]), _longest(scored)
+
+    def task(self) -> Task[LabelledTokens, LabelledBatch]:
+        """See `Bench.task`; a client's reply weighs as much as its rows."""
+        return Task(
+            model=self.model,
+            datasets=self._train,
+            collate=lambda rows: collate_labelled(rows, self._pad_id),
+            loss=self.classifier.loss,
+            evaluate=lambda _, round: self.round_scores(round),
+        )
+
+    def round_scores(self, round: int) -> dict[str, float]:
+        """Loss and accuracy on the first held-out rows of every client; empty if no rows are asked for."""
+        rows = [row for part in self._parts or self._unseen for row in part.rows[: self._round_rows]]
+        if not rows:
+            return {}
+        logits = self._logits(rows, "held-out rows")
+        labels = torch.tensor([row.label for row in rows])
+        return {
+            "held_out_loss": float(cross_entropies(logits, labels).mean()),
+            "accuracy": float((logits.argmax(dim=1) == labels).double().mean()),
+        }
+
+    def scores(self) -> dict[str, Any]:
+        """Scores of the model as it stands on all chosen held-out rows.
+
+        "held_out" and "unseen" hold, if there are such rows, "rows", "loss", "accuracy" (estimate, low,
+        high), "auc" (of two labels) and "right": client -> 0 or 1 of each row.
+        """
+        found = {}
+        for name, parts in (("held_out", self._parts), ("unseen", self._unseen)):
+            if parts:
+                found[name] = self._part_scores(parts, name.replace("_", "-"))
+        return found
+
+    def _part_scores(self, parts: Sequence[Part], name: str) -> dict[str, Any]:
+        rows = [row for part in parts for row in part.rows]
+        logits = self._logits(rows, f"{name} rows")
+        labels = torch.tensor([row.label for row in rows])
+        right = (logits.argmax(dim=1) == labels).long().tolist()
+        found: dict[str, Any] = {
+            "rows": len(rows),
+            "loss": float(cross_entropies(logits, labels).mean()),
+            "accuracy": _ready(accuracy_interval(sum(right), len(right))),
+            "right": _by_part(parts, right),
+        }
+        if len(self._labels) == 2:
+            margins = (logits[:, 1].double() - logits[:, 0].double()).tolist()
+            found["auc"] = area_under_curve(margins, labels.bool().tolist())
+        return found
+
+    def _logits(self, rows: Sequence[LabelledTokens], name: str) -> torch.Tensor:
+        bar = functools.partial(tqdm, desc=name, unit="batch", leave=False, disable=None)
+        device = next(self.model.parameters()).device
+        return score_rows(self.classifier, self.model, rows, self._pad_id, device=device, progress=bar)
+
+    def summary(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+        """Per kind of rows: scores before and after, and "clients": rows, accuracies, the paired difference.
+
+        "all" beside "clients" has the same over all rows; "majority" is the share that a client's most
+        frequent training label answers.
+        """
+        found = {}
+        for name, parts in (("held_out", self._parts), ("unseen", self._unseen)):
+            if not parts:
+                continue
+            then, now = before[name], after[name]
+            compared = {
+                part.name: _compared([part], then["right"], now["right"], self._labels) for part in parts
+            }
+            found[name] = {
+                "loss": [then["loss"], now["loss"]],
+                **({"auc": [then["auc"], now["auc"]]} if "auc" in then else {}),
+                "clients": compared,
+                "all": _compared(parts, then["right"], now["right"], self._labels),
+            }
+        return found
+
+    def table(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+        """Accuracies before and after by client with the 95 % interval of their paired difference, and what
+        each client's majority answer gives on the same rows."""
+        return "\n\n".join(
+            _table(name.replace("_", "-"), found) for name, found in self.summary(before, after).items()
+        )
+
+
+def _check_head(model: PreTrainedModel, labels: Sequence[str], pad_id: int) -> None:
+    num_labels = getattr(model.config, "num_labels", None)
+    if num_labels != len(labels):
+        raise ValueError(
+            f"expected a classifier's head with a logit for each of {len(labels)} labels, got {num_labels} "
+            f"from {type(model).__name__}; load it with num_labels={len(labels)}, or classify by words"
+        )
+    # Decoders look for the last token that is not padding.
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_id
+
+
+def _longest(rows: Sequence[LabelledTokens]) -> int:
+    return max((len(row.input_ids) for row in rows), default=0)
+
+
+def _by_part(parts: Sequence[Part], values: Sequence[int]) -> dict[str, list[int]]:
+    found, start = {}, 0
+    for part in parts:
+        found[part.name] = list(values[start : start + len(part.rows)])
+        start += len(part.rows)
+    return found
+
+
+def _compared(
+    parts: Sequence[Part],
+    before: Mapping[str, Sequence[int]],
+    after: Mapping[str, Sequence[int]],
+    labels: Sequence[str],
+) -> dict[str, Any]:
+    then, now = ([bool(x) for part in parts for x in side[part.name]] for side in (before, after))
+    majority = [row.label == part.majority for part in parts for row in part.rows]
+    found = {
+        "rows": len(now),
+        "before": _ready(accuracy_interval(sum(then), len(then))),
+        "after": _ready(accuracy_interval(sum(now), len(now))),
+        "difference": _ready(paired_difference(then, now)),
+        "majority": sum(majority) / len(majority),
+    }
+    if len(parts) == 1:
+        found["majority_label"] = labels[parts[0].majority]
+    return found
+
+
+def _ready(interval: Interval) -> list[float]:
+    return [interval.estimate, interval.low, interval.high]
+
+
+_HEAD = ("rows", "majority answer", "before", "after", "after less before, 95 %")
+_WIDTHS = (5, 20, 7, 7, 24)
+
+
+def _table(title: str, found: Mapping[str, Any]) -> str:
+    width = max(len(title), *(len(name) for name in (*found["clients"], "all")))
+    lines = [_line(title, _HEAD, width)]
+    compared = {**found["clients"], **({"all": found["all"]} if len(found["clients"]) > 1 else {})}
+    for name, each in compared.items():
+        label = each.get("majority_label")
+        majority = f"{each['majority']:.3f}" + (f" ({label[:12]})" if label else "")
+        estimate, low, high = each["difference"]
+        cells = (
+            str(each["rows"]),
+            majority,
+            f"{each['before'][0]:.3f}",
+            f"{each['after'][0]:.3f}",
+            f"{estimate:+.3f} [{low:+.3f}, {high:+.3f}]",
+        )
+        lines.append(_line(name, cells, width))
+    losses = " -> ".join(f"{loss:.3f}" for loss in found["loss"])
+    last = f"Loss {losses} nats a row"
+    if all(value is not None for value in found.get("auc", (None,))):
+        last += ", AUC " + " -> ".join(f"{value:.3f}" for value in found["auc"])
+    return "\n".join([*lines, last])
+
+
+def _line(name: str, cells: Sequence[str], width: int) -> str:
+    return "  ".join([name.ljust(width), *(cell.rjust(w) for cell, w in zip(cells, _WIDTHS, strict=True))])
