@@ -64,6 +64,7 @@ BENCHMARKS = {
     "server": SHARED,
     "machine_code": SHARED,
     "gpu": (*SHARED, "step"),
+    "sentiment_prompts": SHARED,
     "speed_page": (*SHARED, "kernels", "step"),
 }
 RULES = {"fedkseed_kernels": KERNELS, "fedkseed": FEDKSEED, "benchmarks": BENCHMARKS}
