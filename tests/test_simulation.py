@@ -31,7 +31,7 @@ from fedkseed import (
 from fedkseed.federation.messages import BROADCAST_OVERHEAD, REPLY_OVERHEAD
 from fedkseed.federation.state import StateError
 from fedkseed.files import FolderInUseError
-from fedkseed.simulation.host import LocalBatches
+from fedkseed.simulation.batches import LocalBatches
 from fedkseed.simulation.run_folder import CLIENTS, LEDGER, METRICS, TIMINGS, RunFolderError
 from fedkseed.simulation.simulation import RoundFailedError
 from fedkseed.simulation.task import Task

@@ -14,7 +14,7 @@ from torch import nn
 from fedkseed._checks import check_count
 from fedkseed.federation.messages import Broadcast, ProtocolError, Reply, broadcast_digest
 from fedkseed.model.working_copy import WorkingCopy
-from fedkseed.optim.evaluation import Loss
+from fedkseed.optim.evaluation import Losses
 from fedkseed.optim.fedkseed_sgd import FedKSeedSGD
 from fedkseed.seeds import MAX_CLIENTS, SeedPool
 from fedkseed.storage import DEFAULT_STORAGE, StorageChoice, StorageOptions, check_choice
@@ -52,14 +52,16 @@ class Client(Generic[BatchT]):
         client: its number at the server.
         working: the model that the local steps tune.
         pool: the candidate seeds; if None, those of each broadcast.
-        loss: of a model on a batch, a number or a tensor of one element.
+        loss: of a model on a batch, a number or a tensor of one element. With a paired storage mode
+            (``Streamed(paired=True)``) it runs the batch twice in one forward pass and returns both losses,
+            (plus, minus), as `fedkseed.paired_losses` does.
         batches: the batches of a round, one for each local step, from (round, number of steps).
         data_size: of the training data, in rows or whatever all clients count: the weight of the reply.
         run_id: 16 bytes; if given, broadcasts of another run are refused.
         on_step: called after each local step.
-        storage: how both sides of the weights are visited, by one loss a call (not paired); what the server
-            sees of it are the roundings in g. "auto" is resolved, and said, in the first round, as
-            `FedKSeedSGD` does, and stays.
+        storage: how both sides of the weights are visited; what the server sees of it are the roundings in
+            g. "auto", which is never paired, is resolved, and said, in the first round, as `FedKSeedSGD`
+            does, and stays.
 
     Attributes:
         last_run: of the last round, None before the first.
@@ -74,7 +76,7 @@ class Client(Generic[BatchT]):
         working: WorkingCopy,
         pool: SeedPool | None = None,
         *,
-        loss: Callable[[nn.Module, BatchT], Loss],
+        loss: Callable[[nn.Module, BatchT], Losses],
         batches: Callable[[int, int], Iterable[BatchT]],
         data_size: int,
         run_id: bytes | None = None,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 import fedkseed_kernels
 from fedkseed.model.named_errors import errors_named
@@ -17,6 +18,12 @@ def by_device(tensors: Iterable[torch.Tensor]) -> dict[torch.device, list[int]]:
     for position, tensor in enumerate(tensors):
         positions.setdefault(tensor.device, []).append(position)
     return positions
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model reads its inputs: where its first parameter is; the processor if it has none."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 class Places:

@@ -13,7 +13,7 @@ from torch import nn
 from fedkseed._checks import check_count
 from fedkseed._means import mean
 from fedkseed.model.held import HeldParameters
-from fedkseed.optim.evaluation import Evaluation, Loss, Surroundings
+from fedkseed.optim.evaluation import Evaluation, Losses, Surroundings
 from fedkseed.optim.gradient import ProjectedGradient
 from fedkseed.optim.measurement import LastStep, Measurement, Plan, Reduce, check_weight, reduced
 from fedkseed.optim.notices import Notices
@@ -115,7 +115,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def measure(
-        self, closure: Callable[[], Loss], weight: float = 1.0, seed_index: int | None = None
+        self, closure: Callable[[], Losses], weight: float = 1.0, seed_index: int | None = None
     ) -> float:
         """Evaluates both sides of the step's directions on one batch; `step` makes use of it.
 
@@ -279,7 +279,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
     def _note(self, plan: Plan, projected_grads: list[float], updates: list[GroupUpdate] | None) -> None:
         """Notes that a step was made; ``updates`` is None if all of its directions were skipped."""
 
-    def _step(self, closure: Callable[[], Loss] | None, seed_index: int | None = None) -> float:
+    def _step(self, closure: Callable[[], Losses] | None, seed_index: int | None = None) -> float:
         """The whole step, or its second half; see `step`. Calls no method that a hook or a user may wrap."""
         self._check_idle()
         plan = None
@@ -310,7 +310,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
             )
         return plan
 
-    def _measure(self, closure: Callable[[], Loss], weight: float, plan: Plan, is_apart: bool) -> float:
+    def _measure(self, closure: Callable[[], Losses], weight: float, plan: Plan, is_apart: bool) -> float:
         try:
             if self._measurement is not None:
                 self._storage.check_unwritten()

@@ -16,6 +16,9 @@ from fedkseed.model.randomness import Generators, OwnGenerators
 #: What a closure returns: the loss of one batch, a number or a tensor of one element.
 Loss = torch.Tensor | float
 
+#: What it returns with a paired storage mode too: the losses of both sides, (plus, minus).
+Losses = Loss | Sequence[Loss]
+
 _NO_LOSS = (
     "; end it with return loss (models of transformers compute one if they are given labels). Lightning's "
     "step() passes a closure that returns nothing where none is given: give it that of the last batch "

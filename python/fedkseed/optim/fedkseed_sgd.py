@@ -14,7 +14,7 @@ from torch import nn
 from fedkseed._checks import check_count, check_learning_rate
 from fedkseed.ledger import Ledger
 from fedkseed.optim.base import ZerothOrderOptimizer
-from fedkseed.optim.evaluation import Loss
+from fedkseed.optim.evaluation import Losses
 from fedkseed.optim.gradient import ProjectedGradient
 from fedkseed.optim.ledgers import ledger_of
 from fedkseed.optim.measurement import Plan, Reduce
@@ -109,7 +109,7 @@ class FedKSeedSGD(ZerothOrderOptimizer):
 
     @torch.no_grad()
     def step(  # type: ignore[override]
-        self, closure: Callable[[], Loss] | None = None, seed_index: int | None = None
+        self, closure: Callable[[], Losses] | None = None, seed_index: int | None = None
     ) -> float:
         """One step along the noise of one candidate seed.
 

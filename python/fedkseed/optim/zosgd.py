@@ -11,7 +11,7 @@ from torch import nn
 
 from fedkseed._checks import check_count, check_learning_rate, check_real, check_seed, check_weight_decay
 from fedkseed.optim.base import ZerothOrderOptimizer
-from fedkseed.optim.evaluation import Loss
+from fedkseed.optim.evaluation import Losses
 from fedkseed.optim.gradient import ProjectedGradient
 from fedkseed.optim.measurement import Plan, Reduce
 from fedkseed.optim.parameters import Params
@@ -97,7 +97,7 @@ class ZOSGD(ZerothOrderOptimizer):
         self._updates()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Loss] | None = None) -> float:  # type: ignore[override]
+    def step(self, closure: Callable[[], Losses] | None = None) -> float:  # type: ignore[override]
         """One step along the noise of the next ``num_directions`` seeds.
 
         Without a closure it is made of what `measure` measured since the last step. The closure is called

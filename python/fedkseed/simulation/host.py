@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol
 
-import numpy as np
-
 from fedkseed.federation.client import BatchT, Client, LocalRun
 from fedkseed.federation.messages import Broadcast
+from fedkseed.model.placement import input_device
 from fedkseed.model.randomness import Generators
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.seeds import SeedPool
+from fedkseed.simulation.batches import LocalBatches
 from fedkseed.simulation.task import ExampleT, Task
 from fedkseed.storage import DEFAULT_STORAGE, StorageChoice
 
@@ -64,7 +64,7 @@ class InProcessHost(Generic[ExampleT, BatchT]):
     Args:
         task: what they train.
         pool: the candidate seeds.
-        working: the model that they tune.
+        working: the model that they tune, where its parameters are; batches are moved there.
         seed, batch_size: of the order of each client's rows and its batches.
         storage: how clients visit both sides of the weights.
     """
@@ -91,7 +91,15 @@ class InProcessHost(Generic[ExampleT, BatchT]):
                 self.working,
                 self.pool,
                 loss=self.task.loss,
-                batches=LocalBatches(rows, client, self.seed, self.batch_size, self.task.collate),
+                batches=LocalBatches(
+                    rows,
+                    client,
+                    self.seed,
+                    self.batch_size,
+                    self.task.collate,
+                    input_device(self.working.model),
+                    self.task.to_device,
+                ),
                 data_size=self.task.data_size(client),
                 on_step=on_step,
                 storage=self.storage,
@@ -116,24 +124,3 @@ class InProcessHost(Generic[ExampleT, BatchT]):
 
     def close(self) -> None:
         """Does nothing: nothing runs in the background."""
-
-
-@dataclass(frozen=True)
-class LocalBatches(Generic[ExampleT, BatchT]):
-    """A client's batches of a round: its rows, shuffled by (seed, round, client), pass after pass."""
-
-    rows: Sequence[ExampleT]
-    client: int
-    seed: int
-    batch_size: int
-    collate: Callable[[Sequence[ExampleT]], BatchT]
-
-    def __call__(self, round: int, num_steps: int) -> Iterator[BatchT]:
-        generator = np.random.default_rng([self.seed % 2**64, round, self.client])
-        size = min(self.batch_size, len(self.rows))
-        order: list[int] = []
-        for _ in range(num_steps):
-            if len(order) < size:
-                order = generator.permutation(len(self.rows)).tolist()
-            yield self.collate([self.rows[index] for index in order[:size]])
-            order = order[size:]

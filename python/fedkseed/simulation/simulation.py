@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from time import perf_counter
@@ -21,12 +21,11 @@ from fedkseed.federation.config import RoundConfig, ServerConfig
 from fedkseed.federation.server import Server
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.model.identity import frozen_indices
-from fedkseed.model.manifest import manifest_parameters
-from fedkseed.model.packed import SharedTensors
-from fedkseed.model.waiting import flush_waiting
+from fedkseed.model.placement import input_device
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.fedkseed_sgd import FedKSeedSGD
 from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS, SeedPool
+from fedkseed.simulation.devices import worker_devices
 from fedkseed.simulation.host import ClientRun, Host, InProcessHost
 from fedkseed.simulation.modes import Modes, buffers_by_name
 from fedkseed.simulation.run_folder import (
@@ -40,7 +39,7 @@ from fedkseed.simulation.run_folder import (
     write_client_settings,
 )
 from fedkseed.simulation.task import ExampleT, Task
-from fedkseed.simulation.worker_pool import WorkerPool
+from fedkseed.simulation.worker_pool import DEFAULT_TIMEOUT, SharedWeights, WorkerPool, check_timeout
 from fedkseed.storage import (
     DEFAULT_STORAGE,
     STORAGE_MODES,
@@ -160,13 +159,17 @@ class Simulation(Generic[ExampleT, BatchT]):
 
     A context manager: leaving it ends the workers and releases the folder.
 
-    Memory: w0, the round's model from which each client starts, and one working copy a process.
+    Memory: w0, the round's model from which each client starts, and one working copy a process; on GPUs each
+    worker has all three, and this process w0 and the model that it evaluates (`memory_plan`).
 
     Args:
-        task: what is trained; its model is tuned in place, its weights as they stand now are w0.
+        task: what is trained; its model is tuned in place, on the device where it is; its weights as they
+            stand now are w0.
         config: the run.
         make_task: makes the same task in a worker process; needed, and picklable, for more than one worker.
         num_workers: processes that run clients side by side; with 1 it is this process.
+        devices: of the workers, of the type of the model's; if None, `worker_devices` of the model's.
+        worker_timeout: seconds of silence after which a worker counts as hung and is ended; 0 for no limit.
         folder: keeps server state, ledger and metrics after each round (`run_folder`); None keeps nothing.
         resume: go on with the run in the folder instead of starting one.
         on_step: called after each local step of any client.
@@ -177,6 +180,7 @@ class Simulation(Generic[ExampleT, BatchT]):
             folder keeps. A model that turns out in the first round not to be streamable changes it once.
 
     Raises:
+        DeviceError: more workers than GPUs.
         ValueError: fewer clients than a round needs, workers without ``make_task``, or a folder that holds a
             run already (without ``resume``) or none (with it).
         FolderInUseError, RunFolderError, WorkerError: as they say.
@@ -192,6 +196,8 @@ class Simulation(Generic[ExampleT, BatchT]):
         *,
         make_task: Callable[[], Task[ExampleT, BatchT]] | None = None,
         num_workers: int = 1,
+        devices: Sequence[torch.device] | None = None,
+        worker_timeout: float = DEFAULT_TIMEOUT,
         folder: Path | None = None,
         resume: bool = False,
         on_step: Callable[[], None] | None = None,
@@ -199,34 +205,41 @@ class Simulation(Generic[ExampleT, BatchT]):
         check_count("num_workers", num_workers, 1, 2**15)
         if num_workers > 1 and make_task is None:
             raise ValueError(f"expected make_task for {num_workers} workers, got None")
+        if devices is not None and len(devices) != num_workers:
+            raise ValueError(f"expected one device for each of {num_workers} workers, got {len(devices)}")
+        check_timeout(worker_timeout)
         self.config = config
         self.task = task
         self._on_step = on_step or (lambda: None)
         self._folder = folder
         self._exit = contextlib.ExitStack()
         try:
-            self._set_up(make_task, num_workers, resume)
+            self._set_up(make_task, num_workers, devices, worker_timeout, resume)
         except BaseException:
             self._exit.close()
             raise
 
     def _set_up(
-        self, make_task: Callable[[], Task[ExampleT, BatchT]] | None, num_workers: int, resume: bool
+        self,
+        make_task: Callable[[], Task[ExampleT, BatchT]] | None,
+        num_workers: int,
+        devices: Sequence[torch.device] | None,
+        timeout: float,
+        resume: bool,
     ) -> None:
         task, config = self.task, self.config
         pool = SeedPool(config.seed, config.num_seeds)
         self._frozen = frozen_indices(task.model)
-        weights = [weight for _, weight in manifest_parameters(task.model) if weight.requires_grad]
-        shared: tuple[SharedTensors, SharedTensors] | None = None
+        shared: SharedWeights | None = None
+        device = input_device(task.model)
+        devices = list(devices or worker_devices(device, num_workers))
         if num_workers == 1:
             self.working = WorkingCopy(task.model, round_model="own")
         else:
-            shared = SharedTensors.empty_like(weights), SharedTensors.empty_like(weights)
-            w0, round_model = (part.tensors() for part in shared)
-            flush_waiting(weights)
-            for to, weight in zip(w0, weights, strict=True):
-                to.copy_(weight.detach())
-            self.working = WorkingCopy(task.model, w0=w0, round_model=round_model)
+            shared = SharedWeights.of(task.model, devices)
+            # Workers on GPUs rebuild the rounds' models for themselves, and this process its own.
+            is_shared = device.type == "cpu"
+            self.working = shared.working_copy(task.model, device) if is_shared else WorkingCopy(task.model)
         self._open_server(pool, resume)
         host_options: dict[str, Any] = {
             "pool": pool,
@@ -240,10 +253,10 @@ class Simulation(Generic[ExampleT, BatchT]):
             assert make_task is not None, "checked by the constructor"
             self._host = WorkerPool(
                 make_task,
-                num_workers=num_workers,
+                devices=devices,
                 num_threads=config.num_threads,
-                w0=shared[0],
-                round_model=shared[1],
+                shared=shared,
+                timeout=timeout,
                 storage=self._choice,
                 beside=(Modes(task.model), buffers_by_name(task.model)),
                 host_options=host_options,
@@ -357,7 +370,7 @@ class Simulation(Generic[ExampleT, BatchT]):
 
         Raises:
             RoundFailedError: no client of a round replied.
-            WorkerError: a worker process died.
+            WorkerError: a worker process died, or hung.
             OSError: the folder cannot be written; it stays as after the round before.
         """
         while self.server.round < self.config.num_rounds:

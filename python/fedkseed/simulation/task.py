@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from torch import nn
 
 from fedkseed.federation.client import BatchT
-from fedkseed.optim.evaluation import Loss
+from fedkseed.optim.evaluation import Losses
 
 ExampleT = TypeVar("ExampleT")
 
@@ -19,14 +20,17 @@ class Task(Generic[ExampleT, BatchT]):
     """What a federation trains: a model, and the rows of each client.
 
     Attributes:
-        model: its weights as they stand are w0. Tuned in place.
+        model: its weights as they stand are w0. Tuned in place, on the device where they are.
         datasets: the training rows of each client, at least one each.
         collate: a batch from some rows.
-        loss: of the model on a batch, a number or a tensor of one element.
+        loss: of the model on a batch, a number or a tensor of one element; with a paired storage mode both
+            losses, (plus, minus), of the batch run twice in one forward pass (`fedkseed.paired_losses`).
         data_sizes: of each client, its weight if clients are weighted by data size; its number of rows if
             None.
         evaluate: named scores of the model after a round, from (model, round), called without gradients; None
             to leave it out.
+        to_device: moves a batch to the model's device where it is on another; if None, it is moved by its own
+            ``to``, a list, tuple or dict item by item, and anything else stays as it is.
 
     Raises:
         ValueError: a client without data, or not one data size a client.
@@ -35,9 +39,10 @@ class Task(Generic[ExampleT, BatchT]):
     model: nn.Module
     datasets: Sequence[Sequence[ExampleT]]
     collate: Callable[[Sequence[ExampleT]], BatchT]
-    loss: Callable[[nn.Module, BatchT], Loss]
+    loss: Callable[[nn.Module, BatchT], Losses]
     data_sizes: Sequence[int] | None = None
     evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
+    to_device: Callable[[BatchT, torch.device], BatchT] | None = None
 
     def __post_init__(self) -> None:
         for client, rows in enumerate(self.datasets):
