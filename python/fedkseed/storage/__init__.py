@@ -22,6 +22,7 @@ from fedkseed.storage.texts import mode_of_text
 
 __all__ = [
     "DEFAULT_STORAGE",
+    "PAIRED_STORAGE_MODES",
     "SIXTEEN_BIT",
     "STORAGE_MODES",
     "AutoStorage",
@@ -40,8 +41,7 @@ __all__ = [
     "storage_mode",
 ]
 
-#: Modes by their names in flags and configuration files: those that a closure with one loss serves;
-#: the paired ones need a closure of their own.
+#: Modes by their names in flags and configuration files: those that a closure with one loss serves.
 STORAGE_MODES: Mapping[str, StorageChoice] = {
     "auto": "auto",
     "inplace": Inplace(),
@@ -51,6 +51,13 @@ STORAGE_MODES: Mapping[str, StorageChoice] = {
     "compensated": Streamed(compensated=True),
 }
 
+#: Those whose closure returns both losses of a doubled batch (`fedkseed.paired_losses`).
+PAIRED_STORAGE_MODES: Mapping[str, StorageOptions] = {
+    "paired": Streamed(paired=True),
+    "paired-fp32": Streamed(paired=True, compute_dtype=torch.float32),
+    "paired-compensated": Streamed(paired=True, compensated=True),
+}
+
 
 def storage_mode(name: str) -> StorageChoice:
     """The mode called ``name``.
@@ -58,6 +65,7 @@ def storage_mode(name: str) -> StorageChoice:
     Raises:
         ValueError: there is none; says which there are.
     """
-    if name not in STORAGE_MODES:
-        raise ValueError(f"expected a storage mode out of {list(STORAGE_MODES)}, got {name!r}")
-    return STORAGE_MODES[name]
+    modes = {**STORAGE_MODES, **PAIRED_STORAGE_MODES}
+    if name not in modes:
+        raise ValueError(f"expected a storage mode out of {list(modes)}, got {name!r}")
+    return modes[name]
