@@ -19,7 +19,7 @@ ROWS = [Encoded((1, 2, 3), 1), Encoded((4, 5), 1)]
 
 
 def places(batch: Any) -> set[torch.device]:
-    """Of every tensor in a batch of the kinds below."""
+    """Where the tensors of a batch of the kinds below are."""
     if isinstance(batch, torch.Tensor):
         return {batch.device}
     if isinstance(batch, dict):
