@@ -1,4 +1,4 @@
-"""Causal language models with their tokenizers: the pinned small one, any local folder, any hub id."""
+"""Language models and classifiers with their tokenizers: the pinned one, any local folder, any hub id."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedkseed._extras import require_extra
+from fedkseed._extras import MissingExtraError, require_extra
 from fedkseed.data import fetch
+from fedkseed.data.architectures import Family, choose_class
+from fedkseed.data.architectures import ModelError as ModelError  # exported: loaders raise it
 from fedkseed_kernels import cache_folder
 
 if TYPE_CHECKING:
@@ -40,9 +42,10 @@ _TOKENIZERS = (
 _MODEL = {"config.json": ("config.json",), f"weights ({' or '.join(_WEIGHTS)})": _WEIGHTS}
 _TOKENIZER = {f"a tokenizer ({' or '.join(_TOKENIZERS)})": _TOKENIZERS}
 
-
-class ModelError(ValueError):
-    """A model cannot be loaded from what was named."""
+_LANGUAGE_MODELS: tuple[Family, ...] = ("causal", "masked")
+_CLASSIFIERS: tuple[Family, ...] = ("classifier",)
+#: Tokens that every row can contain: they are put around texts, pad them, or stand for what is unknown.
+_ROLES = ("pad", "eos", "bos", "unk", "cls", "sep")
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -79,52 +82,149 @@ def smollm2_folder() -> Path:
 
 
 def load_causal_lm(
-    path_or_id: str | Path, dtype: torch.dtype = torch.float32
+    path_or_id: str | Path, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, on the CPU, in evaluation mode, weights in ``dtype``.
+
+    A masked language model is loaded too, as the class that its config.json names.
 
     Args:
         path_or_id: a folder in the layout of `save_pretrained`, or a hub id ("owner/name").
         dtype: a floating-point dtype.
+        trust_remote_code: whether code that lies beside the weights may run; never asked.
 
     Raises:
-        ModelError: the folder lacks a file (named), a file is damaged, the weights lack a parameter, or the
-            hub has no such model or cannot be reached.
+        ModelError: the folder lacks a file (named), a file is damaged, the weights lack a parameter, a
+            token has no embedding, the model is of another kind or has code of its own, or the hub has no
+            such model or cannot be reached.
         MissingExtraError: a package of the extra `hf` is not installed.
     """
-    _check_dtype(dtype)
-    require_extra("hf", "transformers", "safetensors")
-    from transformers import AutoTokenizer
-
-    source, local = _source(path_or_id, {**_MODEL, **_TOKENIZER})
-    model = load_causal_lm_weights(path_or_id, dtype)
-    with _loading(path_or_id, local):
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-    return model, tokenizer
+    return _with_tokenizer(path_or_id, dtype, _LANGUAGE_MODELS, trust_remote_code)
 
 
-def load_causal_lm_weights(path_or_id: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_causal_lm_weights(
+    path_or_id: str | Path, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model of `load_causal_lm` alone; the folder needs no tokenizer.
 
     Raises:
         ModelError, MissingExtraError: as `load_causal_lm`.
     """
+    return _weights(path_or_id, dtype, _LANGUAGE_MODELS, trust_remote_code)
+
+
+def load_classifier(
+    path_or_id: str | Path, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A sequence classifier and its tokenizer, as `load_causal_lm`; its head is loaded, never made up.
+
+    Raises:
+        ModelError, MissingExtraError: as `load_causal_lm`; also a folder whose weights have no head.
+    """
+    return _with_tokenizer(path_or_id, dtype, _CLASSIFIERS, trust_remote_code)
+
+
+def load_any(
+    path_or_id: str | Path, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A language model or a classifier, whichever config.json names, and its tokenizer, as `load_causal_lm`.
+
+    Raises:
+        ModelError, MissingExtraError: as `load_causal_lm`.
+    """
+    return _with_tokenizer(path_or_id, dtype, _LANGUAGE_MODELS + _CLASSIFIERS, trust_remote_code)
+
+
+def load_any_weights(
+    path_or_id: str | Path, dtype: torch.dtype = torch.float32, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of `load_any` alone; the folder needs no tokenizer.
+
+    Raises:
+        ModelError, MissingExtraError: as `load_causal_lm`.
+    """
+    return _weights(path_or_id, dtype, _LANGUAGE_MODELS + _CLASSIFIERS, trust_remote_code)
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises unless the model has an embedding for each token that texts can become.
+
+    A special token without a role (an image's place, say) becomes part of a row only where a text spells it
+    out: it may lie beyond the embeddings, unless the chat template writes it.
+
+    Raises:
+        ModelError: a token beyond the embeddings; names it, its id and the size of the table.
+    """
+    size = num_embeddings(model)
+    template = str(tokenizer.chat_template or "")
+    special = set(tokenizer.all_special_tokens)
+    beyond = {}
+    for role in _ROLES:
+        index = getattr(tokenizer, f"{role}_token_id")
+        if index is not None and index >= size:
+            beyond[int(index)] = f"{role} token {getattr(tokenizer, f'{role}_token')!r}"
+    for token, index in tokenizer.get_vocab().items():
+        if index >= size and (token not in special or token in template):
+            beyond.setdefault(int(index), f"token {token!r}")
+    if beyond:
+        first, *_ = found = sorted(beyond)
+        more = f" and {len(found) - 1} more up to {found[-1]}" if len(found) > 1 else ""
+        raise ModelError(
+            f"expected token ids below {size}, the rows of the model's embedding table, got {first} for the "
+            f"{beyond[first]}{more}; save the model after resize_token_embeddings({found[-1] + 1}), or set "
+            "another token (a pad token may be the end-of-text token) in tokenizer_config.json"
+        )
+
+
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Rows of the model's embedding table: token ids lie below it."""
+    table: Any = model.get_input_embeddings()
+    return int(table.weight.shape[0])
+
+
+def _with_tokenizer(
+    path_or_id: str | Path, dtype: torch.dtype, families: tuple[Family, ...], trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     _check_dtype(dtype)
     require_extra("hf", "transformers", "safetensors")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoTokenizer
+
+    source, local = _source(path_or_id, {**_MODEL, **_TOKENIZER})
+    model = _weights(path_or_id, dtype, families, trust_remote_code)
+    with _loading(path_or_id, local, families):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, local_files_only=local, trust_remote_code=trust_remote_code
+        )
+        check_vocabulary(model, tokenizer)
+    return model, tokenizer
+
+
+def _weights(
+    path_or_id: str | Path, dtype: torch.dtype, families: tuple[Family, ...], trust_remote_code: bool
+) -> PreTrainedModel:
+    _check_dtype(dtype)
+    require_extra("hf", "transformers", "safetensors")
 
     source, local = _source(path_or_id, _MODEL)
-    with _loading(path_or_id, local):
+    with _loading(path_or_id, local, families):
+        model_class, config = choose_class(source, local, families, trust_remote_code)
         # With output_loading_info it returns a pair, which its own annotations do not say.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, local_files_only=local, output_loading_info=True
+        loaded: Any = model_class.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            local_files_only=local,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
         )
-    model, info = loaded
-    if absent := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{_subject(path_or_id)}: expected weights for every parameter, got none for {len(absent)} "
-            f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); save the whole model again"
-        )
+        model, info = loaded
+        if absent := sorted(info["missing_keys"]):
+            advice = "its head would be random numbers: save a model with a head" * (families == _CLASSIFIERS)
+            raise ModelError(
+                f"expected weights for every parameter, got none for {len(absent)} "
+                f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); "
+                f"{advice or 'save the whole model again'}"
+            )
     evaluated: PreTrainedModel = model.eval()
     return evaluated
 
@@ -153,20 +253,22 @@ def _source(path_or_id: str | Path, needed: Mapping[str, tuple[str, ...]]) -> tu
 
 
 @contextmanager
-def _loading(path_or_id: str | Path, local: bool) -> Iterator[None]:
-    """Turns the library's many errors about what it reads into one."""
-    from safetensors import SafetensorError
-
+def _loading(path_or_id: str | Path, local: bool, families: tuple[Family, ...]) -> Iterator[None]:
+    """Turns the library's many errors about what it reads into one, whatever damage they speak of."""
+    what = {_LANGUAGE_MODELS: "a causal language model", _CLASSIFIERS: "a classifier"}.get(
+        families, "a model"
+    )
+    subject = f"cannot load {what} from {path_or_id}"
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (MissingExtraError, MemoryError):
+        raise
+    except ModelError as error:
+        raise ModelError(f"{subject}: {error}") from error
+    except Exception as error:
         kind = "the folder's files to be whole" if local else "a local folder or a hub id that can be reached"
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{_subject(path_or_id)}: expected {kind}, got: {first}") from error
-
-
-def _subject(path_or_id: str | Path) -> str:
-    return f"cannot load a causal language model from {path_or_id}"
+        raise ModelError(f"{subject}: expected {kind}, got: {first}") from error
 
 
 def _check_folder(folder: Path, needed: Mapping[str, tuple[str, ...]]) -> None:

@@ -1,0 +1,116 @@
+"""Classes that model folders are loaded as, by what their config.json says; no code of a folder runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+#: What a model is for; "causal" and "masked" language models are tuned on text, "classifier" on labels.
+Family = Literal["causal", "masked", "classifier"]
+
+_FAMILIES: dict[Family, tuple[str, str, str]] = {
+    "causal": ("a causal language model", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
+    "masked": ("a masked language model", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
+    "classifier": (
+        "a sequence classifier",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "AutoModelForSequenceClassification",
+    ),
+}
+
+
+class ModelError(ValueError):
+    """A model cannot be loaded from what was named."""
+
+
+def choose_class(
+    source: str | Path, local: bool, families: Sequence[Family], trust_remote_code: bool
+) -> tuple[Any, PreTrainedConfig]:
+    """The class, one of transformers or an auto class, whose ``from_pretrained`` loads the model; its config.
+
+    It is the class that config.json names under "architectures" if that is of one of the ``families``. A
+    bare or unknown one is loaded as the first family's class for its "model_type".
+
+    Args:
+        source: a folder, or a hub id.
+        local: whether it is a folder.
+        families: that are served, the preferred one first.
+        trust_remote_code: whether code that lies beside the weights may run.
+
+    Raises:
+        ModelError: code of its own that is not trusted, a model of another kind, or one that transformers
+            does not know. What the library raises about damaged files passes through.
+    """
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+    entries, _ = PreTrainedConfig.get_config_dict(source, local_files_only=local)
+    model_type = entries.get("model_type")
+    own = _own_code(source, local, entries)
+    if own and not trust_remote_code:
+        known = f"; or take auto_map out to use transformers' own {model_type}" * (
+            model_type in CONFIG_MAPPING
+        )
+        raise ModelError(
+            f"expected a model that transformers has the code of, got code of its own ({', '.join(own)}: "
+            f"auto_map); read that code, then pass --trust-remote-code (trust_remote_code=True){known}"
+        )
+    if not own and model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"expected a model type that transformers {transformers.__version__} knows, got {model_type!r} "
+            "in config.json; install a release of transformers that has it, or name another model"
+        )
+    config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=trust_remote_code)
+    if own and isinstance(entries.get("auto_map"), Mapping):
+        for family in families:
+            if (auto := _FAMILIES[family][2]) in entries["auto_map"]:
+                return getattr(transformers, auto), config
+    named = entries.get("architectures") or [None]
+    return _served_class(named[0], config, families), config
+
+
+def _own_code(source: str | Path, local: bool, entries: Mapping[str, Any]) -> list[str]:
+    """Names of the files that name code beside the weights."""
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    tokenizer = get_tokenizer_config(source, local_files_only=local)
+    files = {"config.json": entries, "tokenizer_config.json": tokenizer}
+    return [name for name, content in files.items() if "auto_map" in content]
+
+
+def _served_class(named: Any, config: PreTrainedConfig, families: Sequence[Family]) -> Any:
+    """The class of transformers with this name, or the first family's for this config."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    names = {family: getattr(modeling_auto, _FAMILIES[family][1]) for family in _FAMILIES}
+    family = next((family for family in _FAMILIES if named in names[family].values()), None)
+    served = " or ".join(_FAMILIES[wanted][0] for wanted in families)
+    if config.is_encoder_decoder and family != "causal":
+        raise ModelError(
+            f"expected {served}, got an encoder-decoder ({named or config.model_type}); such models are not "
+            "served, name a decoder or an encoder"
+        )
+    if family is not None and family in families:
+        auto = names[family].get(config.model_type) == named
+        chosen = getattr(transformers, _FAMILIES[family][2] if auto else named)
+        if auto or chosen.config_class is type(config):
+            return chosen
+    elif family is not None:
+        raise ModelError(f"expected {served}, got {_FAMILIES[family][0]} ({named}); name one of that kind")
+    bare = (
+        *modeling_auto.MODEL_MAPPING_NAMES.values(),
+        *modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES.values(),
+    )
+    is_bare = any(named in entry if isinstance(entry, tuple) else named == entry for entry in bare)
+    fallback = next((wanted for wanted in families if config.model_type in names[wanted]), None)
+    if fallback is None or not (is_bare or not isinstance(named, str) or not hasattr(transformers, named)):
+        raise ModelError(
+            f"expected {served}, got a model of another kind ({named or config.model_type}); "
+            "name one of that kind"
+        )
+    return getattr(transformers, _FAMILIES[fallback][2])
