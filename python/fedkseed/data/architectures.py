@@ -30,9 +30,9 @@ class ModelError(ValueError):
 def choose_class(
     source: str | Path, local: bool, families: Sequence[Family], trust_remote_code: bool
 ) -> tuple[Any, PreTrainedConfig]:
-    """The class, one of transformers or an auto class, whose ``from_pretrained`` loads the model; its config.
+    """The auto class of transformers whose ``from_pretrained`` loads the model, and the model's config.
 
-    It is the class that config.json names under "architectures" if that is of one of the ``families``. A
+    It gives the class that config.json names under "architectures" if that is of one of the ``families``. A
     bare or unknown one is loaded as the first family's class for its "model_type".
 
     Args:
@@ -83,7 +83,7 @@ def _own_code(source: str | Path, local: bool, entries: Mapping[str, Any]) -> li
 
 
 def _served_class(named: Any, config: PreTrainedConfig, families: Sequence[Family]) -> Any:
-    """The class of transformers with this name, or the first family's for this config."""
+    """The auto class of the family that the name is of, or the first family's that has this config."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -96,12 +96,18 @@ def _served_class(named: Any, config: PreTrainedConfig, families: Sequence[Famil
             "served, name a decoder or an encoder"
         )
     if family is not None and family in families:
-        auto = names[family].get(config.model_type) == named
-        chosen = getattr(transformers, _FAMILIES[family][2] if auto else named)
-        if auto or chosen.config_class is type(config):
-            return chosen
+        # Of a family, a model type has one class.
+        if config.model_type in names[family]:
+            return getattr(transformers, _FAMILIES[family][2])
     elif family is not None:
-        raise ModelError(f"expected {served}, got {_FAMILIES[family][0]} ({named}); name one of that kind")
+        head = (
+            ", or give this one a head: AutoModelForSequenceClassification"
+            ".from_pretrained(MODEL, num_labels=N).save_pretrained(FOLDER)"
+        )
+        raise ModelError(
+            f"expected {served}, got {_FAMILIES[family][0]} ({named}); name one of that kind"
+            f"{head if 'classifier' in families else ''}"
+        )
     bare = (
         *modeling_auto.MODEL_MAPPING_NAMES.values(),
         *modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES.values(),

