@@ -13,11 +13,15 @@ from support.tiny_language_model import make_model, make_task
 from fedkseed import Inplace, Ledger, ModelIdentity, Streamed, cli
 from fedkseed.data import FetchError, ModelError
 from fedkseed.data.models import load_causal_lm_weights
-from fedkseed.scenarios import instruction_run
-from fedkseed.scenarios.settings import QUICK, RunSettings, SettingsError, make_settings, read_toml
+from fedkseed.scenarios import built_in
+from fedkseed.scenarios import run as scenario
+from fedkseed.scenarios.instructions import InstructionBench
+from fedkseed.scenarios.presets import QUICK
+from fedkseed.scenarios.settings import RunSettings, SettingsError, given_values, values_of_file
 from fedkseed.simulation.run_folder import CLIENTS, LEDGER, METRICS, TIMINGS
 from fedkseed.storage import STORAGE_MODES, StorageOptions
 
+# Two names of version 0.1 among them, which are still taken.
 SMALL = ["--rounds", "2", "--clients-per-round", "2", "--num-seeds", "16", "--threads", "1"]
 IN_FP32 = Streamed(compute_dtype=torch.float32)
 FEW_ROWS = ["--round-rows", "1", "--final-rows", "2", "--generate-rows", "1"]
@@ -41,7 +45,7 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def _tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = [make_task(name) for name in ("red", "blue", "green")], [make_task("grey")]
-    monkeypatch.setattr(instruction_run, "load_instruction_tasks", lambda tokenizer: tasks)
+    monkeypatch.setattr(built_in, "load_instruction_tasks", lambda tokenizer: tasks)
 
 
 def simulate(base: Path, out: Path, *more: str) -> int:
@@ -55,7 +59,7 @@ def test_simulate_then_apply_inspect_and_plot(
     out = tmp_path / "runs" / "first"
     assert simulate(base, out, "--rouge-every", "2") == 0
     printed = capsys.readouterr().out
-    summary = json.loads((out / instruction_run.SUMMARY).read_text("utf-8"))
+    summary = json.loads((out / scenario.SUMMARY).read_text("utf-8"))
     rows = [json.loads(line) for line in (out / METRICS).read_text("utf-8").splitlines()]
     assert [row["round"] for row in rows] == [0, 1]
     assert all("seconds" not in name for row in rows for name in row)
@@ -69,6 +73,7 @@ def test_simulate_then_apply_inspect_and_plot(
     for name in ("before", "after", "majority answer"):
         assert any(line.startswith(name) for line in printed.splitlines())
     assert f"apply {out / LEDGER} --base {base}" in printed
+    assert f"ask {out / 'model'}" in printed
 
     assert cli.main(["inspect", str(out / LEDGER)]) == 0
     assert "16" in capsys.readouterr().out
@@ -90,7 +95,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
 ) -> None:
     assert simulate(base, tmp_path / "whole") == 0
     steps = 0
-    walk = instruction_run.Workbench.train_loss
+    walk = InstructionBench.train_loss
 
     def interrupted(self: object, *arguments: object) -> float:
         nonlocal steps
@@ -100,9 +105,11 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
         return walk(self, *arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(instruction_run.Workbench, "train_loss", interrupted)
+        patch.setattr(InstructionBench, "train_loss", interrupted)
         assert simulate(base, tmp_path / "cut") == 130
-    assert capsys.readouterr().err.endswith("Interrupted.\n")
+    said = capsys.readouterr().err
+    assert "Interrupted" in said
+    assert said.endswith(f"fedkseed simulate --resume {tmp_path / 'cut'}\n")
     assert len((tmp_path / "cut" / METRICS).read_text("utf-8").splitlines()) == 1
     assert cli.main(["simulate", "--resume", str(tmp_path / "cut")]) == 0
     assert "after 1 rounds" in capsys.readouterr().out
@@ -135,14 +142,15 @@ def test_a_folder_with_something_in_it_is_left_alone(
 def test_an_expected_error_is_one_line(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(instruction_run, "make_workbench", fail)
+    monkeypatch.setattr(scenario, "make_bench", fail)
     assert cli.main(["simulate", *SMALL[:-2], "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"fedkseed simulate: {error}\n"
     assert cli.main(["simulate", *SMALL[:-2], "--out", str(tmp_path / "again"), "--verbose"]) == 2
     assert "Traceback" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -153,8 +161,8 @@ def test_an_expected_error_is_one_line(
         (["simulate", "--rounds", "-1"], "num_rounds"),
         (["simulate", "--clients-per-round", "0"], "clients_per_round"),
         (["simulate", "--num-seeds", "70000"], "num_seeds"),
-        (["simulate", "--final-rows", "0"], "expected final_rows of at least 1, got 0"),
-        (["simulate", "--threads", "-1"], "expected threads of at least 0"),
+        (["simulate", "--final-rows", "0"], "expected final_rows in [1, "),
+        (["simulate", "--threads", "-1"], "num_threads in"),
         (["simulate", "--resume", "absent"], "expected the folder of a run"),
         (["simulate", "--resume", "absent", "--lr", "1"], "without other settings"),
         (["simulate", "--config", "absent.toml"], "expected a TOML file"),
@@ -219,7 +227,7 @@ def test_a_run_of_signs_on_streamed_weights(base: Path, tmp_path: Path) -> None:
     assert simulate(base, run, *flags) == 0
     assert chosen.items() <= json.loads((run / "settings.json").read_text("utf-8")).items()
     assert Ledger.load(run / LEDGER).family == "rademacher"
-    summary = json.loads((run / instruction_run.SUMMARY).read_text("utf-8"))
+    summary = json.loads((run / scenario.SUMMARY).read_text("utf-8"))
     assert cli.main(["apply", str(run / LEDGER), "--base", str(base), "--out", str(tmp_path / "tuned")]) == 0
     tuned = load_causal_lm_weights(tmp_path / "tuned", torch.bfloat16)
     assert ModelIdentity.of(tuned).content.hex() == summary["content"]
@@ -249,30 +257,31 @@ def test_the_storage_mode_is_chosen_said_and_kept(
 def test_toml_then_flags(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('rounds = 5\nlr = 1\nsampling = "pro"\n')
-    settings = make_settings({"rounds": None, "seed": 9}, quick=True, toml=path)
-    assert (settings.rounds, settings.lr, settings.sampling, settings.seed) == (5, 1.0, "pro", 9)
-    assert settings.round_rows == QUICK["round_rows"]
-    assert make_settings({"rounds": 3}, quick=False, toml=path).rounds == 3
+    values = given_values({"num_rounds": None, "seed": 9}, quick=True, toml=path)
+    assert values == {**QUICK, "num_rounds": 5, "lr": 1.0, "sampling": "pro", "seed": 9}
+    assert given_values({"num_rounds": 3}, quick=False, toml=path)["num_rounds"] == 3
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("colour = 1", "got colour; known are rounds"),
-        ('rounds = "two"', "expected rounds"),
-        ("rounds = true", "expected rounds"),
+        ("colour = 1", "got 'colour'; known are data"),
+        ("batch_sise = 1", "did you mean batch_size"),
+        ("rounds = 1\nnum_rounds = 2", "expected num_rounds in .* once"),
+        ('rounds = "two"', "expected num_rounds"),
+        ("rounds = true", "expected num_rounds"),
         ('sampling = "none"', "to be one of uniform, pro"),
         ("rounds =", "expected a TOML file"),
-        ("[run]\nrounds = 1", "got run"),
+        ("[run]\nrounds = 1", "got 'run'"),
     ],
 )
 def test_bad_toml_names_the_key(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(text)
     with pytest.raises(SettingsError, match=message):
-        read_toml(path)
+        values_of_file(path)
 
 
 def test_settings_are_checked_when_made() -> None:
-    with pytest.raises(SettingsError, match="workers of at least 1"):
-        RunSettings(workers=0)
+    with pytest.raises(SettingsError, match="expected workers in"):
+        RunSettings.of({"workers": 0}, num_clients=16)

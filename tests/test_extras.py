@@ -22,7 +22,7 @@ from fedkseed.cli import plot
 from fedkseed.data import models
 from fedkseed.data.__main__ import main as fetch_all
 from fedkseed.ledger import signature
-from fedkseed.scenarios.instruction_run import Place
+from fedkseed.scenarios.events import Events
 from fedkseed.simulation.run_folder import LEDGER
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ USES = {
     "check a signature": Use("sign", "cryptography", lambda: _signature().is_of(b"")),
     "plot": Use("plot", "matplotlib", lambda: plot.draw([], Path("plot.png"))),
     "plot of the drift": Use("plot", "matplotlib", lambda: drift_report.draw({}, Path("drift.png"))),
-    "event files": Use("tensorboard", "tensorboard", lambda: Place(Path("run"), tensorboard=True)),
+    "event files": Use("tensorboard", "tensorboard", lambda: Events(Path("run"))),
     "kernel suite": Use("bench", "pytest_benchmark", lambda: kernels.run_suite([])),
     "gate": Use("bench", "triton", lambda: gate.count_triton("sm_90")),
     "machine code": Use("bench", "triton", lambda: list(sass.triton_rows(["sm_90"]))),

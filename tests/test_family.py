@@ -32,7 +32,7 @@ from fedkseed import (
     WorkingCopy,
     load,
 )
-from fedkseed.scenarios.settings import make_settings
+from fedkseed.scenarios.settings import RunSettings, values_of_file
 from fedkseed.simulation.run_folder import LEDGER, METRICS
 
 POOL = SeedPool(8, 64)
@@ -162,7 +162,7 @@ def test_a_ledger_made_of_an_optimizer_says_its_family() -> None:
 def test_the_setting_reaches_the_simulation(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('family = "rademacher"\n')
-    settings = make_settings({}, quick=True, toml=path)
-    assert settings.simulation_config().family == "rademacher"
-    assert settings.simulation_config().server_config(16).family == "rademacher"
-    assert make_settings({}, quick=True, toml=None).simulation_config().family == "gaussian"
+    settings = RunSettings.of(values_of_file(path), num_clients=16)
+    assert settings.federation.family == "rademacher"
+    assert settings.federation.server_config(16).family == "rademacher"
+    assert RunSettings.of({}, num_clients=16).federation.family == "gaussian"

@@ -19,7 +19,7 @@ import torch
 from support.small_model import same_bytes
 
 from fedkseed import ZOSGD, Broadcast, Ledger, LedgerError, ModelIdentity, Reply, Server, load
-from fedkseed.scenarios.settings import RunSettings
+from fedkseed.scenarios.settings import OLD_NAMES, OPTIONS, RunSettings, checked_values
 from fedkseed.simulation.run_folder import CLIENTS, LEDGER, METRICS
 
 FOLDER = Path(__file__).parent / "data" / "written_by_0_1"
@@ -174,9 +174,15 @@ def test_the_folder_of_simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     old = FOLDER / "simulate"
     for name in ("base", "simulate"):
         shutil.copytree(FOLDER / name, tmp_path / name)
-    settings = RunSettings(**json.loads((old / "settings.json").read_text()))
-    anew = json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
-    assert anew == (old / "settings.json").read_text()
+    given = json.loads((old / "settings.json").read_text())
+    settings = RunSettings.of(checked_values(given, OPTIONS, "settings.json"), num_clients=3).values()
+    renamed = {OLD_NAMES.get(name, name): value for name, value in given.items()}
+    assert {name: settings[name] for name in renamed} == {
+        **renamed,
+        "num_threads": given["threads"] or torch.get_num_threads(),
+        "eps": settings["eps"],
+    }
+    assert settings["eps"] == pytest.approx(given["eps"])
     monkeypatch.chdir(tmp_path)
     assert write.simulate("--resume", "simulate") == 0
     for path in old.iterdir():
@@ -185,8 +191,9 @@ def test_the_folder_of_simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     summary, before = (
         json.loads((at / "simulate" / "summary.json").read_text()) for at in (tmp_path, FOLDER)
     )
-    assert summary.keys() == before.keys()
-    for name in ("settings", "threads", "model", "bytes"):
+    assert summary.keys() >= before.keys()
+    assert summary["settings"] == settings
+    for name in ("threads", "model", "bytes"):
         assert summary[name] == before[name], name
     assert {row: scores.keys() for row, scores in summary["scores"].items()} == {
         row: scores.keys() for row, scores in before["scores"].items()

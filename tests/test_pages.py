@@ -11,7 +11,7 @@ import pytest
 from support import stand_ins
 from support.ports import free_port
 
-from fedkseed.scenarios.settings import read_toml
+from fedkseed.scenarios.settings import values_of_file
 
 DOCS = Path(__file__).parent.parent / "docs"
 #: Pages whose Python blocks are one program, and how many they have.
@@ -71,4 +71,4 @@ def test_the_page_of_the_optimizers_runs(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_settings_file_is_one(tmp_path: Path) -> None:
     (block,) = blocks("quickstart", "toml")
     (tmp_path / "run.toml").write_text(block)
-    assert read_toml(tmp_path / "run.toml")["sampling"] == "pro"
+    assert values_of_file(tmp_path / "run.toml")["sampling"] == "pro"

@@ -201,6 +201,8 @@ def test_a_run_that_stopped_before_its_first_round_may_still_fall(tmp_path: Path
 
 
 def test_settings_without_and_with_a_mode() -> None:
-    assert RunSettings().storage == "auto"
-    assert RunSettings().simulation_config().storage == "auto"
-    assert RunSettings(storage="inplace").simulation_config().storage == Inplace()
+    assert RunSettings.of({}, num_clients=16).federation.storage == "auto"
+    assert RunSettings.of({}, num_clients=16).values()["storage"] == "auto"
+    settings = RunSettings.of({"storage": "inplace"}, num_clients=16)
+    assert settings.federation.storage == Inplace()
+    assert settings.values()["storage"] == "inplace"

@@ -16,7 +16,7 @@ from torch import nn
 
 import fedkseed_kernels
 from fedkseed import Client, ModelIdentity, Reply, SeedPool, Simulation, SimulationConfig, WorkingCopy, load
-from fedkseed.scenarios.settings import RunSettings, SettingsError, make_settings
+from fedkseed.scenarios.settings import RunSettings, SettingsError, given_values
 from fedkseed.simulation.run_folder import LEDGER, METRICS
 from fedkseed.storage import STORAGE_MODES, storage_mode
 
@@ -129,9 +129,9 @@ def test_workers_change_no_bit_of_signs_on_streamed_weights(tmp_path: Path) -> N
 def test_the_setting_reaches_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.toml"
     path.write_text('storage = "chained"\n')
-    settings = make_settings({}, quick=True, toml=path)
-    assert settings.simulation_config().storage == storage_mode("chained")
-    assert make_settings({"storage": "inplace"}, quick=True, toml=path).storage == "inplace"
+    settings = RunSettings.of(given_values({}, quick=True, toml=path), num_clients=16)
+    assert settings.federation.storage == storage_mode("chained")
+    assert given_values({"storage": "inplace"}, quick=True, toml=path)["storage"] == "inplace"
     used = []
     original = Client.__init__
 
@@ -150,4 +150,4 @@ def test_an_unknown_mode_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"storage mode out of \['auto', 'inplace'.*got 'outside'"):
         storage_mode("outside")
     with pytest.raises(SettingsError, match="storage mode out of"):
-        RunSettings(**json.loads('{"storage": "outside"}'))
+        RunSettings.of({"storage": "outside"}, num_clients=16)

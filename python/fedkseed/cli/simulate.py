@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedkseed.data.federated import FederatedData
+    from fedkseed.scenarios.settings import RunSettings
+    from fedkseed.simulation.run_folder import RunFolder
 
 _RUNS = Path("runs")
 #: What may differ from the run's beginning when it is resumed.
@@ -62,16 +70,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
-    from fedkseed.seeds import MAX_CLIENTS
-    from fedkseed.scenarios.built_in import load_data, num_clients
-    from fedkseed.scenarios.settings import RunSettings, given_values
+    from fedkseed.scenarios.settings import given_values
     from fedkseed.simulation.run_folder import RunFolder
 
     values = given_values(flags, quick=options.quick, toml=options.config)
-    checked = RunSettings.of(values, MAX_CLIENTS)  # what is wrong whatever the data are, before they are read
-    data = load_data(values, checked.federation.seed)
-    settings = RunSettings.of(values, num_clients(data))
-    with RunFolder.start(options.out or _free_folder()) as folder:
+    settings, data = _with_data(values)
+    with RunFolder.start(options.out) if options.out else _start_free() as folder:
         try:
             folder.write_settings(settings.values())
             return _run(settings, data, folder, options.tensorboard)
@@ -82,8 +86,7 @@ def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 
 def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     from fedkseed.scenarios.options import SettingsError, checked_values
-    from fedkseed.scenarios.built_in import load_data, num_clients
-    from fedkseed.scenarios.settings import OPTIONS, RunSettings
+    from fedkseed.scenarios.settings import OPTIONS
     from fedkseed.simulation.run_folder import RunFolder
 
     given = sorted(name for name, value in flags.items() if value is not None and name not in _FREE)
@@ -96,11 +99,23 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     with RunFolder.reopen(options.resume) as folder:
         values = checked_values(folder.read_settings(), OPTIONS, str(folder.settings_path))
         values.update({name: value for name, value in flags.items() if value is not None})
-        data = load_data(values, checked.federation.seed)
-        return _run(RunSettings.of(values, num_clients(data)), data, folder, options.tensorboard)
+        settings, data = _with_data(values)
+        return _run(settings, data, folder, options.tensorboard)
 
 
-def _run(settings: Any, data: Any, folder: Any, tensorboard: bool) -> int:
+def _with_data(values: Mapping[str, Any]) -> tuple[RunSettings, FederatedData | None]:
+    """The settings of a run and its rows; some settings follow from how many clients there are."""
+    from fedkseed.scenarios.built_in import load_data, num_clients
+    from fedkseed.scenarios.settings import RunSettings
+    from fedkseed.seeds import MAX_CLIENTS
+
+    # What is wrong whatever the data are is refused before they are read.
+    seed = RunSettings.of(values, MAX_CLIENTS).federation.seed
+    data = load_data(values, seed)
+    return RunSettings.of(values, num_clients(data)), data
+
+
+def _run(settings: RunSettings, data: FederatedData | None, folder: RunFolder, tensorboard: bool) -> int:
     from fedkseed.scenarios import run as scenario
     from fedkseed.scenarios.report import resume_line
 
@@ -117,8 +132,14 @@ def _run(settings: Any, data: Any, folder: Any, tensorboard: bool) -> int:
     return 0
 
 
-def _free_folder() -> Path:
-    number = 1
-    while (_RUNS / str(number)).exists():
-        number += 1
-    return _RUNS / str(number)
+def _start_free() -> RunFolder:
+    """The first of runs/1, runs/2, ... that is not there, held; another process may take one just now."""
+    from fedkseed.files import FolderInUseError, FolderNotEmptyError
+    from fedkseed.simulation.run_folder import RunFolder
+
+    for number in itertools.count(1):
+        folder = _RUNS / str(number)
+        if not folder.exists():
+            with contextlib.suppress(FolderInUseError, FolderNotEmptyError):
+                return RunFolder.start(folder)
+    raise AssertionError("numbers do not end")

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+Autocast = Literal["auto", "off", "bfloat16"]
+
 _CPU_FLAGS = Path("/proc/cpuinfo")
 
 
@@ -19,14 +21,18 @@ def has_amx() -> bool:
         return False
 
 
-def resolved_autocast(choice: Literal["auto", "off", "bfloat16"]) -> Literal["off", "bfloat16"]:
-    """What "auto" means on this machine."""
-    if choice == "auto":
-        return "bfloat16" if has_amx() else "off"
-    return choice
+def resolved_autocast(choice: Autocast, device: str) -> Autocast:
+    """What "auto" means on this machine, for a run on the device that this text names: never "auto".
+
+    A GPU computes as the weights are.
+    """
+    if choice != "auto":
+        return choice
+    is_on_processor = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
+    return "bfloat16" if is_on_processor and has_amx() else "off"
 
 
-def forward_passes(autocast: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+def forward_passes(autocast: Autocast, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """A context for forward passes: under autocast to bfloat16, or as the weights are."""
     if autocast == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)

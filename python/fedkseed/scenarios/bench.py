@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from transformers import PreTrainedModel
@@ -20,12 +21,17 @@ class Bench(Protocol):
         names: of the clients.
         notes: what was cut or dropped as rows became tokens, a line each.
         widths: tokens of the longest row that is trained on, and of the longest that is scored.
+        digest: of all rows as tokens, so that a resumed run can tell other rows.
     """
 
     model: PreTrainedModel
-    names: Sequence[str]
-    notes: Sequence[str]
     widths: tuple[int, int]
+    digest: str
+
+    @property
+    def names(self) -> Sequence[str]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
 
     def task(self) -> Task[Any, Any]:
         """What the federation trains; its ``evaluate`` is `round_scores`."""
@@ -41,3 +47,15 @@ class Bench(Protocol):
 
     def summary(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
         """The same, by name."""
+
+
+def digest_of(*groups: Iterable[Iterable[Any]]) -> str:
+    """A hash of rows by client, each row an object whose `repr` says all of it."""
+    digest = hashlib.sha256()
+    for group in groups:
+        for rows in group:
+            for row in rows:
+                digest.update(repr(row).encode())
+            digest.update(b"client")
+        digest.update(b"group")
+    return digest.hexdigest()

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-
 def load_data(values: Mapping[str, Any], seed: int) -> FederatedData | None:
     """The rows of a run; None for the built-in instruction tasks, which are chosen by their tokens.
 
@@ -30,7 +29,9 @@ def load_data(values: Mapping[str, Any], seed: int) -> FederatedData | None:
         SettingsError: settings of data of one's own beside a set that comes with the package.
         DataError, FetchError, MissingExtraError: the rows cannot be had.
     """
-    chosen = {entry.name: values[entry.name] for entry in dataclasses.fields(DataChoice) if entry.name in values}
+    chosen = {
+        entry.name: values[entry.name] for entry in dataclasses.fields(DataChoice) if entry.name in values
+    }
     data = chosen.setdefault("data", DEFAULT_DATA)
     if data not in BUILT_IN:
         return load_own(DataChoice(**chosen), seed)

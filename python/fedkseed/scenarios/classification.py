@@ -24,6 +24,7 @@ from fedkseed.data.classification import (
 )
 from fedkseed.data.federated import ClientRows, FederatedData
 from fedkseed.data.prompts import pad_token_id
+from fedkseed.scenarios.bench import digest_of
 from fedkseed.scenarios.paired_difference import Interval, accuracy_interval, paired_difference
 from fedkseed.simulation.task import Task
 
@@ -105,6 +106,9 @@ class ClassificationBench:
         cut = f"{self._num_cut:,} prompts lost their beginning: over {max_length} tokens"
         self.notes = [cut] if self._num_cut else []
         scored = [row for each in (*self._parts, *self._unseen) for row in each.rows]
+        self.digest = digest_of(
+            self._train, *([part.rows for part in parts] for parts in (self._parts, self._unseen))
+        )
         self.widths = _longest([row for rows in self._train for row in rows]), _longest(scored)
 
     def task(self) -> Task[LabelledTokens, LabelledBatch]:

@@ -21,6 +21,7 @@ from fedkseed.data.scores import (
     response_nll,
     rouge_l,
 )
+from fedkseed.scenarios.bench import digest_of
 from fedkseed.simulation.task import Task
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class InstructionBench:
         self._unseen = self._encode_held_out(data.unseen)
         scored = [row for rows in (*self._held_out, *self._unseen) for row in rows]
         self.widths = _longest([row for rows in self._train for row in rows]), _longest(scored)
+        self.digest = digest_of(self._train, self._held_out, self._unseen)
         self.notes = cut_notes(self._cuts, max_length)
         for name, rows in zip(self.names, self._train, strict=True):
             if not rows:
@@ -201,6 +203,8 @@ class InstructionBench:
         if self._limits.generate_rows:
             majority = majority_answer_scores(self._data.clients, self._limits.generate_rows)
             rows["majority answer"] = {
+                "held_out_loss": None,
+                "unseen_loss": None,
                 "rouge_l": mean(score.rouge_l for score in majority),
                 "exact_match": mean(score.exact_match for score in majority),
             }

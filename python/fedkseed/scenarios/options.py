@@ -1,4 +1,4 @@
-"""Options of a run: fields of dataclasses as flags and as keys of files, checked alike wherever they come from."""
+"""Options of a run: fields of dataclasses as flags and keys of files, checked alike wherever they come from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedkseed._documented import attributes_of
-
 
 _METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "TEXT", bool: ""}
 
@@ -118,9 +117,7 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def add_flags(
-    group: argparse._ArgumentGroup, options: Iterable[Option], defaults: Mapping[str, Any]
-) -> None:
+def add_flags(group: argparse._ArgumentGroup, options: Iterable[Option], defaults: Mapping[str, Any]) -> None:
     """One flag an option, its default in the help; flags that are not given stay None.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a run prints: what it is made of, a row for each round, what it came to and how to go on from there."""
+"""What a run prints: what it is made of, a row for each round, what it came to and how to go on."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def round_row(result: RoundResult) -> str:
     return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
 
 
-def end_text(folder: Path, base: str | Path, table: str, summary: Mapping[str, Any], best: Path | None) -> str:
+def end_text(
+    folder: Path, base: str | Path, table: str, summary: Mapping[str, Any], best: Path | None
+) -> str:
     """What the run came to, and the commands that rebuild and ask the model."""
     traffic, seconds = summary["bytes"], summary["seconds"]
     exchanged = traffic["down"] + traffic["up"]

@@ -7,23 +7,23 @@ import functools
 import json
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
 
 import fedkseed_kernels
-from fedkseed.data import load_causal_lm, load_smollm2
 from fedkseed.data.federated import FederatedData
-from fedkseed.data.models import smollm2_folder
+from fedkseed.data.labels import HEAD
+from fedkseed.data.models import load_causal_lm, load_classifier, load_smollm2, smollm2_folder
 from fedkseed.files import write_atomically
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import Manifest
 from fedkseed.scenarios import built_in
 from fedkseed.scenarios.autocast import forward_passes
 from fedkseed.scenarios.bench import Bench
+from fedkseed.scenarios.classification import ClassificationBench
 from fedkseed.scenarios.events import Events
 from fedkseed.scenarios.instructions import InstructionBench, RowLimits
 from fedkseed.scenarios.report import (
@@ -34,10 +34,14 @@ from fedkseed.scenarios.report import (
     round_row,
     start_text,
 )
-from fedkseed.scenarios.settings import RunSettings
+from fedkseed.scenarios.settings import RunSettings, SettingsError
+from fedkseed.simulation.devices import choose_device, device_name
 from fedkseed.simulation.run_folder import BEST, RunFolder
 from fedkseed.simulation.simulation import Simulation
 from fedkseed.simulation.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SUMMARY = "summary.json"
 
@@ -53,17 +57,36 @@ def make_bench(settings: RunSettings, data: FederatedData | None) -> Bench:
         DataError, FetchError, ModelError: as the functions of `fedkseed.data`.
         MissingExtraError: a package of the extra `hf` is not installed.
     """
-    dtype = settings.torch_dtype
-    model, tokenizer = load_causal_lm(settings.model, dtype) if settings.model else load_smollm2(dtype)
+    model, tokenizer = _load_model(settings, is_head=data is not None and settings.choice.classify == HEAD)
     if data is None:
         data = built_in.instruction_tasks(tokenizer, settings.choice.template)
-    limits = RowLimits(
-        settings.round_rows, settings.final_rows, settings.generate_rows, settings.rouge_every
-    )
+    if data.kind == "classification":
+        return ClassificationBench(
+            model,
+            tokenizer,
+            data,
+            round_rows=settings.round_rows,
+            final_rows=settings.final_rows,
+            max_length=settings.max_length,
+        )
+    limits = RowLimits(settings.round_rows, settings.final_rows, settings.generate_rows, settings.rouge_every)
     return InstructionBench(model, tokenizer, data, limits, settings.max_length)
 
 
-def make_task(settings: RunSettings, data: FederatedData | None, bench: Bench | None = None) -> Task[Any, Any]:
+def _load_model(settings: RunSettings, is_head: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not settings.model:
+        if is_head:
+            raise SettingsError(
+                "expected --model with --classify head: the built-in model has no classifier's head"
+            )
+        return load_smollm2(settings.torch_dtype)
+    load = load_classifier if is_head else load_causal_lm
+    return load(settings.model, settings.torch_dtype, trust_remote_code=settings.trust_remote_code)
+
+
+def make_task(
+    settings: RunSettings, data: FederatedData | None, bench: Bench | None = None
+) -> Task[Any, Any]:
     """What the federation trains; loads the model and the rows unless ``bench`` has them."""
     work = make_bench(settings, data) if bench is None else bench
     task = work.task()
@@ -102,12 +125,13 @@ def run(
     start = perf_counter()
     config = settings.federation
     torch.set_num_threads(config.num_threads)
-    print(f"Loading {model_name(settings)}", flush=True)
+    device = choose_device(settings.device)
+    print(f"Loading {model_name(settings)}; it runs on {device_name(device)}", flush=True)
     bench = make_bench(settings, data)
+    bench.model.to(device)  # type: ignore[arg-type]
     task = make_task(settings, data, bench)
     set_up = perf_counter() - start
     print(start_text(settings, bench), flush=True)
-    device = next(bench.model.parameters()).device
     with forward_passes(settings.autocast, device):
         before = bench.scores()
     with tqdm(unit="step", desc="local steps", leave=False, disable=None) as bar:
@@ -116,8 +140,9 @@ def run(
             config,
             make_task=functools.partial(make_task, settings, data),
             num_workers=settings.workers,
+            worker_timeout=settings.worker_timeout,
             folder=folder.path,
-            resume=(folder.path / 'server.state').exists(),
+            resume=(folder.path / "server.state").exists(),
             on_step=bar.update,
         )
         events_folder = folder.path / "tensorboard" if tensorboard else None

@@ -6,19 +6,28 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from fedkseed.data.own import DataChoice
 from fedkseed.documents import DocumentError, read_toml
 from fedkseed.model.identity import DTYPE_CODES
+from fedkseed.scenarios.autocast import Autocast, resolved_autocast
 from fedkseed.scenarios.options import Option, SettingsError, checked_values, options_of
 from fedkseed.scenarios.presets import DEFAULT_DATA, QUICK, completed, preset_of
 from fedkseed.simulation.simulation import SimulationConfig
 from fedkseed.storage import STORAGE_MODES, storage_mode
 
-__all__ = ["OLD_NAMES", "OPTIONS", "OPTION_GROUPS", "RunSettings", "SettingsError", "given_values", "values_of_file"]
+__all__ = [
+    "OLD_NAMES",
+    "OPTIONS",
+    "OPTION_GROUPS",
+    "RunSettings",
+    "SettingsError",
+    "given_values",
+    "values_of_file",
+]
 
 _DTYPES = {name: getattr(torch, name) for name in DTYPE_CODES if name != "mixed"}
 
@@ -61,7 +70,7 @@ class RunSettings:
     dtype: str = field(default="float32", metadata={"choices": tuple(_DTYPES)})
     trust_remote_code: bool = False
     max_length: int = 1024
-    autocast: Literal["auto", "off", "bfloat16"] = "auto"
+    autocast: Autocast = "auto"
     device: str = field(default="auto", metadata={"metavar": "DEVICE"})
     workers: int = 1
     worker_timeout: float = 600.0
@@ -97,6 +106,7 @@ class RunSettings:
         data = values.get("data", DEFAULT_DATA)
         whole = completed({"data": data, **preset_of(data), **values}, num_clients)
         whole["num_threads"] = whole.get("num_threads") or torch.get_num_threads()
+        whole["autocast"] = resolved_autocast(whole.get("autocast", "auto"), whole.get("device", "auto"))
         try:
             whole["storage"] = storage_mode(whole.get("storage", "auto"))
             federation = SimulationConfig(**_part(whole, SimulationConfig))
@@ -110,7 +120,9 @@ class RunSettings:
     def values(self) -> dict[str, Any]:
         """All of them by name, ready for JSON: what `of` takes."""
         parts = (self.federation, self.choice, self)
-        whole = {entry.name: getattr(part, entry.name) for part in parts for entry in dataclasses.fields(part)}
+        whole = {
+            entry.name: getattr(part, entry.name) for part in parts for entry in dataclasses.fields(part)
+        }
         named = {repr(mode): name for name, mode in STORAGE_MODES.items()}
         whole["storage"] = named[repr(whole["storage"])]
         return {name: whole[name] for name in OPTIONS}

@@ -279,14 +279,14 @@ def simulate(*arguments: str) -> int:
     from fedkseed import cli
     from fedkseed.data import Example
     from fedkseed.data import Task as Instructions
-    from fedkseed.scenarios import instruction_run
+    from fedkseed.scenarios import built_in
 
     def task(name: str) -> Instructions:
         rows = [Example(f"Say {name}.", f"case {i}", f"{name} {i % 2}") for i in range(6)]
         return Instructions(name, train=tuple(rows[:4]), validation=tuple(rows[4:5]), test=tuple(rows[5:]))
 
     tasks = [task(name) for name in ("red", "blue", "green")], [task("grey")]
-    with mock.patch.object(instruction_run, "load_instruction_tasks", return_value=tasks):
+    with mock.patch.object(built_in, "load_instruction_tasks", return_value=tasks):
         return cli.main(["simulate", *arguments])
 
 
