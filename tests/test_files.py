@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import signal
@@ -19,9 +20,12 @@ from fedkseed.files import (
     FolderInUseError,
     FolderLock,
     FolderNotEmptyError,
+    LockLostError,
+    held_folder,
     new_folder,
     read_bounded,
     remove_leftovers,
+    remove_unless_held,
     write_atomically,
 )
 
@@ -114,6 +118,57 @@ def test_killed_before_the_rename(tmp_path: Path) -> None:
     (tmp_path / ".folder.1-1.tmp").mkdir()
     remove_leftovers(tmp_path)
     assert names(tmp_path) == ["state"]
+
+
+def test_leftovers_are_known_by_their_names_and_no_link_is_followed(tmp_path: Path) -> None:
+    mine = tmp_path / "run"
+    elsewhere = tmp_path / "elsewhere"
+    for folder in (mine / ".notes.tmp", mine / ".x.1-1.tmp", mine / "x.1-1.tmp", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "file").touch()
+    (mine / ".x.1-1.tmp" / "link").symlink_to(elsewhere)
+    for name in (".y.12-34.tmp", ".tmp", ".z.tmp", ".z.1-a.tmp", ".1-1.tmp", ".w.1-1.tmp.kept"):
+        (mine / name).touch()
+    (mine / ".l.1-1.tmp").symlink_to(elsewhere)
+    os.mkfifo(mine / ".pipe.1-1.tmp")
+    before = names(mine)
+    remove_leftovers(mine)
+    assert set(before) - set(names(mine)) == {".x.1-1.tmp", ".y.12-34.tmp"}
+    assert names(elsewhere) == names(mine / ".notes.tmp") == ["file"]
+
+
+def test_a_folder_that_is_being_written_is_no_leftover(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "file").touch()
+        remove_leftovers(tmp_path)
+        assert names(folder) == ["file"]
+    assert names(tmp_path) == ["folder"]
+
+
+def test_a_folder_that_is_removed_before_it_is_held_is_made_again(tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def make() -> Path:
+        folder = tmp_path / str(len(made))
+        folder.mkdir()
+        made.append(folder)
+        return folder
+
+    whole_flock = fcntl.flock
+
+    def removed_first(descriptor: int, operation: int) -> None:
+        if len(made) == 1:
+            made[0].rmdir()
+        whole_flock(descriptor, operation)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", removed_first)
+        with held_folder(make) as folder:
+            assert folder == made[1]
+            remove_unless_held(folder)
+            assert folder.is_dir()
+    remove_unless_held(folder)
+    assert names(tmp_path) == []
 
 
 def test_threads_that_write_one_file(tmp_path: Path) -> None:
@@ -212,3 +267,23 @@ def test_one_owner_of_a_folder(tmp_path: Path) -> None:
 def test_a_lock_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), FolderLock(tmp_path / "absent"):
         raise AssertionError("must not be entered")
+
+
+def test_a_lock_file_that_its_owner_deletes_is_no_lock_of_the_next_one(tmp_path: Path) -> None:
+    first = FolderLock(tmp_path).__enter__()
+    first.check()
+    whole_open = os.open
+
+    def slow_open(*arguments: Any) -> int:
+        descriptor = whole_open(*arguments)
+        if arguments[0] == tmp_path / ".lock" and first is not None:
+            first.remove()
+        return descriptor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", slow_open)
+        with FolderLock(tmp_path) as second:
+            second.check()
+    with pytest.raises(LockLostError):
+        first.check()
+    assert names(tmp_path) == [".lock"]

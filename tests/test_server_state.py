@@ -21,7 +21,7 @@ from test_protocol import fields_of_the_page
 
 from fedkseed import IdentityError, ModelIdentity, SeedPool, Server, ServerConfig, StateError
 from fedkseed.federation.state import ServerState, StateFolder
-from fedkseed.files import FolderInUseError
+from fedkseed.files import FolderInUseError, FolderLock, LockLostError
 
 HEADER = 136
 SAMPLINGS = pytest.mark.parametrize("sampling", ["uniform", "pro"])
@@ -272,4 +272,118 @@ def test_killed_at_any_instant_it_ends_in_the_same_state(tmp_path: Path) -> None
     final = (killed / StateFolder.FILE).read_bytes()
     assert ServerState.from_bytes(final).round == NUM_ROUNDS
     assert final == (straight / StateFolder.FILE).read_bytes()
-    assert sorted(path.name for path in killed.iterdir()) == [".lock", StateFolder.FILE]
+    assert sorted(path.name for path in killed.iterdir()) == [".lock", StateFolder.FILE, StateFolder.OLDER]
+
+
+@SAMPLINGS
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "zeroed", "huge", "gone"])
+def test_a_damaged_state_is_replaced_by_the_one_before_it_and_said_aloud(
+    tmp_path: Path, sampling: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = []
+    with make_server(sampling=sampling) as server:
+        for _ in range(3):
+            server.merge(make_replies(server))
+            server.save(tmp_path)
+            server.save(tmp_path)  # the same state again takes no older one's place
+            states.append((tmp_path / StateFolder.FILE).read_bytes())
+    assert (tmp_path / StateFolder.OLDER).read_bytes() == states[1]
+    damage_file(tmp_path / StateFolder.FILE, damage)
+    with resume(tmp_path, sampling=sampling) as server:
+        assert server.round == 2
+        assert StateFolder.OLDER in server.notice
+        assert "after 2 rounds" in server.notice
+        assert server.notice in caplog.text
+        server.save(tmp_path)
+        assert (tmp_path / StateFolder.OLDER).read_bytes() == states[1], "not the damaged one"
+        server.merge(make_replies(server))
+        server.save(tmp_path)
+    assert (tmp_path / StateFolder.FILE).read_bytes() == states[2]
+    with resume(tmp_path, sampling=sampling) as server:
+        assert server.notice == ""
+    for name in (StateFolder.FILE, StateFolder.OLDER):
+        damage_file(tmp_path / name, damage)
+    with pytest.raises(StateError, match=r"got none" if damage == "gone" else r"server\.state: expected"):
+        resume(tmp_path, sampling=sampling)
+
+
+def damage_file(path: Path, damage: str) -> None:
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "huge":
+        os.truncate(path, 1 << 40)
+    else:
+        flipped = bytearray(data)
+        flipped[len(data) // 2] ^= 4
+        path.write_bytes(
+            {"cut": data[:-1], "flipped": bytes(flipped), "empty": b"", "zeroed": bytes(len(data))}[damage]
+        )
+
+
+def test_a_state_of_another_format_or_configuration_is_not_taken_for_damage(tmp_path: Path) -> None:
+    with make_server() as server:
+        for _ in range(2):
+            server.merge(make_replies(server))
+            server.save(tmp_path)
+    data = bytearray((tmp_path / StateFolder.FILE).read_bytes())
+    with pytest.raises(StateError, match="lr"):
+        resume(tmp_path, lr=0.5)
+    data[4] += 1
+    (tmp_path / StateFolder.FILE).write_bytes(sealed(bytes(data)))
+    with pytest.raises(StateError, match="format version"):
+        resume(tmp_path)
+
+
+def test_a_lock_file_that_is_gone_or_another_is_noticed_before_anything_is_written(tmp_path: Path) -> None:
+    data = saved(tmp_path)
+    with resume(tmp_path) as server:
+        server.merge(make_replies(server))
+        (tmp_path / ".lock").unlink()
+        for _ in range(2):
+            with pytest.raises(LockLostError, match="nothing more is written"):
+                server.save(tmp_path)
+            assert (tmp_path / StateFolder.FILE).read_bytes() == data
+            (tmp_path / ".lock").touch()
+        with resume(tmp_path) as other:
+            other.save(tmp_path)
+
+
+def test_a_state_folder_that_fails_gives_its_lock_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".x.1-1.tmp").touch()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr(Path, "unlink", fail)
+        StateFolder(tmp_path)
+    StateFolder(tmp_path).close()
+
+
+def test_a_lock_may_be_the_caller_s(tmp_path: Path) -> None:
+    saved(tmp_path)
+    config = ServerConfig(**CONFIG)
+    with FolderLock(tmp_path) as lock:
+        for _ in range(2):
+            with Server.resume(tmp_path, IDENTITY, POOL, config, lock=lock) as server:
+                server.save(tmp_path, lock=lock)
+            with pytest.raises(FolderInUseError):
+                resume(tmp_path)
+        (tmp_path / "other").mkdir()
+    with pytest.raises(LockLostError):
+        Server.resume(tmp_path, IDENTITY, POOL, config, lock=lock)
+    resume(tmp_path).close()
+
+
+def test_counts_that_the_next_rounds_would_wrap_are_refused(tmp_path: Path) -> None:
+    data = saved(tmp_path, sampling="pro")
+    for count, fits in ((2**53, True), (2**53 + 1, False), (2**63 - 1, False)):
+        forged = sealed(data[:-40] + struct.pack("<q", count) + data[-32:])
+        if fits:
+            assert ServerState.from_bytes(forged).significance is not None
+        else:
+            with pytest.raises(StateError, match="counts"):
+                ServerState.from_bytes(forged)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-_TEMPORARY = ".tmp"
+#: What `_temporary_beside` makes: .NAME.PROCESS-THREAD.tmp
+_TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9]+\.tmp", re.DOTALL)
 
 
 class FileTooLargeError(ValueError):
@@ -21,6 +23,10 @@ class FileTooLargeError(ValueError):
 
 class FolderInUseError(RuntimeError):
     """Another process holds the folder."""
+
+
+class LockLostError(FolderInUseError):
+    """The lock file of a folder was deleted or replaced while its owner worked: another may be in by now."""
 
 
 class FolderNotEmptyError(ValueError):
@@ -63,31 +69,88 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.abspath(path))
     if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         raise _not_empty(target)
-    staging = _temporary_beside(target)
-    staging.mkdir()
-    try:
-        yield staging
-        for folder, _, names in os.walk(staging):
-            for name in (*names, "."):
-                _flush(Path(folder, name))
+
+    def make() -> Path:
+        staging = _temporary_beside(target)
+        staging.mkdir()
+        return staging
+
+    with held_folder(make) as staging:
         try:
-            os.replace(staging, target)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise _not_empty(target) from error
+            yield staging
+            for folder, _, names in os.walk(staging):
+                for name in (*names, "."):
+                    _flush(Path(folder, name))
+            try:
+                os.replace(staging, target)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise _not_empty(target) from error
+                raise
+        except BaseException:
+            shutil.rmtree(staging)
             raise
-    except BaseException:
-        shutil.rmtree(staging)
-        raise
     _flush(target.parent)
 
 
+@contextmanager
+def held_folder(make: Callable[[], Path]) -> Iterator[Path]:
+    """A context whose value is a folder that ``make`` makes anew; `remove_unless_held` leaves it alone.
+
+    That ends with the block, and with the process.
+
+    Raises:
+        OSError: what ``make`` raises.
+    """
+    while True:
+        folder = make()
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with suppress(OSError):  # a file system without locks: nobody can tell, and nobody removes
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not _is_at(folder, descriptor):
+                continue  # removed as a leftover before the lock was there
+            yield folder
+            return
+        finally:
+            os.close(descriptor)
+
+
+def remove_unless_held(folder: Path) -> None:
+    """Removes a folder with all in it unless it is a link or a process holds it (`held_folder`).
+
+    Raises:
+        OSError: it cannot be removed; not if it is gone already.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return
+    else:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+    finally:
+        os.close(descriptor)
+
+
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Removes what writers that were killed left; the caller owns the folder (`FolderLock`)."""
-    for leftover in Path(folder).glob(f".*{_TEMPORARY}"):
+    """Removes what writers that were killed left; the caller owns the folder (`FolderLock`).
+
+    Known by the names that the writers here give; nothing else is touched and no link is followed.
+
+    Raises:
+        OSError: a leftover cannot be removed.
+    """
+    for leftover in Path(folder).iterdir():
+        if not _TEMPORARY.fullmatch(leftover.name) or leftover.is_symlink():
+            continue
         if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
+            remove_unless_held(leftover)
+        elif leftover.is_file():
             leftover.unlink(missing_ok=True)
 
 
@@ -111,29 +174,60 @@ class FolderLock:
     The lock (flock on the file ``.lock``) ends with the process, however it ends; a child that was forked
     (not spawned) inside holds it too, as long as it lives.
 
+    Args:
+        folder: that is there.
+
+    Attributes:
+        folder: as given, absolute and without links.
+
     Raises:
         FolderInUseError: on entering, if another process holds it.
     """
 
+    FILE = ".lock"
+
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._path = Path(folder) / ".lock"
+        self.folder = Path(folder).resolve()
+        self._path = self.folder / self.FILE
         self._descriptor: int | None = None
 
     def __enter__(self) -> FolderLock:
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise FolderInUseError(
-                f"expected {self._path.parent} to itself, got one that another process works in; "
-                "wait for it or choose another folder"
-            ) from None
-        except BaseException:
-            os.close(descriptor)
-            raise
-        self._descriptor = descriptor
-        return self
+        while True:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(self._path, descriptor):
+                    self._descriptor = descriptor
+                    return self
+                os.close(descriptor)  # the owner before has just deleted it
+            except BlockingIOError:
+                os.close(descriptor)
+                raise FolderInUseError(
+                    f"expected {self.folder} to itself, got one that another process works in; "
+                    "wait for it or choose another folder"
+                ) from None
+            except BaseException:
+                os.close(descriptor)
+                raise
+
+    def check(self) -> None:
+        """Raises unless this is still the only owner.
+
+        Raises:
+            LockLostError: the lock file is not the one that was locked.
+        """
+        if self._descriptor is None or not _is_at(self._path, self._descriptor):
+            raise LockLostError(
+                f"expected {self._path} to stay as long as a run works in {self.folder}, got it deleted or "
+                "replaced; another run may have begun there, so nothing more is written: see that none works "
+                "in the folder, then resume"
+            )
+
+    def remove(self) -> None:
+        """Deletes the lock file and ends the ownership: for a folder that is not wanted after all."""
+        if self._descriptor is not None and _is_at(self._path, self._descriptor):
+            self._path.unlink(missing_ok=True)
+        self.__exit__(None, None, None)
 
     def __exit__(
         self,
@@ -147,7 +241,15 @@ class FolderLock:
 
 
 def _temporary_beside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}-{threading.get_native_id()}{_TEMPORARY}")
+    return target.with_name(f".{target.name}.{os.getpid()}-{threading.get_native_id()}.tmp")
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the name still leads to what was opened."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _flush(path: Path) -> None:

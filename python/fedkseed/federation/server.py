@@ -17,6 +17,7 @@ from fedkseed.federation.messages import RUN_ID_BYTES, ProtocolError, Reply, rea
 from fedkseed.federation.round import Round
 from fedkseed.federation.significance import SeedSignificance
 from fedkseed.federation.state import ServerState, StateError, StateFolder
+from fedkseed.files import FolderLock
 from fedkseed.model.identity import DTYPE_CODES, ModelIdentity
 from fedkseed.seeds import MAX_ROUNDS, SeedPool
 
@@ -49,6 +50,7 @@ class Server:
         config: as given, with its run id.
         coefficients: fp64 [K], the sums a before they are rounded for the wire.
         significance: what FedKSeed-Pro draws from; None with uniform sampling.
+        notice: says that `resume` took an older state and why; "" if it did not.
 
     Raises:
         ValueError: a model whose weights have a dtype that no message can name.
@@ -64,6 +66,7 @@ class Server:
         self.config = config
         self.coefficients: NDArray[np.float64] = np.zeros(pool.num_seeds)
         self.significance = SeedSignificance.empty(pool.num_seeds) if config.sampling == "pro" else None
+        self.notice = ""
         self._folder: StateFolder | None = None
         if config.run_id is None:
             run_id = hashlib.sha256(self._state(0).to_bytes()).digest()[:RUN_ID_BYTES]
@@ -72,12 +75,21 @@ class Server:
 
     @classmethod
     def resume(
-        cls, folder: str | os.PathLike[str], identity: ModelIdentity, pool: SeedPool, config: ServerConfig
+        cls,
+        folder: str | os.PathLike[str],
+        identity: ModelIdentity,
+        pool: SeedPool,
+        config: ServerConfig,
+        *,
+        lock: FolderLock | None = None,
     ) -> Server:
         """The server whose state was saved in ``folder``, bit for bit; it goes on saving there.
 
         Replies to broadcasts that were sent before the interruption still count: the open round's messages
-        come out the same.
+        come out the same. If the state saved last is damaged or gone, it is the one before: ``notice``.
+
+        Args:
+            lock: of the folder, if the caller holds it; else it is taken as by `save`.
 
         Raises:
             StateError: no state, a damaged one, or one of another pool or configuration; says in which field.
@@ -86,31 +98,35 @@ class Server:
             OSError: the file cannot be read.
         """
         server = cls(identity, pool, config)
-        opened = StateFolder(folder)
+        opened = StateFolder(folder, lock)
         try:
             state = opened.read()
             state.require(identity, pool, server.config)
         except BaseException:
             opened.close()
             raise
+        server.notice = opened.notice
         server.coefficients = state.coefficients
         server.significance = state.significance
         server._folder = opened
         server._open_round(state.round)
         return server
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Saves the state atomically; between rounds is the time for it.
+    def save(self, folder: str | os.PathLike[str], *, lock: FolderLock | None = None) -> None:
+        """Saves the state atomically; between rounds is the time for it. The state before it is kept too.
 
         The first call takes the folder for this server alone, until `close` or the end of the process.
 
+        Args:
+            lock: of the folder, if the caller holds it: then it is not taken, and `close` leaves it.
+
         Raises:
-            FolderInUseError: another server has the folder.
+            FolderInUseError: another server has the folder, or may have: its lock file was deleted.
             StateError: the folder holds the state of a run that this server was not resumed from.
             OSError: no space, no permission; the state saved before stays.
         """
         if self._folder is None or self._folder.path != Path(folder).resolve():
-            self._take(folder)
+            self._take(folder, lock)
         assert self._folder is not None, "a folder was taken"
         self._folder.write(self._state(self.round))
 
@@ -229,8 +245,8 @@ class Server:
             self.significance,
         )
 
-    def _take(self, folder: str | os.PathLike[str]) -> None:
-        opened = StateFolder(folder)
+    def _take(self, folder: str | os.PathLike[str], lock: FolderLock | None) -> None:
+        opened = StateFolder(folder, lock)
         if opened.holds_state:
             opened.close()
             raise StateError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import struct
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -20,6 +22,8 @@ from fedkseed.model.identity import DTYPE_CODES, DTYPES_BY_CODE, ModelIdentity
 from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed_kernels import CONTRACT_VERSION, FAMILIES
 
+logger = logging.getLogger("fedkseed")
+
 #: Version of the bytes of a server's state.
 STATE_FORMAT = 1
 
@@ -32,6 +36,8 @@ _HEADER = struct.Struct("<4sHHBBBBIIIIIQdff16s32s32s")
 _DIGEST_BYTES = 32
 _MAX_BYTES = _HEADER.size + 3 * 8 * MAX_SEEDS + _DIGEST_BYTES
 _FP32_MAX = float(np.finfo(np.float32).max)
+#: Observations of a seed: as far as fp64 counts, which leaves all rounds room to add to it.
+_MAX_COUNT = 2**53
 
 
 class StateError(ValueError):
@@ -169,8 +175,9 @@ def _read_arrays(
     if not tracked:
         return coefficients, None
     significance = SeedSignificance(tracked[0].astype(np.float64), tracked[1].astype(np.int64))
-    in_range = (significance.sums >= 0) & (significance.sums < math.inf) & (significance.counts >= 0)
-    _require(bool(in_range.all()), "finite sums and counts of at least 0", "others")
+    in_range = (significance.sums >= 0) & (significance.sums < math.inf)
+    in_range &= (significance.counts >= 0) & (significance.counts <= _MAX_COUNT)
+    _require(bool(in_range.all()), "finite sums and counts of at least 0 (counts up to 2^53)", "others")
     return coefficients, significance
 
 
@@ -182,50 +189,106 @@ def _require(condition: bool, expected: str, got: object) -> None:
 class StateFolder:
     """A folder with one server's state, locked for this owner until `close` or the end of the process.
 
+    The state before the last one is kept too: `read` takes it when the last one is damaged or gone.
+
     Args:
         folder: made if it is not there.
+        lock: of the folder, held by the caller, who releases it; None: this takes it and releases it.
+
+    Attributes:
+        path: of the folder.
+        notice: one line that says that `read` had to take the older state, and why; "" if it had not.
 
     Raises:
         FolderInUseError: another server has it, in this process or in another.
         OSError: it cannot be made or written.
     """
 
-    FILE = "server.state"
+    FILE, OLDER = "server.state", "server.state.1"
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], lock: FolderLock | None = None) -> None:
         self.path = Path(folder).resolve()
+        self.notice = ""
+        self._current: bytes | None = None
+        self._exit = ExitStack()
+        if lock is not None:
+            lock.check()
+            self._lock = lock
+            return
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = FolderLock(self.path)
-        self._lock.__enter__()
-        remove_leftovers(self.path)
+        with ExitStack() as stack:
+            self._lock = stack.enter_context(FolderLock(self.path))
+            remove_leftovers(self.path)
+            self._exit = stack.pop_all()
+
+    @classmethod
+    def holds_state_at(cls, folder: Path) -> bool:
+        """Whether a state was saved in the folder before, the last or the one before it."""
+        return (folder / cls.FILE).exists() or (folder / cls.OLDER).exists()
 
     @property
     def holds_state(self) -> bool:
         """Whether a state was saved here before."""
-        return (self.path / self.FILE).exists()
+        return self.holds_state_at(self.path)
 
     def write(self, state: ServerState) -> None:
         """Replaces the state; after a crash at any instant there is the old one or the new one.
 
         Raises:
+            LockLostError: the folder is not this owner's alone any more; nothing is written.
             OSError: no space, no permission; the old state stays.
         """
-        write_atomically(self.path / self.FILE, state.to_bytes())
+        self._lock.check()
+        data = state.to_bytes()
+        if self._current is not None and data != self._current:
+            write_atomically(self.path / self.OLDER, self._current)
+        write_atomically(self.path / self.FILE, data)
+        self._current = data
 
     def read(self) -> ServerState:
-        """The state saved last.
+        """The state saved last, or the one before it if that is damaged or gone: `notice` says so.
 
         Raises:
-            StateError: there is none, or it is damaged or of another format.
+            StateError: there is none, or both are damaged or of another format.
             OSError: it cannot be read.
         """
         if not self.holds_state:
             raise StateError(f"expected a saved state in {self.path}, got none; start a new run there")
         try:
-            return ServerState.from_bytes(read_bounded(self.path / self.FILE, _MAX_BYTES))
-        except (StateError, FileTooLargeError) as error:
-            raise StateError(f"{self.path / self.FILE}: {error}") from error
+            return self._read(self.FILE)
+        except StateError as error:
+            if self._is_of_another_format():
+                raise
+            try:
+                state = self._read(self.OLDER)
+            except (StateError, OSError):
+                raise error from None
+            self.notice = (
+                f"{error}; going on with {self.OLDER}, the state after {state.round} rounds: what came later "
+                "is lost"
+            )
+            logger.warning("%s", self.notice)
+            return state
 
     def close(self) -> None:
-        """Ends the ownership."""
-        self._lock.__exit__(None, None, None)
+        """Ends the ownership, if it was taken here."""
+        self._exit.close()
+
+    def _read(self, name: str) -> ServerState:
+        path = self.path / name
+        try:
+            data = read_bounded(path, _MAX_BYTES)
+            state = ServerState.from_bytes(data)
+        except (StateError, FileTooLargeError, FileNotFoundError) as error:
+            raise StateError(f"{path}: {error}") from error
+        self._current = data
+        return state
+
+    def _is_of_another_format(self) -> bool:
+        """Whether the last state is whole, as its checksum says: then an older one is not what is wanted."""
+        try:
+            data = read_bounded(self.path / self.FILE, _MAX_BYTES)
+        except (FileTooLargeError, FileNotFoundError):
+            return False
+        body, digest = data[:-_DIGEST_BYTES], data[-_DIGEST_BYTES:]
+        return hashlib.sha256(body).digest() == digest
