@@ -32,7 +32,8 @@ from fedkseed.federation.messages import BROADCAST_OVERHEAD, REPLY_OVERHEAD
 from fedkseed.federation.state import StateError
 from fedkseed.files import FolderInUseError
 from fedkseed.simulation.batches import LocalBatches
-from fedkseed.simulation.run_folder import CLIENTS, LEDGER, METRICS, TIMINGS, RunFolderError
+from fedkseed.simulation.best_ledger import OLDER_BEST
+from fedkseed.simulation.run_folder import BEST, CLIENTS, LEDGER, METRICS, TIMINGS, RunFolderError
 from fedkseed.simulation.simulation import RoundFailedError
 from fedkseed.simulation.task import Task
 from fedkseed.simulation.worker_pool import WorkerError
@@ -298,7 +299,7 @@ def test_a_folder_keeps_state_ledger_metrics_and_timings(tmp_path: Path) -> None
             {**result.metrics, "clients": result.clients} for result in results
         ]
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != ".lock") == sorted(
-        [CLIENTS, LEDGER, METRICS, TIMINGS, "server.state"]
+        [BEST, OLDER_BEST, CLIENTS, LEDGER, METRICS, TIMINGS, "server.state", "server.state.1"]
     )
     model = make_model()
     ledger = Ledger.load(tmp_path / LEDGER)

@@ -146,12 +146,17 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
         OSError: a leftover cannot be removed.
     """
     for leftover in Path(folder).iterdir():
-        if not _TEMPORARY.fullmatch(leftover.name) or leftover.is_symlink():
+        if not is_leftover(leftover):
             continue
         if leftover.is_dir():
             remove_unless_held(leftover)
         elif leftover.is_file():
             leftover.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether the name is one that the writers here give to what they have not finished."""
+    return _TEMPORARY.fullmatch(path.name) is not None and not path.is_symlink()
 
 
 def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:

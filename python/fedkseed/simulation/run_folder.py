@@ -1,42 +1,220 @@
-"""The folder of a run: the server's state, the ledger, the metrics of each round and what they took.
+"""The folder of a run: the server's state, the ledgers, the metrics of each round and what they took.
 
-    server.state        the server's, see `federation.state`
-    clients.json        what the clients compute with; a resumed run must have the same
-    ledger.safetensors  the model after the last round that is complete
-    metrics.jsonl       one line a round; the same bytes in every run of the same configuration
-    timings.jsonl       one line a round; seconds, which differ
+    settings.json        what the run was started with, if its caller keeps that here
+    server.state         the server's, see `federation.state`; server.state.1: the one before it
+    clients.json         what clients and task compute with; a resumed run must have the same
+    ledger.safetensors   the model after the last round that is complete
+    best.safetensors     the model after the best of them, see `best_ledger`
+    metrics.jsonl        one line a round; the same bytes in every run of the same configuration
+    timings.jsonl        one line a round; seconds, which differ
+    .lock                held by the process that works here
 
 The clients' settings are written once, and again if the first round shows that "auto" has to be another
-storage mode. All others are written anew and renamed after each round, the server's state last: after a crash
-at any instant the state says which lines of the others count.
+storage mode. After each round a line is added to metrics and timings, the ledger is written anew and renamed,
+then the server's state, then the best ledger. After a crash at any instant the state says which lines count,
+and everything else is brought to it. If the last state is damaged, the one before it counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from fedkseed.federation.state import StateError
-from fedkseed.files import read_bounded, write_atomically
+from fedkseed.documents import DocumentError, parse_json, read_json
+from fedkseed.federation.state import StateError, StateFolder
+from fedkseed.files import FolderLock, FolderNotEmptyError, is_leftover, remove_leftovers, write_atomically
 from fedkseed.storage import StorageOptions, mode_of_text
 
-METRICS, TIMINGS, LEDGER = "metrics.jsonl", "timings.jsonl", "ledger.safetensors"
-CLIENTS = "clients.json"
-_MAX_BYTES = 1 << 30
+METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
+LEDGER, BEST = "ledger.safetensors", "best.safetensors"
+CLIENTS, SETTINGS = "clients.json", "settings.json"
+#: What a run writes only after its first state.
+_AFTER_A_STATE = (LEDGER, BEST, METRICS, TIMINGS, CLIENTS)
+_TASK = "task"
 
 
 class RunFolderError(ValueError):
     """A folder that does not hold what a run left there."""
 
 
-def check_client_settings(path: Path, settings: Mapping[str, Any]) -> None:
+class RunFolder:
+    """The folder of a run, locked for this process until `close`; `start`, `reopen` and `take` make one.
+
+    A context manager: leaving it closes it.
+
+    Attributes:
+        path: of the folder.
+        lock: of the folder.
+        resumes: whether a state was there when it was opened: the run goes on with that, else with round 0.
+        notice: one line that says that an older state had to be taken, and why; "" if not. Known once a
+            simulation has been made with the folder.
+    """
+
+    def __init__(
+        self, path: Path, lock: FolderLock, made: tuple[Path, ...] = (), is_new: bool = False
+    ) -> None:
+        self.path = path
+        self.lock = lock
+        self.resumes = StateFolder.holds_state_at(path)
+        self.notice = ""
+        self._made = made
+        self._is_new = is_new
+        self._wrote_settings = False
+
+    @classmethod
+    def start(cls, path: Path) -> RunFolder:
+        """A folder for a new run, made if it is not there; nothing is written into another one.
+
+        Raises:
+            FolderNotEmptyError: something is in it, or it is no folder.
+            FolderInUseError: another process has just taken it.
+            OSError: it cannot be made or written.
+        """
+        while True:
+            made = tuple(folder for folder in (path, *path.parents) if not folder.exists())
+            _check_empty(path)
+            path.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another start has just given it up
+                lock = FolderLock(path).__enter__()
+                break
+        folder = cls(lock.folder, lock, made, is_new=True)
+        try:
+            _check_empty(path)
+            remove_leftovers(path)
+        except BaseException:
+            folder.close()
+            raise
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path) -> RunFolder:
+        """The folder of a run to go on with, at round 0 if it was stopped before its first state.
+
+        Raises:
+            RunFolderError: not the folder of a run, or one that has lost its state.
+            FolderInUseError: another process works in it.
+            OSError: it cannot be written.
+        """
+        if not (path / SETTINGS).exists() and not StateFolder.holds_state_at(path):
+            check_unused(path)
+            raise RunFolderError(
+                f"expected the folder of a run with {SETTINGS} or {StateFolder.FILE}, got {path} without them"
+            )
+        return cls.take(path)
+
+    @classmethod
+    def take(cls, path: Path) -> RunFolder:
+        """A folder that a run may be in or may be begun in, made if it is not there.
+
+        Raises:
+            RunFolderError: it has files of a run, but no state any more.
+            FolderInUseError: another process works in it.
+            OSError: it cannot be made or written.
+        """
+        path.mkdir(parents=True, exist_ok=True)
+        check_unused(path)
+        lock = FolderLock(path).__enter__()
+        try:
+            remove_leftovers(path)
+            check_unused(path)
+            return cls(lock.folder, lock)
+        except BaseException:
+            lock.__exit__(None, None, None)
+            raise
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Keeps the settings of the run; `read_settings` gives them back.
+
+        Raises:
+            LockLostError: the folder is not this process' any more.
+            ValueError: they cannot be kept: too large, or not what JSON has.
+            OSError: the folder cannot be written.
+        """
+        self.lock.check()
+        text = json.dumps(dict(settings), indent=2, allow_nan=False) + "\n"
+        parse_json(text, SETTINGS)
+        write_atomically(self.path / SETTINGS, text.encode())
+        self._wrote_settings = True
+
+    def read_settings(self) -> dict[str, Any]:
+        """The settings that the run was started with; what they mean is for the caller to check.
+
+        Raises:
+            RunFolderError: there are none, or the file is damaged.
+        """
+        return _object_in(self.path / SETTINGS, "the settings of a run")
+
+    def abandon(self) -> None:
+        """Closes it, and takes back what `start` made and wrote if the run has saved no state."""
+        if not self._is_new or StateFolder.holds_state_at(self.path):
+            self.close()
+            return
+        if self._wrote_settings:
+            (self.path / SETTINGS).unlink(missing_ok=True)
+        self.lock.remove()
+        with contextlib.suppress(OSError):  # somebody else has put something there
+            for folder in self._made:
+                folder.rmdir()
+
+    def close(self) -> None:
+        """Ends the ownership."""
+        self.lock.__exit__(None, None, None)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def check_unused(path: Path) -> None:
+    """Raises if a run was in the folder whose state is gone: nothing of it may be overwritten.
+
+    Raises:
+        RunFolderError: names what is there.
+    """
+    if StateFolder.holds_state_at(path):
+        return
+    if found := [name for name in _AFTER_A_STATE if (path / name).exists()]:
+        raise RunFolderError(
+            f"expected {StateFolder.FILE} beside {', '.join(found)} in {path}, got none: the run that wrote "
+            "them cannot go on, and they are not overwritten; choose another folder, or move them away"
+        )
+
+
+def _check_empty(path: Path) -> None:
+    """Raises if a folder is there with more in it than a start that was cut off leaves."""
+    if path.is_symlink() and not path.exists():
+        raise FolderNotEmptyError(f"expected a new or an empty folder for the run, got {path}, a broken link")
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise FolderNotEmptyError(f"expected a new or an empty folder for the run, got {path}, a file")
+    names = sorted(entry.name for entry in path.iterdir() if not is_leftover(entry))
+    if set(names) <= {FolderLock.FILE}:
+        return
+    if SETTINGS in names or StateFolder.holds_state_at(path):
+        advice = f"which holds a run; name another one, or --resume {path}"
+    else:
+        advice = f"which holds {names[-1]}; name another one"
+    raise FolderNotEmptyError(f"expected a new or an empty folder for the run, got {path}, {advice}")
+
+
+def check_client_settings(
+    path: Path, settings: Mapping[str, Any], task: Mapping[str, Any] | None = None
+) -> None:
     """Raises unless the run in the folder has these settings, or was begun before they were kept.
 
     Args:
         path: of the file.
         settings: by name; what `write_client_settings` takes.
+        task: the task's own, by name.
 
     Raises:
         StateError: the run has another value; says in which setting, and names both.
@@ -44,15 +222,18 @@ def check_client_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """
     if not path.exists():
         return
-    found = _settings_in(path)
-    if found.keys() != settings.keys():
-        raise RunFolderError(f"expected {', '.join(settings)} in {path}, got {found}")
-    for name, value in settings.items():
-        if found[name] != value:
-            raise StateError(
-                f"expected clients with {name} {found[name]}, which the run in {path.parent} began with, "
-                f"got {value}; resume with the configuration that it began with"
-            )
+    found = _object_in(path, "the settings of the clients")
+    kept = found.pop(_TASK, {})
+    if found.keys() != settings.keys() or not isinstance(kept, dict):
+        raise RunFolderError(f"expected {', '.join(settings)} in {path}, got {', '.join(found) or 'nothing'}")
+    given = _as_read(task or {})
+    for whose, ours, theirs in (("clients", settings, found), ("a task", given, kept)):
+        for name, value in theirs.items():
+            if name not in ours or ours[name] != value:
+                raise StateError(
+                    f"expected {whose} with {name} {value}, which the run in {path.parent} began with, "
+                    f"got {ours.get(name, 'none')}; resume with the configuration that it began with"
+                )
 
 
 def kept_storage(path: Path) -> StorageOptions | None:
@@ -66,67 +247,48 @@ def kept_storage(path: Path) -> StorageOptions | None:
     """
     if not path.exists():
         return None
-    settings = _settings_in(path)
+    settings = _object_in(path, "the settings of the clients")
     try:
         return mode_of_text(settings.get("storage"))
     except ValueError as error:
         raise RunFolderError(f"expected a storage mode in {path}, got {error}") from error
 
 
-def _settings_in(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(read_bounded(path, _MAX_BYTES))
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"expected the settings of the clients in {path}, got {error}") from error
-    if not isinstance(found, dict):
-        raise RunFolderError(f"expected the settings of the clients in {path}, got {found}")
-    return found
-
-
-def write_client_settings(path: Path, settings: Mapping[str, Any]) -> None:
+def write_client_settings(
+    path: Path, settings: Mapping[str, Any], task: Mapping[str, Any] | None = None
+) -> None:
     """Keeps what `check_client_settings` compares.
 
     Raises:
         OSError: the file stays as it was.
     """
-    write_atomically(path, (json.dumps(dict(settings), indent=2) + "\n").encode())
+    kept = {**settings, _TASK: _as_read(task)} if task else dict(settings)
+    write_atomically(path, (json.dumps(kept, indent=2) + "\n").encode())
 
 
-class RoundLog:
-    """A file of one JSON object a line, one line a round from round 0 on.
-
-    Args:
-        path: of the file.
-        num_rounds: rounds that are complete: further lines, of a round that was cut off, are dropped.
-
-    Attributes:
-        rows: the objects.
+def check_task_settings(task: Mapping[str, Any]) -> None:
+    """Raises for settings of a task that could not be kept and compared.
 
     Raises:
-        RunFolderError: fewer lines, or lines that are not those of rounds 0, 1, ...
+        ValueError: not what JSON has, or too large.
     """
+    _as_read(task)
 
-    def __init__(self, path: Path, num_rounds: int) -> None:
-        self._path = path
-        self.rows: list[dict[str, Any]] = []
-        if num_rounds == 0:
-            return
-        try:
-            lines = read_bounded(path, _MAX_BYTES).decode().splitlines()[:num_rounds]
-            self.rows = [json.loads(line) for line in lines]
-            found = [row["round"] for row in self.rows]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(f"expected a line a round in {path}, got {error}") from error
-        if found != list(range(num_rounds)):
-            raise RunFolderError(f"expected rounds 0 to {num_rounds - 1} in {path}, got {len(found)} lines")
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Adds one round and writes the file anew.
+def _as_read(task: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings as they come back out of a file."""
+    try:
+        read: dict[str, Any] = parse_json(json.dumps(dict(task), allow_nan=False), "the task's settings")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"expected settings of a task that JSON can keep, got: {error}") from error
+    return read
 
-        Raises:
-            OSError: the file stays as it was.
-        """
-        rows = [*self.rows, dict(row)]
-        text = "".join(json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
-        write_atomically(self._path, text.encode())
-        self.rows = rows
+
+def _object_in(path: Path, what: str) -> dict[str, Any]:
+    try:
+        found = read_json(path)
+    except (OSError, DocumentError) as error:
+        raise RunFolderError(f"expected {what} in {path}, got: {error}") from error
+    if not isinstance(found, dict):
+        raise RunFolderError(f"expected {what} in {path}, got a {type(found).__name__}")
+    return found

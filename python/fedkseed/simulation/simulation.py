@@ -19,6 +19,7 @@ from fedkseed._means import mean
 from fedkseed.federation.client import BatchT
 from fedkseed.federation.config import RoundConfig, ServerConfig
 from fedkseed.federation.server import Server
+from fedkseed.federation.state import StateError
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.model.identity import frozen_indices
 from fedkseed.model.placement import input_device
@@ -27,17 +28,9 @@ from fedkseed.optim.fedkseed_sgd import FedKSeedSGD
 from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS, SeedPool
 from fedkseed.simulation.devices import worker_devices
 from fedkseed.simulation.host import ClientRun, Host, InProcessHost
+from fedkseed.simulation.kept_run import KeptRun
 from fedkseed.simulation.modes import Modes, buffers_by_name
-from fedkseed.simulation.run_folder import (
-    CLIENTS,
-    LEDGER,
-    METRICS,
-    TIMINGS,
-    RoundLog,
-    check_client_settings,
-    kept_storage,
-    write_client_settings,
-)
+from fedkseed.simulation.run_folder import CLIENTS, RunFolder, check_task_settings, kept_storage
 from fedkseed.simulation.task import ExampleT, Task
 from fedkseed.simulation.worker_pool import DEFAULT_TIMEOUT, SharedWeights, WorkerPool, check_timeout
 from fedkseed.storage import (
@@ -170,8 +163,12 @@ class Simulation(Generic[ExampleT, BatchT]):
         num_workers: processes that run clients side by side; with 1 it is this process.
         devices: of the workers, of the type of the model's; if None, `worker_devices` of the model's.
         worker_timeout: seconds of silence after which a worker counts as hung and is ended; 0 for no limit.
-        folder: keeps server state, ledger and metrics after each round (`run_folder`); None keeps nothing.
-        resume: go on with the run in the folder instead of starting one.
+        folder: keeps server state, ledgers and metrics after each round (`run_folder`); None keeps nothing. A
+            `RunFolder` stays the caller's to close.
+        resume: go on with the run in the folder instead of starting one; None: as a `RunFolder` says of
+            itself, and not in a folder given as a path.
+        task_settings: by name, ready for JSON: what the task computes with (model, prompt, a digest of the
+            data); kept in the folder, and the same in a run that is resumed.
         on_step: called after each local step of any client.
 
     Attributes:
@@ -198,8 +195,9 @@ class Simulation(Generic[ExampleT, BatchT]):
         num_workers: int = 1,
         devices: Sequence[torch.device] | None = None,
         worker_timeout: float = DEFAULT_TIMEOUT,
-        folder: Path | None = None,
-        resume: bool = False,
+        folder: Path | RunFolder | None = None,
+        resume: bool | None = None,
+        task_settings: Mapping[str, Any] | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> None:
         check_count("num_workers", num_workers, 1, 2**15)
@@ -211,10 +209,14 @@ class Simulation(Generic[ExampleT, BatchT]):
         self.config = config
         self.task = task
         self._on_step = on_step or (lambda: None)
-        self._folder = folder
+        self._task_settings = dict(task_settings or {})
+        check_task_settings(self._task_settings)
+        self._folder: RunFolder | None = None
+        self._kept: KeptRun | None = None
         self._exit = contextlib.ExitStack()
         try:
-            self._set_up(make_task, num_workers, devices, worker_timeout, resume)
+            resumes = self._take(folder, resume)
+            self._set_up(make_task, num_workers, devices, worker_timeout, resumes)
         except BaseException:
             self._exit.close()
             raise
@@ -265,23 +267,29 @@ class Simulation(Generic[ExampleT, BatchT]):
         with self._threads():
             self.working.load(pool, self.server.wire_coefficients, config.family)
 
+    def _take(self, folder: Path | RunFolder | None, resume: bool | None) -> bool:
+        """Takes the folder, and says whether the run in it goes on."""
+        if isinstance(folder, RunFolder):
+            self._folder = folder
+            return folder.resumes if resume is None else resume
+        if folder is not None:
+            if resume and not folder.exists():
+                raise StateError(f"expected a saved state in {folder}, got none: no such folder")
+            self._folder = self._exit.enter_context(RunFolder.take(folder))
+        return bool(resume)
+
     def _open_server(self, pool: SeedPool, resume: bool) -> None:
         server_config = self.config.server_config(len(self.task.datasets))
-        identity = self.working.identity
-        if resume and self._folder is not None:
-            self.server = Server.resume(self._folder, identity, pool, server_config)
+        identity, folder = self.working.identity, self._folder
+        if resume and folder is not None:
+            self.server = Server.resume(folder.path, identity, pool, server_config, lock=folder.lock)
         else:
             self.server = Server(identity, pool, server_config)
         self._exit.callback(self.server.close)
         self._choice = self._resolved(resume)
-        if self._folder is not None:
-            if resume:
-                check_client_settings(self._folder / CLIENTS, self._client_settings)
-            self.server.save(self._folder)
-            self._keep_client_settings()
-            self.ledger().save(self._folder / LEDGER)
-            self._metrics = RoundLog(self._folder / METRICS, self.server.round)
-            self._timings = RoundLog(self._folder / TIMINGS, self.server.round)
+        if folder is not None:
+            settings = self._client_settings, self._task_settings
+            self._kept = KeptRun(folder, self.server, *settings, self.ledger, resumes=resume)
 
     def _resolved(self, resume: bool) -> StorageChoice:
         """What the clients are told, and `storage`: "auto" goes on with what the run in the folder has."""
@@ -289,7 +297,7 @@ class Simulation(Generic[ExampleT, BatchT]):
         if config.storage != "auto":
             self.storage: StorageOptions = config.storage
             return config.storage
-        kept = kept_storage(self._folder / CLIENTS) if resume and self._folder is not None else None
+        kept = kept_storage(self._folder.path / CLIENTS) if resume and self._folder is not None else None
         if kept is None and is_begun:
             kept = Inplace()  # of the time before folders kept it
         if kept is None:
@@ -304,7 +312,11 @@ class Simulation(Generic[ExampleT, BatchT]):
                 ).storage
         else:
             self.storage = kept
-            logger.info('storage="auto" goes on in %r, that of the run in %s', kept, self._folder)
+            logger.info(
+                'storage="auto" goes on in %r, that of the run in %s',
+                kept,
+                self._folder and self._folder.path,
+            )
         return self.storage if is_begun else Tentative(self.storage)
 
     def _settle(self, runs: Mapping[int, ClientRun]) -> None:
@@ -327,8 +339,8 @@ class Simulation(Generic[ExampleT, BatchT]):
         return {"storage": repr(self.storage), "batch_size": self.config.batch_size}
 
     def _keep_client_settings(self) -> None:
-        if self._folder is not None:
-            write_client_settings(self._folder / CLIENTS, self._client_settings)
+        if self._kept is not None:
+            self._kept.write_clients(self._client_settings)
 
     def __enter__(self) -> Simulation[ExampleT, BatchT]:
         return self
@@ -361,7 +373,13 @@ class Simulation(Generic[ExampleT, BatchT]):
     @property
     def past_metrics(self) -> list[dict[str, Any]]:
         """The metrics of all rounds so far, also of those before a resume; empty without a folder."""
-        return list(self._metrics.rows) if self._folder is not None else []
+        return self._kept.past_metrics() if self._kept is not None else []
+
+    @property
+    def best_round(self) -> int | None:
+        """The round, from 0, with the lowest held-out loss so far, if the folder holds its ledger."""
+        best = self._kept.best if self._kept is not None else None
+        return best.round if best is not None and best.is_kept else None
 
     def rounds(self) -> Iterator[RoundResult]:
         """Runs the rounds that are left of the config, one at each step of the iterator.
@@ -371,6 +389,7 @@ class Simulation(Generic[ExampleT, BatchT]):
         Raises:
             RoundFailedError: no client of a round replied.
             WorkerError: a worker process died, or hung.
+            LockLostError: the folder's lock file was deleted; the folder stays as after the round before.
             OSError: the folder cannot be written; it stays as after the round before.
         """
         while self.server.round < self.config.num_rounds:
@@ -416,7 +435,8 @@ class Simulation(Generic[ExampleT, BatchT]):
             seconds_evaluation=end - begin,
             seconds=end - start,
         )
-        self._keep(result)
+        if self._kept is not None:
+            self._kept.add(result.metrics, result.timings)
         return result
 
     def _seconds_reset_elsewhere(self, runs: dict[int, ClientRun]) -> float:
@@ -435,15 +455,6 @@ class Simulation(Generic[ExampleT, BatchT]):
         finally:
             modes.restore(self.working.model)  # or the clients of this process go on in the evaluation's
         return {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
-
-    def _keep(self, result: RoundResult) -> None:
-        """Writes the round down; the server's state comes last, and says which lines of the others count."""
-        if self._folder is None:
-            return
-        self._metrics.append(result.metrics)
-        self._timings.append(result.timings)
-        self.ledger().save(self._folder / LEDGER)
-        self.server.save(self._folder)
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[None]:
