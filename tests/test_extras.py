@@ -19,7 +19,7 @@ from benchmarks.machine_code import gate, sass
 from benchmarks.models import workloads
 from fedkseed import MissingExtraError, cli
 from fedkseed.cli import plot
-from fedkseed.data import models
+from fedkseed.data import models, sources
 from fedkseed.data.__main__ import main as fetch_all
 from fedkseed.ledger import signature
 from fedkseed.scenarios.events import Events
@@ -58,6 +58,8 @@ USES = {
     "public key": Use("sign", "cryptography", lambda: signature.public_key_bytes("key.pem")),
     "key pair": Use("sign", "cryptography", lambda: signature.make_key_pair("a.pem", "b.pem")),
     "check a signature": Use("sign", "cryptography", lambda: _signature().is_of(b"")),
+    "parquet": Use("data", "pyarrow", lambda: sources.open_parquet(Path("rows.parquet"))),
+    "hub": Use("data", "datasets", lambda: sources.open_source("hub:owner/name@main")),
     "plot": Use("plot", "matplotlib", lambda: plot.draw([], Path("plot.png"))),
     "plot of the drift": Use("plot", "matplotlib", lambda: drift_report.draw({}, Path("drift.png"))),
     "event files": Use("tensorboard", "tensorboard", lambda: Events(Path("run"))),
@@ -126,7 +128,7 @@ def packages_of(extra: str) -> set[str]:
 
 def test_every_optional_import_is_in_the_table() -> None:
     """Imports of the extras' packages anywhere in fedkseed and benchmarks, types apart; and their extras."""
-    extras = {extra: packages_of(extra) for extra in ("hf", "sign", "plot", "tensorboard", "bench")}
+    extras = {extra: packages_of(extra) for extra in ("data", "hf", "sign", "plot", "tensorboard", "bench")}
     for use in USES.values():
         assert INDEX_NAMES.get(use.package, use.package) in extras[use.extra], use
     optional = set().union(*extras.values())

@@ -141,7 +141,8 @@ def _instances(folder: Path, name: str, counts: dict[str, int]) -> list[Row]:
     """The rows of a task that may be drawn."""
     path = folder / "tasks" / f"{name}.json"
     try:
-        task = read_json(path, max_bytes=MAX_TASK_BYTES)
+        # Not the bound alone: a read of so many bytes takes the memory before it sees how few there are.
+        task = read_json(path, max_bytes=min(MAX_TASK_BYTES, path.stat().st_size))
     except (DocumentError, OSError) as error:
         raise DataError(f"expected a task's file, got: {error}") from error
     definition = _first_text(task, "Definition", str(path))

@@ -78,7 +78,7 @@ def open_source(text: str) -> Source:
     if text.startswith(HUB):
         return open_hub(*parse_hub(text))
     path = Path(text)
-    openers = {".jsonl": _open_json_lines, ".csv": _open_csv, ".parquet": _open_parquet}
+    openers = {".jsonl": _open_json_lines, ".csv": _open_csv, ".parquet": open_parquet}
     opener = openers.get(path.suffix.lower())
     if opener is None:
         raise DataError(f"expected data of a known form ({FORMS}), got {text[:200]!r}")
@@ -224,7 +224,13 @@ class _CsvLines:
             self._offset += len(line)
 
 
-def _open_parquet(path: Path) -> Source:
+def open_parquet(path: Path) -> Source:
+    """A Parquet file.
+
+    Raises:
+        DataError: it is none, or has no rows.
+        MissingExtraError: the extra ``data`` is not installed.
+    """
     require_extra(EXTRA, "pyarrow")
     import pyarrow
     from pyarrow import parquet
