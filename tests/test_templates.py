@@ -153,6 +153,13 @@ def test_a_file_that_is_not_a_template_is_refused(tmp_path: Path, data: bytes | 
         read_template(path)
 
 
+def test_a_message_is_one_line_whatever_it_quotes() -> None:
+    error = DataError(f"got {'a'}\n\x1b[31m\u2028é\ud800 {'x' * 2000}")
+    assert str(error).startswith("got a\\n\\x1b[31m\\u2028é\\ud800 xxx")
+    assert len(str(error)) < 1000
+    assert str(error).endswith("x...")
+
+
 def test_a_random_text_is_a_template_or_refused() -> None:
     generator = random.Random(0)
     pieces = ["{", "}", "{{", "}}", "a", "{a}", ".", "[0]", "!r", ":>9", "\n", "\0", " ", "é"]

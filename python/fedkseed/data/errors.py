@@ -5,9 +5,22 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_MAX_CHARACTERS = 900
+
 
 class DataError(ValueError):
-    """A data file, or a choice of what to do with it, does not hold what it should."""
+    """A data file, or a choice of what to do with it, does not hold what it should.
+
+    The message is one line of bounded length, whatever the data that it quotes: characters that are not
+    printable stand in it as escapes.
+    """
+
+    def __init__(self, message: str) -> None:
+        shown = "".join(
+            character if character.isprintable() else ascii(character)[1:-1]
+            for character in message[:_MAX_CHARACTERS]
+        )
+        super().__init__(shown + ("..." if len(message) > _MAX_CHARACTERS else ""))
 
 
 def choose_from(what: str, given: str, known: Iterable[str]) -> str:
