@@ -1,7 +1,7 @@
 """How untuned prompts do on the rows that the demo is scored on: `python -m benchmarks.sentiment_prompts`.
 
-Writes results/sentiment-prompts.json and, of the best prompt, the file that the demo prints. Accuracies do not
-depend on the machine's load; seconds are CPU time of the process.
+Writes results/sentiment-prompts.json and, of the best prompt, the file that the demo prints. Accuracies do
+not depend on the machine's load; seconds are CPU time of the process.
 """
 
 from __future__ import annotations
