@@ -37,9 +37,7 @@ def measure(template: str, words: tuple[str, str], loaded: Any) -> dict[str, Any
     """One prompt's accuracies on the first held-out rows of every client."""
     data = dataclasses.replace(load_sentiment(), template=Template.custom(template), words=words)
     start = time.process_time()
-    bench = ClassificationBench(
-        *loaded, data, round_rows=0, final_rows=NUM_SCORED, max_length=512, autocast=False
-    )
+    bench = ClassificationBench(*loaded, data, round_rows=0, final_rows=NUM_SCORED, max_length=512)
     scores = bench.scores()["held_out"]
     return {
         "template": template,

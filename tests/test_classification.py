@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +20,6 @@ from fedkseed.data.classification import (
     area_under_curve,
     collate_labelled,
     encode_labelled,
-    has_amx_bf16,
     score_rows,
 )
 from fedkseed.data.errors import DataError
@@ -177,15 +175,16 @@ def test_a_head_of_another_size() -> None:
         Classifier(2).logits(make_head(3), collate_labelled(rows(), 0))
 
 
-def test_autocast_rounds_products_and_leaves_the_weights() -> None:
+def test_losses_are_in_fp32_under_autocast() -> None:
     model, batch = make_model(torch.float32), collate_labelled(rows(), 0)
-    verbalizer = Verbalizer((20, 30))
-    exact = Classifier(2, verbalizer).logits(model, batch)
-    rounded = Classifier(2, verbalizer, autocast=True).logits(model, batch)
+    classifier = Classifier(2, Verbalizer((20, 30)))
+    exact = classifier.logits(model, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = classifier.logits(model, batch)
+        assert classifier.losses(model, batch).dtype == torch.float64
     assert rounded.dtype == torch.float32
     assert not torch.equal(exact, rounded)
     torch.testing.assert_close(exact, rounded, rtol=0.05, atol=0.02)
-    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
 
 
 def test_rows_are_scored_in_their_order() -> None:
@@ -198,14 +197,6 @@ def test_rows_are_scored_in_their_order() -> None:
 def test_area_under_curve() -> None:
     assert area_under_curve([3.0, 2.0, 1.0, 2.0], [True, False, False, True]) == 3.5 / 4
     assert area_under_curve([1.0, 2.0], [True, True]) is None
-
-
-def test_amx_is_read_from_the_processor_flags(tmp_path: Path) -> None:
-    file = tmp_path / "cpuinfo"
-    for flags, expected in (("fpu amx_bf16 avx", True), ("fpu amx_bf16x avx512_bf16", False)):
-        file.write_text(f"processor : 0\nflags\t\t: {flags}\nbugs : amx_bf16\n")
-        assert has_amx_bf16(file) is expected
-    assert not has_amx_bf16(tmp_path / "missing")
 
 
 # Bench

@@ -8,9 +8,7 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -138,12 +136,10 @@ class Classifier:
     Attributes:
         num_labels: L.
         verbalizer: the labels' tokens of a language model; None for a model whose head has a logit a label.
-        autocast: matrix products in bfloat16, the weights stay as they are.
     """
 
     num_labels: int
     verbalizer: Verbalizer | None = None
-    autocast: bool = False
 
     @torch.no_grad()
     def logits(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
@@ -152,8 +148,7 @@ class Classifier:
         Raises:
             ValueError: a head with another number of logits.
         """
-        with self._precision(batch.input_ids.device):
-            found = self._head(model, batch) if self.verbalizer is None else self._words(model, batch)
+        found = self._head(model, batch) if self.verbalizer is None else self._words(model, batch)
         if found.shape != (len(batch.labels), self.num_labels):
             raise ValueError(
                 f"expected logits of {len(batch.labels)} rows and {self.num_labels} labels, "
@@ -168,9 +163,6 @@ class Classifier:
     def loss(self, model: torch.nn.Module, batch: LabelledBatch) -> float:
         """The mean of `losses`, summed in fp64."""
         return float(self.losses(model, batch).mean())
-
-    def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
-        return torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext()
 
     def _words(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
         assert self.verbalizer is not None
@@ -240,13 +232,3 @@ def area_under_curve(margins: Iterable[float], is_positive: Iterable[bool]) -> f
         return None
     larger = sum(bisect_left(negative, margin) + bisect_right(negative, margin) for margin in positive)
     return larger / (2 * len(positive) * len(negative))
-
-
-def has_amx_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether the processor multiplies bfloat16 matrices by itself (AMX), as Linux lists its features."""
-    try:
-        text = cpuinfo.read_text("utf-8", errors="replace")
-    except OSError:
-        return False
-    flags = next((line for line in text.splitlines() if line.startswith("flags")), "")
-    return "amx_bf16" in flags.split()

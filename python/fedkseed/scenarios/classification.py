@@ -51,7 +51,6 @@ class ClassificationBench:
         round_rows: held-out rows of each client behind the scores of a round.
         final_rows: those behind the scores before and after.
         max_length: tokens of a row; a longer one loses the beginning of its prompt.
-        autocast: matrix products in bfloat16.
 
     Attributes:
         model, names, notes, widths: as `Bench` says.
@@ -71,7 +70,6 @@ class ClassificationBench:
         round_rows: int,
         final_rows: int,
         max_length: int,
-        autocast: bool = False,
     ) -> None:
         self.model = model
         self.names = [client.name for client in data.clients]
@@ -83,7 +81,7 @@ class ClassificationBench:
             verbalizer = Verbalizer.of(tokenizer, dict(zip(data.labels, data.words, strict=True)))
         else:
             _check_head(model, data.labels, self._pad_id)
-        self.classifier = Classifier(len(data.labels), verbalizer, autocast)
+        self.classifier = Classifier(len(data.labels), verbalizer)
         self._num_cut = 0
 
         def encoded(rows: Sequence[Any]) -> list[LabelledTokens]:
