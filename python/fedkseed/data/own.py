@@ -100,7 +100,7 @@ def load_own(choice: DataChoice, seed: int) -> FederatedData:
 
 
 def load_division(choice: DataChoice, seed: int) -> Division:
-    """As `load_own`, with the groups that the rows fall into."""
+    """The rows of `load_own`, with the groups that they fall into."""
     folder = Path(choice.data)
     if is_natural_instructions(folder):
         return _natural_instructions(choice, folder, seed)

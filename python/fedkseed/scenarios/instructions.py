@@ -192,8 +192,8 @@ class InstructionBench:
             cells = [_cell(scores.get(column)).rjust(15) for column in _COLUMNS]
             lines.append(name.ljust(16) + "".join(cells))
         head = (
-            f"Losses on {self._limits.final_rows} held-out rows of each client; Rouge-L and exact match of the "
-            f"answers to {self._limits.generate_rows}"
+            f"Losses on {self._limits.final_rows} held-out rows of each client; Rouge-L and exact match of "
+            f"the answers to {self._limits.generate_rows}"
         )
         return "\n".join([head, *lines])
 

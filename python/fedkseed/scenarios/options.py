@@ -1,4 +1,4 @@
-"""Options of a run: fields of dataclasses as flags and keys of files, checked alike wherever they come from."""
+"""Options of a run: fields of dataclasses as flags and as keys of files, checked alike."""
 
 from __future__ import annotations
 

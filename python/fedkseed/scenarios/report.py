@@ -14,7 +14,7 @@ import fedkseed_kernels
 from fedkseed.model.manifest import Manifest
 from fedkseed.scenarios.bench import Bench
 from fedkseed.scenarios.settings import RunSettings
-from fedkseed.simulation.run_folder import LEDGER, METRICS
+from fedkseed.simulation.run_folder import BEST, LEDGER, METRICS
 from fedkseed.simulation.simulation import RoundResult
 
 _COLUMNS = (
@@ -53,10 +53,10 @@ def start_text(settings: RunSettings, bench: Bench) -> str:
         f"{Manifest.of(bench.model).numel:,} parameters in {settings.dtype}{forward}; kernels: "
         f"{kernels['cpu_backend']} ({kernels['cpu_isa']}), {settings.workers} worker(s) of "
         f"{torch.get_num_threads()} threads",
-        f"{federation.num_rounds} rounds of {federation.clients_per_round} out of {len(bench.names)} clients, "
-        f"{federation.num_local_steps} steps each; batch {federation.batch_size}, lr {federation.lr:g}, "
-        f"eps {federation.eps:g}, {federation.family} noise of K = {federation.num_seeds} seeds from base seed "
-        f"{federation.seed}, drawn {drawn}",
+        f"{federation.num_rounds} rounds of {federation.clients_per_round} out of {len(bench.names)} "
+        f"clients, {federation.num_local_steps} steps each; batch {federation.batch_size}, "
+        f"lr {federation.lr:g}, eps {federation.eps:g}, {federation.family} noise of K = "
+        f"{federation.num_seeds} seeds from base seed {federation.seed}, drawn {drawn}",
         f"Held-out loss of a round: on {settings.round_rows} row(s) of each client",
     ]
     return "\n".join([*lines, *bench.notes])
@@ -82,9 +82,7 @@ def round_row(result: RoundResult) -> str:
     return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
 
 
-def end_text(
-    folder: Path, base: str | Path, table: str, summary: Mapping[str, Any], best: Path | None
-) -> str:
+def end_text(folder: Path, base: str | Path, table: str, summary: Mapping[str, Any]) -> str:
     """What the run came to, and the commands that rebuild and ask the model."""
     traffic, seconds = summary["bytes"], summary["seconds"]
     exchanged = traffic["down"] + traffic["up"]
@@ -93,8 +91,8 @@ def end_text(
         "",
         table,
         "",
-        f"Bytes in all: {traffic['down']:,} down and {traffic['up']:,} up. Sending the weights (FedAvg) would "
-        f"have cost {traffic['by_weights']:,}"
+        f"Bytes in all: {traffic['down']:,} down and {traffic['up']:,} up. Sending the weights (FedAvg) "
+        f"would have cost {traffic['by_weights']:,}"
         + (f", {traffic['by_weights'] / exchanged:,.0f} times as much." if exchanged else "."),
         f"{seconds['run']:.0f} s after {seconds['set_up']:.0f} s of set-up, on {summary['processor']}",
         "",
@@ -103,8 +101,11 @@ def end_text(
         f"  {command()} apply {_quoted(ledger)} --base {_quoted(base)} --out {_quoted(folder / 'model')}",
         f"  {command()} ask {_quoted(folder / 'model')} TEXT",
     ]
-    if best is not None:
-        lines.append(f"The round with the lowest held-out loss was {summary['best_round'] + 1}: {best}")
+    if summary["best_round"] is not None:
+        lines.append(
+            f"The lowest held-out loss was that of round {summary['best_round'] + 1}; its model is "
+            f"{folder / BEST}"
+        )
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ from fedkseed.scenarios.report import (
 )
 from fedkseed.scenarios.settings import RunSettings, SettingsError
 from fedkseed.simulation.devices import choose_device, device_name
-from fedkseed.simulation.run_folder import BEST, RunFolder
+from fedkseed.simulation.run_folder import RunFolder
 from fedkseed.simulation.simulation import Simulation
 from fedkseed.simulation.task import Task
 
@@ -141,12 +141,14 @@ def run(
             make_task=functools.partial(make_task, settings, data),
             num_workers=settings.workers,
             worker_timeout=settings.worker_timeout,
-            folder=folder.path,
-            resume=(folder.path / "server.state").exists(),
+            folder=folder,
+            task_settings=_task_settings(settings, bench),
             on_step=bar.update,
         )
         events_folder = folder.path / "tensorboard" if tensorboard else None
         with simulation, Events(events_folder) as events:
+            if folder.notice:
+                print(folder.notice)
             if simulation.server.round:
                 print(f"Resuming {folder.path} after {simulation.server.round} rounds")
             left = config.num_rounds - simulation.server.round
@@ -157,37 +159,37 @@ def run(
                 events.add(result)
                 bar.write(round_row(result))
                 sys.stdout.flush()
-            rounds = simulation.past_metrics
+            rounds, best_round = simulation.past_metrics, simulation.best_round
             # The working weights are those that the ledger rebuilds.
             content = ModelIdentity.of(bench.model).content.hex()
     with forward_passes(settings.autocast, device):
         after = bench.scores()
     summary = {
         **_summary(settings, bench, rounds),
+        "best_round": best_round,
         "scores": bench.summary(before, after),
         "content": content,
         "seconds": {"set_up": set_up, "run": perf_counter() - start - set_up},
     }
     write_atomically(folder.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-    best = folder.path / BEST
     base = settings.model or smollm2_folder()
-    is_best_kept = summary["best_round"] is not None and best.exists()
-    text = end_text(folder.path, base, bench.table(before, after), summary, best if is_best_kept else None)
-    print(text)
+    print(end_text(folder.path, base, bench.table(before, after), summary))
     return summary
+
+
+def _task_settings(settings: RunSettings, bench: Bench) -> dict[str, Any]:
+    """What a resumed run must have beside the federation's numbers, or it would be another from there on."""
+    return {"rows": bench.digest, "dtype": settings.dtype, "autocast": settings.autocast}
 
 
 def _summary(settings: RunSettings, bench: Bench, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in bench.model.parameters())
-    losses = {row["round"]: row["evaluation"].get("held_out_loss") for row in rounds}
-    known = {round: loss for round, loss in losses.items() if loss is not None}
     return {
         "settings": settings.values(),
         "threads": torch.get_num_threads(),
         "processor": processor_name(),
         "model": {"num_parameters": Manifest.of(bench.model).numel, "weight_bytes": weight_bytes},
         "kernels": fedkseed_kernels.info(),
-        "best_round": min(known, key=lambda round: known[round]) if known else None,
         "bytes": {
             "down": sum(row["bytes_down"] for row in rounds),
             "up": sum(row["bytes_up"] for row in rounds),
