@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from support.data_samples import make_tokenizer, save_model
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, BertConfig, LlamaForCausalLM
 
 import fedkseed
-from fedkseed import IdentityError, Ledger, LedgerError, ModelIdentity, SeedPool
+from fedkseed import IdentityError, Ledger, LedgerError, ModelIdentity, SeedPool, cli
 from fedkseed._extras import MissingExtraError
 from fedkseed.data import ModelError, load_causal_lm, load_causal_lm_weights
 from fedkseed.data.models import smollm2_folder
@@ -57,6 +59,52 @@ def test_the_folder_is_the_tuned_model(tmp_path: Path, base: Path, dtype: torch.
     assert tokenizer.chat_template == make_tokenizer().chat_template
     assert load_causal_lm(tmp_path / "tuned")[0].config.tie_word_embeddings
     assert names(tmp_path) == {"base", "ledger", "tuned"}
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification", "BertLMHeadModel"])
+def test_the_folder_has_the_class_of_the_base(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Head included: apply wrote BertLMHeadModel for each of them, and a classifier's head was refused."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=128, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    model_class = getattr(transformers, name)
+    model_class(config).save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    w0 = model_class.from_pretrained(tmp_path / "base")
+    ledger = Ledger.of(w0, SeedPool(6, 8), np.full(8, 0.1))
+    ledger.save(tmp_path / "ledger")
+    arguments = ["--base", str(tmp_path / "base"), "--out", str(tmp_path / "tuned")]
+    assert cli.main(["apply", str(tmp_path / "ledger"), *arguments]) == 0
+    ledger.apply_(w0)
+    tuned = model_class.from_pretrained(tmp_path / "tuned")
+    assert ModelIdentity.of(tuned) == ModelIdentity.of(w0)
+    assert tuned.config.architectures == [name]
+    assert ModelIdentity.of(w0).content.hex() in capsys.readouterr().out
+
+
+def test_a_base_with_code_of_its_own(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_ledger(base).save(tmp_path / "ledger")
+    config = json.loads((base / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "own.OwnModel"}
+    (base / "config.json").write_text(json.dumps(config))
+    marker = tmp_path / "ran"
+    (base / "own.py").write_text(
+        f"import pathlib\npathlib.Path({str(marker)!r}).write_text('ran')\n"
+        "from transformers import LlamaForCausalLM\nclass OwnModel(LlamaForCausalLM):\n    pass\n"
+    )
+    capsys.readouterr()
+    arguments = ["--base", str(base), "--out", str(tmp_path / "tuned")]
+    assert cli.main(["apply", str(tmp_path / "ledger"), *arguments]) == 2
+    assert cli.main(["ask", str(base), "a"]) == 2
+    for line in capsys.readouterr().err.splitlines():
+        assert "got code of its own" in line
+        assert "--trust-remote-code" in line
+    assert names(tmp_path) == {"base", "ledger"}
+    assert cli.main(["ask", str(base), "a", "--trust-remote-code"]) == 0
+    assert marker.exists()
 
 
 def test_frozen_parameters_stay(tmp_path: Path, base: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -23,13 +24,39 @@ def add(
     parser.add_argument(
         "--public-key", type=Path, help="refuse a ledger not signed with this key (PEM)", metavar="FILE"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run code that lies beside the base's weights; without it, such a base is refused",
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Rebuilds and writes it."""
+    from fedkseed.data.asking import FILE, NOTE
+    from fedkseed.ledger.ledger import Ledger
     from fedkseed.ledger.tuned_model import write_tuned_model
 
-    identity = write_tuned_model(options.ledger, options.base, options.out, public_key=options.public_key)
+    identity = write_tuned_model(
+        options.ledger,
+        options.base,
+        options.out,
+        public_key=options.public_key,
+        trust_remote_code=options.trust_remote_code,
+        say=say,
+    )
+    if not (options.out / FILE).exists() and NOTE in Ledger.load(options.ledger).notes:
+        print(
+            f"The folder lacks the template that the model was tuned with: no {FILE} lies beside "
+            f"{options.ledger}; `fedkseed ask` needs --template or takes the tokenizer's own",
+            file=sys.stderr,
+        )
     print(f"Written: {options.out}, content {identity.content.hex()}")
     return 0
+
+
+def say(line: str) -> None:
+    """What takes its time, on the standard error of a terminal."""
+    if sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)
