@@ -197,7 +197,9 @@ def test_what_argparse_refuses(arguments: list[str], capsys: pytest.CaptureFixtu
     assert "usage: fedkseed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["simulate"], ["apply"], ["inspect"], ["plot"], ["bench"]])
+@pytest.mark.parametrize(
+    "command", [[], ["info"], ["simulate"], ["apply"], ["ask"], ["inspect"], ["plot"], ["bench"]]
+)
 def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main([*command, "--help"])
