@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fedkseed._extras import require_extra
+from fedkseed.simulation.round_log import read_rounds
 from fedkseed.simulation.run_folder import METRICS, RunFolderError
+
+_LOSS = "held_out_loss"
+_SCORES = ("rouge_l", "exact_match")
+_TRAFFIC = ("bytes_down", "bytes_up")
+#: Of the metrics: some ten thousand rounds.
+_MAX_BYTES = 12 << 20
 
 
 def add(
@@ -38,15 +44,18 @@ def run(options: argparse.Namespace) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rounds of a run.
+    """The rounds of a run, what is drawn of each.
 
     Raises:
-        RunFolderError: no metrics there, or none of a complete round.
+        RunFolderError: no metrics there, damaged ones, more than can be drawn, or none of a complete round.
     """
-    try:
-        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"expected the folder of a run with {path.name}, got: {error}") from error
+    rows = []
+    for row in read_rounds(path, max_bytes=_MAX_BYTES):
+        found = row["evaluation"]
+        kept = {name: row[name] for name in ("round", "train_loss", *_TRAFFIC)}
+        rows.append(
+            {**kept, "evaluation": {name: found[name] for name in (_LOSS, *_SCORES) if name in found}}
+        )
     if not rows:
         raise RunFolderError(f"expected at least one complete round in {path}, got none")
     return rows
@@ -65,9 +74,9 @@ def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
     losses, scores, traffic = figure.subplots(1, 3)
     rounds = [row["round"] + 1 for row in rows]
     _line(losses, rounds, [row["train_loss"] for row in rows], "train")
-    for name, axes in (("held_out_loss", losses), ("rouge_l", scores), ("exact_match", scores)):
+    for name, axes in ((_LOSS, losses), *((name, scores) for name in _SCORES)):
         _line(axes, rounds, [row["evaluation"].get(name) for row in rows], name.replace("_", " "))
-    for name in ("bytes_down", "bytes_up"):
+    for name in _TRAFFIC:
         total, sums = 0, []
         for row in rows:
             total += row[name]

@@ -126,6 +126,11 @@ class RunFolder:
             lock.__exit__(None, None, None)
             raise
 
+    @property
+    def settings_path(self) -> Path:
+        """The file of `write_settings`."""
+        return self.path / SETTINGS
+
     def write_settings(self, settings: Mapping[str, Any]) -> None:
         """Keeps the settings of the run; `read_settings` gives them back.
 
@@ -137,7 +142,7 @@ class RunFolder:
         self.lock.check()
         text = json.dumps(dict(settings), indent=2, allow_nan=False) + "\n"
         parse_json(text, SETTINGS)
-        write_atomically(self.path / SETTINGS, text.encode())
+        write_atomically(self.settings_path, text.encode())
         self._wrote_settings = True
 
     def read_settings(self) -> dict[str, Any]:
@@ -146,7 +151,7 @@ class RunFolder:
         Raises:
             RunFolderError: there are none, or the file is damaged.
         """
-        return _object_in(self.path / SETTINGS, "the settings of a run")
+        return _object_in(self.settings_path, "the settings of a run")
 
     def abandon(self) -> None:
         """Closes it, and takes back what `start` made and wrote if the run has saved no state."""
@@ -154,7 +159,7 @@ class RunFolder:
             self.close()
             return
         if self._wrote_settings:
-            (self.path / SETTINGS).unlink(missing_ok=True)
+            self.settings_path.unlink(missing_ok=True)
         self.lock.remove()
         with contextlib.suppress(OSError):  # somebody else has put something there
             for folder in self._made:
