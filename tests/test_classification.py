@@ -12,6 +12,7 @@ from support.tiny_language_model import make_model
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fedkseed import Simulation, SimulationConfig
+from fedkseed.data import load_smollm2, sentiment
 from fedkseed.data.classification import (
     Classifier,
     LabelledBatch,
@@ -279,3 +280,24 @@ def test_a_head_gets_the_pad_token_that_it_lacks() -> None:
     model.config.pad_token_id = None
     bench_of(model, federated(()))
     assert model.config.pad_token_id == 2  # the tokenizer's end of text
+
+
+# The real model and sentences
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_sentences_on_the_real_model() -> None:
+    model, tokenizer = load_smollm2()
+    data = sentiment.load_sentiment()
+    bench = ClassificationBench(model, tokenizer, data, round_rows=1, final_rows=3, max_length=128)
+    assert bench.notes == []
+    assert bench.widths[0] < 128
+    task = bench.task()
+    batch = task.collate([task.datasets[0][index] for index in (0, 1)])
+    single = [task.loss(model, task.collate([task.datasets[0][index]])) for index in (0, 1)]
+    assert task.loss(model, batch) == pytest.approx(sum(single) / 2, rel=1e-4)  # type: ignore[arg-type]
+    assert all(0 < loss < 3 for loss in single)  # type: ignore[operator]
+    scores = bench.scores()["held_out"]
+    assert scores["rows"] == 12
+    assert 0.5 < scores["loss"] < 1.5
