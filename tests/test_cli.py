@@ -134,7 +134,7 @@ def test_a_folder_with_something_in_it_is_left_alone(
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("kept")
     assert simulate(base, tmp_path / "full") == 2
-    assert "expected an empty or new folder" in capsys.readouterr().err
+    assert "expected a new or an empty folder" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
 
 
@@ -168,7 +168,7 @@ def test_an_expected_error_is_one_line(
         (["simulate", "--config", "absent.toml"], "expected a TOML file"),
         (["inspect", "absent"], "absent"),
         (["apply", "absent", "--base", "x", "--out", "y"], "absent"),
-        (["plot", "absent"], "expected the folder of a run"),
+        (["plot", "absent"], "expected a line a round in absent"),
         (["bench", "--repeats", "0"], "--repeats of at least 1"),
     ],
 )

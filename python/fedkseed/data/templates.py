@@ -1,8 +1,8 @@
 """Templates: texts with placeholders, which make the prompt of a row's fields.
 
 ``fedkseed-ni`` and ``fedkseed-dolly`` are the texts of the paper's experiments, character for character, from
-github.com/zhenqincn/FedKSeed at commit ebf8216 (Apache-2.0): utils_data/natural_instruction_loader.py and
-utils_data/llm_dataset.py.
+github.com/zhenqincn/FedKSeed at commit ebf8216 (Apache-2.0): natural_instruction_loader and
+llm_dataset of its utils_data.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
+from fedkseed.data.asking import Asking
 from fedkseed.simulation.task import Task
 
 
@@ -21,12 +22,14 @@ class Bench(Protocol):
         names: of the clients.
         notes: what was cut or dropped as rows became tokens, a line each.
         widths: tokens of the longest row that is trained on, and of the longest that is scored.
+        asking: how the tuned model is asked.
         digest: of all rows as tokens, so that a resumed run can tell other rows.
     """
 
     model: PreTrainedModel
     widths: tuple[int, int]
     digest: str
+    asking: Asking
 
     @property
     def names(self) -> Sequence[str]: ...

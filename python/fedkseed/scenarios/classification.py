@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from fedkseed.data.asking import Asking
 from fedkseed.data.classification import (
     Classifier,
     LabelledBatch,
@@ -72,6 +73,7 @@ class ClassificationBench:
         max_length: int,
     ) -> None:
         self.model = model
+        self.asking = Asking(data.template, data.labels, data.words)
         self.names = [client.name for client in data.clients]
         self._labels = data.labels
         self._round_rows = round_rows
@@ -102,7 +104,7 @@ class ClassificationBench:
         if not self._parts and not self._unseen:
             raise ValueError("expected held-out rows of at least one client, got none; hold some out")
         cut = f"{self._num_cut:,} prompts lost their beginning: over {max_length} tokens"
-        self.notes = [cut] if self._num_cut else []
+        self.notes = [*data.notes, *([cut] if self._num_cut else [])]
         scored = [row for each in (*self._parts, *self._unseen) for row in each.rows]
         self.digest = digest_of(
             self._train, *([part.rows for part in parts] for parts in (self._parts, self._unseen))

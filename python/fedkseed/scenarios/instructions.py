@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from fedkseed._means import mean
+from fedkseed.data.asking import Asking
 from fedkseed.data.federated import ClientRows, FederatedData, Row
 from fedkseed.data.prompts import Batch, Cuts, Encoded, collate, encode_rows, iterate_batches, pad_token_id
 from fedkseed.data.scores import (
@@ -82,6 +83,7 @@ class InstructionBench:
         max_length: int,
     ) -> None:
         self.model = model
+        self.asking = Asking(data.template)
         self.names = [client.name for client in data.clients]
         self._limits, self._data, self._max_length = limits, data, max_length
         self._tokenizer = tokenizer
@@ -93,7 +95,7 @@ class InstructionBench:
         scored = [row for rows in (*self._held_out, *self._unseen) for row in rows]
         self.widths = _longest([row for rows in self._train for row in rows]), _longest(scored)
         self.digest = digest_of(self._train, self._held_out, self._unseen)
-        self.notes = cut_notes(self._cuts, max_length)
+        self.notes = [*data.notes, *cut_notes(self._cuts, max_length)]
         for name, rows in zip(self.names, self._train, strict=True):
             if not rows:
                 raise ValueError(
@@ -187,14 +189,16 @@ class InstructionBench:
     def table(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         """See `Bench.table`."""
         rows = self.summary(before, after)
-        lines = [" " * 16 + "".join(title.rjust(15) for title in _COLUMNS.values())]
+        columns = [name for name in _COLUMNS if any(scores.get(name) is not None for scores in rows.values())]
+        lines = [" " * 16 + "".join(_COLUMNS[name].rjust(15) for name in columns)]
         for name, scores in rows.items():
-            cells = [_cell(scores.get(column)).rjust(15) for column in _COLUMNS]
+            cells = [_cell(scores.get(column)).rjust(15) for column in columns]
             lines.append(name.ljust(16) + "".join(cells))
-        head = (
-            f"Losses on {self._limits.final_rows} held-out rows of each client; Rouge-L and exact match of "
-            f"the answers to {self._limits.generate_rows}"
-        )
+        head = f"Losses on {sum(map(len, self._held_out))} held-out rows of the clients"
+        if self._unseen:
+            head += f" and {sum(map(len, self._unseen))} of unseen ones"
+        if self._limits.generate_rows:
+            head += f"; Rouge-L and exact match of the answers to {self._limits.generate_rows} of each client"
         return "\n".join([head, *lines])
 
     def summary(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

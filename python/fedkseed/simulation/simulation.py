@@ -169,6 +169,7 @@ class Simulation(Generic[ExampleT, BatchT]):
             itself, and not in a folder given as a path.
         task_settings: by name, ready for JSON: what the task computes with (model, prompt, a digest of the
             data); kept in the folder, and the same in a run that is resumed.
+        notes: of the ledgers, beside their number of rounds.
         on_step: called after each local step of any client.
 
     Attributes:
@@ -198,6 +199,7 @@ class Simulation(Generic[ExampleT, BatchT]):
         folder: Path | RunFolder | None = None,
         resume: bool | None = None,
         task_settings: Mapping[str, Any] | None = None,
+        notes: Mapping[str, str] | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> None:
         check_count("num_workers", num_workers, 1, 2**15)
@@ -209,6 +211,7 @@ class Simulation(Generic[ExampleT, BatchT]):
         self.config = config
         self.task = task
         self._on_step = on_step or (lambda: None)
+        self._notes = dict(notes or {})
         self._task_settings = dict(task_settings or {})
         check_task_settings(self._task_settings)
         self._folder: RunFolder | None = None
@@ -360,7 +363,7 @@ class Simulation(Generic[ExampleT, BatchT]):
     def ledger(self) -> Ledger:
         """The model after the last round that is complete, as a ledger."""
         server = self.server
-        notes = {"num_rounds": str(server.round)}
+        notes = {**self._notes, "num_rounds": str(server.round)}
         return Ledger(
             server.pool.base_seed,
             server.wire_coefficients,
