@@ -198,11 +198,11 @@ def test_what_argparse_refuses(arguments: list[str], capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["info"], ["simulate"], ["apply"], ["ask"], ["inspect"], ["plot"], ["bench"]]
+    "command", ["", "info", "data", "data show", "simulate", "apply", "ask", "inspect", "plot", "bench"]
 )
-def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        cli.main([*command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert caught.value.code == 0
     assert "usage: fedkseed" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ from fedkseed.scenarios.settings import values_of_file
 
 DOCS = Path(__file__).parent.parent / "docs"
 #: Pages whose Python blocks are one program, and how many they have.
-PAGES = {"quickstart": 4, "optimizer": 8}
+PAGES = {"quickstart": 4, "optimizer": 8, "data": 1}
 #: Pages with pieces of programs.
 PIECES = ("ledger", "reproducibility")
 

@@ -16,11 +16,13 @@ class DataError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        shown = "".join(
-            character if character.isprintable() else ascii(character)[1:-1]
-            for character in message[:_MAX_CHARACTERS]
-        )
+        shown = printable(message[:_MAX_CHARACTERS])
         super().__init__(shown + ("..." if len(message) > _MAX_CHARACTERS else ""))
+
+
+def printable(text: str) -> str:
+    """The text in one line: characters that are not printable stand in it as escapes."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def choose_from(what: str, given: str, known: Iterable[str]) -> str:

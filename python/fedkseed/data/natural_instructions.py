@@ -1,7 +1,7 @@
 """A folder of Natural Instructions: one client a training task, the test tasks held out whole.
 
 Files, filter and numbers of rows are those of the paper's experiments (github.com/zhenqincn/FedKSeed at
-commit ebf8216, natural_instruction_loader of its utils_data); which rows are drawn is not, since the original
+commit ebf8216, utils_data/natural_instruction_loader); which rows are drawn is not, since the original
 draws depend on NumPy's global state. Held-out rows of the training tasks are an addition: they come from the
 instances that are not trained on.
 """

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fedkseed.data.columns import label_of, text_of
 from fedkseed.data.errors import DataError, choose_from
@@ -22,9 +23,13 @@ from fedkseed.data.templates import INPUT, INSTRUCTION, NATURAL_INSTRUCTIONS, Te
 DEFAULT_CLIENTS = 8
 
 
+def _setting(default: Any, metavar: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"metavar": metavar, "choices": choices})
+
+
 @dataclass(frozen=True)
 class DataChoice:
-    """What a user says of their data; each field is a flag of the command line.
+    """What a user says of their data; each field is a flag of the command line, shown as its metadata says.
 
     Attributes:
         data: *.jsonl, *.csv, *.parquet, a folder with tasks/ and splits/, or hub:NAME[:CONFIG]@REVISION
@@ -44,18 +49,18 @@ class DataChoice:
         DataError: choices that cannot stand together.
     """
 
-    data: str
-    partition: str = ""
-    input: str = ""
-    context: str = ""
-    output: str = ""
-    label: str = ""
-    template: str = ""
-    template_file: str = ""
-    words: str = ""
-    classify: str = WORDS
-    held_out: float = 0.1
-    held_out_clients: str = ""
+    data: str = field(metadata={"metavar": "SOURCE"})
+    partition: str = _setting("", "HOW")
+    input: str = _setting("", "FIELD")
+    context: str = _setting("", "FIELD")
+    output: str = _setting("", "FIELD")
+    label: str = _setting("", "FIELD")
+    template: str = _setting("", "NAME")
+    template_file: str = _setting("", "FILE")
+    words: str = _setting("", "LABEL=WORD,...")
+    classify: str = _setting(WORDS, choices=(WORDS, HEAD))
+    held_out: float = _setting(0.1, "FRACTION")
+    held_out_clients: str = _setting("", "WHICH")
 
     def __post_init__(self) -> None:
         if not self.data:

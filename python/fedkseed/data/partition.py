@@ -107,8 +107,9 @@ def _dirichlet(
 ) -> list[list[int]]:
     """Rows of each client: of every class, shares drawn from a symmetric Dirichlet distribution.
 
-    As in the paper's experiments (github.com/zhenqincn/FedKSeed at commit ebf8216, partition_data of its
-    utils_data): the share of a client that already holds rows / clients or more is set to 0, the others are renormalised, and the whole is drawn anew until every client has enough rows. Here the
+    As in the paper's experiments (github.com/zhenqincn/FedKSeed at commit ebf8216,
+    utils_data/partition_data): the share of a client that already holds rows / clients or more is set to
+    0, the others are renormalised, and the whole is drawn anew until every client has enough rows. Here the
     redraws are bounded, and few rows ask for fewer than ten each.
     """
     num_rows = sum(map(len, classes))

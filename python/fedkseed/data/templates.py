@@ -1,8 +1,8 @@
 """Templates: texts with placeholders, which make the prompt of a row's fields.
 
 ``fedkseed-ni`` and ``fedkseed-dolly`` are the texts of the paper's experiments, character for character, from
-github.com/zhenqincn/FedKSeed at commit ebf8216 (Apache-2.0): natural_instruction_loader and
-llm_dataset of its utils_data.
+github.com/zhenqincn/FedKSeed at commit ebf8216 (Apache-2.0): utils_data/natural_instruction_loader and
+utils_data/llm_dataset.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Template:
             if name not in fields:
                 raise DataError(f"template {self.name}: {choose_from('a placeholder', name, fields)}")
 
-    def prompt(self, tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, str]) -> str:
+    def prompt(self, tokenizer: PreTrainedTokenizerBase | None, fields: Mapping[str, str]) -> str:
         """The text that the model continues.
 
         "plain" is the instruction and the input, a line each, and nothing else: the fewest tokens. "alpaca"
@@ -133,7 +133,7 @@ class Template:
         user message, or the instruction as user message if the input is empty).
 
         Args:
-            tokenizer: asked by "chat" alone.
+            tokenizer: asked by "chat" alone; others take None.
             fields: at least those of `placeholders`; ``input`` of the package's templates may be missing or
                 empty.
 
@@ -150,6 +150,11 @@ class Template:
         without = _TEXTS_WITHOUT.get(self.name)
         parts = _split(without) if without is not None and not fields[INPUT] else self._parts
         return "".join(text + ("" if name is None else fields[name]) for text, name in parts)
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether `prompt` asks the tokenizer."""
+        return self.name == CHAT
 
     @property
     def adds_special_tokens(self) -> bool:
@@ -209,8 +214,8 @@ def _split(text: str) -> tuple[tuple[str, str | None], ...]:
     return tuple((literal, name) for literal, name, _, _ in pieces)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, str]) -> str:
-    if not tokenizer.chat_template:
+def _chat(tokenizer: PreTrainedTokenizerBase | None, fields: Mapping[str, str]) -> str:
+    if tokenizer is None or not tokenizer.chat_template:
         raise DataError("expected a tokenizer with a chat template, got one without; use the template alpaca")
     if fields[INPUT]:
         messages = [

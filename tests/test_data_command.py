@@ -1,0 +1,154 @@
+"""`fedkseed data show`: what it prints, draws and refuses; the commands of docs/data.md."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedkseed import cli
+from fedkseed.cli import data as command
+from fedkseed.data.own import DataChoice, load_division
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "data.md"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> str:
+    rows = [
+        {"text": f"text {number}", "label": ("good", "bad")[number % 2], "who": f"w{number % 3}"}
+        for number in range(60)
+    ]
+    return write_lines(tmp_path / "reviews.jsonl", rows)
+
+
+def test_clients_rows_and_labels_are_printed(reviews: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["data", "show", "--data", reviews, "--partition", "by:who", "--held-out", "0.2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "classification: 48 rows of 3 clients to train on, 12 held out"
+    assert "  60 rows read" in lines
+    assert "  labels: bad (' bad'), good (' good')" in lines
+    table = lines[lines.index("") + 1 :]
+    assert [line.split() for line in table[:4]] == [
+        ["client", "train", "held", "out", "label"],
+        *(["w" + str(number), "16", "4", "bad", "10,", "good", "10"] for number in range(3)),
+    ]
+    assert re.fullmatch(r"first prompt \(custom\): 'text \d+\\nLabel:'", table[-2])
+    assert table[-1] in ("its answer: ' bad'", "its answer: ' good'")
+
+
+def test_what_is_held_out_whole_is_said(reviews: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--template", "chat", "--held-out-clients", "who=w1", "--partition", "dirichlet:who:1:2"]
+    assert cli.main(["data", "show", "--data", reviews, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^w1 +0 +20  \(held out whole\) bad 10, good 10$", out, re.M)
+    assert re.search(r"^first prompt \(chat\): instruction 'text \d+'$", out, re.M)
+
+
+def test_many_clients_are_cut_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prompt": f"p {number}", "completion": "x" * 500, "who": f"w\n{number // 4:03}"}
+        for number in range(400)
+    ]
+    assert (
+        cli.main(["data", "show", "--data", write_lines(tmp_path / "a.jsonl", rows), "--partition", "by:who"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "\nw\\n049 " in out
+    assert "\nw\\n050" not in out
+    assert "\n... and 50 more; clients train on 3 to 3 rows\n" in out
+    assert max(map(len, out.splitlines())) < 600
+
+
+def test_many_groups_are_cut_and_counted(tmp_path: Path) -> None:
+    rows = [{"text": f"t {number}", "label": f"l{number % 12:02}"} for number in range(240)]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    division = load_division(DataChoice(path, "iid:1"), 0)
+    line = next(line for line in command.lines(division) if line.startswith("client-0"))
+    assert line.endswith(", ".join(f"l{number:02} 20" for number in range(8)) + ", 4 more")
+    assert command.drawn(division).startswith(PNG)
+
+
+@pytest.mark.parametrize("clients", [3, 70])
+def test_a_picture_is_drawn(
+    tmp_path: Path, reviews: str, clients: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": f"p {number}", "completion": "x", "who": f"_{number % clients} $a^"}
+        for number in range(280)
+    ]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    target = tmp_path / "rows.png"
+    arguments = ["--partition", "by:who", "--held-out-clients", "0.3", "--out", str(target)]
+    assert cli.main(["data", "show", "--data", path, *arguments]) == 0
+    assert target.read_bytes().startswith(PNG)
+    assert f"Written: {target}" in capsys.readouterr().out
+
+
+def test_every_field_of_the_choice_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["data", "show", "--help"])
+    out = capsys.readouterr().out
+    for entry in dataclasses.fields(DataChoice):
+        assert f"--{entry.name.replace('_', '-')} " in out
+
+
+def test_bad_data_is_one_line_and_nothing_is_written(
+    tmp_path: Path, reviews: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "rows.png"
+    arguments = ["data", "show", "--data", reviews, "--label", "lable", "--out", str(target)]
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fedkseed data: --label: expected a field out of label, text, who, got 'lable'; ")
+    assert not target.exists()
+
+
+def test_a_missing_matplotlib_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["data", "show", "--data", "absent.jsonl", "--out", str(tmp_path / "rows.png")]) == 2
+    assert "expected the package matplotlib, " in capsys.readouterr().err
+
+
+# The page
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
+
+
+def test_the_pages_commands_print_what_stands_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The page's Python block writes the files; each console block is a command and its output."""
+    monkeypatch.chdir(tmp_path)
+    (program,) = blocks("python")
+    exec(program, {})
+    consoles = blocks("console")
+    assert len(consoles) >= 3
+    for console in consoles:
+        line, _, expected = console.partition("\n")
+        while line.endswith("\\"):
+            more, _, expected = expected.partition("\n")
+            line = line[:-1] + more
+        words = shlex.split(line.removeprefix("$ "))
+        assert words[:3] == ["fedkseed", "data", "show"], line
+        status = cli.main(words[1:])
+        captured = capsys.readouterr()
+        assert captured.out + captured.err == expected, line
+        assert status == (2 if captured.err else 0)
