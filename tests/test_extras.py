@@ -19,7 +19,7 @@ from benchmarks.machine_code import gate, sass
 from benchmarks.models import workloads
 from fedkseed import MissingExtraError, cli
 from fedkseed.cli import plot
-from fedkseed.data import models, sources
+from fedkseed.data import architectures, models, sources, verified
 from fedkseed.data.__main__ import main as fetch_all
 from fedkseed.ledger import signature
 from fedkseed.scenarios.events import Events
@@ -50,6 +50,12 @@ USES = {
     "load_causal_lm": Use("hf", "transformers", lambda: models.load_causal_lm("owner/name")),
     "load_causal_lm without safetensors": Use("hf", "safetensors", lambda: models.load_causal_lm("o/n")),
     "load_causal_lm_weights": Use("hf", "transformers", lambda: models.load_causal_lm_weights("owner/name")),
+    "load_classifier": Use("hf", "transformers", lambda: models.load_classifier("owner/name")),
+    "load_any": Use("hf", "transformers", lambda: models.load_any("owner/name")),
+    "choose_class": Use(
+        "hf", "transformers", lambda: architectures.choose_class("owner/name", False, ("causal",), False)
+    ),
+    "content of weights": Use("hf", "safetensors", lambda: verified.content_of(Path("model"))),
     "load_smollm2": Use("hf", "transformers", models.load_smollm2),
     "smollm2_folder": Use("hf", "gguf", models.smollm2_folder),
     "smollm2_folder without accelerate": Use("hf", "accelerate", models.smollm2_folder),
@@ -151,3 +157,84 @@ def optional_imports(path: Path, optional: set[str]) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module.removeprefix("torch.utils."))
     return {name.partition(".")[0] for name in names} & optional
+
+
+def optional_packages() -> dict[str, str]:
+    """The extra of each package that a user installs by one: module name -> extra."""
+    extras = set(PROJECT["optional-dependencies"]) - {"bench", "dev", "test"}
+    modules = {index: module for module, index in INDEX_NAMES.items()}
+    return {modules.get(name, name): extra for extra in extras for name in packages_of(extra)}
+
+
+def unguarded_imports(source: str, optional: dict[str, str]) -> list[str]:
+    """Imports of a module without a ``require_extra`` of their package before them in their function."""
+    tree = ast.parse(source)
+    constants = {
+        node.targets[0].id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+    }
+    found: list[str] = []
+
+    def value(node: ast.expr) -> object:
+        return constants.get(node.id) if isinstance(node, ast.Name) else getattr(node, "value", None)
+
+    def visit(node: ast.AST, required: set[tuple[object, object]]) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+                visit(child, set())
+                continue
+            if isinstance(child, ast.Call) and ast.unparse(child.func) == "require_extra":
+                extra, *packages = map(value, child.args)
+                required |= {(extra, package) for package in packages}
+            names = [alias.name for alias in child.names] if isinstance(child, ast.Import) else []
+            if isinstance(child, ast.ImportFrom) and child.module:
+                names = [child.module.replace("torch.utils.tensorboard", "tensorboard")]
+            for package in {name.partition(".")[0] for name in names}:
+                fine = package in REQUIRED or package in sys.stdlib_module_names
+                if not fine and (optional.get(package), package) not in required:
+                    found.append(f"{child.lineno}: {package}")
+            visit(child, required)
+
+    visit(tree, set())
+    return found
+
+
+#: What is there without an extra: the package's own requirements and itself.
+REQUIRED = {"fedkseed", "fedkseed_kernels", *(re.split("[<>=]", line)[0] for line in PROJECT["dependencies"])}
+
+
+def test_every_optional_import_follows_a_check_that_names_its_extra() -> None:
+    optional = optional_packages()
+    assert {"transformers", "cryptography", "matplotlib", "tensorboard", "gguf"} <= optional.keys()
+    files = sorted((ROOT / "python").rglob("*.py"))
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in files
+        for line in unguarded_imports(path.read_text("utf-8"), optional)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("source", "fine"),
+    [
+        ("def f():\n    require_extra('hf', 'gguf', 'transformers')\n    from transformers.x import y", True),
+        ("X = 'hf'\ndef f():\n    require_extra(X, 'gguf')\n    if a:\n        import gguf.b", True),
+        ("if TYPE_CHECKING:\n    import transformers\nimport json, numpy, torch.nn, tqdm", True),
+        ("def f():\n    import transformers", False),
+        ("import transformers", False),
+        ("try:\n    import transformers\nexcept ImportError:\n    pass", False),
+        ("def f():\n    import gguf\n    require_extra('hf', 'gguf')", False),
+        ("def f():\n    require_extra('plot', 'gguf')\n    import gguf", False),
+        ("def f():\n    require_extra('hf', 'gguf')\ndef g():\n    import gguf", False),
+        ("def f():\n    from torch.utils.tensorboard import SummaryWriter", False),
+        ("import scipy", False),
+    ],
+)
+def test_an_import_without_its_check_is_found(source: str, fine: bool) -> None:
+    assert (unguarded_imports(source, optional_packages()) == []) == fine

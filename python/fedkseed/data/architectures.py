@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedkseed._extras import require_extra
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
@@ -45,12 +47,17 @@ def choose_class(
         ModelError: code of its own that is not trusted, a model of another kind, or one that transformers
             does not know. What the library raises about damaged files passes through.
     """
+    require_extra("hf", "transformers")
     import transformers
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     entries, _ = PreTrainedConfig.get_config_dict(source, local_files_only=local)
     model_type = entries.get("model_type")
-    own = _own_code(source, local, entries)
+    tokenizer = get_tokenizer_config(source, local_files_only=local)
+    files = {"config.json": entries, "tokenizer_config.json": tokenizer}
+    own = [name for name, content in files.items() if "auto_map" in content]
     if own and not trust_remote_code:
         known = f"; or take auto_map out to use transformers' own {model_type}" * (
             model_type in CONFIG_MAPPING
@@ -69,25 +76,24 @@ def choose_class(
         for family in families:
             if (auto := _FAMILIES[family][2]) in entries["auto_map"]:
                 return getattr(transformers, auto), config
-    named = entries.get("architectures") or [None]
-    return _served_class(named[0], config, families), config
+    (named, *_) = entries.get("architectures") or [None]
+    is_known = isinstance(named, str) and hasattr(transformers, named)
+    return getattr(transformers, _auto_class(named, is_known, config, families, modeling_auto)), config
 
 
-def _own_code(source: str | Path, local: bool, entries: Mapping[str, Any]) -> list[str]:
-    """Names of the files that name code beside the weights."""
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+def _auto_class(
+    named: Any, is_known: bool, config: PreTrainedConfig, families: Sequence[Family], mappings: Any
+) -> str:
+    """The auto class of the family that the name is of, or of the first family that has this config.
 
-    tokenizer = get_tokenizer_config(source, local_files_only=local)
-    files = {"config.json": entries, "tokenizer_config.json": tokenizer}
-    return [name for name, content in files.items() if "auto_map" in content]
-
-
-def _served_class(named: Any, config: PreTrainedConfig, families: Sequence[Family]) -> Any:
-    """The auto class of the family that the name is of, or the first family's that has this config."""
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    names = {family: getattr(modeling_auto, _FAMILIES[family][1]) for family in _FAMILIES}
+    Args:
+        named: the class in config.json, if it is one.
+        is_known: whether transformers has it.
+        config: of the model.
+        families: that are served.
+        mappings: the library's tables of classes by model type.
+    """
+    names = {family: getattr(mappings, _FAMILIES[family][1]) for family in _FAMILIES}
     family = next((family for family in _FAMILIES if named in names[family].values()), None)
     served = " or ".join(_FAMILIES[wanted][0] for wanted in families)
     if config.is_encoder_decoder and family != "causal":
@@ -98,7 +104,7 @@ def _served_class(named: Any, config: PreTrainedConfig, families: Sequence[Famil
     if family is not None and family in families:
         # Of a family, a model type has one class.
         if config.model_type in names[family]:
-            return getattr(transformers, _FAMILIES[family][2])
+            return _FAMILIES[family][2]
     elif family is not None:
         head = (
             ", or give this one a head: AutoModelForSequenceClassification"
@@ -109,14 +115,14 @@ def _served_class(named: Any, config: PreTrainedConfig, families: Sequence[Famil
             f"{head if 'classifier' in families else ''}"
         )
     bare = (
-        *modeling_auto.MODEL_MAPPING_NAMES.values(),
-        *modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES.values(),
+        *mappings.MODEL_MAPPING_NAMES.values(),
+        *mappings.MODEL_FOR_PRETRAINING_MAPPING_NAMES.values(),
     )
     is_bare = any(named in entry if isinstance(entry, tuple) else named == entry for entry in bare)
     fallback = next((wanted for wanted in families if config.model_type in names[wanted]), None)
-    if fallback is None or not (is_bare or not isinstance(named, str) or not hasattr(transformers, named)):
+    if fallback is None or (is_known and not is_bare):
         raise ModelError(
             f"expected {served}, got a model of another kind ({named or config.model_type}); "
             "name one of that kind"
         )
-    return getattr(transformers, _FAMILIES[fallback][2])
+    return _FAMILIES[fallback][2]

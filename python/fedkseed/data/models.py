@@ -76,7 +76,6 @@ def smollm2_folder() -> Path:
     cache = cache_folder()
     target = cache / f"smollm2-135m-instruct-fp32-{fetch.SMOLLM2.sha256[:8]}"
     if target.is_dir():
-        require_extra("hf", "safetensors")
         change = verified.find_change(target, _SMOLLM2_CONTENT)
         if change is None:
             return target
@@ -306,6 +305,7 @@ def _check_folder(folder: Path, needed: Mapping[str, tuple[str, ...]]) -> None:
 
 
 def _convert_gguf(folder: Path, target: Path) -> None:
+    require_extra("hf", "transformers", "gguf", "accelerate")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     model = AutoModelForCausalLM.from_pretrained(

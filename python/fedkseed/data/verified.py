@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from fedkseed._extras import require_extra
 from fedkseed.data.fetch import sha256_of
 from fedkseed.files import read_bounded, write_atomically
 
@@ -23,7 +24,9 @@ def content_of(folder: Path) -> str:
 
     Raises:
         SafetensorError, OSError: the file of the weights is damaged, or is not there.
+        MissingExtraError: safetensors is not installed.
     """
+    require_extra("hf", "safetensors")
     from safetensors import safe_open
 
     digest = hashlib.sha256()
@@ -48,7 +51,11 @@ def find_change(folder: Path, content: str) -> str | None:
     """What is not as it was, in words; None if the weights have this content and all else is as noted.
 
     A folder without `NOTED`, as earlier versions made it, gets it if it can be written.
+
+    Raises:
+        MissingExtraError: safetensors is not installed.
     """
+    require_extra("hf", "safetensors")
     from safetensors import SafetensorError
 
     try:

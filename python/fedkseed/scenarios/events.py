@@ -27,6 +27,7 @@ class Events:
 
     def __enter__(self) -> Events:
         if self._folder is not None:
+            require_extra("tensorboard", "tensorboard")
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder))
