@@ -108,14 +108,21 @@ def test_cache_that_cannot_be_made(tmp_path: Path) -> None:
         pass
 
 
-def test_stale_staging_is_removed(cache: Path) -> None:
-    old, young = cache / ".staging-old", cache / ".staging-young"
-    old.mkdir(parents=True)
-    young.mkdir()
-    fetch.os.utime(old, (0, 0))
-    with fetch.staging(cache, 1, "making x"):
-        assert not old.exists()
-        assert young.exists()
+def test_staging_that_nobody_holds_is_removed_whatever_its_date(cache: Path) -> None:
+    """Clocks jump: a folder of a process that works lies about for a day, or is dated in the future."""
+    dates = {"old": 0, "young": None, "later": 2**33}
+    for name, date in dates.items():
+        (cache / f".staging-{name}").mkdir(parents=True)
+        if date is not None:
+            fetch.os.utime(cache / f".staging-{name}", (date, date))
+    with fetch.staging(cache, 1, "making x") as first:
+        assert list(cache.iterdir()) == [first]
+        fetch.os.utime(first, (0, 0))
+        (first / "half").write_bytes(b"half")
+        with fetch.staging(cache, 1, "making y") as second:
+            assert sorted(cache.iterdir()) == sorted([first, second])
+        assert (first / "half").exists()
+    assert list(cache.iterdir()) == []
 
 
 def test_extract_member(index: Path, cache: Path) -> None:

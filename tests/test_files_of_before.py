@@ -63,7 +63,7 @@ def test_ledgers(name: str, tmp_path: Path) -> None:
         key = bytes.fromhex(FIELDS["ledgers"][name]["signature"][0])
         assert Ledger.load(path, public_key=key) == ledger
         with pytest.raises(LedgerError, match="expected a ledger signed by"):
-            Ledger.load(path, public_key=bytes(32))
+            Ledger.load(path, public_key=bytes(range(32)))
 
 
 @pytest.mark.parametrize("name", FIELDS["messages"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import os
 import stat
@@ -226,3 +227,92 @@ def test_without_the_library(keys: tuple[Path, Path], monkeypatch: pytest.Monkey
         with pytest.raises(MissingExtraError, match=r"pip install 'fedkseed-kernels\[sign\]'"):
             call()
     assert "not checked: expected the package cryptography" in describe(ledger)
+
+
+PRIME = 2**255 - 19
+D = -121665 * pow(121666, -1, PRIME) % PRIME
+
+
+def root(square: int) -> int | None:
+    """A square root mod p, if there is one (RFC 8032, section 5.1.3)."""
+    x = pow(square, (PRIME + 3) // 8, PRIME)
+    if x * x % PRIME != square % PRIME:
+        x = x * pow(2, (PRIME - 1) // 4, PRIME) % PRIME
+    return x if x * x % PRIME == square % PRIME else None
+
+
+def doubled(point: tuple[int, int]) -> tuple[int, int]:
+    x, y = point
+    product = D * x * x * y * y
+    return (
+        2 * x * y * pow(1 + product, -1, PRIME) % PRIME,
+        (y * y + x * x) * pow(1 - product, -1, PRIME) % PRIME,
+    )
+
+
+def small_order_keys() -> list[bytes]:
+    """All encodings of points P with 8 P = 0, found by arithmetic: -x^2 + y^2 = 1 + d x^2 y^2."""
+    # 2 P has order 1, 2 or 4 and so y in {1, -1, 0}: of order 8 are the P with x^2 = y^2 or x^2 = -y^2.
+    ys = {0, 1, PRIME - 1}
+    for sign in (1, -1):
+        # With x^2 = s y^2 the curve says d s y^4 + (s - 1) y^2 + 1 = 0.
+        a, b = D * sign, sign - 1
+        between = root((b * b - 4 * a) % PRIME)
+        if between is None:
+            continue
+        for half in (between, -between):
+            y = root((-b + half) * pow(2 * a, -1, PRIME) % PRIME)
+            if y is not None:
+                ys |= {y, PRIME - y}
+    keys = []
+    for y in ys:
+        x = root((y * y - 1) * pow(D * y * y + 1, -1, PRIME) % PRIME)
+        assert x is not None
+        point = (x, y)
+        for _ in range(3):
+            point = doubled(point)
+        assert point == (0, 1)
+        encodings = [y] + [y + PRIME] * (y + PRIME < 2**255)
+        keys += [(value | top << 255).to_bytes(32, "little") for value in encodings for top in (0, 1)]
+    return keys
+
+
+def test_keys_of_small_order_sign_nothing_and_are_refused(tmp_path: Path) -> None:
+    keys = small_order_keys()
+    assert len(keys) == len(set(keys)) == 14  # eight points, and six more encodings
+    order_1 = (1).to_bytes(32, "little")
+    assert order_1 in keys
+    forged = Signature(order_1, order_1 + bytes(32))
+    # The library takes it: S B = R + k A with S = 0 and R = A = 0.
+    Ed25519PublicKey.from_public_bytes(order_1).verify(forged.value, b"anything")
+    for key in keys:
+        assert not Signature(key, key + bytes(32)).is_of(b"anything")
+        assert not Signature(key, order_1 + bytes(32)).is_of(b"anything")
+        with pytest.raises(SigningKeyError, match="small order"):
+            public_key_bytes(key)
+    ledger = replace(LEDGER, signature=forged)
+    assert not ledger.is_signed_by_its_key()
+    assert "BROKEN" in describe(ledger)
+    path = tmp_path / "key.pem"
+    path.write_bytes(public_pem(Ed25519PublicKey.from_public_bytes(order_1)))
+    for known in (path, order_1, Ed25519PublicKey.from_public_bytes(order_1)):
+        with pytest.raises(SigningKeyError, match="small order"):
+            ledger.verify(known)
+    near = (2).to_bytes(32, "little")
+    assert public_key_bytes(near) == near
+
+
+@pytest.mark.parametrize("name", ["x25519", "x448", "ed25519", "ed448"])
+@pytest.mark.parametrize("length", [0, 1, 31, 32, 33, 56, 57, 58, 114])
+def test_private_keys_of_any_length_are_typed_errors(tmp_path: Path, name: str, length: int) -> None:
+    number = {"x25519": 110, "x448": 111, "ed25519": 112, "ed448": 113}[name]
+    content = bytes([4, length]) + bytes(length)
+    whole = bytes([2, 1, 0, 48, 5, 6, 3, 43, 101, number, 4, len(content)]) + content
+    text = base64.encodebytes(bytes([48, len(whole)]) + whole).decode()
+    path = tmp_path / "key.pem"
+    path.write_text(f"-----BEGIN PRIVATE KEY-----\n{text}-----END PRIVATE KEY-----\n")
+    if (name, length) == ("ed25519", 32):
+        sign(b"", path)
+    else:
+        with pytest.raises(SigningKeyError, match="expected a private key"):
+            sign(b"", path)

@@ -42,7 +42,13 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class DocumentError(ValueError):
-    """A document that is not of its format, too large, nested too deeply, or with values that are refused."""
+    """A document that is not of its format, too large, nested too deeply, or with values that are refused.
+
+    Attributes:
+        line: of a file of JSON lines, the one that is refused, from 1; None where it is the whole file.
+    """
+
+    line: int | None = None
 
 
 def parse_json(
@@ -119,15 +125,19 @@ def json_lines(
     while line := source.readline(max_line_bytes + 1):
         number += 1
         total += len(line)
-        here = f"line {number} of {name}"
-        if len(line) > max_line_bytes:
-            raise DocumentError(f"expected at most {max_line_bytes:,} bytes in {here}, got more")
         if max_bytes is not None and total > max_bytes:
             raise DocumentError(f"expected at most {max_bytes:,} bytes in {name}, got more")
         if number == 1:
             line = line.removeprefix(_BOM)
-        if line.strip():
-            yield number, parse_json(line, here, max_bytes=max_line_bytes, max_depth=max_depth)
+        if not line.strip() and len(line) <= max_line_bytes:
+            continue
+        try:
+            here = f"line {number} of {name}"
+            value = parse_json(line, here, max_bytes=max_line_bytes, max_depth=max_depth)
+        except DocumentError as error:
+            error.line = number
+            raise
+        yield number, value
 
 
 def parse_toml(data: bytes | str, where: str) -> dict[str, Any]:
@@ -168,7 +178,7 @@ def _read(path: str | os.PathLike[str], max_bytes: int) -> bytes:
 
 def _decoded(data: bytes | str, format: str, where: str, max_bytes: int) -> str:
     if len(data) > max_bytes:
-        raise DocumentError(f"expected at most {max_bytes:,} bytes of {format} in {where}, got more")
+        raise DocumentError(f"expected {format} of at most {max_bytes:,} bytes in {where}, got more")
     try:
         if isinstance(data, bytes):
             return data.removeprefix(_BOM).decode("utf-8")

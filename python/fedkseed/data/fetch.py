@@ -14,18 +14,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from fedkseed.files import held_folder, remove_unless_held
 from fedkseed_kernels import cache_folder
 
+#: What zipfile, zlib and the file system raise for an archive that is damaged, encrypted or of a kind they do
+#: not know; ValueError has the errors of Unicode among it, RuntimeError those of methods and passwords.
+ARCHIVE_ERRORS = (OSError, EOFError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
 _STAGING_PREFIX = ".staging-"
-_STALE_SECONDS = 24 * 3600
 _CHUNK = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -96,29 +100,34 @@ def staging(cache: Path, num_bytes: int, what: str) -> Iterator[Path]:
         FetchError: fewer than ``num_bytes`` bytes are free, the cache cannot be written, or the disk fills up
             during the step; ``what`` names the step.
     """
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        _remove_stale(cache)
-        free = shutil.disk_usage(cache).free
-        if free < num_bytes:
+
+    def make() -> Path:
+        return Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=cache))
+
+    with ExitStack() as stack:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            _remove_stale(cache)
+            free = shutil.disk_usage(cache).free
+            if free < num_bytes:
+                raise FetchError(
+                    f"{what}: expected {_mib(num_bytes)} free in {cache}, got {_mib(free)}; "
+                    "free some space or set FEDKSEED_CACHE to a folder on another disk"
+                )
+            folder = stack.enter_context(held_folder(make))
+        except OSError as error:
             raise FetchError(
-                f"{what}: expected {_mib(num_bytes)} free in {cache}, got {_mib(free)}; "
-                "free some space or set FEDKSEED_CACHE to a folder on another disk"
-            )
-        folder = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=cache))
-    except OSError as error:
-        raise FetchError(
-            f"{what}: expected a writable cache folder, got {error}; "
-            "set FEDKSEED_CACHE to a folder you may write to"
-        ) from error
-    try:
-        yield folder
-    except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise _disk_full(what, cache) from error
-        raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+                f"{what}: expected a writable cache folder, got {error}; "
+                "set FEDKSEED_CACHE to a folder you may write to"
+            ) from error
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise _disk_full(what, cache) from error
+            raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def fetch(artifact: Artifact, cache: Path | None = None) -> Path:
@@ -163,22 +172,32 @@ def extract_member(archive: Path, member: str, target: Path) -> Path:
         return target
     what = f"unpacking {member} of {archive.name}"
     try:
-        with zipfile.ZipFile(archive) as opened:
-            info = opened.getinfo(member)
-            with staging(target.parent, info.file_size, what) as folder:
+        with zipfile.ZipFile(archive) as opened, open_member(opened, member) as source:
+            size = opened.getinfo(member).file_size
+            with staging(target.parent, size, what) as folder:
                 part = folder / target.name
-                with (
-                    opened.open(info) as source,
-                    part.open("wb") as sink,
-                    _bar(info.file_size, what) as bar,
-                ):
+                with part.open("wb") as sink, _bar(size, what) as bar:
                     while chunk := source.read(_CHUNK):
                         sink.write(chunk)
                         bar.update(len(chunk))
                 part.replace(target)
-    except (KeyError, zipfile.BadZipFile) as error:
+    except FetchError:
+        raise
+    except ARCHIVE_ERRORS as error:
         raise FetchError(f"{what}: expected a zip archive with that member, got {error}") from error
     return target
+
+
+def open_member(archive: zipfile.ZipFile, member: str) -> IO[bytes]:
+    """A member of an archive, open for reading: stored or deflated, which take little memory to read.
+
+    Raises:
+        ARCHIVE_ERRORS: no such member, or a damaged or encrypted one, or one of another method.
+    """
+    method = archive.getinfo(member).compress_type
+    if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise NotImplementedError(f"{member} compressed by method {method}, not stored or deflated")
+    return archive.open(member)
 
 
 def publish_folder(folder: Path, target: Path) -> Path:
@@ -260,14 +279,10 @@ def _largest_file(folder: Path) -> int:
 
 
 def _remove_stale(cache: Path) -> None:
-    """Remove what a killed process left, once it is too old to be in use."""
+    """Removes what killed processes left: a folder that is in use is held."""
     for left in cache.glob(f"{_STAGING_PREFIX}*"):
-        try:
-            age = time.time() - left.stat().st_mtime
-        except FileNotFoundError:  # its owner has just finished
-            continue
-        if age > _STALE_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(OSError):
+            remove_unless_held(left)
 
 
 def _disk_full(what: str, cache: Path) -> FetchError:

@@ -6,15 +6,17 @@ The archive's rows are read where they lie (a zip member of JSON lines); nothing
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from fedkseed.data import fetch
 from fedkseed.data.errors import DataError
+from fedkseed.documents import DocumentError, json_lines
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +26,8 @@ MAX_ANSWER_TOKENS = 24
 NUM_TEST = 16
 NUM_VALIDATION = 8
 MAX_TRAIN = 88
+#: Of a member of the archive; the largest that is read has 6.9 MB.
+MAX_MEMBER_BYTES = 8 << 20
 
 _ROOT = "evals/registry/data"
 
@@ -99,25 +103,22 @@ def read_rows(archive: Path, member: str) -> list[Example]:
     """All rows of one JSON-lines member of a zip archive, in file order.
 
     Raises:
-        DataError: no such archive or member, or a line that is not a row.
+        DataError: no such archive or member, more than `MAX_MEMBER_BYTES`, or a line that is not a row.
     """
-    try:
-        with zipfile.ZipFile(archive) as opened, opened.open(member) as file:
-            lines = file.read().decode("utf-8").splitlines()
-    except (OSError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise DataError(f"{archive.name}: expected a zip archive with {member}, got {error}") from error
+    what = f"{archive.name}: expected a zip archive with {member}"
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{member} line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: expected one JSON object a line, got {line[:120]!r} ({error})"
-            ) from error
-        rows.append(parse_row(row, where))
+    try:
+        with zipfile.ZipFile(archive) as opened, fetch.open_member(opened, member) as file:
+            lines = io.BufferedReader(cast(io.RawIOBase, file))
+            for number, row in json_lines(lines, member, max_bytes=MAX_MEMBER_BYTES):
+                rows.append(parse_row(row, f"{member} line {number}"))
+    except DataError:
+        raise
+    except DocumentError as error:
+        where = archive.name if error.line is None else f"{member} line {error.line}"
+        raise DataError(f"{where}: expected one JSON object a line; {error}") from error
+    except fetch.ARCHIVE_ERRORS as error:
+        raise DataError(f"{what}, got {error}") from error
     return rows
 
 

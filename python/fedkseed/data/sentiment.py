@@ -12,7 +12,6 @@ import io
 import math
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +155,11 @@ def _read_files(archive: Path, members: Sequence[str]) -> list[str]:
     """Files of the tar inside the archive, as text; nothing is unpacked to disk, and no more than a bound."""
     what = f"{archive.name}: expected a zip archive with {_TAR}, which holds"
     try:
-        with zipfile.ZipFile(archive) as opened, opened.open(_TAR) as inner, gzip.open(inner) as plain:
+        with (
+            zipfile.ZipFile(archive) as opened,
+            fetch.open_member(opened, _TAR) as inner,
+            gzip.open(inner) as plain,
+        ):
             content = plain.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
             raise DataError(f"{what} at most {_MAX_BYTES >> 20} MiB, got more")
@@ -166,17 +169,12 @@ def _read_files(archive: Path, members: Sequence[str]) -> list[str]:
                 file = tar.extractfile(member)
                 if file is None:
                     raise DataError(f"{what} {member} as a file, got something else")
-                texts.append(file.read().decode("utf-8"))
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        ValueError,
-        zlib.error,
-        zipfile.BadZipFile,
-        tarfile.TarError,
-    ) as error:
-        if isinstance(error, DataError):
-            raise
+                text = file.read(_MAX_BYTES + 1)  # a sparse one may say that it is larger than the tar
+                if len(text) > _MAX_BYTES:
+                    raise DataError(f"{what} {member} of at most {_MAX_BYTES >> 20} MiB, got more")
+                texts.append(text.decode("utf-8"))
+    except DataError:
+        raise
+    except (*fetch.ARCHIVE_ERRORS, tarfile.TarError) as error:
         raise DataError(f"{what} {', '.join(members)}, got {error}") from error
     return texts

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 PUBLIC_KEY_BYTES, SIGNATURE_BYTES = 32, 64
 _MAX_KEY_FILE = 16 << 10
 
+_PRIME = 2**255 - 19
+#: y of a point of order 8 of the curve (RFC 8032, section 5.1); -y is that of another.
+_ORDER_8 = 0x7A03AC9277FDC74EC6CC392CFA53202A0F67100D760B3CBA4FD84D3D706A17C7
+#: y of all eight points of small order: those of order 4, of order 1, of order 2, of order 8.
+_SMALL_ORDER = (0, 1, _PRIME - 1, _ORDER_8, _PRIME - _ORDER_8)
+
 PrivateKey: TypeAlias = Union[str, os.PathLike[str], "Ed25519PrivateKey"]
 PublicKey: TypeAlias = Union[str, os.PathLike[str], bytes, "Ed25519PublicKey"]
 
@@ -44,7 +50,7 @@ class Signature:
             )
 
     def is_of(self, message: bytes) -> bool:
-        """Whether the owner of `public_key` signed this message.
+        """Whether the owner of `public_key` signed this message; a key of small order has no owner.
 
         Raises:
             MissingExtraError: the package cryptography is not installed.
@@ -53,6 +59,8 @@ class Signature:
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
+        if _is_of_small_order(self.public_key):
+            return False
         try:
             Ed25519PublicKey.from_public_bytes(self.public_key).verify(self.value, message)
         except InvalidSignature:
@@ -76,14 +84,23 @@ def public_key_bytes(key: PublicKey) -> bytes:
     """The 32 bytes of a public key.
 
     Raises:
-        SigningKeyError, OSError, MissingExtraError: as `sign`; bytes of another length.
+        SigningKeyError, OSError, MissingExtraError: as `sign`; bytes of another length; a key of small order,
+            for which anybody can make signatures.
     """
-    if isinstance(key, bytes):
-        if len(key) != PUBLIC_KEY_BYTES:
-            raise SigningKeyError(f"expected a public key of {PUBLIC_KEY_BYTES} bytes, got {len(key)}")
-        return key
+    raw = key if isinstance(key, bytes) else _raw_public_key(key)
+    if len(raw) != PUBLIC_KEY_BYTES:
+        raise SigningKeyError(f"expected a public key of {PUBLIC_KEY_BYTES} bytes, got {len(raw)}")
+    if _is_of_small_order(raw):
+        raise SigningKeyError(
+            f"expected the public key of somebody, got {raw.hex()}, a point of small order: anybody can sign "
+            "with it; ask the owner for the key again"
+        )
+    return raw
+
+
+def _raw_public_key(key: str | os.PathLike[str] | Ed25519PublicKey) -> bytes:
     require_extra("sign", "cryptography")
-    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.exceptions import InternalError, UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -91,7 +108,7 @@ def public_key_bytes(key: PublicKey) -> bytes:
     if isinstance(key, (str, os.PathLike)):
         try:
             found = load_pem_public_key(_read_key(key))
-        except (ValueError, UnsupportedAlgorithm) as error:
+        except (ValueError, UnsupportedAlgorithm, InternalError) as error:
             raise SigningKeyError(f"expected a public key as PEM in {key}, got none: {error}") from error
     if not isinstance(found, Ed25519PublicKey):
         raise SigningKeyError(f"expected a public key of Ed25519, got {type(found).__name__}")
@@ -133,7 +150,7 @@ def make_key_pair(private: str | os.PathLike[str], public: str | os.PathLike[str
 
 def _private_key(key: PrivateKey) -> Ed25519PrivateKey:
     require_extra("sign", "cryptography")
-    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.exceptions import InternalError, UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -146,11 +163,17 @@ def _private_key(key: PrivateKey) -> Ed25519PrivateKey:
                 f"expected a private key without a password in {key}, got one with; "
                 "load it with the library cryptography and pass the key object"
             ) from error
-        except (ValueError, UnsupportedAlgorithm) as error:
+        except (ValueError, UnsupportedAlgorithm, InternalError) as error:
             raise SigningKeyError(f"expected a private key as PEM in {key}, got none: {error}") from error
     if not isinstance(found, Ed25519PrivateKey):
         raise SigningKeyError(f"expected a private key of Ed25519, got {type(found).__name__}")
     return found
+
+
+def _is_of_small_order(key: bytes) -> bool:
+    """Whether the bytes are one of the eight points of small order, in any of their encodings."""
+    y = int.from_bytes(key, "little") & (2**255 - 1)  # the last bit is the sign of x
+    return y % _PRIME in _SMALL_ORDER
 
 
 def _read_key(path: str | os.PathLike[str]) -> bytes:
