@@ -254,9 +254,9 @@ def small_order_keys() -> list[bytes]:
     """All encodings of points P with 8 P = 0, found by arithmetic: -x^2 + y^2 = 1 + d x^2 y^2."""
     # 2 P has order 1, 2 or 4 and so y in {1, -1, 0}: of order 8 are the P with x^2 = y^2 or x^2 = -y^2.
     ys = {0, 1, PRIME - 1}
-    for sign in (1, -1):
+    for s in (1, -1):
         # With x^2 = s y^2 the curve says d s y^4 + (s - 1) y^2 + 1 = 0.
-        a, b = D * sign, sign - 1
+        a, b = D * s, s - 1
         between = root((b * b - 4 * a) % PRIME)
         if between is None:
             continue
