@@ -91,7 +91,7 @@ class TunedModel:
         return type(self.model).__name__.endswith("ForSequenceClassification")
 
     def _labels(self) -> tuple[str, ...]:
-        """Of a classifier without any, those of its config."""
+        """Labels of a classifier without any are those of its config."""
         if self.asking.labels or not self._has_head():
             return self.asking.labels
         names: Any = self.model.config.id2label or {}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedkseed.data.asking import Asking
 from fedkseed.simulation.task import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Bench(Protocol):
