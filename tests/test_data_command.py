@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.data_samples import make_tokenizer
 
 from fedkseed import cli
 from fedkseed.cli import data as command
+from fedkseed.data.federated import ClientRows, FederatedData, Row
 from fedkseed.data.own import DataChoice, load_division
+from fedkseed.data.templates import Template
+from fedkseed.scenarios import built_in
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "data.md"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -96,6 +100,59 @@ def test_a_picture_is_drawn(
     assert cli.main(["data", "show", "--data", path, *arguments]) == 0
     assert target.read_bytes().startswith(PNG)
     assert f"Written: {target}" in capsys.readouterr().out
+
+
+def test_a_models_tokenizer_counts_what_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One token a character."""
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [
+        {"prompt": "p" * number, "completion": "c" * (40 if number < 3 else 4)} for number in range(1, 21)
+    ]
+    path = write_lines(tmp_path / "a.jsonl", rows)
+    arguments = ["--template", "plain", "--model", str(tmp_path / "model"), "--max-length", "20"]
+    assert cli.main(["data", "show", "--data", path, *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "of at most 20 tokens each: 6 prompts lose their beginning, 2 rows are left out, since their answer "
+        "alone does not fit",
+        "tokens of a row: 17.5 (median), 20 at most",
+    ]
+
+
+def test_a_models_tokenizer_checks_the_words(
+    tmp_path: Path, reviews: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    command = ["data", "show", "--data", reviews, "--model", str(tmp_path / "model")]
+    assert cli.main(command) == 2
+    assert "expected a word of one token for the label 'bad', got 4 for ' bad'" in capsys.readouterr().err
+    assert cli.main([*command, "--words", "good=g,bad=b", "--max-length", "12"]) == 0
+    assert (
+        "of at most 12 tokens each: 60 prompts lose their beginning\ntokens of a row: 12 (median), 12 at "
+        in (capsys.readouterr().out)
+    )
+    assert cli.main([*command, "--max-length", "1"]) == 2
+    assert "expected --max-length of at least 2, got 1" in capsys.readouterr().err
+    assert cli.main([*command[:-1], str(tmp_path)]) == 2
+    assert "tokenizer" in capsys.readouterr().err
+
+
+def test_data_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def two_shops() -> FederatedData:
+        rows = tuple(Row({"text": f"text {number}"}, ("a", "b")[number % 2]) for number in range(6))
+        shops = (ClientRows("one", rows[:3], rows[3:4]), ClientRows("two", rows[4:], ()))
+        return FederatedData(
+            "classification", shops, (), Template.custom("{text}:"), ("a", "b"), (" a", " b"), ("a note",)
+        )
+
+    monkeypatch.setattr(built_in, "load_sentiment", two_shops)
+    assert cli.main(["data", "show", "--data", "sentiment"]) == 0
+    out = capsys.readouterr().out
+    assert "\n  a note\n" in out
+    assert re.search(r"^one +3 +1  a 2, b 2$", out, re.M)
+    assert cli.main(["data", "show", "--data", "instructions"]) == 2
+    assert "expected --data other than instructions: a model's tokens" in capsys.readouterr().err
+    assert cli.main(["data", "show"]) == 2
+    assert "fedkseed data: expected --data, got none" in capsys.readouterr().err
 
 
 def test_every_field_of_the_choice_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -266,6 +266,14 @@ def test_equal_seeds_and_rows_give_equal_federations(tmp_path: Path, dollies: st
     assert load_own(DataChoice(as_csv, choice.partition, held_out_clients="0.25"), 3) == data
 
 
+def test_names_and_notes_are_printable(tmp_path: Path) -> None:
+    rows = [{**dolly(number), "category": f"a\x1b[31m{number % 2}"} for number in range(40)]
+    division = load_division(DataChoice(write_lines(tmp_path / "rows.jsonl", rows)), 0)
+    assert [client.name for client in division.data.clients] == ["a\\x1b[31m0", "a\\x1b[31m1"]
+    assert list(division.groups) == ["a\\x1b[31m0", "a\\x1b[31m1"]
+    assert all(note.isprintable() for note in division.data.notes)
+
+
 def test_groups_count_all_rows_of_a_client(dollies: str, reviews: str) -> None:
     division = load_division(DataChoice(dollies, held_out_clients="category=open_qa"), 0)
     assert division.grouped_by == "category"
@@ -343,6 +351,7 @@ def test_choices_that_cannot_stand_together(flags: dict[str, Any], message: str)
         ({"label": None}, "a value in the field label, got null in line 4"),
         ({"label": {}}, r"expected a text, number or boolean in the field label, got {} \(dict\) in line 4"),
         ({"text": ...}, "expected the field text in every row, got none in line 4 of"),
+        ({"label": "x" * 201}, "at most 200 characters in the field label, .*, got 201 in line 4"),
         ({"source": ["a"]}, "a text, number or boolean in the field source"),
     ],
 )

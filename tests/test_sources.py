@@ -188,6 +188,23 @@ def test_a_data_set_of_the_hub_is_read_through_its_package(tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("quiet_datasets")
+def test_numbered_classes_are_read_by_their_names(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    written(
+        folder / "train.csv", "text,label\n" + "".join(f"text {n},{n % 2}\n" for n in range(20)) + "x,-1\n"
+    )
+    card = (
+        "---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype:\n"
+        "      class_label:\n        names:\n          '0': neg\n          '1': pos\n---\n"
+    )
+    (folder / "README.md").write_text(card)
+    records = list(open_hub(str(folder), None, None).records(["text", "label"]))
+    assert [record.values["label"] for record in records[:3]] == ["neg", "pos", "neg"]
+    assert records[-1].values == {"text": "x", "label": None}
+
+
+@pytest.mark.usefixtures("quiet_datasets")
 def test_a_data_set_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected the data set .*absent at 1, got: ") as error:
         open_source(f"hub:{tmp_path / 'absent'}@1")

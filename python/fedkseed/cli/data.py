@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import statistics
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING
 from fedkseed._extras import require_extra
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from fedkseed.data.federated import FederatedData
     from fedkseed.data.own import Division
 
@@ -25,8 +28,8 @@ def add(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], parents: list[argparse.ArgumentParser]
 ) -> None:
     """Adds the subcommand."""
-    from fedkseed._documented import attributes_of
     from fedkseed.data.own import DataChoice
+    from fedkseed.scenarios.options import add_flags, options_of
 
     parser = commands.add_parser(
         "data",
@@ -41,19 +44,19 @@ def add(
         description="Reads your data as simulate does and prints who holds what, what is held out, and what "
         "was guessed, left out or empty. Nothing is trained; no model is needed.",
     )
-    meanings = attributes_of(DataChoice)
-    for entry in dataclasses.fields(DataChoice):
-        required = entry.default is dataclasses.MISSING
-        shown = "" if required or entry.default == "" else f" ({entry.default})"
-        show.add_argument(
-            "--" + entry.name.replace("_", "-"),
-            type=str if required else type(entry.default),
-            default=None if required else entry.default,
-            required=required,
-            help=(meanings[entry.name] + shown).replace("%", "%%"),
-            metavar=entry.metadata["metavar"],
-            choices=entry.metadata.get("choices") or None,
-        )
+    add_flags(show.add_argument_group("data"), options_of((DataChoice,)).values(), {})
+    show.add_argument(
+        "--model",
+        help="a folder or hub id, whose tokenizer counts tokens and checks --words",
+        metavar="MODEL",
+    )
+    show.add_argument(
+        "--max-length",
+        type=int,
+        default=1024,
+        help="tokens of a row, with --model (%(default)s)",
+        metavar="N",
+    )
     show.add_argument("--seed", type=int, default=0, help="seed of every draw (%(default)s)", metavar="SEED")
     show.add_argument(
         "--out",
@@ -67,20 +70,42 @@ def add(
 
 def run(options: argparse.Namespace) -> int:
     """Prints and draws it."""
-    from fedkseed.data.own import DataChoice, load_division
+    from fedkseed.data.models import load_tokenizer
     from fedkseed.files import write_atomically
 
     if options.out is not None:
         require_extra("plot", "matplotlib")
-    choice = DataChoice(
-        **{entry.name: getattr(options, entry.name) for entry in dataclasses.fields(DataChoice)}
-    )
-    division = load_division(choice, options.seed)
+    division = _division(options)
     print("\n".join(lines(division)))
+    if options.model is not None:
+        tokenizer = load_tokenizer(options.model)
+        print("\n".join(token_lines(division.data, tokenizer, options.max_length)))
     if options.out is not None:
         write_atomically(options.out, drawn(division))
         print(f"Written: {options.out}")
     return 0
+
+
+def _division(options: argparse.Namespace) -> Division:
+    from fedkseed.data.errors import DataError
+    from fedkseed.data.own import DataChoice, Division, load_division
+    from fedkseed.scenarios.built_in import load_data
+    from fedkseed.scenarios.presets import BUILT_IN
+
+    names = (entry.name for entry in dataclasses.fields(DataChoice))
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if given.get("data") not in BUILT_IN:
+        return load_division(DataChoice(**{"data": "", **given}), options.seed)
+    data = load_data(given, options.seed)
+    if data is None:
+        raise DataError(
+            f"expected --data other than {given['data']}: a model's tokens choose the rows of these tasks"
+        )
+    groups = {
+        client.name: Counter(row.response for row in (*client.train, *client.held_out))
+        for client in (*data.clients, *data.unseen)
+    }
+    return Division(data, "label", groups)
 
 
 def lines(division: Division) -> list[str]:
@@ -94,17 +119,17 @@ def lines(division: Division) -> list[str]:
     )
     found = [
         f"{data.kind}: {train:,} rows of {len(data.clients):,} clients to train on, {held_out:,} held out",
-        *(f"  {printable(note)}" for note in data.notes),
+        *(f"  {note}" for note in data.notes),
     ]
     if data.labels:
         answers = data.words or data.labels
         pairs = zip(data.labels, answers, strict=True)
         found.append("  labels: " + ", ".join(f"{printable(label)} ({answer!r})" for label, answer in pairs))
-    width = min(max(len("client"), *(len(printable(client.name)) for client in everyone)), _WIDTH)
+    width = min(max(len("client"), *(len(client.name) for client in everyone)), _WIDTH)
     found += ["", f"{'client':{width}}  {'train':>7}  {'held out':>8}  {division.grouped_by}".rstrip()]
     unseen = {client.name for client in data.unseen}
     for client in everyone[:MAX_LINES]:
-        name = printable(client.name)[:width]
+        name = client.name[:width]
         groups = _summary(division.groups.get(client.name, Counter()))
         alone = "(held out whole) " if client.name in unseen else ""
         found.append(
@@ -116,6 +141,37 @@ def lines(division: Division) -> list[str]:
             f"... and {len(everyone) - MAX_LINES:,} more; clients train on {sizes[0]:,} to {sizes[-1]:,} rows"
         )
     return found + _example(data)
+
+
+def token_lines(data: FederatedData, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[str]:
+    """How long the rows are in tokens, and what is cut.
+
+    Raises:
+        DataError: a word that is not one token, or a prompt of none.
+        ValueError: a length below 2, or a tokenizer without an end-of-text token.
+    """
+    from fedkseed.data.classification import Verbalizer, encode_labelled
+    from fedkseed.data.prompts import encode_rows
+
+    if max_length < 2:
+        raise ValueError(f"expected --max-length of at least 2, got {max_length}")
+    rows = [row for client in (*data.clients, *data.unseen) for row in (*client.train, *client.held_out)]
+    dropped = 0
+    if data.labels:
+        if data.words:
+            Verbalizer.of(tokenizer, dict(zip(data.labels, data.words, strict=True)))
+        prompts, shortened = encode_labelled(tokenizer, rows, data.template, data.labels, max_length)
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+    else:
+        encoded, cuts = encode_rows(tokenizer, rows, data.template, max_length)
+        lengths = [len(row.input_ids) for row in encoded]
+        shortened, dropped = cuts.shortened, cuts.dropped
+    found = ["", f"of at most {max_length:,} tokens each: {shortened:,} prompts lose their beginning"]
+    if not data.labels:
+        found[-1] += f", {dropped:,} rows are left out, since their answer alone does not fit"
+    if lengths:
+        found.append(f"tokens of a row: {statistics.median(lengths):g} (median), {max(lengths):,} at most")
+    return found
 
 
 def drawn(division: Division) -> bytes:
@@ -158,7 +214,7 @@ def drawn(division: Division) -> bytes:
         f"{len(data.clients):,} clients, by {division.grouped_by}" if division.grouped_by else "clients"
     )
     if len(everyone) <= MAX_NAMED_BARS:
-        names = [_escaped(printable(client.name)[:_WIDTH]) for client in everyone]
+        names = [_escaped(client.name[:_WIDTH]) for client in everyone]
         axes.set_xticks(range(len(everyone)), names, rotation=45, ha="right")
     else:
         axes.set_xlabel("client")

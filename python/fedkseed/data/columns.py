@@ -59,6 +59,9 @@ class Schema:
     category: str = ""
 
 
+#: Characters of a label, or of another value that rows are told apart by.
+MAX_LABEL_CHARACTERS = 200
+
 #: The first one that fits counts.
 SCHEMAS = (
     Schema("Dolly", Columns("instruction", "context", "response"), DOLLY, "category"),
@@ -123,7 +126,7 @@ def label_of(record: Record, field: str) -> str:
     it, a number or a boolean.
 
     Raises:
-        DataError: none, null, NaN, another type, or too long a text.
+        DataError: none, null, NaN, another type, or over `MAX_LABEL_CHARACTERS`.
     """
     value = _value(record, field)
     if isinstance(value, bool):
@@ -135,7 +138,13 @@ def label_of(record: Record, field: str) -> str:
             f"expected a text, number or boolean in the field {field}, got {str(value)[:80]} "
             f"({type(value).__name__}) in {record.where}"
         )
-    return _bounded(value.strip(), record, field)
+    label = value.strip()
+    if len(label) > MAX_LABEL_CHARACTERS:
+        raise DataError(
+            f"expected at most {MAX_LABEL_CHARACTERS} characters in the field {field}, which tells rows "
+            f"apart, got {len(label):,} in {record.where}"
+        )
+    return _bounded(label, record, field)
 
 
 def _value(record: Record, field: str) -> Any:

@@ -163,6 +163,23 @@ def load_any_weights(
     return _weights(path_or_id, dtype, _LANGUAGE_MODELS + _CLASSIFIERS, trust_remote_code)
 
 
+def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `load_causal_lm` alone; the folder needs no weights.
+
+    Raises:
+        ModelError, MissingExtraError: as `load_causal_lm`.
+    """
+    require_extra("hf", "transformers")
+    from transformers import AutoTokenizer
+
+    source, local = _source(path_or_id, _TOKENIZER)
+    with _loading(path_or_id, local, ()):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, local_files_only=local, trust_remote_code=trust_remote_code
+        )
+    return tokenizer
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises unless the model has an embedding for each token that texts can become.
 
@@ -272,9 +289,8 @@ def _source(path_or_id: str | Path, needed: Mapping[str, tuple[str, ...]]) -> tu
 @contextmanager
 def _loading(path_or_id: str | Path, local: bool, families: tuple[Family, ...]) -> Iterator[None]:
     """Turns the library's many errors about what it reads into one, whatever damage they speak of."""
-    what = {_LANGUAGE_MODELS: "a causal language model", _CLASSIFIERS: "a classifier"}.get(
-        families, "a model"
-    )
+    names = {_LANGUAGE_MODELS: "a causal language model", _CLASSIFIERS: "a classifier", (): "a tokenizer"}
+    what = names.get(families, "a model")
     subject = f"cannot load {what} from {path_or_id}"
     try:
         yield

@@ -8,6 +8,7 @@ instances that are not trained on.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class Tasks:
 
 def is_natural_instructions(folder: Path) -> bool:
     """Whether a folder has the layout of Natural Instructions."""
-    return (folder / "tasks").is_dir() and (folder / "splits").is_dir()
+    return all(os.path.isdir(folder / name) for name in ("tasks", "splits"))
 
 
 def read_tasks(folder: Path, held_out: float, seed: int) -> Tasks:

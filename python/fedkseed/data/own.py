@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkseed.data.columns import label_of, text_of
-from fedkseed.data.errors import DataError, choose_from
+from fedkseed.data.errors import DataError, choose_from, printable
 from fedkseed.data.federated import ClientRows, FederatedData, Row
 from fedkseed.data.held_out import divide_rows
 from fedkseed.data.labels import HEAD, WORDS, check_labels
@@ -113,19 +113,20 @@ def load_division(choice: DataChoice, seed: int) -> Division:
     plan = Plan(choice, source)
     table = _read(source, plan)
     clients, unseen = _assign(plan, table, seed)
+    names = {name: printable(name) for name in (*clients, *unseen)}
     data = FederatedData(
         kind="classification" if plan.columns.label else "instructions",
         clients=tuple(
-            ClientRows(name, table.at(rows), table.at(out)) for name, (rows, out) in clients.items()
+            ClientRows(names[name], table.at(rows), table.at(out)) for name, (rows, out) in clients.items()
         ),
-        unseen=tuple(ClientRows(name, (), table.at(rows)) for name, rows in unseen.items()),
+        unseen=tuple(ClientRows(names[name], (), table.at(rows)) for name, rows in unseen.items()),
         template=plan.template,
         labels=tuple(table.labels),
         words=tuple(plan.words_by_label(table.labels).values()),
-        notes=tuple(plan.notes),
+        notes=tuple(map(printable, plan.notes)),
     )
     grouped = {name: rows + out for name, (rows, out) in clients.items()} | unseen
-    groups = {name: Counter(table.groups[row] for row in rows) for name, rows in grouped.items()}
+    groups = {names[name]: Counter(table.groups[row] for row in rows) for name, rows in grouped.items()}
     return Division(data, plan.grouped_by, groups)
 
 

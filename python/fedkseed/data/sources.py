@@ -7,6 +7,7 @@ nested at most as `fedkseed.documents` says. Only the fields that are asked for 
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def open_source(text: str) -> Source:
     opener = openers.get(path.suffix.lower())
     if opener is None:
         raise DataError(f"expected data of a known form ({FORMS}), got {text[:200]!r}")
-    if not path.is_file():
+    if not os.path.isfile(text):  # unlike Path's method it never raises
         raise DataError(f"expected a file, got {text[:200]!r}, which is none")
     with _typed(text):
         return opener(path)
@@ -107,7 +108,8 @@ def parse_hub(text: str) -> tuple[str, str | None, str]:
 def open_hub(name: str, configuration: str | None, revision: str | None) -> Source:
     """A data set of the hub, or a local folder of data files, through the package `datasets`.
 
-    Of several splits ``train`` is read, else the only one.
+    The package runs no code of a data set. Of several splits ``train`` is read, else the only one. Numbered
+    classes are read by their names.
 
     Raises:
         DataError: it cannot be had, or has several splits and no ``train``.
@@ -127,12 +129,27 @@ def open_hub(name: str, configuration: str | None, revision: str | None) -> Sour
     if split != "train" and len(splits) > 1:
         raise DataError(f"expected a split train of {name}, got the splits {', '.join(sorted(splits))}")
     table = loaded[split]
+    classes = {
+        field: feature.names
+        for field, feature in table.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
 
     def read(names: Sequence[str]) -> Iterator[Record]:
         chosen = [field for field in names if field in table.column_names]
-        yield from _of_batches(table.select_columns(chosen).iter(_BATCH), name)
+        for record in _of_batches(table.select_columns(chosen).iter(_BATCH), name):
+            values = {
+                field: _class_name(value, classes[field]) if field in classes else value
+                for field, value in record.values.items()
+            }
+            yield Record(record.where, values)
 
     return _with_rows(Source(f"{name} ({split})", tuple(table.column_names), read), len(table))
+
+
+def _class_name(value: int | None, names: Sequence[str]) -> str | None:
+    """The name of a numbered class; None if there is none (data sets write -1)."""
+    return names[value] if value is not None and 0 <= value < len(names) else None
 
 
 def _open_json_lines(path: Path) -> Source:
