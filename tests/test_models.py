@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support import tiny_language_model
 from support.data_samples import make_tokenizer, save_model
 from transformers import PreTrainedConfig
@@ -41,8 +42,6 @@ def truncate(folder: Path) -> None:
 
 
 def drop_a_weight(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(folder / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -182,6 +181,37 @@ def test_a_model_of_another_kind_is_refused_in_words(
         load(tmp_path)
     assert "\n" not in str(caught.value)
     assert "to be whole" not in str(caught.value)
+
+
+def test_weights_of_other_shapes(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    change(tmp_path / "config.json", intermediate_size=24)
+    message = (
+        r"got \[16, 16\] in place of \[16, 24\] for model\.layers\.0\.mlp\.down_proj\.weight and 2 others"
+    )
+    with pytest.raises(ModelError, match=message):
+        data_models.load_causal_lm(tmp_path)
+
+
+def test_the_library_says_nothing_and_what_matters_is_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its tables of missing and unexpected weights, and its bars where nobody watches, made many lines."""
+    save_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["adapter.weight"] = torch.ones(2)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    level = transformers.utils.logging.get_verbosity()
+    capfd.readouterr()
+    data_models.load_causal_lm(tmp_path)
+    (record,) = caplog.records
+    assert "weights without a place in LlamaForCausalLM are left out: 1 (adapter.weight)" in record.message
+    drop_a_weight(tmp_path)
+    with pytest.raises(ModelError, match="got none for 1"):
+        data_models.load_causal_lm(tmp_path)
+    assert capfd.readouterr().err == ""
+    assert transformers.utils.logging.get_verbosity() == level
+    assert transformers.utils.logging.is_progress_bar_enabled()
 
 
 def test_an_unknown_model_type(tmp_path: Path) -> None:

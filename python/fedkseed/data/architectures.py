@@ -95,7 +95,8 @@ def _auto_class(
     """
     names = {family: getattr(mappings, _FAMILIES[family][1]) for family in _FAMILIES}
     family = next((family for family in _FAMILIES if named in names[family].values()), None)
-    served = " or ".join(_FAMILIES[wanted][0] for wanted in families)
+    *firsts, last = (_FAMILIES[wanted][0] for wanted in families)
+    served = f"{', '.join(firsts)} or {last}" if firsts else last
     if config.is_encoder_decoder and family != "causal":
         raise ModelError(
             f"expected {served}, got an encoder-decoder ({named or config.model_type}); such models are not "

