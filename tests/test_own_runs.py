@@ -1,0 +1,116 @@
+"""The README's commands for a model and data of one's own, run as they stand on tiny models."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from support.word_tokenizer import make_word_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fedkseed import Ledger, cli
+from fedkseed.simulation.run_folder import BEST, LEDGER, METRICS
+
+ROOT = Path(__file__).resolve().parent.parent
+MOODS = {"good": " great", "bad": " terrible"}
+CATEGORIES = ("closed_qa", "open_qa", "summarization")
+#: What makes them runs of a second: the README's own lines say nothing of rounds.
+SHORT = ["--num-rounds", "2", "--num-local-steps", "2", "--num-seeds", "16", "--num-threads", "1"]
+
+
+def commands() -> list[list[str]]:
+    """The lines of the README's section that begin with the command."""
+    section = (ROOT / "README.md").read_text().split("## Your model, your data, your device\n")[1]
+    section = section.split("\n## ")[0]
+    return [shlex.split(line)[1:] for line in re.findall(r"^    (fedkseed .*)$", section, re.M)]
+
+
+def write_model(folder: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=160,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    make_word_tokenizer(MOODS.values(), 160).save_pretrained(folder)
+
+
+def write_dolly() -> None:
+    rows = [
+        {
+            "instruction": f"What is {number}?",
+            "context": f"It is {number % 7}." if number % 3 else "",
+            "response": f"a number, {number % 7}",
+            "category": CATEGORIES[number % 3],
+        }
+        for number in range(300)
+    ]
+    Path("dolly.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_sentences() -> None:
+    with open("sentences.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "mood"])
+        for number in range(120):
+            writer.writerow(
+                [f"Evening {number} was {'fine' if number % 2 else 'dull'}", ["bad", "good"][number % 2]]
+            )
+
+
+def write_natural_instructions() -> None:
+    folder = Path("natural-instructions")
+    (folder / "tasks").mkdir(parents=True)
+    (folder / "splits" / "default").mkdir(parents=True)
+    names = [f"task{number}_count" for number in range(4)]
+    for name in names:
+        task = {
+            "Definition": [f"Count as in {name}."],
+            "Instances": [
+                {"id": f"{name}-{i}", "input": f"case {i} of {name}", "output": [str(i % 4)]}
+                for i in range(30)
+            ],
+        }
+        (folder / "tasks" / f"{name}.json").write_text(json.dumps(task))
+    (folder / "splits" / "default" / "train_tasks.txt").write_text("\n".join(names[:3]) + "\n")
+    (folder / "splits" / "default" / "test_tasks.txt").write_text(names[3] + "\n")
+
+
+def test_the_commands_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("my-model"), torch.float32)
+    write_model(Path("my-model-bf16"), torch.bfloat16)
+    write_dolly()
+    write_sentences()
+    write_natural_instructions()
+    lines = commands()
+    assert [line[0] for line in lines] == ["simulate"] * 3 + ["apply", "ask", "ask"]
+    threads = torch.get_num_threads()
+    try:
+        for line in lines:
+            is_run = line[0] == "simulate"
+            assert cli.main([*line, *(SHORT if is_run else [])]) == 0, (line, capsys.readouterr().err)
+            printed = capsys.readouterr().out
+            assert ("To rebuild it" in printed) == is_run
+        assert re.match(r"(good|bad) 0\.\d+  (good|bad) 0\.\d+\n", printed), "the label's probabilities"
+    finally:
+        torch.set_num_threads(threads)
+    for name, num_clients in (("dolly", 3), ("mood", 8), ("ni", 3)):
+        run = tmp_path / "runs" / name
+        assert len((run / METRICS).read_text().splitlines()) == 2
+        assert json.loads((run / "settings.json").read_text())["clients_per_round"] == num_clients
+        assert Ledger.load(run / LEDGER).family == Ledger.load(run / BEST).family == "rademacher"
+    assert (tmp_path / "tuned" / "config.json").is_file()
