@@ -18,10 +18,10 @@ from benchmarks.kernels import __main__ as kernels
 from benchmarks.machine_code import gate, sass
 from benchmarks.models import workloads
 from fedkseed import MissingExtraError, cli
-from fedkseed.cli import plot
 from fedkseed.data import architectures, models, sources, verified
 from fedkseed.data.__main__ import main as fetch_all
 from fedkseed.ledger import signature
+from fedkseed.scenarios import round_picture
 from fedkseed.scenarios.events import Events
 from fedkseed.simulation.run_folder import LEDGER
 
@@ -66,7 +66,7 @@ USES = {
     "check a signature": Use("sign", "cryptography", lambda: _signature().is_of(b"")),
     "parquet": Use("data", "pyarrow", lambda: sources.open_parquet(Path("rows.parquet"))),
     "hub": Use("data", "datasets", lambda: sources.open_source("hub:owner/name@main")),
-    "plot": Use("plot", "matplotlib", lambda: plot.draw([], Path("plot.png"))),
+    "plot": Use("plot", "matplotlib", lambda: round_picture.draw_rounds([], Path("plot.png"))),
     "plot of the drift": Use("plot", "matplotlib", lambda: drift_report.draw({}, Path("drift.png"))),
     "event files": Use("tensorboard", "tensorboard", lambda: Events(Path("run"))),
     "kernel suite": Use("bench", "pytest_benchmark", lambda: kernels.run_suite([])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedkseed.data.asking import Asking
@@ -51,6 +52,25 @@ class Bench(Protocol):
 
     def summary(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
         """The same, by name."""
+
+    def draw(
+        self,
+        target: Path,
+        rounds: Sequence[Mapping[str, Any]],
+        summary: Mapping[str, Any],
+        weight_bytes: int,
+    ) -> None:
+        """Writes a picture of the run as a PNG.
+
+        Args:
+            target: the file.
+            rounds: the metrics of at least one round.
+            summary: what `summary` gave.
+            weight_bytes: of all weights: what FedAvg sends each way for every client and round.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
 
 
 def digest_of(*groups: Iterable[Iterable[Any]]) -> str:

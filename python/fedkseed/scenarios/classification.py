@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,8 +26,10 @@ from fedkseed.data.classification import (
 )
 from fedkseed.data.federated import ClientRows, FederatedData
 from fedkseed.data.prompts import pad_token_id
+from fedkseed.scenarios import picture
 from fedkseed.scenarios.bench import digest_of
 from fedkseed.scenarios.paired_difference import Interval, accuracy_interval, paired_difference
+from fedkseed.scenarios.untuned_prompt import UntunedPrompt
 from fedkseed.simulation.task import Task
 
 if TYPE_CHECKING:
@@ -52,6 +55,7 @@ class ClassificationBench:
         round_rows: held-out rows of each client behind the scores of a round.
         final_rows: those behind the scores before and after.
         max_length: tokens of a row; a longer one loses the beginning of its prompt.
+        prompt: an untuned prompt that was measured on the same rows; None if there is none.
 
     Attributes:
         model, names, notes, widths: as `Bench` says.
@@ -71,8 +75,10 @@ class ClassificationBench:
         round_rows: int,
         final_rows: int,
         max_length: int,
+        prompt: UntunedPrompt | None = None,
     ) -> None:
         self.model = model
+        self._prompt = prompt
         self.asking = Asking(data.template, data.labels, data.words)
         self.names = [client.name for client in data.clients]
         self._labels = data.labels
@@ -191,8 +197,31 @@ class ClassificationBench:
     def table(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         """Accuracies before and after by client with the 95 % interval of their paired difference, and what
         each client's majority answer gives on the same rows."""
-        return "\n\n".join(
+        tables = [
             _table(name.replace("_", "-"), found) for name, found in self.summary(before, after).items()
+        ]
+        if self._prompt is not None:
+            estimate, low, high = self._prompt.accuracy
+            answers = " or ".join(map(repr, self._prompt.words))
+            tables.append(
+                f"Beside it, without any tuning: the prompt {self._prompt.template!r}, answered by {answers}, is "
+                f"right in {estimate:.3f} [{low:.3f}, {high:.3f}] of the same rows (measured once, "
+                "benchmarks/results/sentiment-prompts.json). The prompt that is tuned here begins by saying "
+                "positive to nearly everything; much of the gain is that this ends."
+            )
+        return "\n\n".join(tables)
+
+    def draw(
+        self,
+        target: Path,
+        rounds: Sequence[Mapping[str, Any]],
+        summary: Mapping[str, Any],
+        weight_bytes: int,
+    ) -> None:
+        """See `Bench.draw`."""
+        compared = summary.get("held_out") or summary["unseen"]
+        picture.draw(
+            target, rounds, compared, weight_bytes, self._prompt.accuracy[0] if self._prompt else None
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from fedkseed.data.scores import (
     rouge_l,
 )
 from fedkseed.scenarios.bench import digest_of
+from fedkseed.scenarios.round_picture import draw_rounds
 from fedkseed.simulation.task import Task
 
 if TYPE_CHECKING:
@@ -213,6 +215,16 @@ class InstructionBench:
                 "exact_match": mean(score.exact_match for score in majority),
             }
         return rows
+
+    def draw(
+        self,
+        target: Path,
+        rounds: Sequence[Mapping[str, Any]],
+        summary: Mapping[str, Any],
+        weight_bytes: int,
+    ) -> None:
+        """See `Bench.draw`."""
+        draw_rounds(rounds, target)
 
 
 def cut_notes(cuts: Sequence[Cuts], max_length: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import sys
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from fedkseed.scenarios.bench import Bench
 from fedkseed.scenarios.classification import ClassificationBench
 from fedkseed.scenarios.events import Events
 from fedkseed.scenarios.instructions import InstructionBench, RowLimits
+from fedkseed.scenarios.presets import SENTIMENT
 from fedkseed.scenarios.report import (
     end_text,
     model_name,
@@ -36,6 +38,7 @@ from fedkseed.scenarios.report import (
     start_text,
 )
 from fedkseed.scenarios.settings import RunSettings, SettingsError
+from fedkseed.scenarios.untuned_prompt import UntunedPrompt, best_untuned_prompt
 from fedkseed.simulation.devices import choose_device, device_name
 from fedkseed.simulation.run_folder import RunFolder
 from fedkseed.simulation.simulation import Simulation
@@ -44,7 +47,7 @@ from fedkseed.simulation.task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SUMMARY = "summary.json"
+SUMMARY, PICTURE = "summary.json", "plot.png"
 
 
 def make_bench(settings: RunSettings, data: FederatedData | None) -> Bench:
@@ -69,9 +72,17 @@ def make_bench(settings: RunSettings, data: FederatedData | None) -> Bench:
             round_rows=settings.round_rows,
             final_rows=settings.final_rows,
             max_length=settings.max_length,
+            prompt=_measured_prompt(settings),
         )
     limits = RowLimits(settings.round_rows, settings.final_rows, settings.generate_rows, settings.rouge_every)
     return InstructionBench(model, tokenizer, data, limits, settings.max_length)
+
+
+def _measured_prompt(settings: RunSettings) -> UntunedPrompt | None:
+    """What an untuned prompt does on the very rows that the run is scored on, if that was measured."""
+    prompt = best_untuned_prompt()
+    is_same = settings.choice.data == SENTIMENT and not settings.model
+    return prompt if is_same and settings.final_rows == prompt.rows_per_client else None
 
 
 def _load_model(settings: RunSettings, is_head: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -178,6 +189,9 @@ def run(
         "seconds": {"set_up": set_up, "run": perf_counter() - start - set_up},
     }
     write_atomically(folder.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    if rounds and importlib.util.find_spec("matplotlib"):
+        bench.draw(folder.path / PICTURE, rounds, summary["scores"], summary["model"]["weight_bytes"])
+        print(f"\nA picture of the run: {folder.path / PICTURE}")
     base = settings.model or smollm2_folder()
     print(end_text(folder.path, base, bench.table(before, after), summary))
     return summary
