@@ -176,6 +176,7 @@ def token_lines(data: FederatedData, tokenizer: PreTrainedTokenizerBase, max_len
 
 def drawn(division: Division) -> bytes:
     """The rows of each client as a PNG: bars of its groups' rows, the largest groups by name."""
+    require_extra("plot", "matplotlib")
     from matplotlib.figure import Figure
 
     from fedkseed.data.errors import printable
