@@ -205,9 +205,9 @@ class ClassificationBench:
             answers = " or ".join(map(repr, self._prompt.words))
             tables.append(
                 f"Beside it, without any tuning: the prompt {self._prompt.template!r}, answered by "
-                f"{answers}, is right in {estimate:.3f} [{low:.3f}, {high:.3f}] of the same rows (measured once, "
-                "benchmarks/results/sentiment-prompts.json). The prompt that is tuned here begins by saying "
-                "positive to nearly everything; much of the gain is that this ends."
+                f"{answers}, is right in {estimate:.3f} [{low:.3f}, {high:.3f}] of the same rows (measured "
+                "once, benchmarks/results/sentiment-prompts.json). The prompt that is tuned here begins by "
+                "saying positive to nearly everything; much of the gain is that this ends."
             )
         return "\n\n".join(tables)
 
