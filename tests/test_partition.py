@@ -60,12 +60,15 @@ def test_dirichlet_clients_are_unlike_but_none_is_small() -> None:
 
 
 def test_a_client_that_holds_its_part_gets_no_more_of_the_next_class() -> None:
-    """With two clients and a class as large as half of the rows, one that took all of it takes none after."""
-    values = ["a"] * 100 + ["b"] * 100
+    """Of two clients, one that got all of a class as large as half of the rows gets none of the others."""
+    values = ["a"] * 100 + ["b"] * 50 + ["c"] * 50
+    num_full = 0
     for seed in range(20):
         parts = divided("dirichlet:x:0.01:2", seed, values)
         full = [rows for rows in parts.values() if sum(row < 100 for row in rows) == 100]
         assert all(rows == list(range(100)) for rows in full)
+        num_full += len(full)
+    assert num_full > 10
 
 
 def test_few_rows_ask_for_fewer_each() -> None:
