@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +419,60 @@ def test_a_file_of_empty_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least one row with a prompt and an answer in .*, got none"):
         (tmp_path / "rows.csv").write_text("text,label\n")
         load_own(DataChoice(str(tmp_path / "rows.csv")), 0)
+
+
+def test_a_random_choice_is_taken_or_refused_in_one_line(dollies: str, reviews: str) -> None:
+    generator = random.Random(14)
+    pieces = [
+        "by:",
+        "iid:",
+        "dirichlet:",
+        "category",
+        "label",
+        "text",
+        "response",
+        "instruction",
+        ":",
+        "=",
+        ",",
+    ]
+    pieces += [
+        "3",
+        "0.5",
+        "",
+        "nan",
+        "\0",
+        "\n",
+        "é",
+        "{text}",
+        "alpaca",
+        "good",
+        "open_qa",
+        "words",
+        "head",
+        "x" * 300,
+    ]
+    names = [name for name in DataChoice.__dataclass_fields__ if name not in ("data", "held_out", "classify")]
+    outcomes: Counter[bool] = Counter()
+    for _ in range(1500):
+        flags: dict[str, Any] = {
+            name: "".join(generator.choices(pieces, k=generator.randrange(1, 5)))
+            for name in generator.sample(names, generator.randrange(3))
+        }
+        flags["data"] = generator.choice([dollies, reviews, reviews, "".join(generator.choices(pieces, k=3))])
+        refusal = refused(flags)
+        outcomes[bool(refusal)] += 1
+        assert len(refusal.splitlines()) < 2, flags
+    assert outcomes[False] > 200 < outcomes[True]
+
+
+def refused(flags: dict[str, Any]) -> str:
+    """What the error says; empty if the choice is taken."""
+    try:
+        load_own(DataChoice(**flags), 0)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def test_every_field_of_the_choice_is_documented() -> None:

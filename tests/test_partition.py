@@ -60,7 +60,7 @@ def test_dirichlet_clients_are_unlike_but_none_is_small() -> None:
 
 
 def test_a_client_that_holds_its_part_gets_no_more_of_the_next_class() -> None:
-    """Of two clients, one that got all of a class as large as half of the rows gets none of the others."""
+    """One of two clients that got all of a class as large as half of the rows gets none of the others."""
     values = ["a"] * 100 + ["b"] * 50 + ["c"] * 50
     num_full = 0
     for seed in range(20):
