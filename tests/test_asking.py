@@ -26,7 +26,8 @@ SENTIMENT = Asking(Template.custom("Review: {text}\nIt was"), ("bad", "good"), (
 def test_the_file_gives_back_what_was_written(asking: Asking, tmp_path: Path) -> None:
     assert Asking.from_json(asking.to_json()) == asking
     assert Asking.read(tmp_path) is None
-    (tmp_path / FILE).write_text(asking.to_json(), "utf-8")
+    asking.write(tmp_path)
+    assert (tmp_path / FILE).read_text("utf-8") == asking.to_json()
     assert Asking.read(tmp_path) == asking
     assert len(asking.digest) == 32
     assert asking.digest == Asking.from_json(asking.to_json()).digest

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from fedkseed.data.errors import DataError
 from fedkseed.data.templates import CHAT, CUSTOM, INPUT, INSTRUCTION, PLAIN, Template
 from fedkseed.documents import DocumentError, parse_json
-from fedkseed.files import FileTooLargeError, read_bounded
+from fedkseed.files import FileTooLargeError, read_bounded, write_atomically
 
 #: Its file in a model's folder, and beside the ledger in a run's.
 FILE = "fedkseed.json"
@@ -126,6 +126,14 @@ class Asking:
             return None
         except (OSError, FileTooLargeError) as error:
             raise AskingError(f"expected {path} to be readable, got: {error}") from error
+
+    def write(self, folder: Path) -> None:
+        """Writes `FILE` into a folder, whole or not at all.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        write_atomically(folder / FILE, self.to_json().encode())
 
     @property
     def digest(self) -> str:

@@ -88,7 +88,7 @@ def write_tuned_model(
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         if asking is not None:
-            (staging / FILE).write_text(asking.to_json(), "utf-8")
+            asking.write(staging)
         return ModelIdentity.of(model, opened.frozen)
 
 
