@@ -26,6 +26,7 @@ MAX_DEPTH = 32
 #: Digits of a number, its point and exponent included.
 MAX_DIGITS = 100
 
+_MAX_SHOWN = 200
 _BOM = b"\xef\xbb\xbf"
 #: A string (the last one may lack its end) or a bracket.
 _JSON_PARTS = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
@@ -70,7 +71,7 @@ def parse_json(
     try:
         value = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
-        raise DocumentError(f"expected JSON in {where}, got: {_reason(error)}") from error
+        raise DocumentError(f"expected JSON in {where}, got: {shown(error)}") from error
     if _SURROGATE.search(text):
         _check_values(value, where, max_depth)
     return value
@@ -155,7 +156,7 @@ def parse_toml(data: bytes | str, where: str) -> dict[str, Any]:
     try:
         value = tomllib.loads(text, parse_float=_number)
     except (ValueError, RecursionError) as error:
-        raise DocumentError(f"expected TOML in {where}, got: {_reason(error)}") from error
+        raise DocumentError(f"expected TOML in {where}, got: {shown(error)}") from error
     _check_values(value, where, MAX_DEPTH)
     return value
 
@@ -168,6 +169,14 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: the file cannot be read.
     """
     return parse_toml(_read(path, MAX_TOML_BYTES), str(path))
+
+
+def shown(value: Any) -> str:
+    """A value of a document for a message: one line, cut off where it is long."""
+    text = str(value)
+    if not text.isprintable():
+        text = repr(text)[1:-1]
+    return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
 def _read(path: str | os.PathLike[str], max_bytes: int) -> bytes:
@@ -186,12 +195,6 @@ def _decoded(data: bytes | str, format: str, where: str, max_bytes: int) -> str:
     except UnicodeError as error:
         raise DocumentError(f"expected {format} in UTF-8 in {where}, got: {error}") from error
     return data
-
-
-def _reason(error: Exception) -> str:
-    """The error in one line: a message may quote all of the document."""
-    text = str(error)
-    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _check_json_depth(text: str, where: str, max_depth: int) -> None:
@@ -239,7 +242,7 @@ def _check_values(value: Any, where: str, max_depth: int) -> None:
                 try:
                     entry.encode("utf-8")
                 except UnicodeError as error:
-                    raise DocumentError(f"expected text in {where}, got: {_reason(error)}") from error
+                    raise DocumentError(f"expected text in {where}, got: {shown(error)}") from error
             elif isinstance(entry, int) and abs(entry) >= 10**MAX_DIGITS:
                 raise DocumentError(f"expected numbers of at most {MAX_DIGITS} digits in {where}, got more")
         level = below
@@ -271,7 +274,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:50]!r} twice")
+        raise ValueError(f"the key {shown(twice)!r} twice")
     return found
 
 

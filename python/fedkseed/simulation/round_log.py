@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedkseed.documents import MAX_LINE_BYTES, DocumentError, json_lines
+from fedkseed.documents import MAX_LINE_BYTES, DocumentError, json_lines, shown
 from fedkseed.simulation.run_folder import RunFolderError
 
 #: An object of lists: no row is nested more deeply.
@@ -48,7 +48,7 @@ def check_timings(row: Mapping[str, Any]) -> None:
     """
     for name, value in row.items():
         if not _is_number(value):
-            raise ValueError(f"{name} is not a number of seconds")
+            raise ValueError(f"{shown(name)} is not a number of seconds")
 
 
 def read_rounds(
@@ -170,7 +170,7 @@ def _check_row(row: Any, number: int, check: Callable[[Mapping[str, Any]], None]
         if not isinstance(row, dict):
             raise ValueError("not an object")
         if not _is_count(row.get("round")) or row["round"] != number:
-            raise ValueError(f"round {str(row.get('round'))[:40]}")
+            raise ValueError(f"round {shown(row.get('round'))}")
         check(row)
     except ValueError as error:
         raise DocumentError(f"line {line} is not the row of round {number}: {error}") from error

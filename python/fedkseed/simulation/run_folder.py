@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedkseed.documents import DocumentError, parse_json, read_json
+from fedkseed.documents import DocumentError, parse_json, read_json, shown
 from fedkseed.federation.state import StateError, StateFolder
 from fedkseed.files import FolderLock, FolderNotEmptyError, is_leftover, remove_leftovers, write_atomically
 from fedkseed.storage import StorageOptions, mode_of_text
@@ -230,14 +230,17 @@ def check_client_settings(
     found = _object_in(path, "the settings of the clients")
     kept = found.pop(_TASK, {})
     if found.keys() != settings.keys() or not isinstance(kept, dict):
-        raise RunFolderError(f"expected {', '.join(settings)} in {path}, got {', '.join(found) or 'nothing'}")
+        raise RunFolderError(
+            f"expected {', '.join(settings)} in {path}, got {shown(', '.join(found) or 'nothing')}"
+        )
     given = _as_read(task or {})
     for whose, ours, theirs in (("clients", settings, found), ("a task", given, kept)):
         for name, value in theirs.items():
             if name not in ours or ours[name] != value:
                 raise StateError(
-                    f"expected {whose} with {name} {value}, which the run in {path.parent} began with, "
-                    f"got {ours.get(name, 'none')}; resume with the configuration that it began with"
+                    f"expected {whose} with {shown(name)} {shown(value)}, which the run in {path.parent} "
+                    f"began with, got {shown(ours.get(name, 'none'))}; "
+                    "resume with the configuration that it began with"
                 )
 
 
@@ -256,7 +259,7 @@ def kept_storage(path: Path) -> StorageOptions | None:
     try:
         return mode_of_text(settings.get("storage"))
     except ValueError as error:
-        raise RunFolderError(f"expected a storage mode in {path}, got {error}") from error
+        raise RunFolderError(f"expected a storage mode in {path}, got {shown(error)}") from error
 
 
 def write_client_settings(
