@@ -75,15 +75,29 @@ def resolve(weights: TunedWeights, ledger_counts: bool) -> tuple[StorageOptions,
     tensors = [tensor for group in weights.groups for tensor in group]
     short = [tensor for tensor in tensors if tensor.dtype in SIXTEEN_BIT]
     if not short:
-        return Inplace(), f"weights of {_listed(tensors)}, in which the roundings of a pass are small"
+        return suited(
+            False, False, ledger_counts
+        ), f"weights of {_listed(tensors)}, in which the roundings of a pass are small"
     dtypes = _listed(short)
     if weights.model is None:
         return Inplace(), f"weights of {dtypes} as tensors alone, without the model that would be streamed"
     on_processor = is_on_processor(short)
     place = "a processor" if on_processor else "an accelerator"
     result = "the ledger is the result" if ledger_counts else "the walked weights are the result"
-    options = Streamed(compensated=not ledger_counts, compute_dtype=torch.float32 if on_processor else None)
-    return options, f"weights of {dtypes} on {place}, where {result}"
+    return suited(True, on_processor, ledger_counts), f"weights of {dtypes} on {place}, where {result}"
+
+
+def suited(is_short: bool, on_processor: bool, ledger_counts: bool) -> StorageOptions:
+    """The mode for a model that can be streamed.
+
+    Args:
+        is_short: whether any of the tuned weights has 16 bits.
+        on_processor: whether one of those is on a processor.
+        ledger_counts: as `resolve`.
+    """
+    if not is_short:
+        return Inplace()
+    return Streamed(compensated=not ledger_counts, compute_dtype=torch.float32 if on_processor else None)
 
 
 def is_on_processor(tensors: Iterable[torch.Tensor]) -> bool:

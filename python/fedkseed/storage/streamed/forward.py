@@ -59,7 +59,7 @@ class PerturbedModel:
         #: On each device one for each side, for the units there.
         self._scratches = {
             device: [Scratch(num_bytes, device) for _ in range(1 + is_paired)]
-            for device, num_bytes in _largest_needs(self._devices, self._of_parameter).items()
+            for device, num_bytes in largest_needs(self._devices, self._of_parameter).items()
         }
         #: Those in scratch, which are the same each time that the same units run.
         self._copies: dict[tuple[Any, ...], Copies] = {}
@@ -73,7 +73,7 @@ class PerturbedModel:
         self._is_checked = False
         self._is_widened = any(weight.is_widened for weight in self._weights)
         self._halves = Halves(model, self.units if is_paired else ())
-        self._pairing = Pairing(model, self._guard, self._scratches, self._halves.outside)
+        self._pairing = Pairing(model, self._scratches, self._halves.outside)
         self._widened = WidenedBuffers(model, next((w.dtype for w in weights if w.is_widened), None))
 
     def evaluate(self, closure: Callable[[], float], perturbation: Perturbation, sign: int) -> float:
@@ -142,7 +142,9 @@ class PerturbedModel:
                     vars(module)["forward"] = self._wrapper(unit, module.forward)
                 if self._is_paired:
                     forwards.append((self._model, vars(self._model).get("forward")))
-                    vars(self._model)["forward"] = self._pairing.around_model(self._model.forward)
+                    vars(self._model)["forward"] = self._pairing.around_model(
+                        self._model.forward, self._guard
+                    )
                 for weight in self._weights:
                     weight.parameter.data = self._stand_ins[weight]
                 self._widened.widen()
@@ -304,7 +306,7 @@ class PerturbedModel:
                 )
 
 
-def _largest_needs(
+def largest_needs(
     devices: Mapping[Unit, torch.device], weights: Mapping[int, Weight]
 ) -> dict[torch.device, int]:
     """Bytes of scratch on each device, for the largest unit there and the containers around it."""

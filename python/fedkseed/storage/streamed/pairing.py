@@ -64,7 +64,6 @@ class Pairing:
 
     Args:
         model: whose call says what the rows are.
-        make_guard: to run the model in, the first time.
         devices: where its units run.
         around: what its forward runs in besides.
     """
@@ -72,14 +71,12 @@ class Pairing:
     def __init__(
         self,
         model: nn.Module,
-        make_guard: Callable[[], ReadGuard],
         devices: Collection[torch.device],
         around: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._model = model
         self._devices = frozenset(devices)
         self._own_generators = OwnGenerators(model)
-        self._make_guard = make_guard
         self._around = around
         self._num_rows: int | None = None
         self._checked: set[int] = set()
@@ -89,8 +86,13 @@ class Pairing:
         """Checks again what was checked."""
         self._checked.clear()
 
-    def around_model(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def around_model(
+        self, forward: Callable[..., Any], make_guard: Callable[[], ReadGuard]
+    ) -> Callable[..., Any]:
         """The model's own forward with its batch noted for the units within.
+
+        Args:
+            make_guard: to run the model in, the first time that a number of rows is seen.
 
         It raises ValueError: the batch is not doubled, or has as many rows as another dimension.
         RuntimeError: random numbers were drawn; what ``around`` raises.
@@ -99,7 +101,7 @@ class Pairing:
         @functools.wraps(forward)
         def noted(*args: Any, **kwargs: Any) -> Any:
             inputs = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
-            with self._noting(inputs):
+            with self._noting(inputs, make_guard):
                 return forward(*args, **kwargs)
 
         return noted
@@ -202,12 +204,12 @@ class Pairing:
             )
 
     @contextmanager
-    def _noting(self, inputs: Sequence[Tensor]) -> Iterator[None]:
+    def _noting(self, inputs: Sequence[Tensor], make_guard: Callable[[], ReadGuard]) -> Iterator[None]:
         outer = self._num_rows, self._guard
         num_rows = _doubled_rows(inputs)
         checks = num_rows not in self._checked
         self._num_rows = num_rows
-        self._guard = self._make_guard() if checks else None
+        self._guard = make_guard() if checks else None
         guard: AbstractContextManager[Any] = self._guard if self._guard is not None else nullcontext()
         if self._guard is not None:
             self._guard.mark(inputs)
