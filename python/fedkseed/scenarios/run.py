@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import fedkseed_kernels
-from fedkseed.data import asking
+from fedkseed.data.asking import NOTE
 from fedkseed.data.federated import FederatedData
 from fedkseed.data.labels import HEAD
 from fedkseed.data.models import load_causal_lm, load_classifier, load_smollm2, smollm2_folder
@@ -146,8 +146,8 @@ def run(
     print(start_text(settings, bench), flush=True)
     with forward_passes(settings.autocast, device):
         before = bench.scores()
-    # A folder of version 0.1 has no such file: its ledger stays as it is.
-    is_noted = not folder.resumes or (folder.path / asking.FILE).exists()
+    # Version 0.1 did not say how a model is asked: the ledger of such a run stays as it is.
+    is_noted = "data" in folder.read_settings()
     with tqdm(unit="step", desc="local steps", leave=False, disable=None) as bar:
         simulation = Simulation(
             task,
@@ -157,13 +157,13 @@ def run(
             worker_timeout=settings.worker_timeout,
             folder=folder,
             task_settings=_task_settings(settings, bench),
-            notes={asking.NOTE: bench.asking.digest} if is_noted else {},
+            notes={NOTE: bench.asking.digest} if is_noted else {},
             on_step=bar.update,
         )
         events_folder = folder.path / "tensorboard" if tensorboard else None
         with simulation, Events(events_folder) as events:
             if is_noted:
-                write_atomically(folder.path / asking.FILE, bench.asking.to_json().encode())
+                bench.asking.write(folder.path)
             if folder.notice:
                 print(folder.notice)
             if simulation.server.round:
