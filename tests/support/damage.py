@@ -408,7 +408,7 @@ def _status(name: str) -> float:
 
 
 def _reset_peak() -> Callable[[], float]:
-    """From here on: a function that says the peak in MB."""
+    """A function that says the peak in MB from here on."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return lambda: _status("VmHWM")

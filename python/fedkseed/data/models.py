@@ -327,7 +327,7 @@ def _loading(path_or_id: str | Path, local: bool, families: tuple[Family, ...]) 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's reports: what they say that matters is raised or logged in one line.
+    """A context without the library's reports: what matters in them is raised or logged in one line.
 
     Its progress bars are for terminals.
     """
