@@ -62,7 +62,7 @@ def test_json_lines_are_rows_of_the_fields_that_are_asked_for(tmp_path: Path) ->
         (b'{"a": "x"}\n{"a": NaN}\n', "expected JSON in line 2 of .*, got: NaN"),
         (b'{"a": "x"}\n{"a": "\xff"}\n', "in UTF-8 in line 2 of .*: .* in position 7"),
         (b'{"a": "x"}\n{"a": ' + b"[" * 99 + b"]" * 99 + b"}", "expected at most 32 levels .* line 2"),
-        (b'{"a": "' + b"x" * MAX_ROW_BYTES + b'"}', "expected at most 1,048,576 bytes in line 1 of"),
+        (b'{"a": "' + b"x" * MAX_ROW_BYTES + b'"}', "expected JSON of at most 1,048,576 bytes in line 1 of"),
         (b'{"a": 1, "a": 2}', "the key 'a' twice"),
     ],
 )
