@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 import pickle
 import sys
 import zlib
@@ -86,14 +87,24 @@ def test_local_or_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(map(data_models.is_local, ["owner/name", "gpt2"]))
 
 
-def test_unknown_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_hub_id(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    hub = logging.getLogger("huggingface_hub.utils")
+
     def refuse(*_: Any, **options: Any) -> None:
+        hub.warning("Retrying in 1s")
         assert not options["local_files_only"]
         raise OSError("owner/name is not a valid model identifier\nand more")
 
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", refuse)
     with pytest.raises(ModelError, match="owner/name: expected .* a hub id .* not a valid model identifier$"):
         data_models.load_causal_lm("owner/name")
+    assert capsys.readouterr().err == "owner/name is no folder here: looking for it on the hub\n"
+    hub.warning("said again")
+    assert caplog.messages == ["said again"]
 
 
 def save_as(folder: Path, model_class: Any, **options: Any) -> None:

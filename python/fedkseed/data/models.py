@@ -243,6 +243,8 @@ def _weights(
     require_extra("hf", "transformers", "safetensors")
 
     source, local = _source(path_or_id, _MODEL)
+    if not local:
+        print(f"{path_or_id} is no folder here: looking for it on the hub", file=sys.stderr)
     with _loading(path_or_id, local, families):
         model_class, config = choose_class(source, local, families, trust_remote_code)
         # With output_loading_info it returns a pair, which its own annotations do not say.
@@ -337,12 +339,16 @@ def _quiet() -> Iterator[None]:
     library: Any = transformers_logging  # it is annotated in part
     level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
     library.set_verbosity_error()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    hub.setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         library.disable_progress_bar()
     try:
         yield
     finally:
         library.set_verbosity(level)
+        hub.setLevel(hub_level)
         if bars:
             library.enable_progress_bar()
 

@@ -11,20 +11,18 @@ import torch
 
 from fedkseed.data.asking import Asking, AskingError
 from fedkseed.data.classification import Classifier, LabelledTokens, Verbalizer, score_rows
-from fedkseed.data.models import load_any, num_embeddings, smollm2_folder
+from fedkseed.data.models import ModelError, load_any, num_embeddings, smollm2_folder
 from fedkseed.data.prompts import pad_token_id
 from fedkseed.data.scores import generate_greedy
 from fedkseed.data.templates import PLAIN, Template
 from fedkseed.documents import DocumentError, read_json
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.ledger.tuned_model import find_asking, ledger_dtype
-from fedkseed.simulation.run_folder import LEDGER
+from fedkseed.simulation.run_folder import BEST, LEDGER, SETTINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: Of a run's folder: its settings, and the ledger of the round with the least held-out loss.
-SETTINGS, BEST = "settings.json", "best.safetensors"
 #: The config of a model's folder.
 _CONFIG = "config.json"
 
@@ -209,9 +207,13 @@ def _of_run(
     ledger = Ledger.load(path)
     asking = find_asking(ledger, folder)
     say("Loading and verifying the base model, adding the ledger")
-    model, tokenizer = load_any(
-        base or _base(folder / SETTINGS), ledger_dtype(ledger), trust_remote_code=trust_remote_code
-    )
+    named = base or _base(folder / SETTINGS)
+    try:
+        model, tokenizer = load_any(named, ledger_dtype(ledger), trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        if base:
+            raise
+        raise ModelError(f"{error}; the run's settings name this base, --base names another place") from error
     ledger.apply_(model)
     return model, tokenizer, asking
 
