@@ -18,6 +18,7 @@ TEST_ARGS ?=
 TEST_WORKERS ?= logical
 BENCH_ARGS ?=
 PTX_ARGS ?=
+CHAOS_ARGS ?=
 
 .PHONY: install
 install: $(INSTALLED) $(LIBRARY) ## create .venv with this checkout in it, editable, and build the native library (default)
@@ -43,6 +44,10 @@ test-all: test test-slow ## run all tests
 .PHONY: ptx
 ptx: install ## run the GPU kernels' PTX on an emulator, all cases without a record in benchmarks/results/ptx.json
 	PYTHONPATH=tests:. $(PY) -m ptx $(PTX_ARGS)
+
+.PHONY: chaos
+chaos: install ## kill fedkseed simulate at 60 instants and go on, start it twice at once 40 times; minutes
+	PYTHONPATH=tests:. $(PY) -m support.chaos $(CHAOS_ARGS)
 
 .PHONY: bench
 bench: fetch ## run the kernel benchmarks; results go to benchmarks/results

@@ -1,0 +1,292 @@
+"""`fedkseed simulate` killed at many instants and resumed, and started twice at once on one folder.
+
+`make chaos` runs it, tests/test_chaos.py a part; it prints a line for each instant and each pair of starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedkseed import cli
+from fedkseed.files import FolderInUseError, FolderNotEmptyError
+from fedkseed.simulation.run_folder import BEST, CLIENTS, LEDGER, METRICS, SETTINGS, TIMINGS, RunFolder
+from support.data_samples import save_model
+
+STATE, OLDER_STATE = "server.state", "server.state.1"
+#: The same bytes in every run of one command.
+SAME = (STATE, OLDER_STATE, LEDGER, BEST, METRICS, CLIENTS, SETTINGS)
+#: Bounds every wait.
+SECONDS = 300
+_NUM_ROUNDS = 30
+
+
+def write_inputs(folder: Path) -> None:
+    """A model of some thousand weights and two hundred rows of four clients."""
+    save_model(folder / "model")
+    rows = [{"q": f"What is {n}?", "a": f"It is {n % 7}.", "who": f"client {n % 4}"} for n in range(200)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def arguments(folder: Path, out: Path, num_rounds: int = _NUM_ROUNDS, lr: float = 1e-3) -> list[str]:
+    """Those of `fedkseed simulate`, for the inputs in ``folder``."""
+    data = ["--data", str(folder / "rows.jsonl"), "--input", "q", "--output", "a", "--partition", "by:who"]
+    sizes = [
+        "--num-rounds",
+        str(num_rounds),
+        "--num-local-steps",
+        "2",
+        "--num-seeds",
+        "64",
+        "--batch-size",
+        "2",
+    ]
+    rest = [
+        "--num-threads",
+        "1",
+        "--final-rows",
+        "1",
+        "--lr",
+        str(lr),
+        "--sampling",
+        "pro",
+        "--out",
+        str(out),
+    ]
+    return ["simulate", "--model", str(folder / "model"), *data, *sizes, *rest]
+
+
+@dataclass(frozen=True)
+class Life:
+    """What one process came to.
+
+    Attributes:
+        status: exit status; None if it was killed.
+        printed, error: what it wrote.
+        seconds: how long it lived.
+    """
+
+    status: int | None
+    printed: str
+    error: str
+    seconds: float
+
+
+def live(command: Sequence[str], folder: Path, kill_after: float | None = None) -> Life:
+    """One process with all its children, killed after some seconds if it has not ended by itself."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    start = time.monotonic()
+    with (
+        tempfile.TemporaryFile("w+", dir=folder) as printed,
+        tempfile.TemporaryFile("w+", dir=folder) as error,
+        subprocess.Popen(
+            command, stdout=printed, stderr=error, env=environment, start_new_session=True
+        ) as process,
+    ):
+        status: int | None = None
+        try:
+            status = process.wait(SECONDS if kill_after is None else kill_after)
+        except subprocess.TimeoutExpired:
+            if kill_after is None:
+                raise
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        seconds = time.monotonic() - start
+        texts = []
+        for file in (printed, error):
+            file.seek(0)
+            texts.append(file.read())
+    return Life(status, *texts, seconds)
+
+
+def line_that_goes_on(life: Life) -> list[str] | None:
+    """The command that it printed for the case that it is interrupted, or that its refusal names."""
+    if found := re.search(r"this goes on: (.+)$", life.printed, re.M):
+        return shlex.split(found[1])
+    if life.status == 2 and (found := re.search(r"or (--resume .+)$", life.error.strip())):
+        return [sys.executable, "-m", "fedkseed.cli", "simulate", *shlex.split(found[1])]
+    return None
+
+
+def kill_and_go_on(folder: Path, whole: Path, name: str, kill_after: float) -> tuple[bool, int]:
+    """A run killed once and brought to its end as a user would.
+
+    Returns:
+        Whether the kill met it alive, and after how many rounds.
+    """
+    out = folder / name
+    first = [sys.executable, "-m", "fedkseed.cli", *arguments(folder, out)]
+    life = live(first, folder, kill_after)
+    was_killed = life.status is None
+    metrics = out / METRICS
+    rounds = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    for _ in range(3):
+        if life.status == 0:
+            break
+        life = live(line_that_goes_on(life) or first, folder)
+    assert life.status == 0, life
+    for file in SAME:
+        assert (out / file).read_bytes() == (whole / file).read_bytes(), (name, file)
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}, name
+    return was_killed, rounds
+
+
+def kill_at_instants(folder: Path, count: int) -> tuple[int, int]:
+    """Runs killed at instants spread over the life of one that is left alone.
+
+    Returns:
+        How many were killed alive, and how many of these between their first and their last round.
+    """
+    whole = folder / "whole"
+    undisturbed = live([sys.executable, "-m", "fedkseed.cli", *arguments(folder, whole)], folder)
+    assert undisturbed.status == 0, undisturbed
+    num_killed = num_between = 0
+    for number in range(count):
+        instant = undisturbed.seconds * (number + 0.5) / count
+        was_killed, rounds = kill_and_go_on(folder, whole, f"killed-{number}", instant)
+        num_killed += was_killed
+        num_between += was_killed and 0 < rounds < _NUM_ROUNDS
+        when = f"killed after {rounds} rounds" if was_killed else "ended before"
+        print(
+            f"instant {number + 1} of {count}, {instant:.2f} s: {when}, resumed to the same bytes", flush=True
+        )
+    return num_killed, num_between
+
+
+def start_twice(folder: Path, name: str, start: Callable[[Path, int], int]) -> tuple[int, list[int]]:
+    """Two starts on one folder, in two processes that are released together.
+
+    Args:
+        folder: the run's folder is made in it.
+        name: of the run's folder.
+        start: takes that folder and the number of the process, 0 or 1; gives the exit status.
+
+    Returns:
+        Who won, and both exit statuses.
+    """
+    reader, writer = os.pipe()
+    children = []
+    for number in range(2):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                os.close(writer)
+                with open(folder / f"{name}-{number}.txt", "w") as printed:
+                    os.dup2(printed.fileno(), 1)
+                    os.dup2(printed.fileno(), 2)
+                    os.read(reader, 1)  # ends when the writer is closed
+                    status = start(folder / name, number)
+                    sys.stdout.flush()
+            finally:
+                os._exit(status)
+        children.append(child)
+    os.close(reader)
+    time.sleep(0.05)
+    os.close(writer)
+    statuses = [wait_for(child) for child in children]
+    return statuses.index(0) if 0 in statuses else -1, statuses
+
+
+def wait_for(child: int) -> int:
+    """The exit status of a child, which is ended if it takes too long."""
+    for _ in range(SECONDS * 20):
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    raise TimeoutError(f"a start took more than {SECONDS} s")
+
+
+#: Of the two starts.
+LEARNING_RATES = (1e-3, 2e-3)
+
+
+def start_twice_often(folder: Path, count: int) -> None:
+    """Each time exactly one wins, and every file is that of a run with the winner's settings alone."""
+
+    def start(out: Path, number: int) -> int:
+        return cli.main(arguments(folder, out, 2, LEARNING_RATES[number]))
+
+    alone = [folder / f"alone-{number}" for number in range(2)]
+    for path, lr in zip(alone, LEARNING_RATES, strict=True):
+        assert (
+            live([sys.executable, "-m", "fedkseed.cli", *arguments(folder, path, 2, lr)], folder).status == 0
+        )
+    assert (alone[0] / LEDGER).read_bytes() != (alone[1] / LEDGER).read_bytes()
+    for number in range(count):
+        name = f"both-{number}"
+        winner, statuses = start_twice(folder, name, start)
+        said = (folder / f"{name}-{1 - winner}.txt").read_text()
+        assert sorted(statuses) == [0, 2], (statuses, said)
+        assert re.search(r"^fedkseed simulate: expected .*$", said, re.M), said
+        for file in SAME:
+            assert (folder / name / file).read_bytes() == (alone[winner] / file).read_bytes(), (name, file)
+        assert (folder / name / TIMINGS).read_bytes().count(b"\n") == 2
+        assert {path.name for path in (folder / name).iterdir()} == {
+            path.name for path in alone[winner].iterdir()
+        }
+        print(f"starts {number + 1} of {count}: number {winner + 1} won, the folder is its alone", flush=True)
+
+
+def take_twice_often(folder: Path, count: int) -> None:
+    """The same for the folder alone, without a run in it: where both meet, as often as not."""
+
+    def start(out: Path, number: int) -> int:
+        try:
+            with RunFolder.start(out) as taken:
+                taken.write_settings({"number": number})
+        except (FolderInUseError, FolderNotEmptyError):
+            return 2
+        return 0
+
+    for number in range(count):
+        winner, statuses = start_twice(folder, f"taken-{number}", start)
+        assert sorted(statuses) == [0, 2], statuses
+        with RunFolder.reopen(folder / f"taken-{number}") as taken:
+            assert taken.read_settings() == {"number": winner}
+        assert sorted(os.listdir(taken.path)) == [".lock", SETTINGS]
+    print(f"{count} pairs took a folder: one winner each", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kills fedkseed simulate and goes on, and starts it twice.")
+    parser.add_argument("--instants", type=int, default=60, help="at which it is killed (60)", metavar="N")
+    parser.add_argument(
+        "--starts", type=int, default=40, help="pairs of starts on one folder (40)", metavar="N"
+    )
+    parser.add_argument(
+        "--folders", type=int, default=200, help="pairs that take a folder (200)", metavar="N"
+    )
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fedkseed-chaos-") as name:
+        folder = Path(name)
+        take_twice_often(folder, chosen.folders)
+        write_inputs(folder)
+        if chosen.starts:
+            start_twice_often(folder, chosen.starts)
+        if chosen.instants:
+            num_killed, num_between = kill_at_instants(folder, chosen.instants)
+            print(
+                f"{num_killed} of {chosen.instants} runs killed alive, {num_between} of them between two "
+                "rounds: all came to the bytes of one left alone"
+            )
+
+
+if __name__ == "__main__":
+    main()
