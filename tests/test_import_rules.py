@@ -61,6 +61,7 @@ BENCHMARKS = {
     "kernels": SHARED,
     "step": SHARED,
     "drift": SHARED,
+    "memory": SHARED,
     "server": SHARED,
     "machine_code": SHARED,
     "gpu": (*SHARED, "step"),
