@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+#: Rows that are scored together.
+SCORED_BATCH = 16
+
+
 @dataclass(frozen=True)
 class Verbalizer:
     """The token that answers each label: a prompt's answer is the label whose token is the likeliest."""
@@ -195,7 +199,7 @@ def score_rows(
     rows: Sequence[LabelledTokens],
     pad_id: int,
     *,
-    batch_size: int = 16,
+    batch_size: int = SCORED_BATCH,
     device: torch.device | str = "cpu",
     progress: Any = iter,
 ) -> torch.Tensor:

@@ -47,8 +47,8 @@ _TOKENIZERS = (
 _MODEL = {"config.json": ("config.json",), f"weights ({' or '.join(_WEIGHTS)})": _WEIGHTS}
 _TOKENIZER = {f"a tokenizer ({' or '.join(_TOKENIZERS)})": _TOKENIZERS}
 
-_LANGUAGE_MODELS: tuple[Family, ...] = ("causal", "masked")
-_CLASSIFIERS: tuple[Family, ...] = ("classifier",)
+LANGUAGE_MODELS: tuple[Family, ...] = ("causal", "masked")
+CLASSIFIERS: tuple[Family, ...] = ("classifier",)
 #: Tokens that every row can contain: they are put around texts, pad them, or stand for what is unknown.
 _ROLES = ("pad", "eos", "bos", "unk", "cls", "sep")
 
@@ -119,7 +119,7 @@ def load_causal_lm(
             such model or cannot be reached.
         MissingExtraError: a package of the extra `hf` is not installed.
     """
-    return _with_tokenizer(path_or_id, dtype, _LANGUAGE_MODELS, trust_remote_code)
+    return _with_tokenizer(path_or_id, dtype, LANGUAGE_MODELS, trust_remote_code)
 
 
 def load_causal_lm_weights(
@@ -130,7 +130,7 @@ def load_causal_lm_weights(
     Raises:
         ModelError, MissingExtraError: as `load_causal_lm`.
     """
-    return _weights(path_or_id, dtype, _LANGUAGE_MODELS, trust_remote_code)
+    return _weights(path_or_id, dtype, LANGUAGE_MODELS, trust_remote_code)
 
 
 def load_classifier(
@@ -141,7 +141,7 @@ def load_classifier(
     Raises:
         ModelError, MissingExtraError: as `load_causal_lm`; also a folder whose weights have no head.
     """
-    return _with_tokenizer(path_or_id, dtype, _CLASSIFIERS, trust_remote_code)
+    return _with_tokenizer(path_or_id, dtype, CLASSIFIERS, trust_remote_code)
 
 
 def load_any(
@@ -152,7 +152,7 @@ def load_any(
     Raises:
         ModelError, MissingExtraError: as `load_causal_lm`.
     """
-    return _with_tokenizer(path_or_id, dtype, _LANGUAGE_MODELS + _CLASSIFIERS, trust_remote_code)
+    return _with_tokenizer(path_or_id, dtype, LANGUAGE_MODELS + CLASSIFIERS, trust_remote_code)
 
 
 def load_any_weights(
@@ -163,7 +163,7 @@ def load_any_weights(
     Raises:
         ModelError, MissingExtraError: as `load_causal_lm`.
     """
-    return _weights(path_or_id, dtype, _LANGUAGE_MODELS + _CLASSIFIERS, trust_remote_code)
+    return _weights(path_or_id, dtype, LANGUAGE_MODELS + CLASSIFIERS, trust_remote_code)
 
 
 def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -176,7 +176,7 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
     from transformers import AutoTokenizer
 
     source, local = _source(path_or_id, _TOKENIZER)
-    with _loading(path_or_id, local, ()):
+    with loading(path_or_id, local, ()):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, local_files_only=local, trust_remote_code=trust_remote_code
         )
@@ -228,7 +228,7 @@ def _with_tokenizer(
 
     source, local = _source(path_or_id, {**_MODEL, **_TOKENIZER})
     model = _weights(path_or_id, dtype, families, trust_remote_code)
-    with _loading(path_or_id, local, families):
+    with loading(path_or_id, local, families):
         tokenizer = AutoTokenizer.from_pretrained(
             source, local_files_only=local, trust_remote_code=trust_remote_code
         )
@@ -245,7 +245,7 @@ def _weights(
     source, local = _source(path_or_id, _MODEL)
     if not local:
         print(f"{path_or_id} is no folder here: looking for it on the hub", file=sys.stderr)
-    with _loading(path_or_id, local, families):
+    with loading(path_or_id, local, families):
         model_class, config = choose_class(source, local, families, trust_remote_code)
         # With output_loading_info it returns a pair, which its own annotations do not say.
         loaded: Any = model_class.from_pretrained(
@@ -266,7 +266,7 @@ def _weights(
                 "name a folder whose config and weights belong together"
             )
         if absent := sorted(info["missing_keys"]):
-            advice = "its head would be random numbers: save a model with a head" * (families == _CLASSIFIERS)
+            advice = "its head would be random numbers: save a model with a head" * (families == CLASSIFIERS)
             raise ModelError(
                 f"expected weights for every parameter, got none for {len(absent)} "
                 f"({', '.join(absent[:3])}{', ...' if len(absent) > 3 else ''}); "
@@ -309,9 +309,9 @@ def _source(path_or_id: str | Path, needed: Mapping[str, tuple[str, ...]]) -> tu
 
 
 @contextmanager
-def _loading(path_or_id: str | Path, local: bool, families: tuple[Family, ...]) -> Iterator[None]:
+def loading(path_or_id: str | Path, local: bool, families: tuple[Family, ...]) -> Iterator[None]:
     """Turns the library's many errors about what it reads into one, whatever damage they speak of."""
-    names = {_LANGUAGE_MODELS: "a causal language model", _CLASSIFIERS: "a classifier", (): "a tokenizer"}
+    names = {LANGUAGE_MODELS: "a causal language model", CLASSIFIERS: "a classifier", (): "a tokenizer"}
     what = names.get(families, "a model")
     subject = f"cannot load {what} from {path_or_id}"
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedkseed.data.asking import Asking
+from fedkseed.simulation.memory_plan import BatchShape
 from fedkseed.simulation.task import Task
 
 if TYPE_CHECKING:
@@ -23,13 +24,11 @@ class Bench(Protocol):
         model: as it stands; tuned in place.
         names: of the clients.
         notes: what was cut or dropped as rows became tokens, a line each.
-        widths: tokens of the longest row that is trained on, and of the longest that is scored.
         asking: how the tuned model is asked.
         digest: of all rows as tokens, so that a resumed run can tell other rows.
     """
 
     model: PreTrainedModel
-    widths: tuple[int, int]
     digest: str
     asking: Asking
 
@@ -40,6 +39,9 @@ class Bench(Protocol):
 
     def task(self) -> Task[Any, Any]:
         """What the federation trains; its ``evaluate`` is `round_scores`."""
+
+    def batch_shapes(self, batch_size: int) -> tuple[BatchShape, list[BatchShape]]:
+        """The largest batch of a client's step, and those of what is scored: for the plan of memory."""
 
     def round_scores(self, round: int) -> dict[str, float]:
         """Scores of the model as it stands, on few rows: "held_out_loss" among them."""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fedkseed.data.asking import Asking
 from fedkseed.data.classification import (
+    SCORED_BATCH,
     Classifier,
     LabelledBatch,
     LabelledTokens,
@@ -30,6 +31,7 @@ from fedkseed.scenarios import picture
 from fedkseed.scenarios.bench import digest_of
 from fedkseed.scenarios.paired_difference import Interval, accuracy_interval, paired_difference
 from fedkseed.scenarios.untuned_prompt import UntunedPrompt
+from fedkseed.simulation.memory_plan import BatchShape
 from fedkseed.simulation.task import Task
 
 if TYPE_CHECKING:
@@ -58,7 +60,7 @@ class ClassificationBench:
         prompt: an untuned prompt that was measured on the same rows; None if there is none.
 
     Attributes:
-        model, names, notes, widths: as `Bench` says.
+        model, names, notes, digest, asking: as `Bench` says.
         classifier: how the model answers.
 
     Raises:
@@ -111,11 +113,8 @@ class ClassificationBench:
             raise ValueError("expected held-out rows of at least one client, got none; hold some out")
         cut = f"{self._num_cut:,} prompts lost their beginning: over {max_length} tokens"
         self.notes = [*data.notes, *([cut] if self._num_cut else [])]
-        scored = [row for each in (*self._parts, *self._unseen) for row in each.rows]
-        self.digest = digest_of(
-            self._train, *([part.rows for part in parts] for parts in (self._parts, self._unseen))
-        )
-        self.widths = _longest([row for rows in self._train for row in rows]), _longest(scored)
+        scored = ([part.rows for part in parts] for parts in (self._parts, self._unseen))
+        self.digest = digest_of(self._train, *scored)
 
     def task(self) -> Task[LabelledTokens, LabelledBatch]:
         """See `Bench.task`; a client's reply weighs as much as its rows."""
@@ -126,6 +125,12 @@ class ClassificationBench:
             loss=self.classifier.loss,
             evaluate=lambda _, round: self.round_scores(round),
         )
+
+    def batch_shapes(self, batch_size: int) -> tuple[BatchShape, list[BatchShape]]:
+        """See `Bench.batch_shapes`."""
+        trained = [row for rows in self._train for row in rows]
+        scored = [row for part in (*self._parts, *self._unseen) for row in part.rows]
+        return _shape(trained, batch_size), [_shape(scored, SCORED_BATCH)]
 
     def round_scores(self, round: int) -> dict[str, float]:
         """Loss and accuracy on the first held-out rows of every client; empty if no rows are asked for."""
@@ -237,8 +242,10 @@ def _check_head(model: PreTrainedModel, labels: Sequence[str], pad_id: int) -> N
         model.config.pad_token_id = pad_id
 
 
-def _longest(rows: Sequence[LabelledTokens]) -> int:
-    return max((len(row.input_ids) for row in rows), default=0)
+def _shape(rows: Sequence[LabelledTokens], batch_size: int) -> BatchShape:
+    """The largest batch of these rows, each with one position that is read: another one in each, at worst."""
+    width, size = max(len(row.input_ids) for row in rows), min(batch_size, len(rows))
+    return BatchShape(size, width, logits=min(size, width), scored=1)
 
 
 def _by_part(parts: Sequence[Part], values: Sequence[int]) -> dict[str, list[int]]:

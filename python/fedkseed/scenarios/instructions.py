@@ -25,6 +25,7 @@ from fedkseed.data.scores import (
 )
 from fedkseed.scenarios.bench import digest_of
 from fedkseed.scenarios.round_picture import draw_rounds
+from fedkseed.simulation.memory_plan import BatchShape
 from fedkseed.simulation.task import Task
 
 if TYPE_CHECKING:
@@ -94,8 +95,6 @@ class InstructionBench:
         self._train = [self._encode(client.train) for client in data.clients]
         self._held_out = self._encode_held_out(data.clients)
         self._unseen = self._encode_held_out(data.unseen)
-        scored = [row for rows in (*self._held_out, *self._unseen) for row in rows]
-        self.widths = _longest([row for rows in self._train for row in rows]), _longest(scored)
         self.digest = digest_of(self._train, self._held_out, self._unseen)
         self.notes = [*data.notes, *cut_notes(self._cuts, max_length)]
         for name, rows in zip(self.names, self._train, strict=True):
@@ -123,6 +122,16 @@ class InstructionBench:
             data_sizes=[sum(len(row.input_ids) - row.num_prompt for row in rows) for rows in self._train],
             evaluate=lambda _, round: self.round_scores(round),
         )
+
+    def batch_shapes(self, batch_size: int) -> tuple[BatchShape, list[BatchShape]]:
+        """See `Bench.batch_shapes`."""
+        trained = [row for rows in self._train for row in rows]
+        scored = [row for rows in (*self._held_out, *self._unseen) for row in rows]
+        evaluations = [_shape(scored, _LOSS_BATCH, is_shared=True)] if scored else []
+        if scored and self._limits.generate_rows:
+            longest = max(row.num_prompt for row in scored)
+            evaluations.append(BatchShape(_ANSWER_BATCH, longest, logits=1, cached=longest + _MAX_NEW_TOKENS))
+        return _shape(trained, batch_size, is_shared=batch_size >= _LOSS_BATCH), evaluations
 
     def train_loss(self, model: torch.nn.Module, batch: Batch) -> float:
         """Mean loss over the batch's response tokens."""
@@ -238,8 +247,18 @@ def cut_notes(cuts: Sequence[Cuts], max_length: int) -> list[str]:
     return notes
 
 
-def _longest(rows: Sequence[Encoded]) -> int:
-    return max((len(row.input_ids) for row in rows), default=0)
+def _shape(rows: Sequence[Encoded], batch_size: int, is_shared: bool) -> BatchShape:
+    """The largest batch of these rows: the longest of them beside those whose response begins first."""
+    width = max(len(row.input_ids) for row in rows)
+    first = min(row.num_prompt for row in rows)
+    response = max(len(row.input_ids) - row.num_prompt for row in rows)
+    return BatchShape(
+        min(batch_size, len(rows)),
+        width,
+        logits=min(width, width - first + 1),
+        scored=response,
+        cached=width if is_shared else 0,
+    )
 
 
 def _cell(value: float | None) -> str:

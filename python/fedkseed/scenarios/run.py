@@ -17,17 +17,18 @@ from tqdm import tqdm
 import fedkseed_kernels
 from fedkseed.data.asking import NOTE
 from fedkseed.data.federated import FederatedData
-from fedkseed.data.labels import HEAD
-from fedkseed.data.models import load_causal_lm, load_classifier, load_smollm2, smollm2_folder
+from fedkseed.data.shapes import weight_file_bytes
 from fedkseed.files import write_atomically
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import Manifest
+from fedkseed.model.placement import input_device
 from fedkseed.scenarios import built_in
 from fedkseed.scenarios.autocast import forward_passes
 from fedkseed.scenarios.bench import Bench
 from fedkseed.scenarios.classification import ClassificationBench
 from fedkseed.scenarios.events import Events
 from fedkseed.scenarios.instructions import InstructionBench, RowLimits
+from fedkseed.scenarios.model_source import ModelSource
 from fedkseed.scenarios.presets import SENTIMENT
 from fedkseed.scenarios.report import (
     end_text,
@@ -37,9 +38,10 @@ from fedkseed.scenarios.report import (
     round_row,
     start_text,
 )
-from fedkseed.scenarios.settings import RunSettings, SettingsError
+from fedkseed.scenarios.settings import RunSettings
 from fedkseed.scenarios.untuned_prompt import UntunedPrompt, best_untuned_prompt
 from fedkseed.simulation.devices import choose_device, device_name
+from fedkseed.simulation.memory_plan import plan
 from fedkseed.simulation.run_folder import RunFolder
 from fedkseed.simulation.simulation import Simulation
 from fedkseed.simulation.task import Task
@@ -50,18 +52,24 @@ if TYPE_CHECKING:
 SUMMARY, PICTURE = "summary.json", "plot.png"
 
 
-def make_bench(settings: RunSettings, data: FederatedData | None) -> Bench:
-    """The model and the rows of a run.
+def make_bench(
+    settings: RunSettings,
+    data: FederatedData | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Bench:
+    """The rows of a run as tokens, around a model.
 
     Args:
         settings: of the run.
         data: what `load_data` gave: None for the built-in tasks, whose rows are chosen by their tokens.
+        model: its shapes are enough; whoever scores puts the model with its weights in its place.
+        tokenizer: of the model.
 
     Raises:
-        DataError, FetchError, ModelError: as the functions of `fedkseed.data`.
-        MissingExtraError: a package of the extra `hf` is not installed.
+        DataError, FetchError: as the functions of `fedkseed.data`.
+        ValueError: rows that do not fit, or a model that cannot take them.
     """
-    model, tokenizer = _load_model(settings, is_head=data is not None and settings.choice.classify == HEAD)
     if data is None:
         data = built_in.instruction_tasks(tokenizer, settings.choice.template)
     if data.kind == "classification":
@@ -85,32 +93,21 @@ def _measured_prompt(settings: RunSettings) -> UntunedPrompt | None:
     return prompt if is_same and settings.final_rows == prompt.rows_per_client else None
 
 
-def _load_model(settings: RunSettings, is_head: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not settings.model:
-        if is_head:
-            raise SettingsError(
-                "expected --model with --classify head: the built-in model has no classifier's head"
-            )
-        return load_smollm2(settings.torch_dtype)
-    load = load_classifier if is_head else load_causal_lm
-    return load(settings.model, settings.torch_dtype, trust_remote_code=settings.trust_remote_code)
-
-
 def make_task(
     settings: RunSettings, data: FederatedData | None, bench: Bench | None = None
 ) -> Task[Any, Any]:
     """What the federation trains; loads the model and the rows unless ``bench`` has them."""
-    work = make_bench(settings, data) if bench is None else bench
-    task = work.task()
+    if bench is None:
+        bench = make_bench(settings, data, *ModelSource.of(settings, data).load())
+    task = bench.task()
     loss, evaluate = task.loss, task.evaluate
-    device = next(work.model.parameters()).device
 
     def train_loss(model: torch.nn.Module, batch: Any) -> Any:
-        with forward_passes(settings.autocast, device):
+        with forward_passes(settings.autocast, input_device(model)):
             return loss(model, batch)
 
     def scores(model: torch.nn.Module, round: int) -> Mapping[str, float]:
-        with forward_passes(settings.autocast, device):
+        with forward_passes(settings.autocast, input_device(model)):
             return evaluate(model, round) if evaluate is not None else {}
 
     return dataclasses.replace(task, loss=train_loss, evaluate=scores)
@@ -139,8 +136,10 @@ def run(
     torch.set_num_threads(config.num_threads)
     device = choose_device(settings.device)
     print(f"Loading {model_name(settings)}; it runs on {device_name(device)}", flush=True)
-    bench = make_bench(settings, data)
-    bench.model.to(device)  # type: ignore[arg-type]
+    source = ModelSource.of(settings, data)
+    bench = make_bench(settings, data, *source.load_shapes())
+    _plan_memory(settings, bench, source, device)
+    bench.model = source.load()[0].to(device)  # type: ignore[arg-type]
     task = make_task(settings, data, bench)
     set_up = perf_counter() - start
     print(start_text(settings, bench), flush=True)
@@ -192,9 +191,24 @@ def run(
     if rounds and importlib.util.find_spec("matplotlib"):
         bench.draw(folder.path / PICTURE, rounds, summary["scores"], summary["model"]["weight_bytes"])
         print(f"\nA picture of the run: {folder.path / PICTURE}")
-    base = settings.model or smollm2_folder()
-    print(end_text(folder.path, base, bench.table(before, after), summary))
+    print(end_text(folder.path, source.name, bench.table(before, after), summary))
     return summary
+
+
+def _plan_memory(settings: RunSettings, bench: Bench, source: ModelSource, device: torch.device) -> None:
+    """Prints what the run will take, before anything is loaded, and refuses what cannot fit."""
+    train, evaluations = bench.batch_shapes(settings.federation.batch_size)
+    planned = plan(
+        bench.model,
+        settings.federation.storage,
+        device=device,
+        train=train,
+        evaluations=evaluations,
+        num_workers=settings.workers,
+        file_bytes=weight_file_bytes(source.name),
+    )
+    print("\n".join(planned.lines()), flush=True)
+    planned.refuse()
 
 
 def _task_settings(settings: RunSettings, bench: Bench) -> dict[str, Any]:

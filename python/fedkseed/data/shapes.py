@@ -1,0 +1,48 @@
+"""A model's shapes without its weights: what memory is planned by before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedkseed.data.architectures import choose_class
+from fedkseed.data.models import CLASSIFIERS, LANGUAGE_MODELS, is_local, loading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_shapes(
+    path_or_id: str | Path,
+    dtype: torch.dtype,
+    *,
+    is_classifier: bool = False,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model on the meta device, by its config.json alone; see `fedkseed.data.models.load_causal_lm`.
+
+    Raises:
+        ModelError, MissingExtraError: as `load_causal_lm`.
+    """
+    local = is_local(path_or_id)
+    source = Path(path_or_id).expanduser() if local else path_or_id
+    families = CLASSIFIERS if is_classifier else LANGUAGE_MODELS
+    with loading(path_or_id, local, families):
+        model_class, config = choose_class(source, local, families, trust_remote_code)
+        with torch.device("meta"):
+            model: PreTrainedModel = model_class.from_config(
+                config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+    evaluated: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
+    return evaluated
+
+
+def weight_file_bytes(path_or_id: str | Path) -> int:
+    """Bytes of the weights' files in a folder; 0 of a hub id."""
+    if not is_local(path_or_id):
+        return 0
+    folder = Path(path_or_id).expanduser()
+    files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return sum(file.stat().st_size for file in files)
