@@ -21,6 +21,7 @@ from fedkseed.data import ModelError, load_causal_lm, load_causal_lm_weights
 from fedkseed.data.models import smollm2_folder
 from fedkseed.files import FolderNotEmptyError
 from fedkseed.ledger.format import LedgerDamagedError, LedgerUnsignedError
+from fedkseed.ledger.signature import make_key_pair
 from fedkseed.ledger.tuned_model import write_tuned_model
 
 
@@ -137,6 +138,7 @@ def test_refusals_leave_nothing(tmp_path: Path, base: Path) -> None:
     tokenizer.save_pretrained(other)
     data = ledger.to_bytes()
     (tmp_path / "damaged").write_bytes(data[:-1])
+    somebody = make_key_pair(tmp_path / "private.pem", tmp_path / "public.pem")
     mixed = Ledger(1, np.ones(2), ModelIdentity(bytes(32), bytes(32), "mixed"))
     before = names(tmp_path)
     target = tmp_path / "tuned"
@@ -147,7 +149,7 @@ def test_refusals_leave_nothing(tmp_path: Path, base: Path) -> None:
     with pytest.raises(LedgerDamagedError):
         write_tuned_model(tmp_path / "damaged", base, target)
     with pytest.raises(LedgerUnsignedError):
-        write_tuned_model(ledger, base, target, public_key=bytes(32))
+        write_tuned_model(ledger, base, target, public_key=somebody)
     with pytest.raises(LedgerError, match="got mixed; load the base yourself"):
         write_tuned_model(mixed, base, target)
     with pytest.raises(LedgerError, match="got mixed; load the base yourself"):
