@@ -37,6 +37,10 @@ _SCRATCH, _RESIDUALS, _BATCHES = "scratch of the storage mode", "residuals", "th
 #: What configs call the width of the perceptron.
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "decoder_ffn_dim", "ffn_hidden_size")
 
+#: What configs call the activation, and those that are written out in steps, each with its result in memory.
+_ACTIVATION = ("hidden_act", "activation_function", "hidden_activation")
+_WRITTEN_OUT = {"gelu_new", "gelu_fast", "gelu_accurate"}
+
 
 class MemoryPlanError(ValueError):
     """A run that cannot fit into the memory that is free; says where, how much, and what takes less."""
@@ -228,6 +232,7 @@ class _Forward:
         keys: width of the keys of a token in a layer, and of its values.
         outputs: of the vocabulary, as the head has it; 0 for a model without.
         itemsize: bytes of an element of the weights.
+        copies: of the perceptron's width that stand at once.
         keeps_scores: whether attention has its scores in memory ("eager").
     """
 
@@ -238,6 +243,7 @@ class _Forward:
     keys: int
     outputs: int
     itemsize: int
+    copies: int
     keeps_scores: bool
 
     @classmethod
@@ -262,6 +268,7 @@ class _Forward:
             keys=width * (getattr(config, "num_key_value_heads", None) or heads),
             outputs=0 if head is None else len(head.weight),
             itemsize=max(parameter.itemsize for parameter in model.parameters()),
+            copies=5 if _WRITTEN_OUT & {getattr(config, name, None) for name in _ACTIVATION} else 3,
             keeps_scores=getattr(config, "_attn_implementation", None) == "eager",
         )
 
@@ -277,11 +284,11 @@ class _Forward:
         tokens, rows = batch.rows * batch.tokens, batch.rows * halves
         stream = 2 * rows * batch.tokens * self.hidden * size
         cache = rows * batch.cached * self.layers * 2 * self.keys * size
-        perceptron = (3 * self.inner + 2 * self.hidden) * size + 4 * self.hidden
+        perceptron = (self.copies * self.inner + 2 * self.hidden) * size + 4 * self.hidden
         attention = (6 * self.hidden + 4 * self.keys) * size
         layer = tokens * max(perceptron, attention) + batch.rows * batch.tokens**2
         if self.keeps_scores:
-            layer += batch.rows * self.heads * batch.tokens**2 * (2 * size + 4)
+            layer += batch.rows * self.heads * batch.tokens**2 * (8 if size == 2 else 2 * size)
         logits = batch.tokens if batch.logits is None else batch.logits
         scored = logits if batch.scored is None else batch.scored
         # The loss takes each half by itself: its logits in fp32, if they are not, and their log-softmax.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedkseed.storage.auto import StorageChoice, Tentative, suited
+from fedkseed.storage.auto import StorageChoice, Tentative, check_choice, suited
 from fedkseed.storage.interface import SIXTEEN_BIT, StorageOptions
 from fedkseed.storage.streamed import Streamed
 from fedkseed.storage.streamed.copies import Weight
@@ -40,7 +40,11 @@ def needs(model: nn.Module, storage: StorageChoice, device: torch.device) -> Nee
     Args:
         storage: "auto" is resolved as for a ledger.
         device: where the model will be.
+
+    Raises:
+        TypeError: no storage mode.
     """
+    check_choice(storage)
     tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if storage == "auto":
         is_short = any(parameter.dtype in SIXTEEN_BIT for parameter in tuned)
@@ -59,5 +63,5 @@ def needs(model: nn.Module, storage: StorageChoice, device: torch.device) -> Nee
     largest = largest_needs(dict.fromkeys(units, device), weights)[device] if units else 0
     num_halves = 2 if options.paired else 1
     short = sum(parameter.numel() for parameter in tuned if parameter.dtype in SIXTEEN_BIT)
-    residuals = torch.int16.itemsize * short if options.compensated else 0
+    residuals = 2 * short if options.compensated else 0
     return Needs(options, largest * num_halves, residuals, widened, num_halves)
