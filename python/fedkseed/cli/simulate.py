@@ -76,6 +76,7 @@ def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     from fedkseed.simulation.run_folder import RunFolder
 
     values = given_values(flags, quick=options.quick, toml=options.config)
+    values = {name: _findable(name, value) for name, value in values.items()}
     settings, data = _with_data(values)
     with RunFolder.start(options.out) if options.out else _start_free() as folder:
         try:
@@ -103,6 +104,15 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
         values.update({name: value for name, value in flags.items() if value is not None})
         settings, data = _with_data(values)
         return _run(settings, data, folder, options.tensorboard)
+
+
+def _findable(name: str, value: Any) -> Any:
+    """The setting as it is kept: a path as it is found from any folder, where the run may go on."""
+    from fedkseed.data.models import is_local
+
+    is_path = name == "model" and value and is_local(value)
+    is_path = is_path or (name in ("data", "template_file") and Path(value).expanduser().exists())
+    return str(Path(value).expanduser().resolve()) if is_path else value
 
 
 def _with_data(values: Mapping[str, Any]) -> tuple[RunSettings, FederatedData | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -210,6 +210,21 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
             f"expected token ids below {size}, the rows of the model's embedding table, got {first} for the "
             f"{beyond[first]}{more}; save the model after resize_token_embeddings({found[-1] + 1}), or set "
             "another token (a pad token may be the end-of-text token) in tokenizer_config.json"
+        )
+
+
+def check_token_ids(model: PreTrainedModel, token_ids: Iterable[int]) -> None:
+    """Raises unless the model has an embedding for each token of some rows.
+
+    Raises:
+        ModelError: a token beyond the embeddings; names its id and the size of the table.
+    """
+    size, largest = num_embeddings(model), max(token_ids, default=0)
+    if largest >= size:
+        raise ModelError(
+            f"expected token ids below {size}, the rows of the model's embedding table, got {largest} in a row "
+            "of the data: a text spells out a special token that the model has no embedding for; take it out, "
+            f"or save the model after resize_token_embeddings({largest + 1})"
         )
 
 

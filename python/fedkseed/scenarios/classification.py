@@ -26,6 +26,7 @@ from fedkseed.data.classification import (
     score_rows,
 )
 from fedkseed.data.federated import ClientRows, FederatedData
+from fedkseed.data.models import check_token_ids
 from fedkseed.data.prompts import pad_token_id
 from fedkseed.scenarios import picture
 from fedkseed.scenarios.bench import digest_of
@@ -114,6 +115,8 @@ class ClassificationBench:
         cut = f"{self._num_cut:,} prompts lost their beginning: over {max_length} tokens"
         self.notes = [*data.notes, *([cut] if self._num_cut else [])]
         scored = ([part.rows for part in parts] for parts in (self._parts, self._unseen))
+        everything = (*self._train, *(part.rows for part in (*self._parts, *self._unseen)))
+        check_token_ids(model, (max(row.input_ids) for rows in everything for row in rows))
         self.digest = digest_of(self._train, *scored)
 
     def task(self) -> Task[LabelledTokens, LabelledBatch]:

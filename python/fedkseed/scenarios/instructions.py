@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fedkseed._means import mean
 from fedkseed.data.asking import Asking
 from fedkseed.data.federated import ClientRows, FederatedData, Row
+from fedkseed.data.models import check_token_ids
 from fedkseed.data.prompts import Batch, Cuts, Encoded, collate, encode_rows, iterate_batches, pad_token_id
 from fedkseed.data.scores import (
     exact_match,
@@ -95,6 +96,8 @@ class InstructionBench:
         self._train = [self._encode(client.train) for client in data.clients]
         self._held_out = self._encode_held_out(data.clients)
         self._unseen = self._encode_held_out(data.unseen)
+        everything = (*self._train, *self._held_out, *self._unseen)
+        check_token_ids(model, (max(row.input_ids) for rows in everything for row in rows))
         self.digest = digest_of(self._train, self._held_out, self._unseen)
         self.notes = [*data.notes, *cut_notes(self._cuts, max_length)]
         for name, rows in zip(self.names, self._train, strict=True):
