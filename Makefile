@@ -24,8 +24,8 @@ CHAOS_ARGS ?=
 install: $(INSTALLED) $(LIBRARY) ## create .venv with this checkout in it, editable, and build the native library (default)
 
 .PHONY: demo
-demo: fetch ## tune a pretrained language model with seeds and scalars
-	$(PY) -m fedkseed.cli simulate $(DEMO_ARGS)
+demo: fetch ## tune a pretrained language model on the sentences of four clients
+	$(PY) -m fedkseed.cli simulate --data sentiment $(DEMO_ARGS)
 
 # Test processes beside each other, one for each processor; TEST_WORKERS=0 runs them in one process.
 PYTEST = $(PY) -m pytest --numprocesses $(TEST_WORKERS) --maxprocesses 8 --dist worksteal

@@ -109,7 +109,10 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 def _findable(name: str, value: Any) -> Any:
     """The setting as it is kept: a path as it is found from any folder, where the run may go on."""
     from fedkseed.data.models import is_local
+    from fedkseed.scenarios.presets import BUILT_IN
 
+    if name == "data" and value in BUILT_IN:
+        return value
     is_path = name == "model" and value and is_local(value)
     is_path = is_path or (name in ("data", "template_file") and Path(value).expanduser().exists())
     return str(Path(value).expanduser().resolve()) if is_path else value

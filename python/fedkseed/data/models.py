@@ -222,9 +222,9 @@ def check_token_ids(model: PreTrainedModel, token_ids: Iterable[int]) -> None:
     size, largest = num_embeddings(model), max(token_ids, default=0)
     if largest >= size:
         raise ModelError(
-            f"expected token ids below {size}, the rows of the model's embedding table, got {largest} in a row "
-            "of the data: a text spells out a special token that the model has no embedding for; take it out, "
-            f"or save the model after resize_token_embeddings({largest + 1})"
+            f"expected token ids below {size}, the rows of the model's embedding table, got {largest} in a "
+            "row of the data: a text spells out a special token that the model has no embedding for; take it "
+            f"out, or save the model after resize_token_embeddings({largest + 1})"
         )
 
 
