@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import re
@@ -18,15 +20,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedkseed import cli
+from fedkseed.data import asking
 from fedkseed.files import FolderInUseError, FolderNotEmptyError
 from fedkseed.simulation.run_folder import BEST, CLIENTS, LEDGER, METRICS, SETTINGS, TIMINGS, RunFolder
 from support.data_samples import save_model
 
 STATE, OLDER_STATE = "server.state", "server.state.1"
 #: The same bytes in every run of one command.
-SAME = (STATE, OLDER_STATE, LEDGER, BEST, METRICS, CLIENTS, SETTINGS)
+SAME = (STATE, OLDER_STATE, LEDGER, BEST, METRICS, CLIENTS, SETTINGS, asking.FILE)
 #: Bounds every wait.
 SECONDS = 300
 _NUM_ROUNDS = 30
@@ -138,9 +142,7 @@ def kill_and_go_on(folder: Path, whole: Path, name: str, kill_after: float) -> t
             break
         life = live(line_that_goes_on(life) or first, folder)
     assert life.status == 0, life
-    for file in SAME:
-        assert (out / file).read_bytes() == (whole / file).read_bytes(), (name, file)
-    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}, name
+    compare(out, whole)
     return was_killed, rounds
 
 
@@ -164,6 +166,83 @@ def kill_at_instants(folder: Path, count: int) -> tuple[int, int]:
             f"instant {number + 1} of {count}, {instant:.2f} s: {when}, resumed to the same bytes", flush=True
         )
     return num_killed, num_between
+
+
+def kill_at_writes(folder: Path, every: int = 1) -> int:
+    """Runs of three rounds killed before each step that makes something durable, in forked processes.
+
+    Such a step is a flush of a file or of a folder, or a rename: between two of them nothing else can be seen
+    after a crash.
+
+    Args:
+        folder: with the inputs.
+        every: of the steps one out of so many.
+
+    Returns:
+        How many were killed.
+    """
+    whole = folder / "whole-of-3"
+    assert wait_for(fork_to(cli.main, arguments(folder, whole, 3), folder / "whole.txt")) == 0
+    number = killed = 0
+    while True:
+        out = folder / f"written-{number}"
+        first = arguments(folder, out, 3)
+        printed = folder / f"{out.name}.txt"
+        status = wait_for(fork_to(functools.partial(killed_before, number), first, printed))
+        if status == 0:
+            return killed
+        assert status == -signal.SIGKILL, printed.read_text()
+        killed += 1
+        for _ in range(3):
+            text = printed.read_text()
+            line = line_that_goes_on(Life(status, text, text, 0.0))
+            status = wait_for(
+                fork_to(cli.main, first if line is None else line[line.index("simulate") :], printed)
+            )
+            if status == 0:
+                break
+        assert status == 0, printed.read_text()
+        compare(out, whole)
+        number += every
+
+
+def killed_before(number: int, command: Sequence[str]) -> int:
+    """The command, killed before the step of this number; ends by itself if it has fewer."""
+    steps = itertools.count()
+
+    def counted(whole: Callable[..., Any]) -> Callable[..., Any]:
+        def step(*given: Any, **options: Any) -> Any:
+            if next(steps) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(*given, **options)
+
+        return step
+
+    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    return cli.main(command)
+
+
+def fork_to(run: Callable[[Sequence[str]], int], command: Sequence[str], printed: Path) -> int:
+    """The number of a forked process that runs the command; what it says goes into a file."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with open(printed, "w") as file:
+                os.dup2(file.fileno(), 1)
+                os.dup2(file.fileno(), 2)
+                status = run(command)
+                sys.stdout.flush()
+        finally:
+            os._exit(status)
+    return child
+
+
+def compare(out: Path, whole: Path) -> None:
+    """Raises unless both folders have the same files, with the same bytes where all runs have them."""
+    for file in SAME:
+        assert (out / file).read_bytes() == (whole / file).read_bytes(), (out.name, file)
+    assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}, out.name
 
 
 def start_twice(folder: Path, name: str, start: Callable[[Path, int], int]) -> tuple[int, list[int]]:
@@ -235,12 +314,8 @@ def start_twice_often(folder: Path, count: int) -> None:
         said = (folder / f"{name}-{1 - winner}.txt").read_text()
         assert sorted(statuses) == [0, 2], (statuses, said)
         assert re.search(r"^fedkseed simulate: expected .*$", said, re.M), said
-        for file in SAME:
-            assert (folder / name / file).read_bytes() == (alone[winner] / file).read_bytes(), (name, file)
+        compare(folder / name, alone[winner])
         assert (folder / name / TIMINGS).read_bytes().count(b"\n") == 2
-        assert {path.name for path in (folder / name).iterdir()} == {
-            path.name for path in alone[winner].iterdir()
-        }
         print(f"starts {number + 1} of {count}: number {winner + 1} won, the folder is its alone", flush=True)
 
 
@@ -265,21 +340,27 @@ def take_twice_often(folder: Path, count: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Kills fedkseed simulate and goes on, and starts it twice.")
-    parser.add_argument("--instants", type=int, default=60, help="at which it is killed (60)", metavar="N")
-    parser.add_argument(
-        "--starts", type=int, default=40, help="pairs of starts on one folder (40)", metavar="N"
+    parser = argparse.ArgumentParser(
+        description="Kills fedkseed simulate and goes on, and starts it twice; without options in every way."
     )
-    parser.add_argument(
-        "--folders", type=int, default=200, help="pairs that take a folder (200)", metavar="N"
-    )
+    parser.add_argument("--instants", type=int, default=0, help="at which it is killed", metavar="N")
+    parser.add_argument("--starts", type=int, default=0, help="pairs of starts on one folder", metavar="N")
+    parser.add_argument("--folders", type=int, default=0, help="pairs that take a folder", metavar="N")
+    parser.add_argument("--every", type=int, default=0, help="of the writes it is killed before", metavar="N")
     chosen = parser.parse_args()
+    if not any(vars(chosen).values()):
+        chosen = argparse.Namespace(folders=200, starts=40, every=1, instants=60)
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # processes are forked
     with tempfile.TemporaryDirectory(prefix="fedkseed-chaos-") as name:
         folder = Path(name)
-        take_twice_often(folder, chosen.folders)
+        if chosen.folders:
+            take_twice_often(folder, chosen.folders)
         write_inputs(folder)
         if chosen.starts:
             start_twice_often(folder, chosen.starts)
+        if chosen.every:
+            num_killed = kill_at_writes(folder, chosen.every)
+            print(f"killed before {num_killed} writes: each went on to the same bytes", flush=True)
         if chosen.instants:
             num_killed, num_between = kill_at_instants(folder, chosen.instants)
             print(
