@@ -12,6 +12,7 @@ from typing import Any
 
 import fedkseed_kernels
 from fedkseed._extras import MissingExtraError
+from fedkseed._progress import bars
 from fedkseed.cli import apply, ask, bench, data, info, inspect, plot, simulate
 
 _COMMANDS = (info, data, simulate, apply, ask, inspect, plot, bench)
@@ -24,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0, 1 after an unexpected error, 2 after one that it explains, 130 after Ctrl-C."""
     options = make_parser().parse_args(arguments)
     try:
-        status: int = options.run(options)
+        with bars():
+            status: int = options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import fedkseed_kernels
+from fedkseed._progress import pieces
 from fedkseed.files import FileTooLargeError, read_bounded, write_atomically
 from fedkseed.ledger import fields as ledger_fields
 from fedkseed.ledger import format as ledger_format
@@ -255,8 +256,15 @@ class Ledger:
         names = [parameters[stream][0] for stream in streams]
         tensors = [parameters[stream][1] for stream in streams]
         check_overlaps(names, tensors, model)
-        weights = PreparedTensors(tensors, streams, self.family, names=names)
-        weights.seed_axpy_(self.seed_pool.seeds, self.coefficients)
+        PreparedTensors(tensors, streams, self.family, names=names)  # all of them, or it raises
+        for piece in pieces([tensor.numel() for tensor in tensors], "rebuilding the model"):
+            weights = PreparedTensors(
+                [tensors[index] for index in piece],
+                [streams[index] for index in piece],
+                self.family,
+                names=[names[index] for index in piece],
+            )
+            weights.seed_axpy_(self.seed_pool.seeds, self.coefficients)
 
     def _unsigned_bytes(self) -> bytes:
         return replace(self, signature=None).to_bytes()

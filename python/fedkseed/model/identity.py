@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fedkseed._progress import pieces
 from fedkseed.model.manifest import Manifest, manifest_parameters
 from fedkseed.model.waiting import flush_waiting
 
@@ -135,23 +136,27 @@ def content_hash(parameters: list[tuple[str, torch.Tensor]]) -> bytes:
         ValueError: a tensor without data of its own (meta device, freed), sharded or not dense, named.
     """
     digest = hashlib.sha256()
-    for name, parameter in parameters:
-        if parameter.layout is not torch.strided:
-            raise ValueError(
-                f"expected dense weights, got {name} of layout {parameter.layout}; make it dense"
-            )
-        is_ordinary = type(parameter.data) is torch.Tensor and not parameter.is_meta
-        if not is_ordinary or (parameter.numel() > 0 and not parameter.data_ptr()):
-            raise ValueError(
-                f"expected whole weights in memory, got {name} as {type(parameter.data).__name__} on "
-                f"{parameter.device}; load the full model first"
-            )
-        dtype = _dtype_name(parameter.dtype).encode()
-        digest.update(len(dtype).to_bytes(4, "little") + dtype)
-        flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
-        for start in range(0, flat.numel(), _PIECE):
-            digest.update(flat[start : start + _PIECE].cpu().numpy().data)
+    for piece in pieces([parameter.numel() for _, parameter in parameters], "verifying the weights"):
+        for name, parameter in (parameters[index] for index in piece):
+            _add_weights(digest, name, parameter)
     return digest.digest()
+
+
+def _add_weights(digest: hashlib._Hash, name: str, parameter: torch.Tensor) -> None:
+    """One parameter's part of `content_hash`."""
+    if parameter.layout is not torch.strided:
+        raise ValueError(f"expected dense weights, got {name} of layout {parameter.layout}; make it dense")
+    is_ordinary = type(parameter.data) is torch.Tensor and not parameter.is_meta
+    if not is_ordinary or (parameter.numel() > 0 and not parameter.data_ptr()):
+        raise ValueError(
+            f"expected whole weights in memory, got {name} as {type(parameter.data).__name__} on "
+            f"{parameter.device}; load the full model first"
+        )
+    dtype = _dtype_name(parameter.dtype).encode()
+    digest.update(len(dtype).to_bytes(4, "little") + dtype)
+    flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), _PIECE):
+        digest.update(flat[start : start + _PIECE].cpu().numpy().data)
 
 
 def _short(digest: bytes) -> str:

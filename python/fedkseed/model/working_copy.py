@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 import fedkseed_kernels
+from fedkseed._progress import pieces
 from fedkseed.model.buffers import Buffers
 from fedkseed.model.held import HeldParameters
 from fedkseed.model.identity import ModelIdentity
@@ -201,16 +202,21 @@ class WorkingCopy:
     def _rebuild(
         self, pool: SeedPool, coefficients: NDArray[np.float32] | NDArray[np.float64], family: str
     ) -> None:
-        for positions in by_device(self._weights).values():
-            with errors_named([self._names[position] for position in positions], "w0's {}"):
-                fedkseed_kernels.seed_axpy(
-                    [self.w0[position] for position in positions],
-                    torch.from_numpy(pool.seeds.view(np.int64).copy()),
-                    torch.from_numpy(coefficients.astype(np.float64)),
-                    streams=[self._streams[position] for position in positions],
-                    out=[self._weights[position] for position in positions],
-                    family=family,
-                )
+        seeds = torch.from_numpy(pool.seeds.view(np.int64).copy())
+        coeffs = torch.from_numpy(coefficients.astype(np.float64))
+        for places in by_device(self._weights).values():
+            sizes = [self._weights[position].numel() for position in places]
+            for piece in pieces(sizes, "rebuilding the round's model"):
+                positions = [places[index] for index in piece]
+                with errors_named([self._names[position] for position in positions], "w0's {}"):
+                    fedkseed_kernels.seed_axpy(
+                        [self.w0[position] for position in positions],
+                        seeds,
+                        coeffs,
+                        streams=[self._streams[position] for position in positions],
+                        out=[self._weights[position] for position in positions],
+                        family=family,
+                    )
 
     def _called(self, form: str, tensors: Sequence[torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         return [(form.format(name), tensor) for name, tensor in zip(self._names, tensors, strict=False)]

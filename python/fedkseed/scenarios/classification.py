@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from fedkseed._progress import each
 from fedkseed.data.asking import Asking
 from fedkseed.data.classification import (
     SCORED_BATCH,
@@ -106,7 +107,8 @@ class ClassificationBench:
             rows = tuple(encoded(client.held_out[:final_rows]))
             return Part(client.name, rows, data.labels.index(majority))
 
-        self._train = [encoded(client.train) for client in data.clients]
+        training = each([client.train for client in data.clients], "rows to tokens")
+        self._train = [encoded(rows) for rows in training]
         self._parts = [part(client, [client]) for client in data.clients if client.held_out]
         # An unseen client has no training rows: its majority answer is that of all others.
         self._unseen = [part(client, data.clients) for client in data.unseen if client.held_out]
@@ -291,15 +293,15 @@ def _table(title: str, found: Mapping[str, Any]) -> str:
     width = max(len(title), *(len(name) for name in (*found["clients"], "all")))
     lines = [_line(title, _HEAD, width)]
     compared = {**found["clients"], **({"all": found["all"]} if len(found["clients"]) > 1 else {})}
-    for name, each in compared.items():
-        label = each.get("majority_label")
-        majority = f"{each['majority']:.3f}" + (f" ({label[:12]})" if label else "")
-        estimate, low, high = each["difference"]
+    for name, client in compared.items():
+        label = client.get("majority_label")
+        majority = f"{client['majority']:.3f}" + (f" ({label[:12]})" if label else "")
+        estimate, low, high = client["difference"]
         cells = (
-            str(each["rows"]),
+            str(client["rows"]),
             majority,
-            f"{each['before'][0]:.3f}",
-            f"{each['after'][0]:.3f}",
+            f"{client['before'][0]:.3f}",
+            f"{client['after'][0]:.3f}",
             f"{estimate:+.3f} [{low:+.3f}, {high:+.3f}]",
         )
         lines.append(_line(name, cells, width))

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from fedkseed._means import mean
+from fedkseed._progress import each
 from fedkseed.data.asking import Asking
 from fedkseed.data.federated import ClientRows, FederatedData, Row
 from fedkseed.data.models import check_token_ids
@@ -93,7 +94,8 @@ class InstructionBench:
         self._tokenizer = tokenizer
         self._pad_id = pad_token_id(tokenizer)
         self._cuts: list[Cuts] = []
-        self._train = [self._encode(client.train) for client in data.clients]
+        training = each([client.train for client in data.clients], "rows to tokens")
+        self._train = [self._encode(rows) for rows in training]
         self._held_out = self._encode_held_out(data.clients)
         self._unseen = self._encode_held_out(data.unseen)
         everything = (*self._train, *self._held_out, *self._unseen)
