@@ -16,7 +16,7 @@ from fedkseed.data.models import load_causal_lm_weights
 from fedkseed.scenarios import built_in
 from fedkseed.scenarios import run as scenario
 from fedkseed.scenarios.instructions import InstructionBench
-from fedkseed.scenarios.presets import QUICK
+from fedkseed.scenarios.presets import QUICK, quick_of
 from fedkseed.scenarios.settings import RunSettings, SettingsError, given_values, values_of_file
 from fedkseed.simulation.run_folder import CLIENTS, LEDGER, METRICS, TIMINGS
 from fedkseed.storage import STORAGE_MODES, StorageOptions
@@ -260,7 +260,8 @@ def test_toml_then_flags(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('rounds = 5\nlr = 1\nsampling = "pro"\n')
     values = given_values({"num_rounds": None, "seed": 9}, quick=True, toml=path)
-    assert values == {**QUICK, "num_rounds": 5, "lr": 1.0, "sampling": "pro", "seed": 9}
+    assert values == {**quick_of("instructions"), "num_rounds": 5, "lr": 1.0, "sampling": "pro", "seed": 9}
+    assert given_values({"data": "rows.jsonl"}, quick=True, toml=None) == {**QUICK, "data": "rows.jsonl"}
     assert given_values({"num_rounds": 3}, quick=False, toml=path)["num_rounds"] == 3
 
 

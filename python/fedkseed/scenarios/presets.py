@@ -52,12 +52,12 @@ SENTENCES: Mapping[str, Any] = {
 DEFAULT_DATA, SENTIMENT = "instructions", "sentiment"
 BUILT_IN: Mapping[str, Mapping[str, Any]] = {DEFAULT_DATA: INSTRUCTIONS, SENTIMENT: SENTENCES}
 
-#: What --quick changes of a built-in run: about a minute, all parts, too short to learn much.
-QUICK: Mapping[str, Any] = {
-    "num_rounds": 2,
+#: What --quick changes: all parts, too short to learn much; the built-in runs take about a minute.
+QUICK: Mapping[str, Any] = {"num_rounds": 2, "num_local_steps": 2, "round_rows": 1, "final_rows": 4}
+_QUICK_INSTRUCTIONS: Mapping[str, Any] = {
+    **QUICK,
     "clients_per_round": 2,
     "lr": 1e-5,
-    "round_rows": 1,
     "final_rows": 1,
     "generate_rows": 1,
 }
@@ -68,6 +68,11 @@ _MOST_CLIENTS, _MOST_FINAL_ROWS, _MOST_ROUND_ROWS = 16, 400, 64
 def preset_of(data: str) -> Mapping[str, Any]:
     """The settings that go with the data."""
     return BUILT_IN.get(data, OWN)
+
+
+def quick_of(data: str) -> Mapping[str, Any]:
+    """What --quick changes for the data."""
+    return _QUICK_INSTRUCTIONS if data == DEFAULT_DATA else QUICK
 
 
 def completed(values: Mapping[str, Any], num_clients: int) -> dict[str, Any]:

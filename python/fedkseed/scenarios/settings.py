@@ -15,7 +15,7 @@ from fedkseed.documents import DocumentError, read_toml
 from fedkseed.model.identity import DTYPE_CODES
 from fedkseed.scenarios.autocast import Autocast, resolved_autocast
 from fedkseed.scenarios.options import Option, SettingsError, checked_values, options_of
-from fedkseed.scenarios.presets import DEFAULT_DATA, QUICK, completed, preset_of
+from fedkseed.scenarios.presets import DEFAULT_DATA, completed, preset_of, quick_of
 from fedkseed.simulation.simulation import SimulationConfig
 from fedkseed.storage import STORAGE_MODES, storage_mode
 
@@ -161,11 +161,9 @@ def given_values(flags: Mapping[str, Any], *, quick: bool, toml: Path | None) ->
     Raises:
         SettingsError: an unknown key, a value of another type, or a file that is not TOML.
     """
-    values: dict[str, Any] = dict(QUICK) if quick else {}
-    if toml is not None:
-        values.update(values_of_file(toml))
+    values = values_of_file(toml) if toml is not None else {}
     values.update({name: value for name, value in flags.items() if value is not None})
-    return values
+    return {**quick_of(values.get("data", DEFAULT_DATA)), **values} if quick else values
 
 
 def values_of_file(path: Path) -> dict[str, Any]:
