@@ -202,6 +202,29 @@ def test_the_folder_of_simulate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert ModelIdentity.of(model).content.hex() == before["content"]
 
 
+def test_a_folder_of_simulate_that_was_killed_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After two of four rounds of 0.1; to the bytes of a whole run of 0.1 where losses have its bits."""
+    killed, whole = FOLDER / "simulate-killed", FOLDER / "simulate-whole"
+    for name in ("resumed", "anew"):
+        shutil.copytree(killed, tmp_path / name)
+    shutil.copytree(FOLDER / "base", tmp_path / "base")
+    for name in (STATE, LEDGER, METRICS, CLIENTS):
+        (tmp_path / "anew" / name).unlink()
+    (tmp_path / "anew" / "timings.jsonl").unlink()
+    monkeypatch.chdir(tmp_path)
+    for name in ("resumed", "anew"):
+        assert write.simulate("--resume", name) == 0
+    before = (killed / METRICS).read_bytes()
+    assert (tmp_path / "resumed" / METRICS).read_bytes().startswith(before)
+    assert Ledger.load(tmp_path / "resumed" / LEDGER).notes == {"num_rounds": "4"}
+    if (tmp_path / "anew" / METRICS).read_bytes().startswith(before):
+        for path in whole.iterdir():
+            assert (tmp_path / "resumed" / path.name).read_bytes() == path.read_bytes(), path.name
+        assert (tmp_path / "anew" / METRICS).read_bytes() == (whole / METRICS).read_bytes()
+
+
 def test_golden_vectors_are_those_of_before() -> None:
     files = resources.files("fedkseed_kernels.conformance.golden")
     for name, wanted in json.loads((FOLDER / "golden.json").read_text()).items():
