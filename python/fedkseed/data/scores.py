@@ -32,7 +32,7 @@ def response_nll(model: torch.nn.Module, batch: Batch, *, share_prefix: bool = F
 
     Args:
         model: a causal language model of transformers' calling convention.
-        batch: right-padded rows.
+        batch: right-padded rows; moved to the model's device.
         share_prefix: run the prompt tokens that all rows begin with once instead of B times, through the
             model's key-value cache: the same loss up to rounding, for less time on rows of one task.
 
@@ -40,6 +40,7 @@ def response_nll(model: torch.nn.Module, batch: Batch, *, share_prefix: bool = F
         ValueError: no row of the batch has a response token, or ``share_prefix`` with a model whose cache
             cannot be repeated for several rows.
     """
+    batch = batch.to(next(model.parameters()).device)
     targets = batch.labels[:, 1:]  # the token at t is predicted at t - 1
     columns = (targets != IGNORED).any(dim=0).nonzero().flatten()
     if not len(columns):
