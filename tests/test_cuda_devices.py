@@ -162,13 +162,16 @@ def test_a_worker_copies_shared_weights_to_its_gpu_once() -> None:
 )
 def test_the_stand_in_refuses_what_a_gpu_refuses(loss: Any, message: str) -> None:
     config = SimulationConfig(**SETTINGS, lr=1e-3, eps=1e-2, num_seeds=8)
-    with pretended_gpu(), Simulation(task_on(GPU, loss), config) as simulation:
-        with pytest.raises(RoundFailedError, match=message):
-            list(simulation.rounds())
+    with (
+        pretended_gpu(),
+        Simulation(task_on(GPU, loss), config) as simulation,
+        pytest.raises(RoundFailedError, match=message),
+    ):
+        list(simulation.rounds())
 
 
 def test_a_client_alone_takes_batches_where_its_model_is() -> None:
-    """Without a simulation nobody moves them: whoever makes them does."""
+    """A client without a simulation does not move them: whoever makes them does."""
     with pretended_gpu():
         model: Any = make_model(torch.float32).to(GPU)
         config = SimulationConfig(**SETTINGS, lr=1e-3, eps=1e-2, num_seeds=8)

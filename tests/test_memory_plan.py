@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ from fedkseed import (
     Task,
     paired_losses,
 )
-from fedkseed.data.prompts import Batch, Encoded, collate
+from fedkseed.data.prompts import IGNORED, Batch, Encoded, collate
 from fedkseed.data.scores import response_nll
 from fedkseed.simulation import free_memory, memory_plan
-from fedkseed.simulation.memory_plan import BatchShape, MemoryPlan, MemoryPlanError, plan
+from fedkseed.simulation.memory_plan import BatchShape, MemoryPlan, MemoryPlanError, largest_batch, plan
 from fedkseed.storage import PAIRED_STORAGE_MODES, STORAGE_MODES, storage_mode
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -50,7 +51,7 @@ def rows_of(count: int) -> list[Encoded]:
 
 
 def parts_of(model: nn.Module, storage: Any, **options: Any) -> dict[str, int]:
-    (place,) = plan(model, storage, device=CPU, **{"train": SHAPE, **options}).places
+    (place,) = plan(model, storage, device=CPU, **{"train": [SHAPE], **options}).places
     return dict(place.parts)
 
 
@@ -75,7 +76,7 @@ def test_a_batch_takes_what_is_planned_for_it(make: Any, dtype: torch.dtype) -> 
     for shape, call in shapes.items():
         with torch.no_grad(), LiveTensors() as live:
             call()
-        planned = parts_of(model, Inplace(), train=shape)["the largest batch"]
+        planned = parts_of(model, Inplace(), train=[shape])["the largest batch"]
         assert 0.95 < planned / live.peak < 1.3, shape
 
 
@@ -107,7 +108,7 @@ def both_losses(model: Any, batch: Batch) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["inplace", "streamed-fp32", "paired-fp32"])
 def test_a_whole_simulation_takes_what_is_planned(name: str) -> None:
     model, storage = llama(torch.bfloat16), storage_mode(name)
-    parts = parts_of(model, storage, train=BatchShape(4, TOKENS))
+    parts = parts_of(model, storage, train=[BatchShape(4, TOKENS)])
     planned = sum(parts.values()) - parts["weights"] - parts["beside tensors"]
     loss = both_losses if name.startswith("paired") else one_loss
     task = Task(model, [rows_of(8)], lambda rows: collate(rows, 0), loss)
@@ -141,7 +142,7 @@ def test_weights_are_counted_once_for_each_copy() -> None:
 def test_each_gpu_and_the_processor_have_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9 + device.index, 2 * 10**9))
-    model, shape = llama().to("meta"), BatchShape(2, 16)
+    model, shape = llama().to("meta"), [BatchShape(2, 16)]
     tuned = sum(parameter.nbytes for parameter in model.parameters())
     alone = plan(model, Inplace(), device=GPU, train=shape, file_bytes=tuned // 2)
     assert (alone.places[0].place, alone.places[0].free) == ("cuda:0", 10**9)
@@ -168,8 +169,19 @@ def test_what_cannot_fit_is_refused_and_what_is_loaded_counts_as_taken() -> None
         memory_plan.RunPlan([MemoryPlan("cpu", {}, 1), place]).refuse()
 
 
+def test_the_largest_batch_of_some_rows() -> None:
+    rows = [(20, 15), (30, 28), (12, 10), (9, 3)]
+    assert largest_batch(rows, 2) == BatchShape(2, 30, logits=11, scored=6)
+    assert largest_batch(rows, 8, cached=True) == BatchShape(4, 30, logits=15, scored=4, cached=30)
+    drawn = [Encoded((1,) * length, prompt) for length, prompt in rows]
+    for pair in itertools.combinations(drawn, 2):
+        targets = collate(pair, 0).labels[:, 1:] != IGNORED
+        assert int(targets.any(dim=0).sum()) <= 11
+        assert int(targets.sum()) <= 2 * 6
+
+
 def test_a_model_whose_config_names_no_sizes_says_so() -> None:
-    found = plan(nn.Linear(4, 4), "auto", device=CPU, train=BatchShape(2, 16))
+    found = plan(nn.Linear(4, 4), "auto", device=CPU, train=[BatchShape(2, 16)])
     assert found.lines()[-1] == "Not planned: the forward pass of Linear, whose config names no sizes"
     assert found.places[0].parts["the largest batch"] == 0
 

@@ -100,6 +100,13 @@ def test_devices_are_as_many_as_workers() -> None:
         Simulation(make_task(), SimulationConfig(**CONFIG), num_workers=2, devices=[OWN], make_task=make_task)
 
 
+def test_workers_on_the_processor_need_the_model_there() -> None:
+    with pytest.raises(
+        ValueError, match="expected workers on GPUs for a model on meta, got some on the proc"
+    ):
+        SharedWeights.of(make_task().model.to("meta"), [OWN, torch.device("cpu")])
+
+
 def test_a_full_shared_memory_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: object) -> SharedTensors:
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left (28)")

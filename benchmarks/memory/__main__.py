@@ -45,7 +45,7 @@ def planned(folder: Path, dtype: torch.dtype, batch_size: int) -> RunPlan:
         model,
         "auto",
         device=torch.device("cpu"),
-        train=shape(batch_size),
+        train=[shape(batch_size)],
         evaluations=[shape(EVALUATION_ROWS)],
         file_bytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
     )

@@ -66,6 +66,21 @@ class BatchShape:
     cached: int = 0
 
 
+def largest_batch(rows: Sequence[tuple[int, int]], batch_size: int, cached: bool = False) -> BatchShape:
+    """The largest batch that may be drawn of some rows, for a loss on responses (`fedkseed.data.scores`).
+
+    Args:
+        rows: (tokens, those of them that are the prompt) of each, at least one.
+        batch_size: rows of a batch; all where there are fewer.
+        cached: whether keys and values are kept (``share_prefix``).
+    """
+    num_rows = min(batch_size, len(rows))
+    tokens = max(length for length, _ in rows)
+    responses = sorted((length - prompt for length, prompt in rows), reverse=True)[:num_rows]
+    logits = min(tokens - min(prompt for _, prompt in rows), sum(responses))
+    return BatchShape(num_rows, tokens, logits, -(-sum(responses) // num_rows), tokens if cached else 0)
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """The memory of one place at the worst moment.
@@ -142,7 +157,7 @@ def plan(
     storage: StorageChoice,
     *,
     device: torch.device,
-    train: BatchShape,
+    train: Sequence[BatchShape],
     evaluations: Sequence[BatchShape] = (),
     num_workers: int = 1,
     file_bytes: int = 0,
@@ -155,7 +170,7 @@ def plan(
             its weights count as taken.
         storage: of the clients.
         device: where the model will be.
-        train: the largest batch of a client, once, though it be paired.
+        train: the largest batches of clients, each once, though it be paired.
         evaluations: the largest batches of what is evaluated or generated.
         num_workers: processes that run clients.
         file_bytes: of the weights in their files, which are mapped into memory while they are loaded.
@@ -168,8 +183,10 @@ def plan(
     need, forward = needs(model, storage, device), _Forward.of(model)
     weights = _num_bytes([*model.parameters(), *model.buffers()])
     tuned = _num_bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
-    step = 0 if forward is None else forward.num_bytes(train, need)
-    scored = 0 if forward is None else max((forward.num_bytes(one) for one in evaluations), default=0)
+    step = scored = 0
+    if forward is not None:
+        step = max((forward.num_bytes(batch, need) for batch in train), default=0)
+        scored = max((forward.num_bytes(batch) for batch in evaluations), default=0)
     parts: dict[torch.device, Counter[str]] = {place: Counter() for place in [device, *devices, _HOST]}
     own, host = parts[device], parts[_HOST]
     own.update({"weights": weights, "w0": tuned})

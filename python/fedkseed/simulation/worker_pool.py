@@ -23,6 +23,7 @@ from torch import multiprocessing, nn
 from fedkseed.federation.messages import Broadcast
 from fedkseed.model.manifest import manifest_parameters
 from fedkseed.model.packed import SharedTensors
+from fedkseed.model.placement import input_device
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.simulation.host import ClientRun, InProcessHost
@@ -68,7 +69,12 @@ class SharedWeights:
 
         Raises:
             WorkerError: there is no room for it.
+            ValueError: workers on the processor, whose rounds' models nobody rebuilds, for a model elsewhere.
         """
+        if _CPU in devices and (place := input_device(model)).type != "cpu":
+            raise ValueError(
+                f"expected workers on GPUs for a model on {place}, got some on the processor; move the model"
+            )
         weights = [weight for _, weight in manifest_parameters(model) if weight.requires_grad]
         flush_waiting(weights)
         try:
