@@ -263,7 +263,7 @@ def test_table_shows_what_changed() -> None:
 def test_bench_says_how_many_prompts_were_cut() -> None:
     assert bench_of(make_model(torch.float32), federated()).notes == []
     bench = bench_of(make_model(torch.float32), federated(), max_length=8)
-    assert bench.batch_shapes(2)[0].tokens == 8
+    assert bench.batch_shapes(2)[0][0].tokens == 8
     assert "prompts lost their beginning: over 8 tokens" in bench.notes[0]
 
 
@@ -292,7 +292,7 @@ def test_the_sentences_on_the_real_model() -> None:
     data = sentiment.load_sentiment()
     bench = ClassificationBench(model, tokenizer, data, round_rows=1, final_rows=3, max_length=128)
     assert bench.notes == []
-    assert bench.batch_shapes(2)[0].tokens < 128
+    assert bench.batch_shapes(2)[0][0].tokens < 128
     task = bench.task()
     batch = task.collate([task.datasets[0][index] for index in (0, 1)])
     single = [task.loss(model, task.collate([task.datasets[0][index]])) for index in (0, 1)]

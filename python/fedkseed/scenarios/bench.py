@@ -40,8 +40,8 @@ class Bench(Protocol):
     def task(self) -> Task[Any, Any]:
         """What the federation trains; its ``evaluate`` is `round_scores`."""
 
-    def batch_shapes(self, batch_size: int) -> tuple[BatchShape, list[BatchShape]]:
-        """The largest batch of a client's step, and those of what is scored: for the plan of memory."""
+    def batch_shapes(self, batch_size: int) -> tuple[list[BatchShape], list[BatchShape]]:
+        """The largest batches of the clients' steps, and of what is scored: for the plan of memory."""
 
     def round_scores(self, round: int) -> dict[str, float]:
         """Scores of the model as it stands, on few rows: "held_out_loss" among them."""

@@ -131,11 +131,11 @@ class ClassificationBench:
             evaluate=lambda _, round: self.round_scores(round),
         )
 
-    def batch_shapes(self, batch_size: int) -> tuple[BatchShape, list[BatchShape]]:
+    def batch_shapes(self, batch_size: int) -> tuple[list[BatchShape], list[BatchShape]]:
         """See `Bench.batch_shapes`."""
         trained = [row for rows in self._train for row in rows]
         scored = [row for part in (*self._parts, *self._unseen) for row in part.rows]
-        return _shape(trained, batch_size), [_shape(scored, SCORED_BATCH)]
+        return [_shape(trained, batch_size)], [_shape(scored, SCORED_BATCH)]
 
     def round_scores(self, round: int) -> dict[str, float]:
         """Loss and accuracy on the first held-out rows of every client; empty if no rows are asked for."""

@@ -27,7 +27,7 @@ from fedkseed.data.scores import (
 )
 from fedkseed.scenarios.bench import digest_of
 from fedkseed.scenarios.round_picture import draw_rounds
-from fedkseed.simulation.memory_plan import BatchShape
+from fedkseed.simulation.memory_plan import BatchShape, largest_batch
 from fedkseed.simulation.task import Task
 
 if TYPE_CHECKING:
@@ -128,15 +128,16 @@ class InstructionBench:
             evaluate=lambda _, round: self.round_scores(round),
         )
 
-    def batch_shapes(self, batch_size: int) -> tuple[BatchShape, list[BatchShape]]:
+    def batch_shapes(self, batch_size: int) -> tuple[list[BatchShape], list[BatchShape]]:
         """See `Bench.batch_shapes`."""
-        trained = [row for rows in self._train for row in rows]
-        scored = [row for rows in (*self._held_out, *self._unseen) for row in rows]
-        evaluations = [_shape(scored, _LOSS_BATCH, is_shared=True)] if scored else []
-        if scored and self._limits.generate_rows:
-            longest = max(row.num_prompt for row in scored)
+        is_shared = batch_size >= _LOSS_BATCH
+        trained = [largest_batch(_lengths(rows), batch_size, cached=is_shared) for rows in self._train]
+        held_out = [rows for rows in (*self._held_out, *self._unseen) if rows]
+        evaluations = [largest_batch(_lengths(rows), _LOSS_BATCH, cached=True) for rows in held_out]
+        if held_out and self._limits.generate_rows:
+            longest = max(row.num_prompt for rows in held_out for row in rows)
             evaluations.append(BatchShape(_ANSWER_BATCH, longest, logits=1, cached=longest + _MAX_NEW_TOKENS))
-        return _shape(trained, batch_size, is_shared=batch_size >= _LOSS_BATCH), evaluations
+        return trained, evaluations
 
     def train_loss(self, model: torch.nn.Module, batch: Batch) -> float:
         """Mean loss over the batch's response tokens."""
@@ -252,18 +253,8 @@ def cut_notes(cuts: Sequence[Cuts], max_length: int) -> list[str]:
     return notes
 
 
-def _shape(rows: Sequence[Encoded], batch_size: int, is_shared: bool) -> BatchShape:
-    """The largest batch of these rows: the longest of them beside those whose response begins first."""
-    width = max(len(row.input_ids) for row in rows)
-    first = min(row.num_prompt for row in rows)
-    response = max(len(row.input_ids) - row.num_prompt for row in rows)
-    return BatchShape(
-        min(batch_size, len(rows)),
-        width,
-        logits=min(width, width - first + 1),
-        scored=response,
-        cached=width if is_shared else 0,
-    )
+def _lengths(rows: Sequence[Encoded]) -> list[tuple[int, int]]:
+    return [(len(row.input_ids), row.num_prompt) for row in rows]
 
 
 def _cell(value: float | None) -> str:
