@@ -24,7 +24,7 @@ def chaos(*arguments: str) -> str:
 
 
 def test_one_of_two_processes_takes_a_folder() -> None:
-    assert "40 pairs took a folder: one winner each" in chaos("--folders", "40")
+    assert "20 pairs took a folder: one winner each" in chaos("--folders", "20")
 
 
 @pytest.mark.slow

@@ -49,13 +49,11 @@ def test_damaged_files_are_typed_errors(first: int, count: int, tmp_path: Path) 
         assert line["peak_mb"] < _MOST_MB, line
 
 
-@pytest.mark.parametrize(
-    "names", [["toml", "ledger"], pytest.param([*KINDS], marks=pytest.mark.slow)], ids=["small", "all"]
-)
-def test_files_that_ask_for_memory_get_little(names: list[str], tmp_path: Path) -> None:
-    lines("make", str(tmp_path), *names)
-    bombs = {name: len(list((tmp_path / name).iterdir())) for name in names if (tmp_path / name).exists()}
+@pytest.mark.slow
+def test_files_that_ask_for_memory_get_little(tmp_path: Path) -> None:
+    lines("make", str(tmp_path), *KINDS)
+    bombs = {name: len(list((tmp_path / name).iterdir())) for name in KINDS if (tmp_path / name).exists()}
     found = lines("bombs", str(tmp_path), *bombs)
-    assert len(found) == sum(bombs.values()) >= 9
+    assert len(found) == sum(bombs.values()) >= 50
     for line in found:
         assert line["peak_mb"] < _MOST_MB, line

@@ -26,7 +26,7 @@ def test_metrics_that_no_run_wrote_are_refused(
 
 
 def test_what_is_drawn_of_a_round(tmp_path: Path) -> None:
-    evaluation = {"held_out_loss": 2.5, "accuracy": 0.5, "rouge_l": None}
+    evaluation = {"held_out_loss": 2.5, "other": 0.5, "rouge_l": None}
     (tmp_path / METRICS).write_text(json.dumps({**ROW, "evaluation": evaluation}) + "\n")
     (row,) = read_metrics(tmp_path / METRICS)
     assert row["evaluation"] == {"held_out_loss": 2.5, "rouge_l": None}

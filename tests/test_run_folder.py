@@ -17,7 +17,7 @@ from torch import nn
 
 from fedkseed import Ledger, Simulation, SimulationConfig
 from fedkseed.federation.state import StateError
-from fedkseed.files import FolderInUseError, FolderNotEmptyError, LockLostError
+from fedkseed.files import FolderInUseError, FolderLock, FolderNotEmptyError, LockLostError
 from fedkseed.simulation.best_ledger import OLDER_BEST
 from fedkseed.simulation.round_log import RoundLog, check_metrics, read_rounds
 from fedkseed.simulation.run_folder import (
@@ -116,6 +116,25 @@ def test_start_refuses_another_folder_and_writes_nothing_there(tmp_path: Path) -
         (tmp_path / "empty" / name).touch()
     RunFolder.start(tmp_path / "empty").close()
     assert os.listdir(tmp_path / "empty") == [".lock"]
+
+
+def test_a_folder_that_was_filled_before_its_lock_was_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another start writes its settings and ends between our look into the folder and our lock."""
+    enter = FolderLock.__enter__
+
+    def late(lock: FolderLock) -> FolderLock:
+        monkeypatch.setattr(FolderLock, "__enter__", enter)
+        with RunFolder.start(lock.folder) as other:
+            other.write_settings({"whose": "other"})
+        return enter(lock)
+
+    monkeypatch.setattr(FolderLock, "__enter__", late)
+    with pytest.raises(FolderNotEmptyError, match="--resume"):
+        RunFolder.start(tmp_path / "run")
+    with RunFolder.reopen(tmp_path / "run") as folder:
+        assert folder.read_settings() == {"whose": "other"}
 
 
 def test_a_run_that_was_killed_before_its_first_state_begins_at_round_0(tmp_path: Path, whole: Path) -> None:

@@ -32,8 +32,10 @@ import numpy as np
 from fedkseed import Ledger, LedgerError, ModelIdentity, SeedPool, Server, ServerConfig
 from fedkseed.cli.plot import read_metrics
 from fedkseed.data import instructions, sentiment
+from fedkseed.data.asking import FILE, Asking, AskingError
 from fedkseed.data.errors import DataError
 from fedkseed.data.fetch import FetchError, extract_member
+from fedkseed.data.templates import Template
 from fedkseed.federation.state import StateError, StateFolder
 from fedkseed.ledger.describe import describe
 from fedkseed.scenarios.options import checked_values
@@ -282,6 +284,16 @@ KINDS = {
         ],
         _read_clients,
         _IN_FOLDER,
+        bombs=_json_bombs,
+    ),
+    "asking": Kind(
+        FILE,
+        lambda: [
+            Asking(Template.named("fedkseed-dolly")).to_json().encode(),
+            Asking(Template.custom("{text}: "), ("no", "yes"), (" a", " b")).to_json().encode(),
+        ],
+        Asking.read,
+        (AskingError,),
         bombs=_json_bombs,
     ),
     "toml": Kind(

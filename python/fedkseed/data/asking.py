@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from fedkseed.data.errors import DataError
 from fedkseed.data.templates import CHAT, CUSTOM, INPUT, INSTRUCTION, PLAIN, Template
-from fedkseed.documents import DocumentError, parse_json
+from fedkseed.documents import DocumentError, parse_json, shown
 from fedkseed.files import FileTooLargeError, read_bounded, write_atomically
 
 #: Its file in a model's folder, and beside the ledger in a run's.
@@ -94,7 +94,7 @@ class Asking:
             raise AskingError(f"expected {', '.join(_KEYS)} in {where}, got {str(got)[:80]}")
         if type(found["version"]) is not int or found["version"] != _VERSION:
             raise AskingError(
-                f"expected version {_VERSION} of {where}, got {str(found['version'])[:80]}; "
+                f"expected version {_VERSION} of {where}, got {shown(found['version'])}; "
                 "install a newer release"
             )
         template = found["template"]
