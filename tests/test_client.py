@@ -252,6 +252,21 @@ def test_loading_is_one_rebuild_then_copies(dtype: torch.dtype, monkeypatch: pyt
     assert same_bytes(working.w0, weights_of(make_model(dtype)))
 
 
+@pytest.mark.parametrize("round_model", [None, "own"])
+def test_loaded_weights_are_those_that_a_forward_under_autocast_reads(round_model: Any) -> None:
+    """Autocast keeps its casts as long as its context lasts; of weights loaded since, they are another's."""
+    working, batch = WorkingCopy(make_model(torch.float32), round_model=round_model), torch.ones(4, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for coefficients in (COEFFICIENTS, 5 * COEFFICIENTS, 5 * COEFFICIENTS):
+            working.model(batch)
+            working.load(POOL, coefficients)
+            found = working.model(batch)
+            torch.clear_autocast_cache()
+            assert torch.equal(found, working.model(batch))
+            with torch.no_grad():
+                working.model[0].weight.zero_()
+
+
 def test_two_working_copies_share_one_w0() -> None:
     first = WorkingCopy(make_model())
     second = WorkingCopy(make_model(), w0=first.w0)

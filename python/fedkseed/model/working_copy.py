@@ -171,6 +171,7 @@ class WorkingCopy:
         wanted = (pool, coefficients.astype(np.float64).tobytes(), family)
         with self.exclusive():
             flush_waiting(self._weights)  # later it would be taken from the weights loaded now
+            torch.clear_autocast_cache()  # casts of the weights that are overwritten now
             start = perf_counter()
             self._buffers.restore()
             self._generators.restore(self._states)
