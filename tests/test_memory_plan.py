@@ -96,6 +96,17 @@ def test_scratch_and_residuals_are_those_that_the_mode_opens(name: str, dtype: t
     assert parts_of(copy.deepcopy(model).to("meta"), storage) == {**parts, "loading beyond that": 0}
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_casts_that_autocast_keeps_are_planned(tied: bool) -> None:
+    model, batch = llama(tie_word_embeddings=tied), collate([Encoded((5, 6, 7), 2)], 0)
+    with torch.no_grad(), LiveTensors() as live, torch.autocast("cpu", torch.bfloat16):
+        response_nll(model, batch)
+    casts = parts_of(model, Inplace(), autocast=True)["weights in 16 bits (autocast)"]
+    assert 0.9 < casts / live.peak <= 1
+    both = parts_of(model, Inplace(), autocast=True, num_workers=2)["weights in 16 bits (autocast)"]
+    assert both == 3 * casts
+
+
 def one_loss(model: Any, batch: Batch) -> torch.Tensor:
     found: torch.Tensor = model(**vars(batch), use_cache=False).loss
     return found

@@ -33,6 +33,7 @@ _CONTEXT = 600 << 20
 _HOST = torch.device("cpu")
 
 _SCRATCH, _RESIDUALS, _BATCHES = "scratch of the storage mode", "residuals", "the largest batch"
+_CASTS = "weights in 16 bits (autocast)"
 
 #: What configs call the width of the perceptron.
 _INNER = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "decoder_ffn_dim", "ffn_hidden_size")
@@ -162,6 +163,7 @@ def plan(
     num_workers: int = 1,
     file_bytes: int = 0,
     devices: Sequence[torch.device] | None = None,
+    autocast: bool = False,
 ) -> RunPlan:
     """What a simulation of a model takes, and what is free now.
 
@@ -175,6 +177,7 @@ def plan(
         num_workers: processes that run clients.
         file_bytes: of the weights in their files, which are mapped into memory while they are loaded.
         devices: of the workers; those of `worker_devices` if None.
+        autocast: whether forward passes are made under autocast to 16 bits, which keeps its casts of weights.
 
     Raises:
         DeviceError: more workers than GPUs.
@@ -208,6 +211,10 @@ def plan(
             if place.type != "cpu":
                 parts[place].update({"w0": tuned, "the round's model": tuned})
     own[_BATCHES] = max(own[_BATCHES], scored)
+    if autocast:
+        for place in {device, *devices}:
+            processes = 1 if num_workers == 1 else devices.count(place) + (place == device)
+            parts[place][_CASTS] = processes * _cast_bytes(model)
     for place in parts:
         if place.type != "cpu":
             parts[place]["contexts"] = _CONTEXT * (
@@ -235,7 +242,7 @@ def _loading(
     standing = sum(host.values())
     if device.type != "cpu":
         return mapped + weights * num_workers
-    later = sum(host.get(name, 0) for name in (_SCRATCH, _RESIDUALS, _BATCHES))
+    later = sum(host.get(name, 0) for name in (_SCRATCH, _RESIDUALS, _BATCHES, _CASTS))
     before = weights + _BESIDE if num_workers == 1 else standing - later
     return max(0, before + mapped - standing)
 
@@ -312,6 +319,16 @@ class _Forward:
         is_copied = size == 2 or batch.scored is not None
         head = self.outputs * (rows * logits * size + batch.rows * scored * 4 * (1 + is_copied))
         return int(stream + cache + max(layer, head))
+
+
+def _cast_bytes(model: Any) -> int:
+    """The matrices of 32 bits in 16, but for those that rows are looked up in alone."""
+    looked_up = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    apart = {id(part.weight) for part in (looked_up,) if part is not None}
+    apart -= {id(part.weight) for part in (head,) if part is not None}
+    matrices = [p for p in model.parameters() if p.dim() > 1 and p.itemsize == 4 and id(p) not in apart]
+    return sum(2 * int(matrix.numel()) for matrix in matrices)
 
 
 def _num_bytes(tensors: Iterable[torch.Tensor]) -> int:
