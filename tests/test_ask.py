@@ -137,6 +137,27 @@ def test_a_head_gives_its_labels(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "LABEL_0" in ask(capsys, tmp_path / "base", "fine")
 
 
+def test_a_decoder_with_a_head_that_knows_no_padding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_labels=3,
+    )
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    HEAD.write(tmp_path)
+    texts = ["a long text", "short"]
+    alone = [ask(capsys, tmp_path, text).strip() for text in texts]
+    together = ask(capsys, tmp_path, *texts).splitlines()
+    assert together == [f"{answer}  {text}" for answer, text in zip(alone, texts, strict=True)]
+
+
 @pytest.mark.parametrize("chat", [True, False])
 def test_an_instruction_is_answered_greedily(
     chat: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]

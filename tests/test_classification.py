@@ -275,11 +275,15 @@ def test_bench_refuses_a_head_of_another_size_and_rows_that_are_not_there() -> N
         bench_of(make_head(), empty)
 
 
-def test_a_head_gets_the_pad_token_that_it_lacks() -> None:
-    model = make_head()
-    model.config.pad_token_id = None
-    bench_of(model, federated(()))
-    assert model.config.pad_token_id == 2  # the tokenizer's end of text
+@pytest.mark.parametrize("pad_id", [None, 0])
+def test_a_head_is_told_what_fills_up_rows(pad_id: int | None) -> None:
+    bench = bench_of(make_head(), federated(()))
+    model = make_head()  # the one with its weights takes the place of the one of shapes
+    model.config.pad_token_id = pad_id
+    bench.model = model  # type: ignore[assignment]
+    rows = [row for part in bench._parts for row in part.rows]
+    alone = torch.cat([bench._logits([row], "") for row in rows])
+    torch.testing.assert_close(bench._logits(rows, ""), alone)
 
 
 # The real model and sentences

@@ -140,10 +140,12 @@ class Classifier:
     Attributes:
         num_labels: L.
         verbalizer: the labels' tokens of a language model; None for a model whose head has a logit a label.
+        pad_id: what fills up rows, told to a head that looks for a row's last token; None leaves it as it is.
     """
 
     num_labels: int
     verbalizer: Verbalizer | None = None
+    pad_id: int | None = None
 
     @torch.no_grad()
     def logits(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
@@ -184,6 +186,9 @@ class Classifier:
         return found
 
     def _head(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
+        config: Any = getattr(model, "config", None)
+        if config is not None and self.pad_id is not None:
+            config.pad_token_id = self.pad_id  # decoders look for the last token that is another one
         found: torch.Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return found
 

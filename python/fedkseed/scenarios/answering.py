@@ -131,11 +131,12 @@ class TunedModel:
         verbalizer = None
         if words:
             verbalizer = Verbalizer.of(self.tokenizer, dict(zip(labels, words, strict=True)))
+        pad_id = pad_token_id(self.tokenizer)
         logits = score_rows(
-            Classifier(len(labels), verbalizer),
+            Classifier(len(labels), verbalizer, pad_id),
             self.model,
             [LabelledTokens(tuple(prompt), 0) for prompt in prompts],
-            pad_token_id(self.tokenizer),
+            pad_id,
             device=next(self.model.parameters()).device,
         )
         answers = []

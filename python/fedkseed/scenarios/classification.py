@@ -92,8 +92,8 @@ class ClassificationBench:
         if data.words:
             verbalizer = Verbalizer.of(tokenizer, dict(zip(data.labels, data.words, strict=True)))
         else:
-            _check_head(model, data.labels, self._pad_id)
-        self.classifier = Classifier(len(data.labels), verbalizer)
+            _check_head(model, data.labels)
+        self.classifier = Classifier(len(data.labels), verbalizer, self._pad_id)
         self._num_cut = 0
 
         def encoded(rows: Sequence[Any]) -> list[LabelledTokens]:
@@ -235,16 +235,13 @@ class ClassificationBench:
         )
 
 
-def _check_head(model: PreTrainedModel, labels: Sequence[str], pad_id: int) -> None:
+def _check_head(model: PreTrainedModel, labels: Sequence[str]) -> None:
     num_labels = getattr(model.config, "num_labels", None)
     if num_labels != len(labels):
         raise ValueError(
             f"expected a classifier's head with a logit for each of {len(labels)} labels, got {num_labels} "
             f"from {type(model).__name__}; load it with num_labels={len(labels)}, or classify by words"
         )
-    # Decoders look for the last token that is not padding.
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = pad_id
 
 
 def _shape(rows: Sequence[LabelledTokens], batch_size: int) -> BatchShape:
