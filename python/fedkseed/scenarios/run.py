@@ -206,6 +206,7 @@ def _plan_memory(settings: RunSettings, bench: Bench, source: ModelSource, devic
         evaluations=evaluations,
         num_workers=settings.workers,
         file_bytes=weight_file_bytes(source.name),
+        autocast=settings.autocast == "bfloat16",
     )
     print("\n".join(planned.lines()), flush=True)
     planned.refuse()
