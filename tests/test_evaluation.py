@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedkseed._means import mean
 from fedkseed.data import scores
-from fedkseed.data.instructions import Example, Task
+from fedkseed.data.federated import ClientRows, Row
 from fedkseed.data.prompts import IGNORED, Encoded, collate, iterate_batches
 
 VOCABULARY = 40
@@ -223,19 +223,20 @@ def test_exact_match() -> None:
     assert scores.exact_match("yes.", "Yes.") == 0.0
 
 
-def task(train: list[str], test: list[str]) -> Task:
-    return Task("t", tuple(Example("", "", a) for a in train), (), tuple(Example("", "", a) for a in test))
+def client(train: list[str], held_out: list[str]) -> ClientRows:
+    return ClientRows("c", tuple(Row({}, text) for text in train), tuple(Row({}, text) for text in held_out))
 
 
 def test_majority_answer() -> None:
-    (score,) = scores.majority_answer_scores([task(["b", "a b", "a b", "b c"], ["a b", "a", "c", "a b"])])
+    (score,) = scores.majority_answer_scores([client(["b", "a b", "a b", "b c"], ["a b", "a", "c", "a b"])])
     assert score.answer == "a b"
     assert score.exact_match == 0.5
     assert score.rouge_l == pytest.approx((1 + 2 / 3 + 0 + 1) / 4)
-    (tie,) = scores.majority_answer_scores([task(["z", "a"], ["z"])])
+    (tie,) = scores.majority_answer_scores([client(["z", "a"], ["z"])])
     assert tie.answer == "z"
-    with pytest.raises(ValueError, match="task t: expected training and test rows, got 0 and 1"):
-        scores.majority_answer_scores([task([], ["a"])])
+    assert scores.majority_answer_scores([client(["a"], [])]) == []
+    (first,) = scores.majority_answer_scores([client(["b"], ["b", "a"])], num_rows=1)
+    assert first.exact_match == 1.0
 
 
 def test_mean() -> None:

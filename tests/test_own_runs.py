@@ -114,3 +114,34 @@ def test_the_commands_of_the_readme(
         assert json.loads((run / "settings.json").read_text())["clients_per_round"] == num_clients
         assert Ledger.load(run / LEDGER).family == Ledger.load(run / BEST).family == "rademacher"
     assert (tmp_path / "tuned" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["instructions", "classification"])
+def test_a_paired_mode_trains_as_the_unpaired_one(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("my-model"), torch.float32)
+    write_dolly()
+    write_sentences()
+    own = {
+        "instructions": ["--data", "dolly.jsonl"],
+        "classification": [
+            "--data",
+            "sentences.csv",
+            "--label",
+            "mood",
+            "--words",
+            "good= great,bad= terrible",
+        ],
+    }[kind]
+    losses = []
+    for mode in ("streamed", "paired"):
+        line = ["simulate", "--model", "my-model", *own, "--storage", mode, "--out", mode, *SHORT]
+        assert cli.main(line) == 0
+        rows = [json.loads(text) for text in (tmp_path / mode / METRICS).read_text().splitlines()]
+        assert not any(row["num_skipped"] or row["failed"] for row in rows)
+        losses.append([(row["train_loss"], row["evaluation"]["held_out_loss"]) for row in rows])
+        assert json.loads((tmp_path / mode / "settings.json").read_text())["storage"] == mode
+    for unpaired, paired in zip(*losses, strict=True):
+        assert paired == pytest.approx(unpaired, rel=1e-5)

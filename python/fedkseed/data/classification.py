@@ -166,6 +166,12 @@ class Classifier:
         """Each row's cross-entropy among the labels in nats: softmax in fp32, (B,) in fp64."""
         return cross_entropies(self.logits(model, batch), batch.labels)
 
+    def paired_losses(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
+        """The mean of `losses` for each half of the batch run twice, for a paired storage mode: fp64 [2]."""
+        tensors = (batch.input_ids, batch.attention_mask, batch.labels)
+        doubled = LabelledBatch(*(torch.cat([tensor, tensor]) for tensor in tensors))
+        return self.losses(model, doubled).view(2, -1).mean(dim=1)
+
     def loss(self, model: torch.nn.Module, batch: LabelledBatch) -> float:
         """The mean of `losses`, summed in fp64."""
         return float(self.losses(model, batch).mean())

@@ -40,6 +40,25 @@ def response_nll(model: torch.nn.Module, batch: Batch, *, share_prefix: bool = F
         ValueError: no row of the batch has a response token, or ``share_prefix`` with a model whose cache
             cannot be repeated for several rows.
     """
+    nll, _ = _token_nll(model, batch, share_prefix)
+    return float(nll.double().sum()), int(nll.numel())
+
+
+@torch.no_grad()
+def paired_response_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Mean loss in nats of a batch's response tokens for each half of the batch run twice: fp64 [2].
+
+    For a paired storage mode (`fedkseed.storage`): rows 0 to B - 1 meet the plus side, the same again the
+    minus side. Arguments and errors as `response_nll`.
+    """
+    tensors = (batch.input_ids, batch.attention_mask, batch.labels)
+    nll, rows = _token_nll(model, Batch(*(torch.cat([tensor, tensor]) for tensor in tensors)), False)
+    is_plus = rows < len(batch.input_ids)
+    return torch.stack([nll[is_plus].double().mean(), nll[~is_plus].double().mean()])
+
+
+def _token_nll(model: torch.nn.Module, batch: Batch, share_prefix: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood of each response token in fp32, and the row that it is of: both (R,)."""
     batch = batch.to(next(model.parameters()).device)
     targets = batch.labels[:, 1:]  # the token at t is predicted at t - 1
     columns = (targets != IGNORED).any(dim=0).nonzero().flatten()
@@ -65,8 +84,8 @@ def response_nll(model: torch.nn.Module, batch: Batch, *, share_prefix: bool = F
     targets = targets[:, columns]
     logits = logits if keeps else logits[:, columns - start]
     chosen = targets != IGNORED
-    nll = torch.nn.functional.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")  # (R,)
-    return float(nll.double().sum()), int(nll.numel())
+    nll = torch.nn.functional.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")
+    return nll, chosen.nonzero()[:, 0]
 
 
 def response_loss(model: torch.nn.Module, batches: Iterable[Batch], *, share_prefix: bool = False) -> float:

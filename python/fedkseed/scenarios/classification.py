@@ -59,6 +59,7 @@ class ClassificationBench:
         round_rows: held-out rows of each client behind the scores of a round.
         final_rows: those behind the scores before and after.
         max_length: tokens of a row; a longer one loses the beginning of its prompt.
+        is_paired: whether a loss is that of each half of a batch that is run twice (paired storage).
         prompt: an untuned prompt that was measured on the same rows; None if there is none.
 
     Attributes:
@@ -79,10 +80,11 @@ class ClassificationBench:
         round_rows: int,
         final_rows: int,
         max_length: int,
+        is_paired: bool = False,
         prompt: UntunedPrompt | None = None,
     ) -> None:
         self.model = model
-        self._prompt = prompt
+        self._prompt, self._is_paired = prompt, is_paired
         self.asking = Asking(data.template, data.labels, data.words)
         self.names = [client.name for client in data.clients]
         self._labels = data.labels
@@ -127,7 +129,7 @@ class ClassificationBench:
             model=self.model,
             datasets=self._train,
             collate=lambda rows: collate_labelled(rows, self._pad_id),
-            loss=self.classifier.loss,
+            loss=self.classifier.paired_losses if self._is_paired else self.classifier.loss,
             evaluate=lambda _, round: self.round_scores(round),
         )
 

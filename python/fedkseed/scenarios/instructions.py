@@ -21,6 +21,7 @@ from fedkseed.data.scores import (
     exact_match,
     generate_greedy,
     majority_answer_scores,
+    paired_response_losses,
     response_loss,
     response_nll,
     rouge_l,
@@ -73,6 +74,7 @@ class InstructionBench:
         data: of kind "instructions".
         limits: rows that are scored.
         max_length: tokens of a row.
+        is_paired: whether a loss is that of each half of a batch that is run twice (paired storage).
 
     Raises:
         ValueError: a client none of whose training rows fits into the length, or a tokenizer without an
@@ -86,6 +88,7 @@ class InstructionBench:
         data: FederatedData,
         limits: RowLimits,
         max_length: int,
+        is_paired: bool = False,
     ) -> None:
         self.model = model
         self.asking = Asking(data.template)
@@ -93,6 +96,7 @@ class InstructionBench:
         self._limits, self._data, self._max_length = limits, data, max_length
         self._tokenizer = tokenizer
         self._pad_id = pad_token_id(tokenizer)
+        self._is_paired = is_paired
         self._cuts: list[Cuts] = []
         training = each([client.train for client in data.clients], "rows to tokens")
         self._train = [self._encode(rows) for rows in training]
@@ -123,14 +127,14 @@ class InstructionBench:
             model=self.model,
             datasets=self._train,
             collate=lambda rows: collate(rows, self._pad_id),
-            loss=self.train_loss,
+            loss=paired_response_losses if self._is_paired else self.train_loss,
             data_sizes=[sum(len(row.input_ids) - row.num_prompt for row in rows) for rows in self._train],
             evaluate=lambda _, round: self.round_scores(round),
         )
 
     def batch_shapes(self, batch_size: int) -> tuple[list[BatchShape], list[BatchShape]]:
         """See `Bench.batch_shapes`."""
-        is_shared = batch_size >= _LOSS_BATCH
+        is_shared = batch_size >= _LOSS_BATCH and not self._is_paired
         trained = [largest_batch(_lengths(rows), batch_size, cached=is_shared) for rows in self._train]
         held_out = [rows for rows in (*self._held_out, *self._unseen) if rows]
         evaluations = [largest_batch(_lengths(rows), _LOSS_BATCH, cached=True) for rows in held_out]

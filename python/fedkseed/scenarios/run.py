@@ -72,6 +72,7 @@ def make_bench(
     """
     if data is None:
         data = built_in.instruction_tasks(tokenizer, settings.choice.template)
+    is_paired = bool(getattr(settings.federation.storage, "paired", False))
     if data.kind == "classification":
         return ClassificationBench(
             model,
@@ -80,10 +81,11 @@ def make_bench(
             round_rows=settings.round_rows,
             final_rows=settings.final_rows,
             max_length=settings.max_length,
+            is_paired=is_paired,
             prompt=_measured_prompt(settings),
         )
     limits = RowLimits(settings.round_rows, settings.final_rows, settings.generate_rows, settings.rouge_every)
-    return InstructionBench(model, tokenizer, data, limits, settings.max_length)
+    return InstructionBench(model, tokenizer, data, limits, settings.max_length, is_paired)
 
 
 def _measured_prompt(settings: RunSettings) -> UntunedPrompt | None:

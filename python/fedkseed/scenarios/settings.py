@@ -17,7 +17,7 @@ from fedkseed.scenarios.autocast import Autocast, resolved_autocast
 from fedkseed.scenarios.options import Option, SettingsError, checked_values, options_of
 from fedkseed.scenarios.presets import DEFAULT_DATA, completed, preset_of, quick_of
 from fedkseed.simulation.simulation import SimulationConfig
-from fedkseed.storage import STORAGE_MODES, storage_mode
+from fedkseed.storage import PAIRED_STORAGE_MODES, STORAGE_MODES, storage_mode
 
 __all__ = [
     "OLD_NAMES",
@@ -123,7 +123,7 @@ class RunSettings:
         whole = {
             entry.name: getattr(part, entry.name) for part in parts for entry in dataclasses.fields(part)
         }
-        named = {repr(mode): name for name, mode in STORAGE_MODES.items()}
+        named = {repr(mode): name for name, mode in {**STORAGE_MODES, **PAIRED_STORAGE_MODES}.items()}
         whole["storage"] = named[repr(whole["storage"])]
         return {name: whole[name] for name in OPTIONS}
 

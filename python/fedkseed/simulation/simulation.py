@@ -35,6 +35,7 @@ from fedkseed.simulation.task import ExampleT, Task
 from fedkseed.simulation.worker_pool import DEFAULT_TIMEOUT, SharedWeights, WorkerPool, check_timeout
 from fedkseed.storage import (
     DEFAULT_STORAGE,
+    PAIRED_STORAGE_MODES,
     STORAGE_MODES,
     Inplace,
     StorageChoice,
@@ -76,7 +77,9 @@ class SimulationConfig(RoundConfig):
     num_seeds: int = 4096
     seed: int = 0
     num_threads: int = 1
-    storage: StorageChoice = field(default=DEFAULT_STORAGE, metadata={"choices": tuple(STORAGE_MODES)})
+    storage: StorageChoice = field(
+        default=DEFAULT_STORAGE, metadata={"choices": (*STORAGE_MODES, *PAIRED_STORAGE_MODES)}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
