@@ -18,6 +18,7 @@ import torch
 from support.small_model import same_bytes
 
 from fedkseed import ZOSGD, Broadcast, Ledger, LedgerError, ModelIdentity, Reply, Server, load
+from fedkseed.scenarios import autocast
 from fedkseed.scenarios.settings import OLD_NAMES, OPTIONS, RunSettings, checked_values
 from fedkseed.simulation.run_folder import CLIENTS, LEDGER, METRICS
 
@@ -238,3 +239,14 @@ def test_public_names_stay(package: str) -> None:
     assert set(before) <= set(module.__all__)
     for name in module.__all__:
         assert hasattr(module, name), name
+
+
+def test_forward_passes_of_a_run_stay_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a new run would have them in bfloat16."""
+    for name in ("base", "simulate"):
+        shutil.copytree(FOLDER / name, tmp_path / name)
+    monkeypatch.setattr(autocast, "has_amx", lambda: True)
+    assert RunSettings.of({"device": "cpu"}, num_clients=16).autocast == "bfloat16"
+    monkeypatch.chdir(tmp_path)
+    assert write.simulate("--resume", "simulate", "--device", "cpu") == 0
+    assert json.loads((tmp_path / "simulate" / "summary.json").read_text())["settings"]["autocast"] == "off"

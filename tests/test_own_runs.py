@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -59,14 +60,14 @@ def write_dolly() -> None:
     Path("dolly.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_sentences() -> None:
+def write_sentences(
+    moods: Sequence[str] = ("bad", "good"), adjectives: Sequence[str] = ("dull", "fine")
+) -> None:
     with open("sentences.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "mood"])
         for number in range(120):
-            writer.writerow(
-                [f"Evening {number} was {'fine' if number % 2 else 'dull'}", ["bad", "good"][number % 2]]
-            )
+            writer.writerow([f"Evening {number} was {adjectives[number % 2]}", moods[number % 2]])
 
 
 def write_natural_instructions() -> None:
@@ -145,3 +146,29 @@ def test_a_paired_mode_trains_as_the_unpaired_one(
         assert json.loads((tmp_path / mode / "settings.json").read_text())["storage"] == mode
     for unpaired, paired in zip(*losses, strict=True):
         assert paired == pytest.approx(unpaired, rel=1e-5)
+
+
+@pytest.mark.parametrize("change", [{"adjectives": ("grey", "fine")}, {"moods": ("awful", "great")}])
+def test_a_run_goes_on_with_its_own_rows_alone(
+    change: dict[str, Sequence[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("my-model"), torch.float32)
+    make_word_tokenizer([" bad good awful great grey"], 160).save_pretrained("my-model")
+    write_sentences()
+    line = ["simulate", "--model", "my-model", "--data", "sentences.csv", "--label", "mood", "--out", "run"]
+    threads = torch.get_num_threads()
+    try:
+        assert cli.main([*line, *SHORT]) == 0
+        kept = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+        write_sentences(**change)
+        assert cli.main(["simulate", "--resume", "run"]) == 2
+        assert "which the run in" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == kept
+        write_sentences()
+        assert cli.main(["simulate", "--resume", "run"]) == 0
+    finally:
+        torch.set_num_threads(threads)

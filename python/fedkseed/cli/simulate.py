@@ -101,6 +101,7 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
         )
     with RunFolder.reopen(options.resume) as folder:
         values = checked_values(folder.read_settings(), OPTIONS, str(folder.path / SETTINGS))
+        values.setdefault("autocast", "off")  # version 0.1 knew no other
         values.update({name: value for name, value in flags.items() if value is not None})
         settings, data = _with_data(values)
         return _run(settings, data, folder, options.tensorboard)

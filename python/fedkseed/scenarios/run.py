@@ -216,7 +216,12 @@ def _plan_memory(settings: RunSettings, bench: Bench, source: ModelSource, devic
 
 def _task_settings(settings: RunSettings, bench: Bench) -> dict[str, Any]:
     """What a resumed run must have beside the federation's numbers, or it would be another from there on."""
-    return {"rows": bench.digest, "dtype": settings.dtype, "autocast": settings.autocast}
+    return {
+        "rows": bench.digest,
+        "asking": bench.asking.digest,
+        "dtype": settings.dtype,
+        "autocast": settings.autocast,
+    }
 
 
 def _summary(settings: RunSettings, bench: Bench, rounds: list[dict[str, Any]]) -> dict[str, Any]:
