@@ -125,16 +125,15 @@ def line_that_goes_on(life: Life) -> list[str] | None:
     return None
 
 
-def kill_and_go_on(folder: Path, whole: Path, name: str, kill_after: float) -> tuple[bool, int]:
+def kill_and_go_on(folder: Path, whole: Path, name: str, kill_after: float) -> tuple[Life, int]:
     """A run killed once and brought to its end as a user would.
 
     Returns:
-        Whether the kill met it alive, and after how many rounds.
+        Its first life, and after how many rounds that ended.
     """
     out = folder / name
     first = [sys.executable, "-m", "fedkseed.cli", *arguments(folder, out)]
-    life = live(first, folder, kill_after)
-    was_killed = life.status is None
+    life = begun = live(first, folder, kill_after)
     metrics = out / METRICS
     rounds = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
     for _ in range(3):
@@ -143,11 +142,14 @@ def kill_and_go_on(folder: Path, whole: Path, name: str, kill_after: float) -> t
         life = live(line_that_goes_on(life) or first, folder)
     assert life.status == 0, life
     compare(out, whole)
-    return was_killed, rounds
+    return begun, rounds
 
 
 def kill_at_instants(folder: Path, count: int) -> tuple[int, int]:
     """Runs killed at instants spread over the life of one that is left alone.
+
+    One that has ended before its instant says how long a life is now, and is tried anew: other work on the
+    machine makes them longer and shorter.
 
     Returns:
         How many were killed alive, and how many of these between their first and their last round.
@@ -155,13 +157,18 @@ def kill_at_instants(folder: Path, count: int) -> tuple[int, int]:
     whole = folder / "whole"
     undisturbed = live([sys.executable, "-m", "fedkseed.cli", *arguments(folder, whole)], folder)
     assert undisturbed.status == 0, undisturbed
+    length = undisturbed.seconds
     num_killed = num_between = 0
     for number in range(count):
-        instant = undisturbed.seconds * (number + 0.5) / count
-        was_killed, rounds = kill_and_go_on(folder, whole, f"killed-{number}", instant)
-        num_killed += was_killed
-        num_between += was_killed and 0 < rounds < _NUM_ROUNDS
-        when = f"killed after {rounds} rounds" if was_killed else "ended before"
+        for attempt in range(5):
+            instant = length * (number + 0.5) / count
+            begun, rounds = kill_and_go_on(folder, whole, f"killed-{number}-{attempt}", instant)
+            if begun.status is None:
+                num_killed += 1
+                num_between += 0 < rounds < _NUM_ROUNDS
+                break
+            length = begun.seconds
+        when = f"killed after {rounds} rounds" if begun.status is None else "ended before"
         print(
             f"instant {number + 1} of {count}, {instant:.2f} s: {when}, resumed to the same bytes", flush=True
         )
