@@ -6,7 +6,7 @@ import csv
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,13 @@ MOODS = {"good": " great", "bad": " terrible"}
 CATEGORIES = ("closed_qa", "open_qa", "summarization")
 #: What makes them runs of a second: the README's own lines say nothing of rounds.
 SHORT = ["--num-rounds", "2", "--num-local-steps", "2", "--num-seeds", "16", "--num-threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def commands() -> list[list[str]]:
@@ -99,16 +106,12 @@ def test_the_commands_of_the_readme(
     write_natural_instructions()
     lines = commands()
     assert [line[0] for line in lines] == ["simulate"] * 3 + ["apply", "ask", "ask"]
-    threads = torch.get_num_threads()
-    try:
-        for line in lines:
-            is_run = line[0] == "simulate"
-            assert cli.main([*line, *(SHORT if is_run else [])]) == 0, (line, capsys.readouterr().err)
-            printed = capsys.readouterr().out
-            assert ("To rebuild it" in printed) == is_run
-        assert re.match(r"(good|bad) 0\.\d+  (good|bad) 0\.\d+\n", printed), "the label's probabilities"
-    finally:
-        torch.set_num_threads(threads)
+    for line in lines:
+        is_run = line[0] == "simulate"
+        assert cli.main([*line, *(SHORT if is_run else [])]) == 0, (line, capsys.readouterr().err)
+        printed = capsys.readouterr().out
+        assert ("To rebuild it" in printed) == is_run
+    assert re.match(r"(good|bad) 0\.\d+  (good|bad) 0\.\d+\n", printed), "the label's probabilities"
     for name, num_clients in (("dolly", 3), ("mood", 8), ("ni", 3)):
         run = tmp_path / "runs" / name
         assert len((run / METRICS).read_text().splitlines()) == 2
@@ -160,15 +163,11 @@ def test_a_run_goes_on_with_its_own_rows_alone(
     make_word_tokenizer([" bad good awful great grey"], 160).save_pretrained("my-model")
     write_sentences()
     line = ["simulate", "--model", "my-model", "--data", "sentences.csv", "--label", "mood", "--out", "run"]
-    threads = torch.get_num_threads()
-    try:
-        assert cli.main([*line, *SHORT]) == 0
-        kept = {path.name: path.read_bytes() for path in Path("run").iterdir()}
-        write_sentences(**change)
-        assert cli.main(["simulate", "--resume", "run"]) == 2
-        assert "which the run in" in capsys.readouterr().err
-        assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == kept
-        write_sentences()
-        assert cli.main(["simulate", "--resume", "run"]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    assert cli.main([*line, *SHORT]) == 0
+    kept = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    write_sentences(**change)
+    assert cli.main(["simulate", "--resume", "run"]) == 2
+    assert "which the run in" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == kept
+    write_sentences()
+    assert cli.main(["simulate", "--resume", "run"]) == 0
