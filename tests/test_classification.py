@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.data_samples import make_tokenizer
 from support.tiny_language_model import make_model
+from tokenizers import processors
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fedkseed import Simulation, SimulationConfig
@@ -106,6 +107,18 @@ def test_long_prompts_lose_their_beginning_and_are_counted() -> None:
     assert [tokenizer.decode(list(row.input_ids)).replace(" ", "") for row in found] == ["def:", "a:"]
     assert [row.label for row in found] == [1, 0]
     assert num_cut == 1
+
+
+def test_special_tokens_of_a_long_prompt_stay() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    (found,), num_cut = encode_labelled(tokenizer, [Row({"text": "abcdef"}, "good")], TEMPLATE, LABELS, 5)
+    assert tokenizer.decode(list(found.input_ids)).replace(" ", "") == "<s>ef:</s>"
+    assert num_cut == 1
+    assert tokenizer.truncation_side == "right"
+    assert len(tokenizer("abcdefgh").input_ids) == 10, "nothing of it is left behind"
 
 
 def test_a_label_outside_the_list() -> None:

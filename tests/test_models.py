@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from fedkseed.data import models as data_models
 from fedkseed.data.models import ModelError
+from fedkseed.data.shapes import num_positions
 
 
 def test_load_local_folder(tmp_path: Path) -> None:
@@ -358,6 +359,19 @@ def add_image(tokenizer: Any) -> None:
 def write_image(tokenizer: Any) -> None:
     add_image(tokenizer)
     tokenizer.chat_template = "<image>" + tokenizer.chat_template
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "size", "wanted"), [("Bert", 12, 12), ("Roberta", 12, 10), ("GPT2", 9, 9)])
+def test_positions_are_as_many_tokens_as_the_model_takes(kind: str, size: int, wanted: int) -> None:
+    sizes: dict[str, int] = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8}
+    numbers = {**sizes, "intermediate_size": 8, "vocab_size": 40, "max_position_embeddings": size}
+    config = getattr(transformers, f"{kind}Config")(**numbers)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    assert num_positions(model) == wanted
+    model(torch.full((1, wanted), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, wanted + 1), 5))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from support.word_tokenizer import make_word_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from fedkseed import Ledger, cli
 from fedkseed.simulation.run_folder import BEST, LEDGER, METRICS
@@ -171,3 +172,49 @@ def test_a_run_goes_on_with_its_own_rows_alone(
     assert {path.name: path.read_bytes() for path in Path("run").iterdir()} == kept
     write_sentences()
     assert cli.main(["simulate", "--resume", "run"]) == 0
+
+
+def write_encoder(folder: Path, kind: str) -> None:
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=160,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=6,
+    )
+    getattr(transformers, kind)(config).save_pretrained(folder)
+    make_word_tokenizer([], 160).save_pretrained(folder)
+
+
+def test_rows_are_cut_at_the_positions_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_encoder(Path("encoder"), "BertForSequenceClassification")
+    write_sentences()
+    line = [
+        "simulate",
+        "--model",
+        "encoder",
+        "--data",
+        "sentences.csv",
+        "--label",
+        "mood",
+        "--classify",
+        "head",
+    ]
+    assert cli.main([*line, *SHORT]) == 0, capsys.readouterr().err
+    assert "prompts lost their beginning: over 6 tokens" in capsys.readouterr().out
+
+
+def test_a_model_that_does_not_write_is_not_tuned_for_instructions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_encoder(Path("encoder"), "BertForMaskedLM")
+    write_dolly()
+    assert cli.main(["simulate", "--model", "encoder", "--data", "dolly.jsonl", "--out", "run"]) == 2
+    assert "expected a causal language model for instructions, got BertForMaskedLM" in capsys.readouterr().err
+    assert not Path("run").exists()

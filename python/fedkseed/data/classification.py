@@ -99,6 +99,8 @@ def encode_labelled(
 ) -> tuple[list[LabelledTokens], int]:
     """Prompts as tokens, and how many of them lost their beginning since they have over ``max_length``.
 
+    Special tokens that the tokenizer puts around a prompt stay: an encoder's head reads the first one.
+
     Raises:
         DataError: a row whose response is none of the labels, or an empty prompt.
     """
@@ -111,9 +113,25 @@ def encode_labelled(
         token_ids = tokenizer(prompt, add_special_tokens=template.adds_special_tokens).input_ids
         if not token_ids:
             raise DataError(f"expected a prompt of at least one token, got none for {dict(row.fields)!r}")
-        num_cut += len(token_ids) > max_length
-        found.append(LabelledTokens(tuple(token_ids[-max_length:]), numbers[row.response]))
+        if len(token_ids) > max_length:
+            num_cut += 1
+            token_ids = _shortened(tokenizer, prompt, template.adds_special_tokens, max_length)
+        found.append(LabelledTokens(tuple(token_ids), numbers[row.response]))
     return found, num_cut
+
+
+def _shortened(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, adds_special_tokens: bool, max_length: int
+) -> list[int]:
+    side = tokenizer.truncation_side
+    tokenizer.truncation_side = "left"
+    try:
+        encoded = tokenizer(
+            prompt, add_special_tokens=adds_special_tokens, truncation=True, max_length=max_length
+        )
+    finally:
+        tokenizer.truncation_side = side
+    return [int(index) for index in encoded.input_ids]
 
 
 def collate_labelled(rows: Sequence[LabelledTokens], pad_id: int) -> LabelledBatch:

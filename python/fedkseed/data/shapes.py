@@ -1,9 +1,9 @@
-"""A model's shapes without its weights: what memory is planned by before anything is loaded."""
+"""A model's shapes without its weights: what memory and rows are planned by before anything is loaded."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,3 +46,21 @@ def weight_file_bytes(path_or_id: str | Path) -> int:
     folder = Path(path_or_id).expanduser()
     files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     return sum(file.stat().st_size for file in files)
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """How many tokens of a row the model has positions for; None if it does not say."""
+    config: Any = model.config.get_text_config()
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not isinstance(found, int) or found < 1:
+        return None
+    for table in model.modules():
+        # RoBERTa and its kin count positions from behind that of padding.
+        if (
+            isinstance(table, torch.nn.Embedding)
+            and table is not model.get_input_embeddings()
+            and table.num_embeddings == found
+            and table.padding_idx is not None
+        ):
+            return found - table.padding_idx - 1
+    return found

@@ -14,6 +14,7 @@ from fedkseed.data.classification import Classifier, LabelledTokens, Verbalizer,
 from fedkseed.data.models import ModelError, load_any, num_embeddings, smollm2_folder
 from fedkseed.data.prompts import pad_token_id
 from fedkseed.data.scores import generate_greedy
+from fedkseed.data.shapes import num_positions
 from fedkseed.data.templates import PLAIN, Template
 from fedkseed.documents import DocumentError, read_json
 from fedkseed.ledger.ledger import Ledger
@@ -103,7 +104,7 @@ class TunedModel:
             ).input_ids
         except UnicodeError as error:
             raise AskingError(f"expected text in UTF-8, got other bytes: {error}") from error
-        size, positions = num_embeddings(self.model), _num_positions(self.model)
+        size, positions = num_embeddings(self.model), num_positions(self.model)
         if not ids:
             raise AskingError("expected a text of at least one token, got none")
         if max(ids) >= size:
@@ -240,10 +241,3 @@ def _saved_dtype(folder: Path) -> torch.dtype:
     name = found.get("dtype", found.get("torch_dtype")) if isinstance(found, dict) else None
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     return dtypes.get(name, torch.float32) if isinstance(name, str) else torch.float32
-
-
-def _num_positions(model: PreTrainedModel) -> int | None:
-    """How many tokens the model has positions for; None if it does not say."""
-    config: Any = model.config.get_text_config()
-    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return found if isinstance(found, int) and found > 0 else None

@@ -15,7 +15,7 @@ from fedkseed._means import mean
 from fedkseed._progress import each
 from fedkseed.data.asking import Asking
 from fedkseed.data.federated import ClientRows, FederatedData, Row
-from fedkseed.data.models import check_token_ids
+from fedkseed.data.models import ModelError, check_token_ids
 from fedkseed.data.prompts import Batch, Cuts, Encoded, collate, encode_rows, iterate_batches, pad_token_id
 from fedkseed.data.scores import (
     exact_match,
@@ -77,6 +77,7 @@ class InstructionBench:
         is_paired: whether a loss is that of each half of a batch that is run twice (paired storage).
 
     Raises:
+        ModelError: the model does not write text.
         ValueError: a client none of whose training rows fits into the length, or a tokenizer without an
             end-of-text token.
     """
@@ -90,6 +91,11 @@ class InstructionBench:
         max_length: int,
         is_paired: bool = False,
     ) -> None:
+        if not model.can_generate():
+            raise ModelError(
+                f"expected a causal language model for instructions, got {type(model).__name__}; name one, "
+                "or tune this one for a classification (--label)"
+            )
         self.model = model
         self.asking = Asking(data.template)
         self.names = [client.name for client in data.clients]

@@ -17,7 +17,7 @@ from tqdm import tqdm
 import fedkseed_kernels
 from fedkseed.data.asking import NOTE
 from fedkseed.data.federated import FederatedData
-from fedkseed.data.shapes import weight_file_bytes
+from fedkseed.data.shapes import num_positions, weight_file_bytes
 from fedkseed.files import write_atomically
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import Manifest
@@ -73,6 +73,7 @@ def make_bench(
     if data is None:
         data = built_in.instruction_tasks(tokenizer, settings.choice.template)
     is_paired = bool(getattr(settings.federation.storage, "paired", False))
+    max_length = min(settings.max_length, num_positions(model) or settings.max_length)
     if data.kind == "classification":
         return ClassificationBench(
             model,
@@ -80,12 +81,12 @@ def make_bench(
             data,
             round_rows=settings.round_rows,
             final_rows=settings.final_rows,
-            max_length=settings.max_length,
+            max_length=max_length,
             is_paired=is_paired,
             prompt=_measured_prompt(settings),
         )
     limits = RowLimits(settings.round_rows, settings.final_rows, settings.generate_rows, settings.rouge_every)
-    return InstructionBench(model, tokenizer, data, limits, settings.max_length, is_paired)
+    return InstructionBench(model, tokenizer, data, limits, max_length, is_paired)
 
 
 def _measured_prompt(settings: RunSettings) -> UntunedPrompt | None:

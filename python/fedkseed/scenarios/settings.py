@@ -50,7 +50,8 @@ class RunSettings:
         model: a save_pretrained folder or a hub id; by default SmolLM2-135M-Instruct.
         dtype: of the weights.
         trust_remote_code: run the code that a model's folder or hub id brings along.
-        max_length: tokens of a row; a longer one loses the beginning of its prompt.
+        max_length: tokens of a row, at most the model's positions; a longer one loses the beginning of its
+            prompt.
         autocast: of the forward passes; auto: bfloat16 on a processor with AMX, else off.
         device: cpu, cuda, cuda:N, or auto: a GPU if there is one.
         workers: processes that run clients side by side, on GPUs one each; 1: this process.
