@@ -63,6 +63,22 @@ def test_the_round_s_model_is_rebuilt_once_a_device_and_copied_for_each_client(
     assert rebuilt == [working, working]
 
 
+#: Asked when this module is imported: in a worker before any of the worker's own code has run.
+IS_DEAF = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def deaf_task() -> Task[Row, Batch]:
+    """A task that only a process has that Ctrl-C cannot reach."""
+    if not IS_DEAF:
+        raise RuntimeError("Ctrl-C reaches this process")
+    return make_task()
+
+
+def test_ctrl_c_never_reaches_a_worker() -> None:
+    with Simulation(make_task(), SimulationConfig(**CONFIG), make_task=deaf_task, num_workers=2):
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT}
+
+
 def stopping_task() -> Task[Row, Batch]:
     """A task whose loss stops its process, as SIGSTOP or a wedged driver does."""
 

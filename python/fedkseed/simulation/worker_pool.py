@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -154,7 +156,8 @@ class WorkerPool:
                     name=f"fedkseed-worker-{number}",
                     daemon=True,
                 )
-                process.start()
+                with _without_interrupts():
+                    process.start()
                 there.close()
                 self._workers[here] = process
             starting, silence = set(self._workers), dict.fromkeys(self._workers, 0.0)
@@ -260,6 +263,17 @@ class WorkerPool:
         )
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """What starts here is born deaf to Ctrl-C, which reaches the whole group: the parent decides."""
+    resource_tracker.ensure_running()  # its own start would end the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def check_timeout(timeout: float) -> float:
     """A time limit in seconds; 0 for none.
 
@@ -283,7 +297,6 @@ def _work(
     host_options: dict[str, Any],
 ) -> None:
     """A worker's life: set up, then one client after the other until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     torch.set_num_threads(num_threads)
     try:
         if device.type == "cuda":
