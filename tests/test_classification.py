@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -271,6 +272,19 @@ def test_table_shows_what_changed() -> None:
     assert found["clients"]["second"]["difference"][0] == 0.0
     assert found["all"]["difference"][0] == pytest.approx(4 / 9)
     assert "0.200    1.000   +0.800 [" in bench.table(before, after)
+
+
+def test_a_client_may_be_called_all() -> None:
+    data = federated()
+    clients = (dataclasses.replace(data.clients[0], name="all"), data.clients[1])
+    bench = bench_of(make_model(torch.float32), dataclasses.replace(data, clients=clients))
+    scores = bench.scores()
+    lines = [line.split()[:2] for line in bench.table(scores, scores).splitlines()]
+    assert [line for line in lines if line[:1] in (["all"], ["second"])] == [
+        ["all", "5"],
+        ["second", "4"],
+        ["all", "9"],
+    ]
 
 
 def test_bench_says_how_many_prompts_were_cut() -> None:

@@ -276,6 +276,17 @@ def test_names_and_notes_are_printable(tmp_path: Path) -> None:
     assert all(note.isprintable() for note in division.data.notes)
 
 
+def test_no_two_clients_have_one_name_and_no_row_is_lost(tmp_path: Path) -> None:
+    who = ("", "(empty)", "\u200b", "\\u200b", "kept")
+    rows = [{**review(number), "who": who[number % 5]} for number in range(60)]
+    path = write_csv(tmp_path / "rows.csv", rows)
+    division = load_division(DataChoice(path, partition="by:who", label="label", input="text"), 1)
+    names = [client.name for client in division.data.clients]
+    assert names == ["((empty))", "(empty)", "\\u200b", "kept", "\\u200b (2)"]
+    assert sum(len(client.train) + len(client.held_out) for client in division.data.clients) == 60
+    assert {name: sum(count.values()) for name, count in division.groups.items()} == dict.fromkeys(names, 12)
+
+
 def test_groups_count_all_rows_of_a_client(dollies: str, reviews: str) -> None:
     division = load_division(DataChoice(dollies, held_out_clients="category=open_qa"), 0)
     assert division.grouped_by == "category"

@@ -113,21 +113,41 @@ def load_division(choice: DataChoice, seed: int) -> Division:
     plan = Plan(choice, source)
     table = _read(source, plan)
     clients, unseen = _assign(plan, table, seed)
-    names = {name: printable(name) for name in (*clients, *unseen)}
+    names = _names([*clients, *unseen])
+    client_names, unseen_names = names[: len(clients)], names[len(clients) :]
     data = FederatedData(
         kind="classification" if plan.columns.label else "instructions",
         clients=tuple(
-            ClientRows(names[name], table.at(rows), table.at(out)) for name, (rows, out) in clients.items()
+            ClientRows(name, table.at(rows), table.at(out))
+            for name, (rows, out) in zip(client_names, clients.values(), strict=True)
         ),
-        unseen=tuple(ClientRows(names[name], (), table.at(rows)) for name, rows in unseen.items()),
+        unseen=tuple(
+            ClientRows(name, (), table.at(rows))
+            for name, rows in zip(unseen_names, unseen.values(), strict=True)
+        ),
         template=plan.template,
         labels=tuple(table.labels),
         words=tuple(plan.words_by_label(table.labels).values()),
         notes=tuple(map(printable, plan.notes)),
     )
-    grouped = {name: rows + out for name, (rows, out) in clients.items()} | unseen
-    groups = {names[name]: Counter(table.groups[row] for row in rows) for name, rows in grouped.items()}
+    grouped = [*(rows + out for rows, out in clients.values()), *unseen.values()]
+    groups = {
+        name: Counter(table.groups[row] for row in rows) for name, rows in zip(names, grouped, strict=True)
+    }
     return Division(data, plan.grouped_by, groups)
+
+
+def _names(values: Sequence[str]) -> list[str]:
+    """A printable name of each, no two alike: what differs may look the same, or be held out by its value."""
+    found: dict[str, None] = {}
+    for value in values:
+        name = first = printable(value)
+        number = 1
+        while name in found:
+            number += 1
+            name = f"{first} ({number})"
+        found[name] = None
+    return list(found)
 
 
 @dataclass

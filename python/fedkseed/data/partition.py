@@ -92,7 +92,11 @@ class Partition:
                 f"{num_rows:,} rows; take fewer clients"
             )
         if self.kind == "by":
-            return {value or _UNNAMED: rows for value, rows in _by_value(values).items()}
+            rows_of = _by_value(values)
+            unnamed = _UNNAMED
+            while unnamed in rows_of:
+                unnamed = f"({unnamed})"
+            return {value or unnamed: rows for value, rows in rows_of.items()}
         drawn = generator(seed, self.kind)
         if self.kind == "iid":
             parts = [part.tolist() for part in np.array_split(drawn.permutation(num_rows), self.num_clients)]

@@ -291,8 +291,10 @@ _WIDTHS = (5, 20, 7, 7, 24)
 def _table(title: str, found: Mapping[str, Any]) -> str:
     width = max(len(title), *(len(name) for name in (*found["clients"], "all")))
     lines = [_line(title, _HEAD, width)]
-    compared = {**found["clients"], **({"all": found["all"]} if len(found["clients"]) > 1 else {})}
-    for name, client in compared.items():
+    compared = list(found["clients"].items())
+    if len(compared) > 1:
+        compared.append(("all", found["all"]))  # a client may have this name, too
+    for name, client in compared:
         label = client.get("majority_label")
         majority = f"{client['majority']:.3f}" + (f" ({label[:12]})" if label else "")
         estimate, low, high = client["difference"]
