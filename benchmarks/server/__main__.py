@@ -42,7 +42,12 @@ Replies = list[tuple[int, bytes]]
 def make_server(num_invited: int, sampling: Sampling, num_clients: int = 1 << 24) -> Server:
     """A server at the paper's size whose rounds invite ``num_invited`` clients."""
     config = ServerConfig(
-        num_clients, num_invited, NUM_STEPS, lr=LEARNING_RATE, eps=ZO_EPS, sampling=sampling
+        num_clients=num_clients,
+        clients_per_round=num_invited,
+        num_local_steps=NUM_STEPS,
+        lr=LEARNING_RATE,
+        eps=ZO_EPS,
+        sampling=sampling,
     )
     return Server(_IDENTITY, SeedPool(1, NUM_SEEDS), config)
 
