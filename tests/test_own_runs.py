@@ -119,6 +119,17 @@ def test_the_commands_of_the_readme(
         assert json.loads((run / "settings.json").read_text())["clients_per_round"] == num_clients
         assert Ledger.load(run / LEDGER).family == Ledger.load(run / BEST).family == "rademacher"
     assert (tmp_path / "tuned" / "config.json").is_file()
+    # The README applies one of them and asks two: so it goes with each.
+    for name, base in (("dolly", "my-model"), ("mood", "my-model-bf16"), ("ni", "my-model")):
+        ledger = str(tmp_path / "runs" / name / LEDGER)
+        assert cli.main(["apply", ledger, "--base", base, "--out", f"applied-{name}"]) == 0
+        content = json.loads((tmp_path / "runs" / name / "summary.json").read_text())["content"]
+        assert f"content {content}" in capsys.readouterr().out
+        answers = []
+        for folder in (f"runs/{name}", f"applied-{name}"):
+            assert cli.main(["ask", folder, "Evening 3 was fine", "--max-new-tokens", "4"]) == 0
+            answers.append(capsys.readouterr().out)
+        assert answers[0] == answers[1] != ""
 
 
 @pytest.mark.parametrize("kind", ["instructions", "classification"])
