@@ -229,3 +229,26 @@ def test_a_model_that_does_not_write_is_not_tuned_for_instructions(
     assert cli.main(["simulate", "--model", "encoder", "--data", "dolly.jsonl", "--out", "run"]) == 2
     assert "expected a causal language model for instructions, got BertForMaskedLM" in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+def test_code_that_a_folder_names_is_not_trusted_since_its_settings_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("my-model"), torch.float32)
+    write_dolly()
+    flags = ["--model", "my-model", "--data", "dolly.jsonl", "--out", "run", "--trust-remote-code"]
+    threads = torch.get_num_threads()
+    try:
+        assert cli.main(["simulate", *flags, *SHORT]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out.splitlines()
+    for command in ("simulate --resume", "fedkseed apply", "fedkseed ask"):
+        (line,) = [line for line in printed if command in line]
+        assert line.endswith(" --trust-remote-code")
+    config = json.loads(Path("my-model/config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "code.Model"}
+    Path("my-model/config.json").write_text(json.dumps(config))
+    assert cli.main(["simulate", "--resume", "run"]) == 2
+    assert "read that code, then pass --trust-remote-code" in capsys.readouterr().err

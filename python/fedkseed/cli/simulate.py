@@ -103,6 +103,8 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
         values = checked_values(folder.read_settings(), OPTIONS, str(folder.path / SETTINGS))
         values.setdefault("autocast", "off")  # version 0.1 knew no other
         values.update({name: value for name, value in flags.items() if value is not None})
+        # What lies in a folder may be of anybody: code that it names is trusted by a flag alone.
+        values["trust_remote_code"] = bool(flags["trust_remote_code"])
         settings, data = _with_data(values)
         return _run(settings, data, folder, options.tensorboard)
 
@@ -135,13 +137,13 @@ def _run(settings: RunSettings, data: FederatedData | None, folder: RunFolder, t
     from fedkseed.scenarios import run as scenario
     from fedkseed.scenarios.report import resume_line
 
-    print(f"Run: {folder.path}\nIf it is interrupted, this goes on: {resume_line(folder.path)}", flush=True)
+    line = resume_line(folder.path, trust_remote_code=settings.trust_remote_code)
+    print(f"Run: {folder.path}\nIf it is interrupted, this goes on: {line}", flush=True)
     try:
         scenario.run(settings, data, folder, tensorboard=tensorboard)
     except KeyboardInterrupt:
         print(
-            f"\nInterrupted. {folder.path} keeps every round that is complete; this goes on:\n"
-            f"  {resume_line(folder.path)}",
+            f"\nInterrupted. {folder.path} keeps every round that is complete; this goes on:\n  {line}",
             file=sys.stderr,
         )
         return 130

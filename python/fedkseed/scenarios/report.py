@@ -28,6 +28,9 @@ _COLUMNS = (
     ("evaluation s", 12),
 )
 
+#: A folder's settings do not count for it: whoever goes on with a run, or asks its model, trusts anew.
+_TRUST = " --trust-remote-code"
+
 
 def model_name(settings: RunSettings) -> str:
     """What the model is called in texts."""
@@ -39,9 +42,9 @@ def command() -> str:
     return str(Path(sys.prefix) / "bin" / "fedkseed")
 
 
-def resume_line(folder: Path) -> str:
+def resume_line(folder: Path, *, trust_remote_code: bool = False) -> str:
     """The command line that goes on with a run."""
-    return f"{command()} simulate --resume {_quoted(folder)}"
+    return f"{command()} simulate --resume {_quoted(folder)}" + _TRUST * trust_remote_code
 
 
 def start_text(settings: RunSettings, bench: Bench) -> str:
@@ -87,6 +90,8 @@ def end_text(folder: Path, base: str | Path, table: str, summary: Mapping[str, A
     traffic, seconds = summary["bytes"], summary["seconds"]
     exchanged = traffic["down"] + traffic["up"]
     ledger = folder / LEDGER
+    trust = _TRUST * summary["settings"]["trust_remote_code"]
+    model = _quoted(folder / "model")
     lines = [
         "",
         table,
@@ -98,8 +103,8 @@ def end_text(folder: Path, base: str | Path, table: str, summary: Mapping[str, A
         "",
         f"The tuned model is {ledger} ({ledger.stat().st_size:,} bytes; metrics beside it in {METRICS}). "
         f"To rebuild it, content {summary['content'][:16]}..., and to ask it:",
-        f"  {command()} apply {_quoted(ledger)} --base {_quoted(base)} --out {_quoted(folder / 'model')}",
-        f"  {command()} ask {_quoted(folder / 'model')} TEXT",
+        f"  {command()} apply {_quoted(ledger)} --base {_quoted(base)} --out {model}{trust}",
+        f"  {command()} ask {model} TEXT{trust}",
     ]
     if summary["best_round"] is not None:
         lines.append(
