@@ -6,13 +6,16 @@ import dataclasses
 import inspect
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from fedkseed import ServerConfig, SimulationConfig, cli
 from fedkseed.data.own import DataChoice
 from fedkseed.federation.config import RoundConfig
+from fedkseed.scenarios import report
 from fedkseed.scenarios.options import SettingsError, checked_values
 from fedkseed.scenarios.settings import OLD_NAMES, OPTIONS, RunSettings, values_of_file
 
@@ -113,3 +116,14 @@ def test_an_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
         cli.main(["simulate", "--batch-sise", "3"])
     assert caught.value.code == 2
     assert "unrecognized option --batch-sise; did you mean --batch-size?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_run_says_amx_where_it_is(is_there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that began on a processor with it may go on elsewhere."""
+    monkeypatch.setattr(report, "has_amx", lambda: is_there)
+    bench: Any = SimpleNamespace(model=torch.nn.Linear(2, 2), names=["a"], notes=[])
+    text = report.start_text(RunSettings.of({"autocast": "bfloat16"}, num_clients=16), bench)
+    assert "forward passes in bfloat16 by autocast" in text
+    assert ("autocast (AMX)" in text) == is_there
+    assert "AMX" not in report.start_text(RunSettings.of({"autocast": "off"}, num_clients=16), bench)

@@ -12,6 +12,7 @@ import torch
 
 import fedkseed_kernels
 from fedkseed.model.manifest import Manifest
+from fedkseed.scenarios.autocast import has_amx
 from fedkseed.scenarios.bench import Bench
 from fedkseed.scenarios.settings import RunSettings
 from fedkseed.simulation.run_folder import BEST, LEDGER, METRICS
@@ -51,7 +52,11 @@ def start_text(settings: RunSettings, bench: Bench) -> str:
     """What the run is made of."""
     kernels, federation = fedkseed_kernels.info(), settings.federation
     drawn = "uniformly" if federation.sampling == "uniform" else "by significance"
-    forward = "" if settings.autocast == "off" else ", forward passes in bfloat16 by autocast (AMX)"
+    forward = "" if settings.autocast == "off" else ", forward passes in bfloat16 by autocast"
+    if forward and not has_amx():
+        forward += " (this processor has no AMX: fp32 may be faster)"
+    elif forward:
+        forward += " (AMX)"
     lines = [
         f"{Manifest.of(bench.model).numel:,} parameters in {settings.dtype}{forward}; kernels: "
         f"{kernels['cpu_backend']} ({kernels['cpu_isa']}), {settings.workers} worker(s) of "
