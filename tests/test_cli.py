@@ -187,6 +187,15 @@ def test_bad_arguments_are_refused_with_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_of_the_system_names_the_file_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = tmp_path / "absent.safetensors"
+    assert cli.main(["apply", str(absent), "--base", "x", "--out", "y"]) == 2
+    expected = f"fedkseed apply: expected to read or write {absent}, got: No such file or directory\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.mark.parametrize(
     "arguments", [["simulate", "--dtype", "int8"], ["simulate", "--colour"], ["unknown"], []]
 )

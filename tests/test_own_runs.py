@@ -252,3 +252,61 @@ def test_code_that_a_folder_names_is_not_trusted_since_its_settings_say_so(
     Path("my-model/config.json").write_text(json.dumps(config))
     assert cli.main(["simulate", "--resume", "run"]) == 2
     assert "read that code, then pass --trust-remote-code" in capsys.readouterr().err
+
+
+def test_weights_that_hold_nan_are_named_before_anything_is_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("my-model"), torch.float32)
+    model = LlamaForCausalLM.from_pretrained("my-model")
+    model.lm_head.weight.data[3, 2] = float("nan")
+    model.save_pretrained("my-model")
+    write_dolly()
+    assert cli.main(["simulate", "--model", "my-model", "--data", "dolly.jsonl", "--out", "run", *SHORT]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "expected a finite loss before tuning, got nan; lm_head.weight hold NaN or infinity" in error
+    assert not Path("run").exists()
+
+
+def test_a_run_goes_on_where_its_model_and_data_lie_by_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("my-model"), torch.float32)
+    write_dolly()
+    line = ["simulate", "--model", "my-model", "--data", "dolly.jsonl", "--out"]
+    assert cli.main([*line, "whole", *SHORT]) == 0
+    assert cli.main([*line, "moved", *SHORT, "--num-rounds", "0"]) == 0
+    settings = json.loads(Path("moved/settings.json").read_text())
+    Path("moved/settings.json").write_text(json.dumps({**settings, "num_rounds": 2}))
+    Path("my-model").rename("elsewhere")
+    Path("dolly.jsonl").rename("rows.jsonl")
+    capsys.readouterr()
+    assert cli.main(["simulate", "--resume", "moved"]) == 2
+    assert "dolly.jsonl" in capsys.readouterr().err
+    assert cli.main(["simulate", "--resume", "moved", "--data", "rows.jsonl"]) == 2
+    assert f"expected a model folder at {tmp_path / 'my-model'}, got nothing there" in capsys.readouterr().err
+    now = ["--model", "elsewhere", "--data", "rows.jsonl"]
+    assert cli.main(["simulate", "--resume", "moved", *now]) == 0
+    told = (
+        f"--resume {tmp_path / 'moved'} --data {tmp_path / 'rows.jsonl'} --model {tmp_path / 'elsewhere'}\n"
+    )
+    assert told in capsys.readouterr().out
+    for name in (LEDGER, METRICS):
+        assert (tmp_path / "moved" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_last_line_asks_with_every_field_of_a_template_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("my-model"), torch.float32)
+    write_dolly()
+    Path("prompt.txt").write_text("{category}: {instruction}")
+    own = ["--data", "dolly.jsonl", "--template-file", "prompt.txt", "--output", "response"]
+    assert cli.main(["simulate", "--model", "my-model", *own, "--out", "run", *SHORT]) == 0
+    (line,) = re.findall(r"fedkseed (ask .*)$", capsys.readouterr().out, re.M)
+    assert line == f"ask {tmp_path / 'run' / 'model'} TEXT --field category=TEXT"
+    assert cli.main(["apply", "run", "--base", "my-model", "--out", "run/model"]) == 0
+    assert cli.main(shlex.split(line)) == 0

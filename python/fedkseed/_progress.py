@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+AnyT = TypeVar("AnyT")
 ItemT = TypeVar("ItemT", bound=Sequence[Any])
 
 _is_shown: ContextVar[bool] = ContextVar("is_shown", default=False)
@@ -50,6 +51,16 @@ def pieces(sizes: Sequence[int], what: str) -> Iterator[list[int]]:
                 yield piece
                 bar.update(size)
                 piece, size = [], 0
+
+
+def counted(items: Iterable[AnyT], what: str, unit: str) -> Iterator[AnyT]:
+    """Items in order, with how many there were and how fast beside them: nobody knows how many will come."""
+    if not _is_shown.get():
+        yield from items
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(items, desc=what, unit=unit, leave=False, delay=_DELAY, disable=None)
 
 
 def each(items: Sequence[ItemT], what: str) -> Iterator[ItemT]:

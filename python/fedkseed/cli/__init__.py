@@ -23,8 +23,9 @@ _EXPECTED = (ValueError, OSError, RuntimeError, MissingExtraError)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0, 1 after an unexpected error, 2 after one that it explains, 130 after Ctrl-C."""
-    options = make_parser().parse_args(arguments)
+    options = argparse.Namespace(command="", verbose=False)
     try:
+        make_parser().parse_args(arguments, options)
         with bars():
             status: int = options.run(options)
         sys.stdout.flush()
@@ -38,9 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verbose:
             traceback.print_exc()
         else:
-            print(f"fedkseed {options.command}: {error}", file=sys.stderr)
+            print(f"fedkseed {options.command}: {_told(error)}", file=sys.stderr)
         return 2
     return status
+
+
+def _told(error: Exception) -> str:
+    """The error in words; those of the system name a number and a temporary file."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    where = f" {os.fspath(error.filename)}" if isinstance(error.filename, (str, os.PathLike)) else ""
+    return f"expected to read or write{where or ' a file'}, got: {error.strerror}"
 
 
 class _Parser(argparse.ArgumentParser):

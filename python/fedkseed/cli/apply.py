@@ -18,7 +18,7 @@ def add(
         description="Rebuilds the model that a ledger describes from the very weights it was made from, and "
         "writes it as an ordinary model folder. Another base model, or one in another precision, is refused.",
     )
-    parser.add_argument("ledger", type=Path, help="the ledger", metavar="LEDGER")
+    parser.add_argument("ledger", type=Path, help="the ledger, or a run's folder", metavar="LEDGER")
     parser.add_argument("--base", required=True, help="folder or hub id of the base model", metavar="MODEL")
     parser.add_argument("--out", required=True, type=Path, help="new folder for the model", metavar="DIR")
     parser.add_argument(
@@ -37,19 +37,21 @@ def run(options: argparse.Namespace) -> int:
     from fedkseed.data.asking import FILE, NOTE
     from fedkseed.ledger.ledger import Ledger
     from fedkseed.ledger.tuned_model import write_tuned_model
+    from fedkseed.simulation.run_folder import LEDGER
 
+    ledger = options.ledger / LEDGER if (options.ledger / LEDGER).is_file() else options.ledger
     identity = write_tuned_model(
-        options.ledger,
+        ledger,
         options.base,
         options.out,
         public_key=options.public_key,
         trust_remote_code=options.trust_remote_code,
         say=say,
     )
-    if not (options.out / FILE).exists() and NOTE in Ledger.load(options.ledger).notes:
+    if not (options.out / FILE).exists() and NOTE in Ledger.load(ledger).notes:
         print(
             f"The folder lacks the template that the model was tuned with: no {FILE} lies beside "
-            f"{options.ledger}; `fedkseed ask` needs --template or takes the tokenizer's own",
+            f"{ledger}; `fedkseed ask` needs --template or takes the tokenizer's own",
             file=sys.stderr,
         )
     print(f"Written: {options.out}, content {identity.content.hex()}")

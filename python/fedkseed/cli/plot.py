@@ -8,7 +8,7 @@ from typing import Any
 
 from fedkseed.scenarios.round_picture import LOSS, SCORES, TRAFFIC, draw_rounds
 from fedkseed.simulation.round_log import read_rounds
-from fedkseed.simulation.run_folder import METRICS, RunFolderError
+from fedkseed.simulation.run_folder import METRICS, PICTURE, RunFolderError
 
 #: Of the metrics: some ten thousand rounds.
 _MAX_BYTES = 12 << 20
@@ -33,7 +33,7 @@ def add(
 def run(options: argparse.Namespace) -> int:
     """Draws it."""
     rows = read_metrics(options.folder / METRICS)
-    target = options.out or options.folder / "plot.png"
+    target = options.out or options.folder / PICTURE
     draw_rounds(rows, target)
     print(f"Written: {target}")
     return 0

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _RUNS = Path("runs")
 #: What may differ from the run's beginning when it is resumed.
 _FREE = ("workers", "worker_timeout", "device", "trust_remote_code")
+#: Where what a run was begun with lies by now; that it is the same is checked.
+_MOVED = ("model", "data", "template_file")
 
 
 def add(
@@ -92,21 +94,28 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
     from fedkseed.scenarios.settings import OPTIONS
     from fedkseed.simulation.run_folder import SETTINGS, RunFolder
 
-    given = sorted(name for name, value in flags.items() if value is not None and name not in _FREE)
+    allowed = (*_FREE, *_MOVED)
+    given = sorted(name for name, value in flags.items() if value is not None and name not in allowed)
     if given or options.quick or options.config or options.out:
         raise SettingsError(
-            "expected --resume without other settings (they are in the folder; only "
-            f"{', '.join('--' + name.replace('_', '-') for name in _FREE)} and --tensorboard may change), "
+            "expected --resume without other settings, which are in the folder; only "
+            f"{', '.join(map(_flag, allowed))} and --tensorboard may be given, "
             f"got {', '.join(given) or '--quick, --config or --out'}"
         )
     with RunFolder.reopen(options.resume) as folder:
         values = checked_values(folder.read_settings(), OPTIONS, str(folder.path / SETTINGS))
         values.setdefault("autocast", "off")  # version 0.1 knew no other
-        values.update({name: value for name, value in flags.items() if value is not None})
+        changed = {name: _findable(name, value) for name, value in flags.items() if value is not None}
+        values.update(changed)
         # What lies in a folder may be of anybody: code that it names is trusted by a flag alone.
         values["trust_remote_code"] = bool(flags["trust_remote_code"])
         settings, data = _with_data(values)
-        return _run(settings, data, folder, options.tensorboard)
+        moved = {name: value for name, value in changed.items() if name in _MOVED}
+        return _run(settings, data, folder, options.tensorboard, moved)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _findable(name: str, value: Any) -> Any:
@@ -133,11 +142,17 @@ def _with_data(values: Mapping[str, Any]) -> tuple[RunSettings, FederatedData | 
     return RunSettings.of(values, num_clients(data)), data
 
 
-def _run(settings: RunSettings, data: FederatedData | None, folder: RunFolder, tensorboard: bool) -> int:
+def _run(
+    settings: RunSettings,
+    data: FederatedData | None,
+    folder: RunFolder,
+    tensorboard: bool,
+    moved: Mapping[str, str] | None = None,
+) -> int:
     from fedkseed.scenarios import run as scenario
     from fedkseed.scenarios.report import resume_line
 
-    line = resume_line(folder.path, trust_remote_code=settings.trust_remote_code)
+    line = resume_line(folder.path, trust_remote_code=settings.trust_remote_code, moved=moved or {})
     print(f"Run: {folder.path}\nIf it is interrupted, this goes on: {line}", flush=True)
     try:
         scenario.run(settings, data, folder, tensorboard=tensorboard)

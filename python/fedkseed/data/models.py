@@ -257,9 +257,7 @@ def _weights(
     _check_dtype(dtype)
     require_extra("hf", "transformers", "safetensors")
 
-    source, local = _source(path_or_id, _MODEL)
-    if not local:
-        print(f"{path_or_id} is no folder here: looking for it on the hub", file=sys.stderr)
+    source, local = find_model(path_or_id)
     with loading(path_or_id, local, families):
         model_class, config = choose_class(source, local, families, trust_remote_code)
         # With output_loading_info it returns a pair, which its own annotations do not say.
@@ -298,6 +296,18 @@ def _weights(
             )
     evaluated: PreTrainedModel = model.eval()
     return evaluated
+
+
+def find_model(path_or_id: str | Path) -> tuple[str | Path, bool]:
+    """What the library is given for a model, and whether that is a folder; a look at the hub is said aloud.
+
+    Raises:
+        ModelError: a folder that is not there, or lacks something.
+    """
+    source, local = _source(path_or_id, _MODEL)
+    if not local:
+        print(f"{path_or_id} is no folder here: looking for it on the hub", file=sys.stderr)
+    return source, local
 
 
 def is_local(path_or_id: str | Path) -> bool:

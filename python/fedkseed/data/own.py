@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedkseed._progress import counted
 from fedkseed.data.columns import label_of, text_of
 from fedkseed.data.errors import DataError, choose_from, printable
 from fedkseed.data.federated import ClientRows, FederatedData, Row
@@ -180,7 +181,7 @@ def _read(source: Source, plan: Plan) -> _Table:
     counts: Counter[str] = Counter()
     seen: dict[tuple[str, ...], set[str]] = {}
     partition_field = plan.partition.field if plan.partition is not None else ""
-    for record in source.records(plan.fields()):
+    for record in counted(source.records(plan.fields()), "reading", "row"):
         fields = {placeholder: text_of(record, name) for placeholder, name in plan.asked.items()}
         answer = (label_of if plan.columns.label else text_of)(record, plan.columns.response)
         if plan.words is not None and answer and answer not in plan.words:

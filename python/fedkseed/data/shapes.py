@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedkseed.data.architectures import choose_class
-from fedkseed.data.models import CLASSIFIERS, LANGUAGE_MODELS, is_local, loading
+from fedkseed.data.models import CLASSIFIERS, LANGUAGE_MODELS, find_model, is_local, loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,8 +26,7 @@ def load_shapes(
     Raises:
         ModelError, MissingExtraError: as `load_causal_lm`.
     """
-    local = is_local(path_or_id)
-    source = Path(path_or_id).expanduser() if local else path_or_id
+    source, local = find_model(path_or_id)
     families = CLASSIFIERS if is_classifier else LANGUAGE_MODELS
     with loading(path_or_id, local, families):
         model_class, config = choose_class(source, local, families, trust_remote_code)

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from fedkseed._progress import each
+from fedkseed.data.architectures import ModelError
 from fedkseed.data.asking import Asking
 from fedkseed.data.classification import (
     SCORED_BATCH,
@@ -92,6 +93,11 @@ class ClassificationBench:
         self._pad_id = pad_token_id(tokenizer)
         verbalizer = None
         if data.words:
+            if not model.can_generate():
+                raise ModelError(
+                    f"expected a causal language model for words, got {type(model).__name__}; name one, or a "
+                    "model with a classifier's head (--classify head)"
+                )
             verbalizer = Verbalizer.of(tokenizer, dict(zip(data.labels, data.words, strict=True)))
         else:
             _check_head(model, data.labels)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import fedkseed_kernels
+from fedkseed.data.templates import CUSTOM, Template
 from fedkseed.model.manifest import Manifest
 from fedkseed.scenarios.autocast import has_amx
 from fedkseed.scenarios.bench import Bench
@@ -43,9 +44,16 @@ def command() -> str:
     return str(Path(sys.prefix) / "bin" / "fedkseed")
 
 
-def resume_line(folder: Path, *, trust_remote_code: bool = False) -> str:
-    """The command line that goes on with a run."""
-    return f"{command()} simulate --resume {_quoted(folder)}" + _TRUST * trust_remote_code
+def resume_line(folder: Path, *, trust_remote_code: bool, moved: Mapping[str, str]) -> str:
+    """The command line that goes on with a run.
+
+    Args:
+        folder: of the run.
+        trust_remote_code: whether code of the model's own may run.
+        moved: settings by name whose files lie elsewhere than when the run began.
+    """
+    flags = "".join(f" --{name.replace('_', '-')} {_quoted(value)}" for name, value in moved.items())
+    return f"{command()} simulate --resume {_quoted(folder)}{flags}" + _TRUST * trust_remote_code
 
 
 def start_text(settings: RunSettings, bench: Bench) -> str:
@@ -90,7 +98,9 @@ def round_row(result: RoundResult) -> str:
     return "  ".join(cell.rjust(width) for cell, (_, width) in zip(cells, _COLUMNS, strict=True))
 
 
-def end_text(folder: Path, base: str | Path, table: str, summary: Mapping[str, Any]) -> str:
+def end_text(
+    folder: Path, base: str | Path, table: str, summary: Mapping[str, Any], template: Template
+) -> str:
     """What the run came to, and the commands that rebuild and ask the model."""
     traffic, seconds = summary["bytes"], summary["seconds"]
     exchanged = traffic["down"] + traffic["up"]
@@ -109,7 +119,7 @@ def end_text(folder: Path, base: str | Path, table: str, summary: Mapping[str, A
         f"The tuned model is {ledger} ({ledger.stat().st_size:,} bytes; metrics beside it in {METRICS}). "
         f"To rebuild it, content {summary['content'][:16]}..., and to ask it:",
         f"  {command()} apply {_quoted(ledger)} --base {_quoted(base)} --out {model}{trust}",
-        f"  {command()} ask {model} TEXT{trust}",
+        f"  {command()} ask {model} TEXT{_fields(template)}{trust}",
     ]
     if summary["best_round"] is not None:
         lines.append(
@@ -117,6 +127,13 @@ def end_text(folder: Path, base: str | Path, table: str, summary: Mapping[str, A
             f"{folder / BEST}"
         )
     return "\n".join(lines)
+
+
+def _fields(template: Template) -> str:
+    """Flags of the fields that a question has beside its text."""
+    if template.name != CUSTOM:
+        return ""
+    return "".join(f" --field {_quoted(name)}=TEXT" for name in template.placeholders()[:-1])
 
 
 def processor_name() -> str:

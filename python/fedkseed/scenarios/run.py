@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Mapping
 from time import perf_counter
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 import fedkseed_kernels
+from fedkseed.data.architectures import ModelError
 from fedkseed.data.asking import NOTE
 from fedkseed.data.federated import FederatedData
 from fedkseed.data.shapes import num_positions, weight_file_bytes
@@ -42,14 +44,14 @@ from fedkseed.scenarios.settings import RunSettings
 from fedkseed.scenarios.untuned_prompt import UntunedPrompt, best_untuned_prompt
 from fedkseed.simulation.devices import choose_device, device_name
 from fedkseed.simulation.memory_plan import plan
-from fedkseed.simulation.run_folder import RunFolder
+from fedkseed.simulation.run_folder import PICTURE, RunFolder
 from fedkseed.simulation.simulation import Simulation
 from fedkseed.simulation.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-SUMMARY, PICTURE = "summary.json", "plot.png"
+SUMMARY = "summary.json"
 
 
 def make_bench(
@@ -148,6 +150,9 @@ def run(
     print(start_text(settings, bench), flush=True)
     with forward_passes(settings.autocast, device):
         before = bench.scores()
+    _check_finite(before, bench.model)
+    if settings.workers > 1:
+        print(f"Starting {settings.workers} workers, which load the model", flush=True)
     # Version 0.1 did not say how a model is asked: the ledger of such a run stays as it is.
     is_noted = "data" in folder.read_settings()
     with tqdm(unit="step", desc="local steps", leave=False, disable=None) as bar:
@@ -194,8 +199,26 @@ def run(
     if rounds and importlib.util.find_spec("matplotlib"):
         bench.draw(folder.path / PICTURE, rounds, summary["scores"], summary["model"]["weight_bytes"])
         print(f"\nA picture of the run: {folder.path / PICTURE}")
-    print(end_text(folder.path, source.name, bench.table(before, after), summary))
+    print(end_text(folder.path, source.name, bench.table(before, after), summary, bench.asking.template))
     return summary
+
+
+def _check_finite(before: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Refuses a model that has no loss to tune.
+
+    Raises:
+        ModelError: a loss that is not finite; names weights that are not.
+    """
+    parts = [part["loss"] for part in before.values() if isinstance(part, dict)]
+    losses = [loss for loss in (before.get("held_out_loss"), *parts) if loss is not None]
+    if all(map(math.isfinite, losses)):
+        return
+    reason = "the weights are finite, the forward pass is not: take --dtype float32"
+    broken = [name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all())]
+    if broken:
+        named = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
+        reason = f"{named} hold NaN or infinity: load other weights"
+    raise ModelError(f"expected a finite loss before tuning, got {losses[0]}; {reason}")
 
 
 def _plan_memory(settings: RunSettings, bench: Bench, source: ModelSource, device: torch.device) -> None:

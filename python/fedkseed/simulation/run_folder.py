@@ -31,6 +31,7 @@ from fedkseed.storage import StorageOptions, mode_of_text
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 LEDGER, BEST = "ledger.safetensors", "best.safetensors"
+PICTURE = "plot.png"
 CLIENTS, SETTINGS = "clients.json", "settings.json"
 #: What a run writes only after its first state.
 _AFTER_A_STATE = (LEDGER, BEST, METRICS, TIMINGS, CLIENTS)
@@ -237,10 +238,14 @@ def check_client_settings(
     for whose, ours, theirs in (("clients", settings, found), ("a task", given, kept)):
         for name, value in theirs.items():
             if name not in ours or ours[name] != value:
+                other = (
+                    "its data, template or tokenizer are others by now: resume with those that it began with"
+                    if whose == "a task"
+                    else "resume with the configuration that it began with"
+                )
                 raise StateError(
-                    f"expected {whose} with {shown(name)} {shown(value)}, which the run in {path.parent} "
-                    f"began with, got {shown(ours.get(name, 'none'))}; "
-                    "resume with the configuration that it began with"
+                    f"expected {whose} with {shown(name)} {_brief(value)}, which the run in {path.parent} "
+                    f"began with, got {_brief(ours.get(name, 'none'))}; {other}"
                 )
 
 
@@ -272,6 +277,12 @@ def write_client_settings(
     """
     kept = {**settings, _TASK: _as_read(task)} if task else dict(settings)
     write_atomically(path, (json.dumps(kept, indent=2) + "\n").encode())
+
+
+def _brief(value: Any) -> str:
+    """The value for a message; of a digest its beginning."""
+    text = shown(value)
+    return f"{text[:12]}..." if len(text) >= 32 and text.isalnum() else text
 
 
 def check_task_settings(task: Mapping[str, Any]) -> None:
