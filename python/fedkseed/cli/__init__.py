@@ -69,7 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fedkseed",
         description="Federated full-parameter tuning of language models: clients exchange seeds and scalars, "
-        "a tuned model is a ledger of 16 KB.",
+        "a tuned model is a ledger of a few kilobytes.",
         epilog="fedkseed COMMAND --help tells more of each command.",
     )
     parser.add_argument(

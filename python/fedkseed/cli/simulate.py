@@ -47,7 +47,13 @@ def add(
     )
     parser.add_argument("--config", type=Path, help="TOML file of settings; flags go first", metavar="FILE")
     parser.add_argument("--out", type=Path, help="folder of the run (the first free runs/N)", metavar="DIR")
-    parser.add_argument("--resume", type=Path, help="go on with the run in this folder", metavar="DIR")
+    parser.add_argument(
+        "--resume",
+        type=Path,
+        help="go on with the run in this folder; beside it stand only --workers, --worker-timeout, --device, "
+        "--trust-remote-code, --tensorboard, and where its model and data lie by now",
+        metavar="DIR",
+    )
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard event files")
     shown = {
         "clients_per_round": "all, at most 16",
