@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from support.data_samples import make_tokenizer
 from support.tiny_language_model import make_model
 
 from benchmarks import sentiment_prompts
+from benchmarks.common.places import RESULTS_FOLDER
 from fedkseed.data.federated import ClientRows, FederatedData, Row
 from fedkseed.data.sentiment import LABELS, NUM_SCORED
 from fedkseed.data.templates import Template
 from fedkseed.scenarios import picture
 from fedkseed.scenarios.paired_difference import accuracy_interval
+from fedkseed.scenarios.presets import SENTENCES
 from fedkseed.scenarios.untuned_prompt import best_untuned_prompt
 
 # The untuned prompt
@@ -104,3 +107,25 @@ def test_a_run_without_losses_of_rounds_or_with_one_client_is_drawn(tmp_path: Pa
     rows[0]["train_loss"] = None
     picture.draw(tmp_path / "run.png", rows, compared("alone"), 10**6)
     assert (tmp_path / "run.png").stat().st_size > 0
+
+
+# The tuned runs
+
+
+def test_the_page_shows_the_committed_runs_of_the_demo() -> None:
+    result = json.loads((RESULTS_FOLDER / "demo-amd-epyc.json").read_text())
+    page = (RESULTS_FOLDER.parent.parent / "docs" / "reproducibility.md").read_text()
+    assert [run["seed"] for run in result["runs"]] == [0, 1, 2]
+    for run in result["runs"]:
+        assert SENTENCES.items() <= {**run["settings"], "eps": SENTENCES["eps"]}.items()
+        assert run["settings"]["eps"] == pytest.approx(SENTENCES["eps"])
+        found = run["scores"]["held_out"]
+        estimate, low, high = found["all"]["difference"]
+        assert low > 0
+        then, now = (f"{found['all'][side][0]:.3f}" for side in ("before", "after"))
+        losses = " -> ".join(f"{loss:.3f}" for loss in found["loss"])
+        cells = [f"+{estimate:.3f} [{low:.3f}, {high:.3f}]", losses, f"| {then} [", f"| {now} ["]
+        (row,) = re.findall(rf"^\| {run['seed']} \|.*$", page, re.M)
+        for cell in cells:
+            assert cell in row
+        assert run["bytes"]["down"] + run["bytes"]["up"] == 155_016
