@@ -33,10 +33,10 @@ class DataChoice:
     """What a user says of their data; each field is a flag of the command line, shown as its metadata says.
 
     Attributes:
-        data: *.jsonl, *.csv, *.parquet, a folder with tasks/ and splits/, hub:NAME[:CONFIG]@REVISION, or what
-            comes with the package: sentiment, instructions
-        partition: who holds which rows: by:FIELD, iid:N or dirichlet:FIELD:ALPHA:N; by default by a field
-            that a known schema has for it, else iid:8
+        data: *.jsonl, *.csv, *.parquet, a folder with tasks/ and splits/, hub:NAME[:CONFIG]@REVISION,
+            sentiment or instructions
+        partition: who holds which rows: by:FIELD, iid:N or dirichlet:FIELD:ALPHA:N; by default a known
+            schema's field, else iid:8
         input: field of what is asked
         context: field of a text beside it, which may be empty
         output: field of the response (instructions)
