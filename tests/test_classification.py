@@ -322,7 +322,7 @@ def test_the_sentences_on_the_real_model() -> None:
     model, tokenizer = load_smollm2()
     data = sentiment.load_sentiment()
     bench = ClassificationBench(model, tokenizer, data, round_rows=1, final_rows=3, max_length=128)
-    assert bench.notes == []
+    assert bench.notes == list(data.notes)
     assert bench.batch_shapes(2)[0][0].tokens < 128
     task = bench.task()
     batch = task.collate([task.datasets[0][index] for index in (0, 1)])
