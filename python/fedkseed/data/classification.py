@@ -15,6 +15,7 @@ import torch
 
 from fedkseed.data.errors import DataError
 from fedkseed.data.federated import Row
+from fedkseed.data.prompts import padded
 from fedkseed.data.templates import Template
 
 if TYPE_CHECKING:
@@ -142,12 +143,7 @@ def collate_labelled(rows: Sequence[LabelledTokens], pad_id: int) -> LabelledBat
     """
     if not rows:
         raise ValueError("expected at least one row to make a batch of, got none")
-    shape = (len(rows), max(len(row.input_ids) for row in rows))
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row.input_ids)] = torch.tensor(row.input_ids, dtype=torch.int64)
-        attention_mask[index, : len(row.input_ids)] = 1
+    input_ids, attention_mask = padded([row.input_ids for row in rows], pad_id)
     return LabelledBatch(input_ids, attention_mask, torch.tensor([row.label for row in rows]))
 
 

@@ -180,6 +180,22 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
+def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids right-padded to one int64 (B, T) tensor, and the mask that is 1 on them and 0 on padding.
+
+    Args:
+        rows: at least one.
+        pad_id: fills up shorter rows.
+    """
+    shape = (len(rows), max(map(len, rows)))
+    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros(shape, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        attention_mask[index, : len(row)] = 1
+    return input_ids, attention_mask
+
+
 def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     """Right-pad examples to one (B, T) batch.
 
@@ -188,16 +204,11 @@ def collate(encoded: Sequence[Encoded], pad_id: int) -> Batch:
     """
     if not encoded:
         raise ValueError("expected at least one example to make a batch of, got none")
-    shape = (len(encoded), max(len(row.input_ids) for row in encoded))
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    input_ids, attention_mask = padded([row.input_ids for row in encoded], pad_id)
+    labels = torch.full_like(input_ids, IGNORED)
     for index, row in enumerate(encoded):
-        length = len(row.input_ids)
-        tokens = torch.tensor(row.input_ids, dtype=torch.int64)
-        input_ids[index, :length] = tokens
-        attention_mask[index, :length] = 1
-        labels[index, row.num_prompt : length] = tokens[row.num_prompt :]
+        response = slice(row.num_prompt, len(row.input_ids))
+        labels[index, response] = input_ids[index, response]
     return Batch(input_ids, attention_mask, labels)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedkseed.data.sentiment import NUM_SCORED
+
 #: Data of the user's own. What is left out depends on the number of clients, see `completed`.
 OWN: Mapping[str, Any] = {
     "num_rounds": 10,
@@ -45,7 +47,7 @@ SENTENCES: Mapping[str, Any] = {
     "family": "rademacher",
     "weighting": "equal",
     "round_rows": 4,
-    "final_rows": 100,
+    "final_rows": NUM_SCORED,
 }
 
 #: Names that --data takes beside files, folders and hub ids.

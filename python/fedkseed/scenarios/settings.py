@@ -17,6 +17,7 @@ from fedkseed.scenarios.autocast import Autocast, resolved_autocast
 from fedkseed.scenarios.options import Option, SettingsError, checked_values, options_of
 from fedkseed.scenarios.presets import DEFAULT_DATA, completed, preset_of, quick_of
 from fedkseed.simulation.simulation import SimulationConfig
+from fedkseed.simulation.worker_pool import DEFAULT_TIMEOUT
 from fedkseed.storage import PAIRED_STORAGE_MODES, STORAGE_MODES, storage_mode
 
 __all__ = [
@@ -74,7 +75,7 @@ class RunSettings:
     autocast: Autocast = "auto"
     device: str = field(default="auto", metadata={"metavar": "DEVICE"})
     workers: int = 1
-    worker_timeout: float = 600.0
+    worker_timeout: float = DEFAULT_TIMEOUT
     round_rows: int = 1
     final_rows: int = 16
     generate_rows: int = 0
