@@ -16,6 +16,7 @@ from fedkseed import ServerConfig, SimulationConfig, cli
 from fedkseed.data.own import DataChoice
 from fedkseed.federation.config import RoundConfig
 from fedkseed.scenarios import report
+from fedkseed.scenarios.baselines.settings import BaselineSettings
 from fedkseed.scenarios.options import SettingsError, checked_values
 from fedkseed.scenarios.settings import OLD_NAMES, OPTIONS, RunSettings, values_of_file
 
@@ -67,11 +68,11 @@ def test_every_setting_has_a_flag_and_a_meaning(name: str) -> None:
 def test_a_number_of_a_run_is_declared_by_one_class() -> None:
     declared = [
         name
-        for cls in (RoundConfig, ServerConfig, SimulationConfig, RunSettings, DataChoice)
+        for cls in (RoundConfig, ServerConfig, SimulationConfig, BaselineSettings, RunSettings, DataChoice)
         for name in inspect.get_annotations(cls)
     ]
     assert len(declared) == len(set(declared))
-    assert set(OPTIONS) == set(declared) - NOT_SET - {"federation", "choice"}
+    assert set(OPTIONS) == set(declared) - NOT_SET - {"federation", "choice", "baseline"}
 
 
 def test_settings_come_back_from_their_values() -> None:

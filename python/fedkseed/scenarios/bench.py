@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fedkseed.data.asking import Asking
+from fedkseed.data.federated import FederatedData
 from fedkseed.simulation.memory_plan import BatchShape
 from fedkseed.simulation.task import Task
 
@@ -26,10 +27,13 @@ class Bench(Protocol):
         notes: what was cut or dropped as rows became tokens, a line each.
         asking: how the tuned model is asked.
         digest: of all rows as tokens, so that a resumed run can tell other rows.
+        rows_digest: of all rows as texts: the same for every template and tokenizer, so that runs that are
+            compared can be told to have the same data.
     """
 
     model: PreTrainedModel
     digest: str
+    rows_digest: str
     asking: Asking
 
     @property
@@ -73,6 +77,17 @@ class Bench(Protocol):
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
+
+
+def rows_digest_of(data: FederatedData, final_rows: int) -> str:
+    """A hash of what is trained on and what is scored, whatever the template.
+
+    Args:
+        data: of the run.
+        final_rows: held-out rows of each client that are scored.
+    """
+    held_out = [[client.held_out[:final_rows] for client in part] for part in (data.clients, data.unseen)]
+    return digest_of([client.train for client in data.clients], *held_out)
 
 
 def digest_of(*groups: Iterable[Iterable[Any]]) -> str:

@@ -31,7 +31,7 @@ from fedkseed.data.federated import ClientRows, FederatedData
 from fedkseed.data.models import check_token_ids
 from fedkseed.data.prompts import pad_token_id
 from fedkseed.scenarios import picture
-from fedkseed.scenarios.bench import digest_of
+from fedkseed.scenarios.bench import digest_of, rows_digest_of
 from fedkseed.scenarios.paired_difference import Interval, accuracy_interval, paired_difference
 from fedkseed.scenarios.untuned_prompt import UntunedPrompt
 from fedkseed.simulation.memory_plan import BatchShape
@@ -127,6 +127,7 @@ class ClassificationBench:
         scored = ([part.rows for part in parts] for parts in (self._parts, self._unseen))
         everything = (*self._train, *(part.rows for part in (*self._parts, *self._unseen)))
         check_token_ids(model, (max(row.input_ids) for rows in everything for row in rows))
+        self.rows_digest = rows_digest_of(data, final_rows)
         self.digest = digest_of(self._train, *scored)
 
     def task(self) -> Task[LabelledTokens, LabelledBatch]:

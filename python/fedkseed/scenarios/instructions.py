@@ -26,7 +26,7 @@ from fedkseed.data.scores import (
     response_nll,
     rouge_l,
 )
-from fedkseed.scenarios.bench import digest_of
+from fedkseed.scenarios.bench import digest_of, rows_digest_of
 from fedkseed.scenarios.round_picture import draw_rounds
 from fedkseed.simulation.memory_plan import BatchShape, largest_batch
 from fedkseed.simulation.task import Task
@@ -110,6 +110,7 @@ class InstructionBench:
         self._unseen = self._encode_held_out(data.unseen)
         everything = (*self._train, *self._held_out, *self._unseen)
         check_token_ids(model, (max(row.input_ids) for rows in everything for row in rows))
+        self.rows_digest = rows_digest_of(data, limits.final_rows)
         self.digest = digest_of(self._train, self._held_out, self._unseen)
         self.notes = [*data.notes, *cut_notes(self._cuts, max_length)]
         for name, rows in zip(self.names, self._train, strict=True):

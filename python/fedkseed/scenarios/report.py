@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import fedkseed_kernels
+from fedkseed.data.sources import HUB
 from fedkseed.data.templates import CUSTOM, Template
 from fedkseed.model.manifest import Manifest
 from fedkseed.scenarios.autocast import has_amx
@@ -37,6 +38,12 @@ _TRUST = " --trust-remote-code"
 def model_name(settings: RunSettings) -> str:
     """What the model is called in texts."""
     return settings.model or "SmolLM2-135M-Instruct"
+
+
+def data_name(settings: RunSettings) -> str:
+    """What the data are called in texts and results: a name, never a path of this machine."""
+    data = settings.choice.data
+    return data if data.startswith(HUB) else Path(data).name
 
 
 def command() -> str:

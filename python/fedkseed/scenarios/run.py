@@ -8,7 +8,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,10 @@ from fedkseed.scenarios.classification import ClassificationBench
 from fedkseed.scenarios.events import Events
 from fedkseed.scenarios.instructions import InstructionBench, RowLimits
 from fedkseed.scenarios.model_source import ModelSource
+from fedkseed.scenarios.peak_memory import peaks, reset_peaks
 from fedkseed.scenarios.presets import SENTIMENT
 from fedkseed.scenarios.report import (
+    data_name,
     end_text,
     model_name,
     processor_name,
@@ -140,6 +142,7 @@ def run(
     config = settings.federation
     torch.set_num_threads(config.num_threads)
     device = choose_device(settings.device)
+    reset_peaks(device)
     print(f"Loading {model_name(settings)}; it runs on {device_name(device)}", flush=True)
     source = ModelSource.of(settings, data)
     bench = make_bench(settings, data, *source.load_shapes())
@@ -156,16 +159,9 @@ def run(
     # Version 0.1 did not say how a model is asked: the ledger of such a run stays as it is.
     is_noted = "data" in folder.read_settings()
     with tqdm(unit="step", desc="local steps", leave=False, disable=None) as bar:
-        simulation = Simulation(
-            task,
-            config,
-            make_task=functools.partial(make_task, settings, data),
-            num_workers=settings.workers,
-            worker_timeout=settings.worker_timeout,
-            folder=folder,
-            task_settings=_task_settings(settings, bench),
-            notes={NOTE: bench.asking.digest} if is_noted else {},
-            on_step=bar.update,
+        notes = {NOTE: bench.asking.digest} if is_noted else {}
+        simulation = _open_rounds(
+            settings, data, task, folder, _task_settings(settings, bench), notes, bar.update
         )
         events_folder = folder.path / "tensorboard" if tensorboard else None
         with simulation, Events(events_folder) as events:
@@ -173,9 +169,9 @@ def run(
                 bench.asking.write(folder.path)
             if folder.notice:
                 print(folder.notice)
-            if simulation.server.round:
-                print(f"Resuming {folder.path} after {simulation.server.round} rounds")
-            left = config.num_rounds - simulation.server.round
+            if simulation.num_complete:
+                print(f"Resuming {folder.path} after {simulation.num_complete} rounds")
+            left = config.num_rounds - simulation.num_complete
             bar.reset(left * config.clients_per_round * config.num_local_steps)
             chosen = " (auto)" if config.storage == "auto" else ""
             print(f"Storage mode{chosen}: {simulation.storage}\n\n{round_header()}", flush=True)
@@ -193,6 +189,7 @@ def run(
         "best_round": best_round,
         "scores": bench.summary(before, after),
         "content": content,
+        "peak_memory": peaks(device),
         "seconds": {"set_up": set_up, "run": perf_counter() - start - set_up},
     }
     write_atomically(folder.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
@@ -201,6 +198,29 @@ def run(
         print(f"\nA picture of the run: {folder.path / PICTURE}")
     print(end_text(folder.path, source.name, bench.table(before, after), summary, bench.asking.template))
     return summary
+
+
+def _open_rounds(
+    settings: RunSettings,
+    data: FederatedData | None,
+    task: Task[Any, Any],
+    folder: RunFolder,
+    task_settings: Mapping[str, Any],
+    notes: Mapping[str, str],
+    on_step: Callable[[], None],
+) -> Simulation[Any, Any]:
+    """The rounds of the run's method."""
+    return Simulation(
+        task,
+        settings.federation,
+        make_task=functools.partial(make_task, settings, data),
+        num_workers=settings.workers,
+        worker_timeout=settings.worker_timeout,
+        folder=folder,
+        task_settings=task_settings,
+        notes=notes,
+        on_step=on_step,
+    )
 
 
 def _check_finite(before: Mapping[str, Any], model: PreTrainedModel) -> None:
@@ -252,6 +272,7 @@ def _summary(settings: RunSettings, bench: Bench, rounds: list[dict[str, Any]]) 
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in bench.model.parameters())
     return {
         "settings": settings.values(),
+        "data": {"name": data_name(settings), "rows": bench.rows_digest},
         "threads": torch.get_num_threads(),
         "processor": processor_name(),
         "model": {"num_parameters": Manifest.of(bench.model).numel, "weight_bytes": weight_bytes},

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from fedkseed.data.own import DataChoice
 from fedkseed.documents import DocumentError, read_toml
 from fedkseed.model.identity import DTYPE_CODES
 from fedkseed.scenarios.autocast import Autocast, resolved_autocast
+from fedkseed.scenarios.baselines.settings import BaselineSettings
 from fedkseed.scenarios.options import Option, SettingsError, checked_values, options_of
 from fedkseed.scenarios.presets import DEFAULT_DATA, completed, preset_of, quick_of
 from fedkseed.simulation.simulation import SimulationConfig
@@ -48,11 +49,15 @@ class RunSettings:
     Attributes:
         federation: the numbers of server, clients and simulation.
         choice: the data, and who holds which part.
+        baseline: the method, and what methods beside FedKSeed are set by.
         model: a save_pretrained folder or a hub id; by default SmolLM2-135M-Instruct.
         dtype: of the weights.
         trust_remote_code: run the code that a model's folder or hub id brings along.
-        max_length: tokens of a row, at most the model's positions; a longer one loses the beginning of its
-            prompt.
+        max_length: tokens of a row, at most the model's positions.
+        truncate: what a row of more tokens loses: prompt, the beginning of its prompt; end, what stands at
+            its end, as in the authors' code.
+        data_size: what a client's data size counts, its weight with --weighting data_size: tokens of its
+            responses, or rows. Of a classification always rows.
         autocast: of the forward passes; auto: bfloat16 on a processor with AMX, else off.
         device: cpu, cuda, cuda:N, or auto: a GPU if there is one.
         workers: processes that run clients side by side, on GPUs one each; 1: this process.
@@ -61,6 +66,11 @@ class RunSettings:
         final_rows: held-out rows of each client behind the scores before and after.
         generate_rows: held-out rows of each client that are answered for Rouge-L and exact match.
         rouge_every: rounds between measurements of Rouge-L; 0: only before and after.
+        eval_every: rounds between scores of a round.
+        held_out_mean: of held-out losses of instructions: over tokens of responses, or over rows of their own
+            mean, as in the authors' code.
+        answer_tokens: of an answer at most; 0: twice the longest of the rows that are asked, at most 128.
+        paper_rouge: also score answers by the package rouge, as the paper does; needs the extra scenarios.
 
     Raises:
         SettingsError: a field out of range.
@@ -68,10 +78,13 @@ class RunSettings:
 
     federation: SimulationConfig
     choice: DataChoice
+    baseline: BaselineSettings = field(default_factory=BaselineSettings)
     model: str = field(default="", metadata={"metavar": "MODEL"})
     dtype: str = field(default="float32", metadata={"choices": tuple(_DTYPES)})
     trust_remote_code: bool = False
     max_length: int = 1024
+    truncate: Literal["prompt", "end"] = "prompt"
+    data_size: Literal["tokens", "rows"] = "tokens"
     autocast: Autocast = "auto"
     device: str = field(default="auto", metadata={"metavar": "DEVICE"})
     workers: int = 1
@@ -80,11 +93,15 @@ class RunSettings:
     final_rows: int = 16
     generate_rows: int = 0
     rouge_every: int = 0
+    eval_every: int = 1
+    held_out_mean: Literal["tokens", "rows"] = "tokens"
+    answer_tokens: int = 0
+    paper_rouge: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("round_rows", "final_rows"):
+        for name in ("round_rows", "final_rows", "eval_every"):
             self._require(name, 1, 2**31)
-        for name in ("rouge_every", "generate_rows"):
+        for name in ("rouge_every", "generate_rows", "answer_tokens"):
             self._require(name, 0, 2**31)
         self._require("workers", 1, 2**15)
         self._require("max_length", 2, 2**31)
@@ -114,14 +131,17 @@ class RunSettings:
             federation = SimulationConfig(**_part(whole, SimulationConfig))
             federation.server_config(num_clients)
             return cls(
-                federation=federation, choice=DataChoice(**_part(whole, DataChoice)), **_part(whole, cls)
+                federation=federation,
+                choice=DataChoice(**_part(whole, DataChoice)),
+                baseline=BaselineSettings(**_part(whole, BaselineSettings)),
+                **_part(whole, cls),
             )
         except (TypeError, ValueError) as error:
             raise SettingsError(str(error)) from error
 
     def values(self) -> dict[str, Any]:
         """All of them by name, ready for JSON: what `of` takes."""
-        parts = (self.federation, self.choice, self)
+        parts = (self.federation, self.choice, self.baseline, self)
         whole = {
             entry.name: getattr(part, entry.name) for part in parts for entry in dataclasses.fields(part)
         }
@@ -143,8 +163,9 @@ def _part(values: Mapping[str, Any], cls: type) -> dict[str, Any]:
 #: The settings by what they are about, each with its options.
 OPTION_GROUPS: Mapping[str, Mapping[str, Option]] = {
     "data": options_of((DataChoice,), old_names=OLD_NAMES),
-    "model, machine and scores": options_of((RunSettings,), left_out=("federation", "choice")),
+    "model, machine and scores": options_of((RunSettings,), left_out=("federation", "choice", "baseline")),
     "federation": options_of((SimulationConfig,), old_names=OLD_NAMES),
+    "method": options_of((BaselineSettings,)),
 }
 #: Every setting of a run by its name: flags and keys of files are made from these.
 OPTIONS: Mapping[str, Option] = {

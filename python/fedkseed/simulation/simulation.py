@@ -377,6 +377,11 @@ class Simulation(Generic[ExampleT, BatchT]):
         )
 
     @property
+    def num_complete(self) -> int:
+        """How many rounds are complete."""
+        return self.server.round
+
+    @property
     def past_metrics(self) -> list[dict[str, Any]]:
         """The metrics of all rounds so far, also of those before a resume; empty without a folder."""
         return self._kept.past_metrics() if self._kept is not None else []

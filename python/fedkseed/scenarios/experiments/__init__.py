@@ -1,0 +1,1 @@
+"""Experiments: scenarios as files, the runs they are made of, and the tables that compare them."""
