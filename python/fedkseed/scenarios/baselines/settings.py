@@ -7,9 +7,10 @@ from typing import Literal, get_args
 
 from fedkseed._checks import check_count
 
-#: "fedkseed": seeds and scalars (with --sampling pro: FedKSeed-Pro). Federations where weights travel: "fedavg"
-#: (first order, all weights), "fedit" (first order, LoRA adapters), "fedzo" (zeroth order, all weights). No
-#: federation, on the batches that the clients of each round would take: "first-order", "zeroth-order".
+#: "fedkseed": seeds and scalars (with --sampling pro: FedKSeed-Pro). Federations where weights travel:
+#: "fedavg" (first order, all weights), "fedit" (first order, LoRA adapters), "fedzo" (zeroth order, all
+#: weights). No federation, on the batches that the clients of each round would take: "first-order",
+#: "zeroth-order".
 Method = Literal["fedkseed", "fedavg", "fedit", "fedzo", "first-order", "zeroth-order"]
 FEDERATED: tuple[Method, ...] = ("fedkseed", "fedavg", "fedit", "fedzo")
 FIRST_ORDER: tuple[Method, ...] = ("fedavg", "fedit", "first-order")
