@@ -124,6 +124,25 @@ def test_a_skipped_step_replies_zero() -> None:
     assert client.last_run.num_skipped == 2
 
 
+def test_a_step_whose_losses_lie_further_apart_than_the_bound_is_skipped() -> None:
+    """The authors' rule for their grad_clip: skipped above the bound, taken at it."""
+    losses = [1.0, 0.51, 1.0, 0.5, 0.25, 0.75, 0.0, 0.5625]
+    replies = []
+    for bound in (None, 0.5):
+        values = iter(losses)
+        client = make_client(
+            WorkingCopy(make_model()), loss=lambda *_, values=values: next(values), max_loss_gap=bound
+        )
+        replies.append(Reply.from_bytes(client.step(make_broadcast())).scalars)
+        assert client.last_run is not None
+        assert client.last_run.num_skipped == (0 if bound is None else 1)
+    free, bounded = replies
+    assert (free != 0).all()
+    assert bounded.tolist() == [*free[:3].tolist(), 0.0]
+    with pytest.raises(ValueError, match="finite max_loss_gap"):
+        make_client(WorkingCopy(make_model()), max_loss_gap=-1.0)
+
+
 def test_on_step_is_called_after_each_step() -> None:
     calls = []
     client = make_client(WorkingCopy(make_model()), on_step=lambda: calls.append(None))

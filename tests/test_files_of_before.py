@@ -83,7 +83,10 @@ def test_server_states(name: str, tmp_path: Path) -> None:
     saved = (FOLDER / "servers" / name / STATE).read_bytes()
     (tmp_path / STATE).write_bytes(saved)
     with Server.resume(tmp_path, write.IDENTITY, write.POOL, write.server_config(name)) as server:
-        assert write.server_fields(server) == FIELDS["servers"][name]
+        fields = write.server_fields(server)
+        since = {setting: fields["config"].pop(setting) for setting in ("pro_clip", "pro_start")}
+        assert since == {"pro_clip": write.plain(1000.0), "pro_start": write.plain(0.0)}
+        assert fields == FIELDS["servers"][name]
         (tmp_path / STATE).unlink()
         server.save(tmp_path)
     assert (tmp_path / STATE).read_bytes() == saved

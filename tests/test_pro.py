@@ -14,9 +14,9 @@ from fedkseed import Reply, SeedPool, SeedSignificance, Server
 from fedkseed_kernels.contract import derived
 
 
-def probabilities_of(history: list[list[float]]) -> list[float]:
-    """The authors' rule, from whole histories: each begins with 0, magnitudes are clipped at 1000."""
-    means = [sum(min(abs(g), 1000.0) for g in [0.0, *seen]) / (1 + len(seen)) for seen in history]
+def probabilities_of(history: list[list[float]], clip: float = 1000.0, start: float = 0.0) -> list[float]:
+    """The authors' rule, from whole histories, each after the start: magnitudes clipped and averaged."""
+    means = [sum(min(abs(g), clip) for g in [start, *seen]) / (1 + len(seen)) for seen in history]
     spread = max(means) - min(means) + 1e-10
     exponentials = [math.exp((mean - min(means)) / spread) for mean in means]
     return [value / math.fsum(exponentials) for value in exponentials]
@@ -34,14 +34,16 @@ def schedule_of(probabilities: list[float], base_seed: int, round: int, client: 
     return drawn
 
 
-def filled(seed: int, num_seeds: int, num_seen: int) -> tuple[SeedSignificance, list[list[float]]]:
+def filled(
+    seed: int, num_seeds: int, num_seen: int, **settings: float
+) -> tuple[SeedSignificance, list[list[float]]]:
     generator = np.random.default_rng(seed)
     indices = generator.integers(0, num_seeds, num_seen)
     scalars = (generator.normal(size=num_seen) * 10.0 ** generator.uniform(-3, 4, num_seen)).astype(
         np.float32
     )
     scalars[::17] = 0
-    significance = SeedSignificance.empty(num_seeds)
+    significance = SeedSignificance.empty(num_seeds, **settings)
     history: list[list[float]] = [[] for _ in range(num_seeds)]
     for part in np.array_split(np.arange(num_seen), 3):
         significance.record_(indices[part], scalars[part].astype(np.float64))
@@ -60,6 +62,49 @@ def test_probabilities_equal_the_plain_rule(num_seeds: int, num_seen: int) -> No
     np.testing.assert_allclose(found, probabilities_of(history), rtol=2e-14, atol=0)
     assert abs(math.fsum(found) - 1) < 1e-15 * num_seeds
     assert found.max() / found.min() <= math.e * (1 + 1e-15)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_clip_and_start_follow_the_plain_rule(seed: int) -> None:
+    """Over clips and starts of all sizes, a start above the clip among them, which the clip bounds."""
+    generator = np.random.default_rng([15, seed])
+    clip = float(10.0 ** generator.uniform(-4, 5))
+    start = float(clip * 10.0 ** generator.uniform(-2, 2)) if seed % 4 else 0.0
+    num_seeds, num_seen = int(generator.integers(1, 60)), int(generator.integers(0, 400))
+    significance, history = filled(seed, num_seeds, num_seen, clip=clip, start=start)
+    assert significance.copy().start == start
+    found = significance.copy().probabilities()
+    np.testing.assert_allclose(found, probabilities_of(history, clip, start), rtol=2e-12, atol=0)
+    assert found.max() / found.min() <= math.e * (1 + 1e-15)
+
+
+@pytest.mark.parametrize(("clip", "start"), [(1000.0, 0.0), (0.5, 0.0), (2.0, 0.25), (0.5, 3.0)])
+def test_a_server_with_another_clip_and_start_draws_by_the_plain_rule(clip: float, start: float) -> None:
+    server = make_server(pool=SeedPool(77, 16), sampling="pro", max_abs_g=1e5, pro_clip=clip, pro_start=start)
+    history = play(server, 3)
+    expected = probabilities_of(history, clip, start)
+    np.testing.assert_allclose(server.probabilities(), expected, rtol=2e-14, atol=0)
+    for client in server.clients:
+        assert server.schedule(client).tolist() == schedule_of(expected, 77, 3, client, 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pro_clip": 0.0}, ValueError, r"expected pro_clip in \[1.18e-38, 3.4e\+38\], got 0.0"),
+        ({"pro_clip": math.inf}, ValueError, "pro_clip"),
+        ({"pro_clip": math.nan}, ValueError, "pro_clip"),
+        ({"pro_clip": "1"}, TypeError, "pro_clip"),
+        ({"pro_start": -0.5}, ValueError, r"expected pro_start in \[0, 3.4e\+38\], got -0.5"),
+        ({"pro_start": 1e39}, ValueError, "pro_start"),
+        ({"pro_start": None}, TypeError, "pro_start"),
+    ],
+)
+def test_a_clip_or_start_out_of_range_is_named(
+    change: dict[str, float], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make_server(sampling="pro", **change)
 
 
 def test_without_observations_pro_is_uniform_bit_for_bit() -> None:

@@ -116,7 +116,8 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path, sampl
 @pytest.mark.parametrize(
     ("position", "field", "message"),
     [
-        (4, struct.pack("<H", 2), "format version 1, got 2"),
+        (4, struct.pack("<H", 3), "format version 1 or 2, got 3"),
+        (4, struct.pack("<H", 2), "pro_clip"),
         (6, struct.pack("<H", 2), "contract version 1, got 2"),
         (8, b"\2", "noise family below 2, got 2"),
         (9, b"\xff", "dtype code"),
@@ -165,6 +166,8 @@ def test_another_model_or_configuration_is_named(tmp_path: Path) -> None:
         ({"max_abs_g": 99.0}, "max_abs_g 99.0, got one with 100.0"),
         ({"weighting": "equal"}, "weighting equal, got one with data_size"),
         ({"sampling": "pro"}, "sampling pro, got one with uniform"),
+        ({"pro_clip": 5.0}, r"pro_clip 5\.0, got one with 1000\.0"),
+        ({"pro_start": 0.25}, r"pro_start 0\.25, got one with 0\.0"),
         ({"run_id": b"another run here"}, "run_id b'another run here', got one with"),
     ]
     for changes, message in cases:
@@ -329,7 +332,7 @@ def test_a_state_of_another_format_or_configuration_is_not_taken_for_damage(tmp_
     data = bytearray((tmp_path / StateFolder.FILE).read_bytes())
     with pytest.raises(StateError, match="lr"):
         resume(tmp_path, lr=0.5)
-    data[4] += 1
+    data[4] += 2
     (tmp_path / StateFolder.FILE).write_bytes(sealed(bytes(data)))
     with pytest.raises(StateError, match="format version"):
         resume(tmp_path)
@@ -387,3 +390,59 @@ def test_counts_that_the_next_rounds_would_wrap_are_refused(tmp_path: Path) -> N
         else:
             with pytest.raises(StateError, match="counts"):
                 ServerState.from_bytes(forged)
+
+
+@SAMPLINGS
+def test_another_clip_or_start_stands_in_format_2_and_the_defaults_in_format_1(
+    tmp_path: Path, sampling: str
+) -> None:
+    plain = saved(tmp_path / "plain", sampling=sampling)
+    stated = saved(tmp_path / "stated", sampling=sampling, pro_clip=1000, pro_start=0)
+    assert plain == stated
+    assert plain[4:6] == struct.pack("<H", 1)
+    data = saved(tmp_path / "other", sampling=sampling, pro_clip=0.5, pro_start=0.25)
+    assert data[4:6] == struct.pack("<H", 2)
+    assert data[HEADER : HEADER + 16] == struct.pack("<dd", 0.5, 0.25)
+    # What stands before and behind is that of format 1.
+    assert data[6:56] == plain[6:56]
+    arrays = slice(HEADER + 16, -32)
+    with resume(tmp_path / "other", sampling=sampling, pro_clip=0.5, pro_start=0.25) as server:
+        assert server.round == 2
+        assert data[arrays][:128] == server.coefficients.tobytes()
+        if server.significance is not None:
+            kept = (server.significance.sums.tobytes(), server.significance.counts.tobytes())
+            assert data[arrays][128:] == b"".join(kept)
+            assert (server.significance.clip, server.significance.start) == (0.5, 0.25)
+        assert server._state(server.round).to_bytes() == data
+    with pytest.raises(StateError, match=r"pro_clip 0\.75, got one with 0\.5"):
+        resume(tmp_path / "other", sampling=sampling, pro_clip=0.75, pro_start=0.25)
+    with pytest.raises(StateError, match=r"pro_start 0\.0, got one with 0\.25"):
+        resume(tmp_path / "other", sampling=sampling, pro_clip=0.5)
+    pro = struct.Struct("<dd")
+    for values, message in (
+        ((1000.0, 0.0), "other than those of format 1"),
+        ((0.0, 0.25), "expected pro_clip in"),
+        ((np.inf, 0.25), "expected pro_clip in"),
+        ((0.5, np.nan), "expected pro_start in"),
+        ((0.5, -1.0), "expected pro_start in"),
+    ):
+        with pytest.raises(StateError, match=message):
+            ServerState.from_bytes(sealed(data[:HEADER] + pro.pack(*values) + data[HEADER + 16 :]))
+    for end in range(len(data) - 32):
+        with pytest.raises(StateError):
+            ServerState.from_bytes(sealed(data[:end] + bytes(32)))
+
+
+def test_clip_and_start_go_on_over_a_resume_bit_for_bit(tmp_path: Path) -> None:
+    changes = {"sampling": "pro", "pro_clip": 0.5, "pro_start": 0.25}
+    straight, server = make_server(**changes), make_server(**changes)
+    for _ in range(4):
+        replies = make_replies(straight)
+        straight.merge(replies)
+        server.merge(replies)
+        server.save(tmp_path)
+        server.close()
+        server = resume(tmp_path, **changes)
+        assert server.probabilities().tobytes() == straight.probabilities().tobytes()
+    server.close()
+    assert not np.array_equal(server.probabilities(), make_server().probabilities())

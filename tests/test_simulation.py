@@ -117,6 +117,38 @@ def test_it_equals_the_parts_used_by_hand() -> None:
     assert parts.server.coefficients.tobytes() == expected[1]
 
 
+@pytest.mark.parametrize("num_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_bound_of_the_loss_gap_skips_steps_wherever_the_clients_run(num_workers: int) -> None:
+    workers = {"make_task": make_task, "num_workers": num_workers}
+    with make_simulation() as simulation:
+        free = list(simulation.rounds())
+    with Simulation(make_task(), SimulationConfig(**CONFIG, max_loss_gap=5e-3), **workers) as simulation:
+        bounded = list(simulation.rounds())
+    assert sum(result.num_skipped for result in free) == 0
+    assert 0 < bounded[0].num_skipped < 8, "else the bound shows nothing"
+    # No message says it, so none has another length.
+    assert [result.bytes_down for result in free] == [result.bytes_down for result in bounded]
+
+
+def test_a_bound_of_the_loss_gap_is_kept_for_the_run_s_resumption(tmp_path: Path) -> None:
+    def simulate(folder: str, num_rounds: int, **changes: Any) -> None:
+        config = SimulationConfig(**{**CONFIG, "num_rounds": num_rounds, **changes})
+        with Simulation(make_task(), config, folder=tmp_path / folder, resume=num_rounds > 1) as run:
+            list(run.rounds())
+
+    simulate("free", 1)
+    assert "max_loss_gap" not in (tmp_path / "free" / CLIENTS).read_text("utf-8")
+    with pytest.raises(StateError, match=r"clients with max_loss_gap 0\.0, .*got 0\.001"):
+        simulate("free", 2, max_loss_gap=1e-3)
+    simulate("bounded", 1, max_loss_gap=1e-3)
+    with pytest.raises(StateError, match=r"clients with max_loss_gap 0\.001, .*got 0\.0"):
+        simulate("bounded", 2)
+    simulate("bounded", 2, max_loss_gap=1e-3)
+    for wrong in (-1.0, math.inf, math.nan, 1e-39):
+        with pytest.raises(ValueError, match="finite max_loss_gap"):
+            SimulationConfig(**CONFIG, max_loss_gap=wrong)
+
+
 def test_weights_follow_the_number_of_rows() -> None:
     simulation = make_simulation(num_rounds=1, clients_per_round=5)
     replies = {}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedkseed._checks import check_count
+from fedkseed._checks import check_bound, check_count
 from fedkseed.federation.messages import Broadcast, ProtocolError, Reply, broadcast_digest
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.evaluation import Losses
@@ -28,7 +28,7 @@ class LocalRun:
 
     Attributes:
         losses: (L+ + L-) / 2 of each step.
-        num_skipped: steps whose loss was NaN or infinite.
+        num_skipped: steps whose loss was NaN or infinite, or whose losses lay too far apart.
         seconds: time of the steps, without rebuilding the model.
         storage: the storage mode of the steps; where the client was made with "auto", what that resolved to.
         refusal: why "auto" could not stream the model, one line; None if it could, or nothing asked it to.
@@ -62,6 +62,8 @@ class Client(Generic[BatchT]):
         storage: how both sides of the weights are visited; what the server sees of it are the roundings in
             g. "auto", which is never paired, is resolved, and said, in the first round, as `FedKSeedSGD`
             does, and stays.
+        max_loss_gap: a step with |L+ - L-| above it is skipped; None for no bound. The client's own: no
+            message says it, and the server sees a skipped step.
 
     Attributes:
         last_run: of the last round, None before the first.
@@ -82,6 +84,7 @@ class Client(Generic[BatchT]):
         run_id: bytes | None = None,
         on_step: Callable[[], None] | None = None,
         storage: StorageChoice = DEFAULT_STORAGE,
+        max_loss_gap: float | None = None,
     ) -> None:
         self.client = check_count("client", client, 0, MAX_CLIENTS - 1)
         self.data_size = check_count("data_size", data_size, 1, 2**32 - 1)
@@ -94,12 +97,13 @@ class Client(Generic[BatchT]):
         self._on_step = on_step
         check_choice(storage)
         self._storage = storage
+        self._max_loss_gap = None if max_loss_gap is None else check_bound("max_loss_gap", max_loss_gap)
 
     def step(self, message: bytes) -> bytes:
         """One round: the reply to a broadcast.
 
-        A step whose loss is NaN or infinite is skipped and travels as g = 0. Nothing has changed when one of
-        the first three errors is raised.
+        A step whose loss is NaN or infinite, or whose losses lie further apart than ``max_loss_gap``, is
+        skipped and travels as g = 0. Nothing has changed when one of the first three errors is raised.
 
         Raises:
             MessageError: the message is damaged, of another format or contract version, of an unknown noise
@@ -126,6 +130,7 @@ class Client(Generic[BatchT]):
             seed_pool=pool,
             schedule=broadcast.schedule,
             max_abs_g=broadcast.max_abs_g,
+            max_loss_gap=self._max_loss_gap,
             family=broadcast.family,
             storage=self._storage,
             reduce=False,  # a client is one rank, whatever process group carries its messages

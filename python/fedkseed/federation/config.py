@@ -5,13 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from fedkseed._checks import check_count, check_eps, check_learning_rate, check_max_abs_g
+import numpy as np
+
+from fedkseed._checks import check_count, check_eps, check_learning_rate, check_max_abs_g, check_real
 from fedkseed.federation.messages import RUN_ID_BYTES, moves_within_fp32
+from fedkseed.federation.significance import DEFAULT_CLIP, DEFAULT_START
 from fedkseed.seeds import MAX_CLIENTS, MAX_STEPS
 from fedkseed_kernels import FAMILIES
 
 Weighting = Literal["data_size", "equal"]
 Sampling = Literal["uniform", "pro"]
+
+#: No |g| is larger: it travels in fp32.
+_LARGEST_G = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,8 @@ class RoundConfig:
         weighting: of the replies, "data_size" (as the clients state it) or "equal".
         sampling: of the seeds of a schedule, "uniform" or "pro" (by significance, FedKSeed-Pro).
         family: of the noise, "gaussian" or "rademacher" (signs, the cheaper to make).
+        pro_clip: what a |g| counts at most for the probabilities of sampling "pro".
+        pro_start: the |g| that the history of every seed begins with, for sampling "pro".
 
     Raises:
         TypeError, ValueError: a field of another type or out of range.
@@ -41,6 +49,8 @@ class RoundConfig:
     weighting: Weighting = "data_size"
     sampling: Sampling = "uniform"
     family: str = field(default="gaussian", metadata={"choices": FAMILIES})
+    pro_clip: float = DEFAULT_CLIP
+    pro_start: float = DEFAULT_START
 
     def __post_init__(self) -> None:
         check_count("clients_per_round", self.clients_per_round, 1, MAX_CLIENTS)
@@ -48,6 +58,11 @@ class RoundConfig:
         object.__setattr__(self, "lr", check_learning_rate(self.lr))
         object.__setattr__(self, "eps", check_eps(self.eps))
         object.__setattr__(self, "max_abs_g", check_max_abs_g(self.max_abs_g))
+        for name, low in (("pro_clip", float(np.finfo(np.float32).tiny)), ("pro_start", 0.0)):
+            g = check_real(name, getattr(self, name))
+            if not low <= g <= _LARGEST_G:
+                raise ValueError(f"expected {name} in [{low:.3g}, {_LARGEST_G:.3g}], got {g}")
+            object.__setattr__(self, name, g)
         if not moves_within_fp32(self.lr, self.eps, self.max_abs_g):
             raise ValueError(
                 f"expected lr, eps and max_abs_g whose steps lie within fp32 (2 eps + lr max_abs_g), "

@@ -65,7 +65,9 @@ class Server:
         self.pool = pool
         self.config = config
         self.coefficients: NDArray[np.float64] = np.zeros(pool.num_seeds)
-        self.significance = SeedSignificance.empty(pool.num_seeds) if config.sampling == "pro" else None
+        is_pro = config.sampling == "pro"
+        empty = SeedSignificance.empty(pool.num_seeds, config.pro_clip, config.pro_start)
+        self.significance = empty if is_pro else None
         self.notice = ""
         self._folder: StateFolder | None = None
         if config.run_id is None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.federation.config import Sampling, ServerConfig, Weighting
-from fedkseed.federation.significance import SeedSignificance
+from fedkseed.federation.significance import DEFAULT_CLIP, DEFAULT_START, SeedSignificance
 from fedkseed.files import FileTooLargeError, FolderLock, read_bounded, remove_leftovers, write_atomically
 from fedkseed.model.identity import DTYPE_CODES, DTYPES_BY_CODE, ModelIdentity
 from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS, SeedPool
@@ -24,8 +24,9 @@ from fedkseed_kernels import CONTRACT_VERSION, FAMILIES
 
 logger = logging.getLogger("fedkseed")
 
-#: Version of the bytes of a server's state.
-STATE_FORMAT = 1
+#: Version of the bytes of a server's state; and of one whose clip or start of FedKSeed-Pro is not the
+#: default: that says them after the header.
+STATE_FORMAT, STATE_FORMAT_PRO = 1, 2
 
 _MAGIC = b"FKSS"
 _WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
@@ -33,8 +34,11 @@ _SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
 #: Magic, format version, contract version, family, dtype, weighting, sampling, K, round, clients, clients per
 #: round, tau, base seed, lr, eps, bound of |g|, run id, structure hash, content hash; the sums follow.
 _HEADER = struct.Struct("<4sHHBBBBIIIIIQdff16s32s32s")
+#: Clip and start of FedKSeed-Pro.
+_PRO = struct.Struct("<dd")
+_PRO_DEFAULTS = (DEFAULT_CLIP, DEFAULT_START)
 _DIGEST_BYTES = 32
-_MAX_BYTES = _HEADER.size + 3 * 8 * MAX_SEEDS + _DIGEST_BYTES
+_MAX_BYTES = _HEADER.size + _PRO.size + 3 * 8 * MAX_SEEDS + _DIGEST_BYTES
 _FP32_MAX = float(np.finfo(np.float32).max)
 #: Observations of a seed: as far as fp64 counts, which leaves all rounds room to add to it.
 _MAX_COUNT = 2**53
@@ -68,9 +72,10 @@ class ServerState:
     def to_bytes(self) -> bytes:
         """The file: docs/protocol.md shows every byte."""
         config = self.config
+        pro = (config.pro_clip, config.pro_start)
         header = _HEADER.pack(
             _MAGIC,
-            STATE_FORMAT,
+            STATE_FORMAT if pro == _PRO_DEFAULTS else STATE_FORMAT_PRO,
             CONTRACT_VERSION,
             FAMILIES.index(config.family),
             DTYPE_CODES[self.identity.dtype],
@@ -89,6 +94,8 @@ class ServerState:
             self.identity.structure,
             self.identity.content,
         )
+        if pro != _PRO_DEFAULTS:
+            header += _PRO.pack(*pro)
         body = header + self.coefficients.astype("<f8").tobytes()
         if self.significance is not None:
             body += self.significance.sums.astype("<f8").tobytes()
@@ -108,7 +115,8 @@ class ServerState:
             )
         found, version, contract, family, dtype, weighting, sampling, *rest = _HEADER.unpack_from(data)
         _require(found == _MAGIC, f"a file that begins with {_MAGIC!r}", found)
-        _require(version == STATE_FORMAT, f"format version {STATE_FORMAT}", version)
+        formats = (STATE_FORMAT, STATE_FORMAT_PRO)
+        _require(version in formats, f"format version {formats[0]} or {formats[1]}", version)
         _require(contract == CONTRACT_VERSION, f"contract version {CONTRACT_VERSION}", contract)
         body = data[:-_DIGEST_BYTES]
         _require(hashlib.sha256(body).digest() == data[-_DIGEST_BYTES:], "the checksum stated", "another one")
@@ -116,6 +124,13 @@ class ServerState:
         _require(dtype in DTYPES_BY_CODE, f"a dtype code out of {sorted(DTYPES_BY_CODE)}", dtype)
         _require(weighting < len(_WEIGHTINGS), f"a weighting below {len(_WEIGHTINGS)}", weighting)
         _require(sampling < len(_SAMPLINGS), f"a sampling below {len(_SAMPLINGS)}", sampling)
+        start = _HEADER.size
+        pro = _PRO_DEFAULTS
+        if version == STATE_FORMAT_PRO:
+            start += _PRO.size
+            _require(len(body) >= start, f"at least {start} bytes before the checksum", len(body))
+            pro = _PRO.unpack_from(data, _HEADER.size)
+            _require(pro != _PRO_DEFAULTS, f"clip and start other than those of format {STATE_FORMAT}", pro)
         num_seeds, round, clients, invited, steps, base_seed, lr, eps, max_abs_g, run_id = rest[:-2]
         _require(1 <= num_seeds <= MAX_SEEDS, f"a number of seeds in [1, {MAX_SEEDS}]", num_seeds)
         _require(round < MAX_ROUNDS, f"a round below {MAX_ROUNDS}", round)
@@ -131,11 +146,13 @@ class ServerState:
                 sampling=_SAMPLINGS[sampling],
                 family=FAMILIES[family],
                 run_id=run_id,
+                pro_clip=pro[0],
+                pro_start=pro[1],
             )
         except ValueError as error:
             raise StateError(f"expected a configuration in range, got one that says: {error}") from error
         identity = ModelIdentity(rest[-2], rest[-1], DTYPES_BY_CODE[dtype])
-        arrays = _read_arrays(body, num_seeds, config.sampling)
+        arrays = _read_arrays(body, start, num_seeds, config)
         return cls(identity, base_seed, num_seeds, config, round, *arrays)
 
     def require(self, identity: ModelIdentity, pool: SeedPool, config: ServerConfig) -> None:
@@ -157,24 +174,25 @@ class ServerState:
 
 
 def _read_arrays(
-    body: bytes, num_seeds: int, sampling: Sampling
+    body: bytes, start: int, num_seeds: int, config: ServerConfig
 ) -> tuple[NDArray[np.float64], SeedSignificance | None]:
-    num_arrays = 3 if sampling == "pro" else 1
+    num_arrays = 3 if config.sampling == "pro" else 1
     _require(
-        len(body) == _HEADER.size + 8 * num_arrays * num_seeds,
+        len(body) == start + 8 * num_arrays * num_seeds,
         f"{num_arrays} arrays of {num_seeds} numbers",
-        f"{len(body) - _HEADER.size} bytes",
+        f"{len(body) - start} bytes",
     )
     size = 8 * num_seeds
     coefficients, *tracked = (
-        np.frombuffer(body, dtype, num_seeds, _HEADER.size + size * position)
+        np.frombuffer(body, dtype, num_seeds, start + size * position)
         for position, dtype in enumerate(("<f8", "<f8", "<i8")[:num_arrays])
     )
     coefficients = coefficients.astype(np.float64)
     _require(bool((np.abs(coefficients) <= _FP32_MAX).all()), "coefficients within fp32", "others")
     if not tracked:
         return coefficients, None
-    significance = SeedSignificance(tracked[0].astype(np.float64), tracked[1].astype(np.int64))
+    sums, counts = tracked[0].astype(np.float64), tracked[1].astype(np.int64)
+    significance = SeedSignificance(sums, counts, config.pro_clip, config.pro_start)
     in_range = (significance.sums >= 0) & (significance.sums < math.inf)
     in_range &= (significance.counts >= 0) & (significance.counts <= _MAX_COUNT)
     _require(bool(in_range.all()), "finite sums and counts of at least 0 (counts up to 2^53)", "others")

@@ -67,6 +67,7 @@ class InProcessHost(Generic[ExampleT, BatchT]):
         working: the model that they tune, where its parameters are; batches are moved there.
         seed, batch_size: of the order of each client's rows and its batches.
         storage: how clients visit both sides of the weights.
+        max_loss_gap: a step with |L+ - L-| above it is skipped; 0 for no bound.
     """
 
     task: Task[ExampleT, BatchT]
@@ -75,6 +76,7 @@ class InProcessHost(Generic[ExampleT, BatchT]):
     seed: int
     batch_size: int
     storage: StorageChoice = DEFAULT_STORAGE
+    max_loss_gap: float = 0.0
 
     def run(self, messages: Mapping[int, bytes], on_step: Callable[[], None]) -> dict[int, ClientRun]:
         """See `Host.run`."""
@@ -103,6 +105,7 @@ class InProcessHost(Generic[ExampleT, BatchT]):
                 data_size=self.task.data_size(client),
                 on_step=on_step,
                 storage=self.storage,
+                max_loss_gap=self.max_loss_gap or None,
             )
             with self._seeded(Broadcast.from_bytes(message).round, client):
                 reply = party.step(message)

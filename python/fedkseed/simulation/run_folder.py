@@ -36,6 +36,8 @@ CLIENTS, SETTINGS = "clients.json", "settings.json"
 #: What a run writes only after its first state.
 _AFTER_A_STATE = (LEDGER, BEST, METRICS, TIMINGS, CLIENTS)
 _TASK = "task"
+#: Settings of clients that stand in the file only where they are not these.
+_CLIENT_DEFAULTS: Mapping[str, Any] = {"max_loss_gap": 0.0}
 
 
 class RunFolderError(ValueError):
@@ -230,14 +232,15 @@ def check_client_settings(
         return
     found = _object_in(path, "the settings of the clients")
     kept = found.pop(_TASK, {})
-    if found.keys() != settings.keys() or not isinstance(kept, dict):
+    ours, theirs = {**_CLIENT_DEFAULTS, **settings}, {**_CLIENT_DEFAULTS, **found}
+    if ours.keys() != theirs.keys() or not isinstance(kept, dict):
         raise RunFolderError(
             f"expected {', '.join(settings)} in {path}, got {shown(', '.join(found) or 'nothing')}"
         )
     given = _as_read(task or {})
-    for whose, ours, theirs in (("clients", settings, found), ("a task", given, kept)):
-        for name, value in theirs.items():
-            if name not in ours or ours[name] != value:
+    for whose, wanted, began in (("clients", ours, theirs), ("a task", given, kept)):
+        for name, value in began.items():
+            if name not in wanted or wanted[name] != value:
                 other = (
                     "its data, template or tokenizer are others by now: resume with those that it began with"
                     if whose == "a task"
@@ -245,7 +248,7 @@ def check_client_settings(
                 )
                 raise StateError(
                     f"expected {whose} with {shown(name)} {_brief(value)}, which the run in {path.parent} "
-                    f"began with, got {_brief(ours.get(name, 'none'))}; {other}"
+                    f"began with, got {_brief(wanted.get(name, 'none'))}; {other}"
                 )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Generic
 
 import torch
 
-from fedkseed._checks import check_count
+from fedkseed._checks import check_bound, check_count, check_real
 from fedkseed._means import mean
 from fedkseed.federation.client import BatchT
 from fedkseed.federation.config import RoundConfig, ServerConfig
@@ -67,6 +67,7 @@ class SimulationConfig(RoundConfig):
         num_threads: CPU threads of each worker and of the evaluation; they change the bits of a loss.
         storage: how a step visits both sides of the weights (`fedkseed.storage`); it changes the bits of a
             loss too. "auto": as suits their dtype and device, see `FedKSeedSGD`.
+        max_loss_gap: of the clients: a step with |L+ - L-| above it is skipped; 0 for no bound.
 
     Raises:
         TypeError, ValueError: a field of another type or out of range.
@@ -80,6 +81,7 @@ class SimulationConfig(RoundConfig):
     storage: StorageChoice = field(
         default=DEFAULT_STORAGE, metadata={"choices": (*STORAGE_MODES, *PAIRED_STORAGE_MODES)}
     )
+    max_loss_gap: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +92,8 @@ class SimulationConfig(RoundConfig):
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"expected an integer seed, got {self.seed!r}")
         check_choice(self.storage)
+        gap = check_real("max_loss_gap", self.max_loss_gap)
+        object.__setattr__(self, "max_loss_gap", check_bound("max_loss_gap", gap) if gap else gap)
 
     def server_config(self, num_clients: int) -> ServerConfig:
         """The server's part, for this many registered clients.
@@ -112,7 +116,7 @@ class RoundResult:
             were.
         evaluation: what the task's ``evaluate`` found after the round; None for values that are not finite.
         bytes_down, bytes_up: of all messages of the round.
-        num_skipped: local steps whose loss was NaN or infinite.
+        num_skipped: local steps whose loss was NaN or infinite, or whose losses lay too far apart.
         seconds_rebuild: rebuilding the model after the round from w0 and the sums.
         seconds_reset: setting working copies to the round's model, all clients together.
         seconds_local: the local steps, all clients together.
@@ -253,6 +257,7 @@ class Simulation(Generic[ExampleT, BatchT]):
             "pool": pool,
             "seed": config.seed,
             "batch_size": config.batch_size,
+            "max_loss_gap": config.max_loss_gap,
         }
         self._host: Host
         if shared is None:
@@ -342,7 +347,9 @@ class Simulation(Generic[ExampleT, BatchT]):
     @property
     def _client_settings(self) -> dict[str, Any]:
         """What g depends on beside the server's part; ready for JSON."""
-        return {"storage": repr(self.storage), "batch_size": self.config.batch_size}
+        config = self.config
+        gap = {"max_loss_gap": config.max_loss_gap} if config.max_loss_gap else {}
+        return {"storage": repr(self.storage), "batch_size": config.batch_size, **gap}
 
     def _keep_client_settings(self) -> None:
         if self._kept is not None:
