@@ -18,7 +18,7 @@ from benchmarks.kernels import __main__ as kernels
 from benchmarks.machine_code import gate, sass
 from benchmarks.models import workloads
 from fedkseed import MissingExtraError, cli
-from fedkseed.data import architectures, models, sources, verified
+from fedkseed.data import architectures, models, paper_rouge, sources, verified
 from fedkseed.data.__main__ import main as fetch_all
 from fedkseed.ledger import signature
 from fedkseed.scenarios import round_picture
@@ -68,6 +68,8 @@ USES = {
     "hub": Use("data", "datasets", lambda: sources.open_source("hub:owner/name@main")),
     "plot": Use("plot", "matplotlib", lambda: round_picture.draw_rounds([], Path("plot.png"))),
     "plot of the drift": Use("plot", "matplotlib", lambda: drift_report.draw({}, Path("drift.png"))),
+    "rouge of the paper": Use("scenarios", "rouge", lambda: paper_rouge.paper_rouge_l("a", "b")),
+    "rouge of the paper, before it": Use("scenarios", "rouge", paper_rouge.require_paper_rouge),
     "event files": Use("tensorboard", "tensorboard", lambda: Events(Path("run"))),
     "kernel suite": Use("bench", "pytest_benchmark", lambda: kernels.run_suite([])),
     "gate": Use("bench", "triton", lambda: gate.count_triton("sm_90")),
@@ -134,7 +136,10 @@ def packages_of(extra: str) -> set[str]:
 
 def test_every_optional_import_is_in_the_table() -> None:
     """Imports of the extras' packages anywhere in fedkseed and benchmarks, types apart; and their extras."""
-    extras = {extra: packages_of(extra) for extra in ("data", "hf", "sign", "plot", "tensorboard", "bench")}
+    extras = {
+        extra: packages_of(extra)
+        for extra in ("data", "hf", "sign", "plot", "scenarios", "tensorboard", "bench")
+    }
     for use in USES.values():
         assert INDEX_NAMES.get(use.package, use.package) in extras[use.extra], use
     optional = set().union(*extras.values())

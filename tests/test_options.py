@@ -30,6 +30,8 @@ OTHERS: dict[str, Any] = {
     "weighting": "equal",
     "sampling": "pro",
     "family": "rademacher",
+    "pro_clip": 2.5,
+    "pro_start": 0.5,
 }
 NOT_SET = {"num_clients", "run_id"}
 

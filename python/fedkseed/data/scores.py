@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from fedkseed._means import mean
 from fedkseed.data.federated import ClientRows
+from fedkseed.data.paper_rouge import paper_rouge_l
 from fedkseed.data.prompts import IGNORED, Batch, pad_token_id
 
 if TYPE_CHECKING:
@@ -133,10 +134,11 @@ def generate_greedy(
     max_new_tokens: int,
     batch_size: int = 16,
     progress: bool = False,
+    strip: bool = True,
 ) -> list[str]:
     """The most likely continuation, token by token, of each prompt (token ids), in the order of the prompts.
 
-    Special tokens and white space around the text are removed. Prompts are padded on the left.
+    Special tokens are removed, and with ``strip`` white space around a text. Prompts are padded on the left.
 
     Raises:
         ValueError: an empty prompt, or a count below 1.
@@ -169,7 +171,8 @@ def generate_greedy(
             pad_token_id=pad_id,
         )
         for index, tokens in zip(chosen, generated[:, width:], strict=True):
-            texts[index] = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+            text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            texts[index] = text.strip() if strip else text
     return texts
 
 
@@ -200,15 +203,21 @@ def exact_match(prediction: str, reference: str) -> float:
 
 @dataclass(frozen=True)
 class MajorityScore:
-    """A client's most frequent training answer and its mean scores on the client's held-out rows."""
+    """A client's most frequent training answer and its mean scores on the client's held-out rows.
+
+    ``paper_rouge`` is that of `paper_rouge_l`, None if it was not asked for.
+    """
 
     client: str
     answer: str
     rouge_l: float
     exact_match: float
+    paper_rouge: float | None = None
 
 
-def majority_answer_scores(clients: Sequence[ClientRows], num_rows: int | None = None) -> list[MajorityScore]:
+def majority_answer_scores(
+    clients: Sequence[ClientRows], num_rows: int | None = None, *, with_paper_rouge: bool = False
+) -> list[MajorityScore]:
     """What giving each client's most frequent training answer scores (of equally frequent ones: the first).
 
     It has no loss: it is an answer, not a distribution. A client without held-out rows has no score.
@@ -216,6 +225,10 @@ def majority_answer_scores(clients: Sequence[ClientRows], num_rows: int | None =
     Args:
         clients: those that train.
         num_rows: held-out rows of each that are looked at; None: all.
+        with_paper_rouge: also by `paper_rouge_l`.
+
+    Raises:
+        MissingExtraError: as `paper_rouge_l`.
     """
     scores = []
     for client in clients:
@@ -229,6 +242,9 @@ def majority_answer_scores(clients: Sequence[ClientRows], num_rows: int | None =
                 answer=answer,
                 rouge_l=mean(rouge_l(answer, row.response) for row in asked),
                 exact_match=mean(exact_match(answer, row.response) for row in asked),
+                paper_rouge=mean(paper_rouge_l(answer, row.response) for row in asked)
+                if with_paper_rouge
+                else None,
             )
         )
     return scores
