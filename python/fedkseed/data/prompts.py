@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 PromptStyle = Literal["chat", "alpaca", "plain"]
 
+#: What a row that is too long loses: "prompt", the beginning of its prompt; "end", what stands at its end.
+Truncate = Literal["prompt", "end"]
+
 #: Label of a token that carries no loss (the value that torch's cross entropy ignores).
 IGNORED = -100
 
@@ -41,6 +44,11 @@ class Encoded:
     input_ids: tuple[int, ...]
     num_prompt: int
 
+    @property
+    def num_response(self) -> int:
+        """How many tokens the response has: 0 where all of it was cut off."""
+        return len(self.input_ids) - self.num_prompt
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -53,6 +61,11 @@ class Batch:
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+
+    @property
+    def has_response(self) -> bool:
+        """Whether any row has a response token: without one there is no loss."""
+        return bool((self.labels != IGNORED).any())
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -123,18 +136,29 @@ class Cuts:
     """What became of rows that do not fit into the length.
 
     Attributes:
-        shortened: prompts that lost their beginning.
+        shortened: rows that lost what the cut takes: their prompt's beginning, or what stands at their end.
         dropped: rows left out, since their response alone does not fit.
+        emptied: of those shortened, rows whose whole response is gone, but that stay.
     """
 
     shortened: int = 0
     dropped: int = 0
+    emptied: int = 0
 
 
 def encode_rows(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], template: Template, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    template: Template,
+    max_length: int,
+    truncate: Truncate = "prompt",
 ) -> tuple[list[Encoded], Cuts]:
-    """Tokens of rows, each as `encode_text` makes them, and how many were cut.
+    """Tokens of rows, and how many were cut.
+
+    With truncate "prompt" each is as `encode_text` makes it. With "end" it is as in the authors' code
+    (github.com/zhenqincn/FedKSeed at commit ebf8216): the first ``max_length`` tokens of prompt, response and
+    end of text as one text, of which the response begins after as many tokens as the prompt alone has. A row
+    whose whole response is cut off stays.
 
     Raises:
         ValueError: the tokenizer has no end-of-text token, or see `Template.prompt`.
@@ -142,6 +166,11 @@ def encode_rows(
     encoded: list[Encoded] = []
     shortened = 0
     for row in rows:
+        if truncate == "end":
+            question, whole = _whole_ids(tokenizer, template, row)
+            encoded.append(Encoded(tuple(whole[:max_length]), min(len(question), len(whole), max_length)))
+            shortened += len(whole) > max_length
+            continue
         answer = _response_ids(tokenizer, row.response)
         if len(answer) >= max_length:
             continue
@@ -149,7 +178,22 @@ def encode_rows(
         question = _prompt_ids(tokenizer, text, template.adds_special_tokens)
         encoded.append(_fitted(question, answer, max_length))
         shortened += encoded[-1].num_prompt < len(question)
-    return encoded, Cuts(shortened, len(rows) - len(encoded))
+    emptied = sum(not row.num_response for row in encoded)
+    return encoded, Cuts(shortened, len(rows) - len(encoded), emptied)
+
+
+def _whole_ids(
+    tokenizer: PreTrainedTokenizerBase, template: Template, row: Row
+) -> tuple[list[int], list[int]]:
+    """The prompt alone, and the prompt with response and end of text as one text."""
+    text = template.prompt(tokenizer, row.fields)
+    _check_end_of_text(tokenizer)
+    end = str(tokenizer.eos_token)
+    question, whole = (
+        _prompt_ids(tokenizer, part, template.adds_special_tokens)
+        for part in (text, text + row.response + end)
+    )
+    return question, whole
 
 
 def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, adds_special_tokens: bool) -> list[int]:
@@ -158,11 +202,15 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, adds_special_toke
 
 
 def _response_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    _check_end_of_text(tokenizer)
+    return [*tokenizer(text, add_special_tokens=False).input_ids, int(tokenizer.eos_token_id)]
+
+
+def _check_end_of_text(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "expected a tokenizer with an end-of-text token (eos_token), got one without; set it"
         )
-    return [*tokenizer(text, add_special_tokens=False).input_ids, int(tokenizer.eos_token_id)]
 
 
 def _fitted(prompt: list[int], response: list[int], max_length: int) -> Encoded:

@@ -105,6 +105,28 @@ def response_loss(model: torch.nn.Module, batches: Iterable[Batch], *, share_pre
     return total / count
 
 
+@torch.no_grad()
+def response_row_losses(
+    model: torch.nn.Module, batches: Iterable[Batch], *, share_prefix: bool = False
+) -> list[float]:
+    """Mean negative log-likelihood in nats of each row's response tokens, in the order of the batches.
+
+    The mean is taken in fp64. A row without a response token, in a batch where another has one, is left out.
+
+    Raises:
+        ValueError: see `response_nll`.
+    """
+    found: list[float] = []
+    for batch in batches:
+        nll, rows = _token_nll(model, batch, share_prefix)
+        nll, start = nll.double().cpu(), 0
+        for count in rows.bincount().tolist():
+            if count:
+                found.append(float(nll[start : start + count].mean()))
+            start += count
+    return found
+
+
 def _num_shared(batch: Batch, limit: int) -> int:
     """How many tokens all of several rows begin with, at most ``limit``; 0 for a single row."""
     if len(batch.input_ids) == 1:

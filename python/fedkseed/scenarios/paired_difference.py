@@ -1,6 +1,6 @@
-"""Intervals of accuracies: of one, and of the difference of two on the same rows.
+"""Intervals of accuracies, and of differences of accuracies or losses on the same rows.
 
-Both are for independent rows; rows of one document are more alike than that, so that an interval over them is
+All are for independent rows; rows of one document are more alike than that, so that an interval over them is
 a little too narrow.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 
 LEVEL = 0.95
 
@@ -68,6 +68,28 @@ def paired_difference(before: Sequence[bool], after: Sequence[bool], level: floa
     centre = gained - lost
     estimate = (num_gained - num_lost) / len(before)
     return Interval(estimate, max(-1.0, centre - half), min(1.0, centre + half))
+
+
+def mean_difference(before: Sequence[float], after: Sequence[float], level: float = LEVEL) -> Interval:
+    """Mean loss after less mean loss before on the same rows, with the normal interval of paired differences.
+
+    Args:
+        before: of each row.
+        after: the same rows, in the same order.
+        level: of confidence.
+
+    Raises:
+        ValueError: fewer than two rows, not the same number of them, or a level outside (0, 1).
+    """
+    z = _quantile(level)
+    if len(before) != len(after) or len(before) < 2:
+        raise ValueError(
+            f"expected the same two or more rows before and after, got {len(before)} and {len(after)}"
+        )
+    differences = [now - then for then, now in zip(before, after, strict=True)]
+    estimate = fmean(differences)
+    half = z * stdev(differences) / math.sqrt(len(differences))
+    return Interval(estimate, estimate - half, estimate + half)
 
 
 def _quantile(level: float) -> float:

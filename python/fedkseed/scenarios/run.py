@@ -29,7 +29,7 @@ from fedkseed.scenarios.autocast import forward_passes
 from fedkseed.scenarios.bench import Bench
 from fedkseed.scenarios.classification import ClassificationBench
 from fedkseed.scenarios.events import Events
-from fedkseed.scenarios.instructions import InstructionBench, RowLimits
+from fedkseed.scenarios.instructions import InstructionBench, Scoring
 from fedkseed.scenarios.model_source import ModelSource
 from fedkseed.scenarios.peak_memory import peaks, reset_peaks
 from fedkseed.scenarios.presets import SENTIMENT
@@ -89,8 +89,19 @@ def make_bench(
             is_paired=is_paired,
             prompt=_measured_prompt(settings),
         )
-    limits = RowLimits(settings.round_rows, settings.final_rows, settings.generate_rows, settings.rouge_every)
-    return InstructionBench(model, tokenizer, data, limits, max_length, is_paired)
+    scoring = Scoring(
+        round_rows=settings.round_rows,
+        final_rows=settings.final_rows,
+        generate_rows=settings.generate_rows,
+        rouge_every=settings.rouge_every,
+        round_unseen=settings.round_unseen,
+        mean=settings.held_out_mean,
+        answer_tokens=settings.answer_tokens,
+        paper_rouge=settings.paper_rouge,
+    )
+    return InstructionBench(
+        model, tokenizer, data, scoring, max_length, is_paired, settings.truncate, settings.data_size
+    )
 
 
 def _measured_prompt(settings: RunSettings) -> UntunedPrompt | None:
@@ -114,6 +125,8 @@ def make_task(
             return loss(model, batch)
 
     def scores(model: torch.nn.Module, round: int) -> Mapping[str, float]:
+        if (round + 1) % settings.eval_every:
+            return {}
         with forward_passes(settings.autocast, input_device(model)):
             return evaluate(model, round) if evaluate is not None else {}
 
@@ -265,6 +278,7 @@ def _task_settings(settings: RunSettings, bench: Bench) -> dict[str, Any]:
         "asking": bench.asking.digest,
         "dtype": settings.dtype,
         "autocast": settings.autocast,
+        "data_size": settings.data_size,
     }
 
 

@@ -65,8 +65,10 @@ class RunSettings:
         round_rows: held-out rows of each client behind the scores of a round.
         final_rows: held-out rows of each client behind the scores before and after.
         generate_rows: held-out rows of each client that are answered for Rouge-L and exact match.
-        rouge_every: rounds between measurements of Rouge-L; 0: only before and after.
+        rouge_every: rounds between measurements of Rouge-L, a multiple of eval_every; 0: only before and
+            after.
         eval_every: rounds between scores of a round.
+        round_unseen: also score rows of unseen clients in a round of instructions, as many of each.
         held_out_mean: of held-out losses of instructions: over tokens of responses, or over rows of their own
             mean, as in the authors' code.
         answer_tokens: of an answer at most; 0: twice the longest of the rows that are asked, at most 128.
@@ -94,6 +96,7 @@ class RunSettings:
     generate_rows: int = 0
     rouge_every: int = 0
     eval_every: int = 1
+    round_unseen: bool = False
     held_out_mean: Literal["tokens", "rows"] = "tokens"
     answer_tokens: int = 0
     paper_rouge: bool = False
@@ -106,6 +109,11 @@ class RunSettings:
         self._require("workers", 1, 2**15)
         self._require("max_length", 2, 2**31)
         self._require("worker_timeout", 0, 1e9)
+        if self.rouge_every % self.eval_every:
+            raise SettingsError(
+                f"expected rouge_every as a multiple of eval_every ({self.eval_every}), got "
+                f"{self.rouge_every}: other rounds are not scored"
+            )
 
     def _require(self, name: str, low: float, high: float) -> None:
         if not low <= getattr(self, name) <= high:
