@@ -44,15 +44,44 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     target = Path(path)
     temporary = _temporary_beside(target)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        temporary.write_bytes(data)
+        put_in_place(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def put_in_place(written: Path, target: Path) -> None:
+    """Flushes a file to the disk and renames it to ``target``, on the same disk, then flushes the folder.
+
+    Raises:
+        OSError: no space, no permission; what is at ``target`` stays.
+    """
+    _flush(written)
+    os.replace(written, target)
     _flush(target.parent)
+
+
+@contextmanager
+def folder_for_a_while(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A context whose value is an empty folder beside ``path``; it is removed with all in it at the end.
+
+    If the process is killed, `remove_leftovers` removes it.
+
+    Raises:
+        OSError: no such parent folder, no space, no permission.
+    """
+
+    def make() -> Path:
+        folder = _temporary_beside(Path(path))
+        folder.mkdir()
+        return folder
+
+    with held_folder(make) as folder:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder)
 
 
 @contextmanager

@@ -168,6 +168,9 @@ class Classifier:
         Raises:
             ValueError: a head with another number of logits.
         """
+        return self._logits(model, batch)
+
+    def _logits(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
         found = self._head(model, batch) if self.verbalizer is None else self._words(model, batch)
         if found.shape != (len(batch.labels), self.num_labels):
             raise ValueError(
@@ -189,6 +192,10 @@ class Classifier:
     def loss(self, model: torch.nn.Module, batch: LabelledBatch) -> float:
         """The mean of `losses`, summed in fp64."""
         return float(self.losses(model, batch).mean())
+
+    def mean_loss(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
+        """The mean of `losses`, for a backward pass: fp64, one element."""
+        return cross_entropies(self._logits(model, batch), batch.labels).mean()
 
     def _words(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
         assert self.verbalizer is not None

@@ -45,6 +45,15 @@ def response_nll(model: torch.nn.Module, batch: Batch, *, share_prefix: bool = F
     return float(nll.double().sum()), int(nll.numel())
 
 
+def mean_response_loss(model: torch.nn.Module, batch: Batch, *, share_prefix: bool = False) -> torch.Tensor:
+    """Mean negative log-likelihood of a batch's response tokens, for a backward pass: fp64, one element.
+
+    Arguments and errors as `response_nll`, whose sum over its number of tokens it is.
+    """
+    nll, _ = _token_nll(model, batch, share_prefix)
+    return nll.double().mean()
+
+
 @torch.no_grad()
 def paired_response_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Mean loss in nats of a batch's response tokens for each half of the batch run twice: fp64 [2].

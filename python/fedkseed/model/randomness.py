@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import operator
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -131,6 +132,23 @@ class Generators(GivenGenerators):
         torch.manual_seed(of_torch)
         np.random.seed(of_numpy)
         random.seed(of_python)
+
+
+@contextmanager
+def seeded(model: nn.Module, *entropy: int) -> Iterator[None]:
+    """A context in which random numbers of the process (dropout) derive from these, whoever ran before.
+
+    Args:
+        model: on whose devices they are drawn, too.
+        entropy: numbers of at least 0.
+    """
+    generators = Generators({parameter.device for parameter in model.parameters()})
+    states = generators.states()
+    generators.seed(*entropy)
+    try:
+        yield
+    finally:
+        generators.restore(states)
 
 
 class _Source(NamedTuple):

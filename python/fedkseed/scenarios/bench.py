@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
 from fedkseed.data.asking import Asking
 from fedkseed.data.federated import FederatedData
 from fedkseed.simulation.memory_plan import BatchShape
@@ -43,6 +45,9 @@ class Bench(Protocol):
 
     def task(self) -> Task[Any, Any]:
         """What the federation trains; its ``evaluate`` is `round_scores`."""
+
+    def gradient_loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        """The task's loss of one batch, one element, for a backward pass."""
 
     def batch_shapes(self, batch_size: int) -> tuple[list[BatchShape], list[BatchShape]]:
         """The largest batches of the clients' steps, and of what is scored: for the plan of memory."""

@@ -140,6 +140,10 @@ class ClassificationBench:
             evaluate=lambda _, round: self.round_scores(round),
         )
 
+    def gradient_loss(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
+        """See `Bench.gradient_loss`."""
+        return self.classifier.mean_loss(model, batch)
+
     def batch_shapes(self, batch_size: int) -> tuple[list[BatchShape], list[BatchShape]]:
         """See `Bench.batch_shapes`."""
         trained = [row for rows in self._train for row in rows]

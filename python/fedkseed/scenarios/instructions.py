@@ -32,6 +32,7 @@ from fedkseed.data.scores import (
     exact_match,
     generate_greedy,
     majority_answer_scores,
+    mean_response_loss,
     paired_response_losses,
     response_loss,
     response_nll,
@@ -194,10 +195,14 @@ class InstructionBench:
         """Mean loss over the batch's response tokens; NaN, a step that is skipped, where it has none."""
         if not batch.has_response:
             return math.nan
-        # Few rows save fewer tokens by a shared prefix than its own pass over the weights costs.
-        share = len(batch.input_ids) >= _LOSS_BATCH
-        nll, num_tokens = response_nll(model, batch, share_prefix=share)
+        nll, num_tokens = response_nll(model, batch, share_prefix=_shares_prefix(batch))
         return nll / num_tokens
+
+    def gradient_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """See `Bench.gradient_loss`; NaN as `train_loss`."""
+        if not batch.has_response:
+            return torch.tensor(math.nan)
+        return mean_response_loss(model, batch, share_prefix=_shares_prefix(batch))
 
     def _paired_losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         if not batch.has_response:
@@ -381,6 +386,11 @@ def cut_notes(cuts: Sequence[Cuts], max_length: int, truncate: Truncate = "promp
     if dropped:
         notes.append(f"{dropped} rows were left out: their response alone is longer than {max_length} tokens")
     return notes
+
+
+def _shares_prefix(batch: Batch) -> bool:
+    """Whether that saves time: of few rows its own pass over the weights costs more than the tokens saved."""
+    return len(batch.input_ids) >= _LOSS_BATCH
 
 
 def _lengths(rows: Sequence[Encoded]) -> list[tuple[int, int]]:

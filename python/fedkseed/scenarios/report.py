@@ -15,10 +15,12 @@ from fedkseed.data.sources import HUB
 from fedkseed.data.templates import CUSTOM, Template
 from fedkseed.model.manifest import Manifest
 from fedkseed.scenarios.autocast import has_amx
+from fedkseed.scenarios.baselines.settings import FIRST_ORDER
 from fedkseed.scenarios.bench import Bench
 from fedkseed.scenarios.settings import RunSettings
-from fedkseed.simulation.run_folder import BEST, LEDGER, METRICS
+from fedkseed.simulation.run_folder import BASELINE, BEST, LEDGER, METRICS
 from fedkseed.simulation.simulation import RoundResult
+from fedkseed.storage import StorageOptions
 
 _COLUMNS = (
     ("round", 5),
@@ -66,7 +68,8 @@ def resume_line(folder: Path, *, trust_remote_code: bool, moved: Mapping[str, st
 def start_text(settings: RunSettings, bench: Bench) -> str:
     """What the run is made of."""
     kernels, federation = fedkseed_kernels.info(), settings.federation
-    drawn = "uniformly" if federation.sampling == "uniform" else "by significance"
+    epochs = settings.baseline.local_epochs
+    steps = f"{epochs} epoch(s)" if epochs else f"{federation.num_local_steps} steps"
     forward = "" if settings.autocast == "off" else ", forward passes in bfloat16 by autocast"
     if forward and not has_amx():
         forward += " (this processor has no AMX: fp32 may be faster)"
@@ -77,12 +80,39 @@ def start_text(settings: RunSettings, bench: Bench) -> str:
         f"{kernels['cpu_backend']} ({kernels['cpu_isa']}), {settings.workers} worker(s) of "
         f"{torch.get_num_threads()} threads",
         f"{federation.num_rounds} rounds of {federation.clients_per_round} out of {len(bench.names)} "
-        f"clients, {federation.num_local_steps} steps each; batch {federation.batch_size}, "
-        f"lr {federation.lr:g}, eps {federation.eps:g}, {federation.family} noise of K = "
-        f"{federation.num_seeds} seeds from base seed {federation.seed}, drawn {drawn}",
+        f"clients, {steps} each; batch {federation.batch_size}, "
+        f"lr {federation.lr:g}{_noise(settings)}",
         f"Held-out loss of a round: on {settings.round_rows} row(s) of each client",
     ]
     return "\n".join([*lines, *bench.notes])
+
+
+def _noise(settings: RunSettings) -> str:
+    """What there is to say of the noise: of FedKSeed's pool, of a new seed each time, or nothing."""
+    federation, method = settings.federation, settings.baseline.method
+    if method in FIRST_ORDER:
+        return f", base seed {federation.seed}; method {method}"
+    noise = f", eps {federation.eps:g}, {federation.family} noise of"
+    if method != "fedkseed":
+        return (
+            f"{noise} new seeds from base seed {federation.seed}, {settings.baseline.directions} "
+            f"direction(s) a step; method {method}"
+        )
+    drawn = "uniformly" if federation.sampling == "uniform" else "by significance"
+    return f"{noise} K = {federation.num_seeds} seeds from base seed {federation.seed}, drawn {drawn}"
+
+
+def method_text(settings: RunSettings, storage: StorageOptions | None) -> str:
+    """How a local step is made.
+
+    Args:
+        settings: of the run.
+        storage: the storage mode that the clients have; None if they take gradients.
+    """
+    if storage is None:
+        return f"Optimizer: {settings.baseline.first_order_optimizer}, by gradients"
+    chosen = " (auto)" if settings.federation.storage == "auto" else ""
+    return f"Storage mode{chosen}: {storage}"
 
 
 def round_header() -> str:
@@ -109,20 +139,32 @@ def end_text(
     folder: Path, base: str | Path, table: str, summary: Mapping[str, Any], template: Template
 ) -> str:
     """What the run came to, and the commands that rebuild and ask the model."""
-    traffic, seconds = summary["bytes"], summary["seconds"]
+    traffic, seconds, settings = summary["bytes"], summary["seconds"], summary["settings"]
     exchanged = traffic["down"] + traffic["up"]
-    ledger = folder / LEDGER
-    trust = _TRUST * summary["settings"]["trust_remote_code"]
-    model = _quoted(folder / "model")
     lines = [
         "",
         table,
         "",
         f"Bytes in all: {traffic['down']:,} down and {traffic['up']:,} up. Sending the weights (FedAvg) "
         f"would have cost {traffic['by_weights']:,}"
-        + (f", {traffic['by_weights'] / exchanged:,.0f} times as much." if exchanged else "."),
+        + (f", {traffic['by_weights'] / exchanged:,.4g} times as much." if exchanged else "."),
         f"{seconds['run']:.0f} s after {seconds['set_up']:.0f} s of set-up, on {summary['processor']}",
         "",
+    ]
+    if settings["method"] != "fedkseed":
+        what = "adapters" if settings["method"] == "fedit" else "weights"
+        state = folder / BASELINE
+        return "\n".join(
+            [
+                *lines,
+                f"The tuned {what} by name are in {state} ({state.stat().st_size:,} bytes; metrics beside it "
+                f"in {METRICS}); there is no ledger of a run of {settings['method']}.",
+            ]
+        )
+    ledger = folder / LEDGER
+    trust = _TRUST * settings["trust_remote_code"]
+    model = _quoted(folder / "model")
+    lines += [
         f"The tuned model is {ledger} ({ledger.stat().st_size:,} bytes; metrics beside it in {METRICS}). "
         f"To rebuild it, content {summary['content'][:16]}..., and to ask it:",
         f"  {command()} apply {_quoted(ledger)} --base {_quoted(base)} --out {model}{trust}",

@@ -26,6 +26,8 @@ from fedkseed.model.manifest import Manifest
 from fedkseed.model.placement import input_device
 from fedkseed.scenarios import built_in
 from fedkseed.scenarios.autocast import forward_passes
+from fedkseed.scenarios.baselines import costs
+from fedkseed.scenarios.baselines.rounds import BaselineRounds
 from fedkseed.scenarios.bench import Bench
 from fedkseed.scenarios.classification import ClassificationBench
 from fedkseed.scenarios.events import Events
@@ -36,6 +38,7 @@ from fedkseed.scenarios.presets import SENTIMENT
 from fedkseed.scenarios.report import (
     data_name,
     end_text,
+    method_text,
     model_name,
     processor_name,
     round_header,
@@ -162,6 +165,7 @@ def run(
     _plan_memory(settings, bench, source, device)
     bench.model = source.load()[0].to(device)  # type: ignore[arg-type]
     task = make_task(settings, data, bench)
+    num_rows, size = [len(rows) for rows in task.datasets], _size(bench.model)
     set_up = perf_counter() - start
     print(start_text(settings, bench), flush=True)
     with forward_passes(settings.autocast, device):
@@ -173,32 +177,32 @@ def run(
     is_noted = "data" in folder.read_settings()
     with tqdm(unit="step", desc="local steps", leave=False, disable=None) as bar:
         notes = {NOTE: bench.asking.digest} if is_noted else {}
-        simulation = _open_rounds(
-            settings, data, task, folder, _task_settings(settings, bench), notes, bar.update
-        )
+        opened = _open_rounds(settings, data, bench, task, folder, notes, bar.update)
         events_folder = folder.path / "tensorboard" if tensorboard else None
-        with simulation, Events(events_folder) as events:
+        with opened, Events(events_folder) as events:
             if is_noted:
                 bench.asking.write(folder.path)
             if folder.notice:
                 print(folder.notice)
-            if simulation.num_complete:
-                print(f"Resuming {folder.path} after {simulation.num_complete} rounds")
-            left = config.num_rounds - simulation.num_complete
-            bar.reset(left * config.clients_per_round * config.num_local_steps)
-            chosen = " (auto)" if config.storage == "auto" else ""
-            print(f"Storage mode{chosen}: {simulation.storage}\n\n{round_header()}", flush=True)
-            for result in simulation.rounds():
+            if opened.num_complete:
+                print(f"Resuming {folder.path} after {opened.num_complete} rounds")
+            bar.reset(costs.steps_left(settings, num_rows, opened.num_complete))
+            print(f"{method_text(settings, opened.storage)}\n\n{round_header()}", flush=True)
+            for result in opened.rounds():
                 events.add(result)
                 bar.write(round_row(result))
                 sys.stdout.flush()
-            rounds, best_round = simulation.past_metrics, simulation.best_round
-            # The working weights are those that the ledger rebuilds.
+            rounds, best_round = opened.past_metrics, opened.best_round
+            # The working weights are those that the ledger rebuilds, or the state holds.
             content = ModelIdentity.of(bench.model).content.hex()
     with forward_passes(settings.autocast, device):
         after = bench.scores()
     summary = {
-        **_summary(settings, bench, rounds),
+        **_summary(settings, bench, size, rounds),
+        "forward_passes": {
+            "rounds": costs.forward_passes(settings, num_rows, rounds),
+            "convention": costs.CONVENTION,
+        },
         "best_round": best_round,
         "scores": bench.summary(before, after),
         "content": content,
@@ -216,22 +220,37 @@ def run(
 def _open_rounds(
     settings: RunSettings,
     data: FederatedData | None,
+    bench: Bench,
     task: Task[Any, Any],
     folder: RunFolder,
-    task_settings: Mapping[str, Any],
     notes: Mapping[str, str],
     on_step: Callable[[], None],
-) -> Simulation[Any, Any]:
+) -> Simulation[Any, Any] | BaselineRounds:
     """The rounds of the run's method."""
-    return Simulation(
+    if settings.baseline.method == "fedkseed":
+        return Simulation(
+            task,
+            settings.federation,
+            make_task=functools.partial(make_task, settings, data),
+            num_workers=settings.workers,
+            worker_timeout=settings.worker_timeout,
+            folder=folder,
+            task_settings=_task_settings(settings, bench),
+            notes=notes,
+            on_step=on_step,
+        )
+
+    def gradient_loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        with forward_passes(settings.autocast, input_device(model)):
+            return bench.gradient_loss(model, batch)
+
+    return BaselineRounds(
         task,
+        gradient_loss,
         settings.federation,
-        make_task=functools.partial(make_task, settings, data),
-        num_workers=settings.workers,
-        worker_timeout=settings.worker_timeout,
-        folder=folder,
-        task_settings=task_settings,
-        notes=notes,
+        settings.baseline,
+        folder,
+        task_settings=_task_settings(settings, bench),
         on_step=on_step,
     )
 
@@ -282,18 +301,25 @@ def _task_settings(settings: RunSettings, bench: Bench) -> dict[str, Any]:
     }
 
 
-def _summary(settings: RunSettings, bench: Bench, rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    weight_bytes = sum(weight.numel() * weight.element_size() for weight in bench.model.parameters())
+def _size(model: torch.nn.Module) -> dict[str, int]:
+    """The model's own size, without what a method puts into it."""
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return {"num_parameters": Manifest.of(model).numel, "weight_bytes": weight_bytes}
+
+
+def _summary(
+    settings: RunSettings, bench: Bench, size: Mapping[str, int], rounds: list[dict[str, Any]]
+) -> dict[str, Any]:
     return {
         "settings": settings.values(),
         "data": {"name": data_name(settings), "rows": bench.rows_digest},
         "threads": torch.get_num_threads(),
         "processor": processor_name(),
-        "model": {"num_parameters": Manifest.of(bench.model).numel, "weight_bytes": weight_bytes},
+        "model": dict(size),
         "kernels": fedkseed_kernels.info(),
         "bytes": {
             "down": sum(row["bytes_down"] for row in rounds),
             "up": sum(row["bytes_up"] for row in rounds),
-            "by_weights": 2 * weight_bytes * sum(len(row["clients"]) for row in rounds),
+            "by_weights": 2 * size["weight_bytes"] * sum(len(row["clients"]) for row in rounds),
         },
     }

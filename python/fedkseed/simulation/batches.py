@@ -36,14 +36,28 @@ class LocalBatches(Generic[ExampleT, BatchT]):
     to_device: Callable[[BatchT, torch.device], BatchT] | None = None
 
     def __call__(self, round: int, num_steps: int) -> Iterator[BatchT]:
-        generator = np.random.default_rng([self.seed % 2**64, round, self.client])
+        generator = self._generator(round)
         size = min(self.batch_size, len(self.rows))
         order: list[int] = []
         for _ in range(num_steps):
             if len(order) < size:
                 order = generator.permutation(len(self.rows)).tolist()
-            yield self._placed(self.collate([self.rows[index] for index in order[:size]]))
+            yield self._batch(order[:size])
             order = order[size:]
+
+    def epochs(self, round: int, num_epochs: int) -> Iterator[BatchT]:
+        """All rows of each pass, in its order; the last batch of a pass may have fewer."""
+        generator = self._generator(round)
+        for _ in range(num_epochs):
+            order = generator.permutation(len(self.rows)).tolist()
+            for start in range(0, len(order), self.batch_size):
+                yield self._batch(order[start : start + self.batch_size])
+
+    def _generator(self, round: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed % 2**64, round, self.client])
+
+    def _batch(self, indices: Sequence[int]) -> BatchT:
+        return self._placed(self.collate([self.rows[index] for index in indices]))
 
     def _placed(self, batch: BatchT) -> BatchT:
         """The batch itself where all of it is on the device, or where nothing says where it is."""

@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol
 
 from fedkseed.federation.client import BatchT, Client, LocalRun
 from fedkseed.federation.messages import Broadcast
 from fedkseed.model.placement import input_device
-from fedkseed.model.randomness import Generators
+from fedkseed.model.randomness import seeded
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.seeds import SeedPool
 from fedkseed.simulation.batches import LocalBatches
@@ -107,23 +106,13 @@ class InProcessHost(Generic[ExampleT, BatchT]):
                 storage=self.storage,
                 max_loss_gap=self.max_loss_gap or None,
             )
-            with self._seeded(Broadcast.from_bytes(message).round, client):
+            round = Broadcast.from_bytes(message).round
+            with seeded(self.working.model, self.seed % 2**64, round, client):
                 reply = party.step(message)
             local = party.last_run
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}".splitlines()[0]
         return ClientRun(reply, local, error, self.working.seconds_reset - reset)
-
-    @contextmanager
-    def _seeded(self, round: int, client: int) -> Iterator[None]:
-        """The process's random numbers (dropout) derive from seed, round and client, whoever ran before."""
-        generators = Generators({parameter.device for parameter in self.working.model.parameters()})
-        states = generators.states()
-        generators.seed(self.seed % 2**64, round, client)
-        try:
-            yield
-        finally:
-            generators.restore(states)
 
     def close(self) -> None:
         """Does nothing: nothing runs in the background."""

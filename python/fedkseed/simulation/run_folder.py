@@ -2,6 +2,7 @@
 
     settings.json        what the run was started with, if its caller keeps that here
     server.state         the server's, see `federation.state`; server.state.1: the one before it
+    baseline.safetensors in its place, of a run that is no FedKSeed: its weights and its optimizer's state
     clients.json         what clients and task compute with; a resumed run must have the same
     ledger.safetensors   the model after the last round that is complete
     best.safetensors     the model after the best of them, see `best_ledger`
@@ -33,6 +34,8 @@ METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 LEDGER, BEST = "ledger.safetensors", "best.safetensors"
 PICTURE = "plot.png"
 CLIENTS, SETTINGS = "clients.json", "settings.json"
+#: The state of a run of another method than FedKSeed.
+BASELINE = "baseline.safetensors"
 #: What a run writes only after its first state.
 _AFTER_A_STATE = (LEDGER, BEST, METRICS, TIMINGS, CLIENTS)
 _TASK = "task"
@@ -62,7 +65,7 @@ class RunFolder:
     ) -> None:
         self.path = path
         self.lock = lock
-        self.resumes = StateFolder.holds_state_at(path)
+        self.resumes = holds_state(path)
         self.notice = ""
         self._made = made
         self._is_new = is_new
@@ -102,7 +105,7 @@ class RunFolder:
             FolderInUseError: another process works in it.
             OSError: it cannot be written.
         """
-        if not (path / SETTINGS).exists() and not StateFolder.holds_state_at(path):
+        if not (path / SETTINGS).exists() and not holds_state(path):
             check_unused(path)
             raise RunFolderError(
                 f"expected the folder of a run with {SETTINGS} or {StateFolder.FILE}, got {path} without them"
@@ -158,7 +161,7 @@ class RunFolder:
 
     def abandon(self) -> None:
         """Closes it, and takes back what `start` made and wrote if the run has saved no state."""
-        if not self._is_new or StateFolder.holds_state_at(self.path):
+        if not self._is_new or holds_state(self.path):
             self.close()
             return
         if self._wrote_settings:
@@ -181,13 +184,18 @@ class RunFolder:
         self.close()
 
 
+def holds_state(path: Path) -> bool:
+    """Whether a run of any method has saved its state in the folder."""
+    return StateFolder.holds_state_at(path) or (path / BASELINE).exists()
+
+
 def check_unused(path: Path) -> None:
     """Raises if a run was in the folder whose state is gone: nothing of it may be overwritten.
 
     Raises:
         RunFolderError: names what is there.
     """
-    if StateFolder.holds_state_at(path):
+    if holds_state(path):
         return
     if found := [name for name in _AFTER_A_STATE if (path / name).exists()]:
         raise RunFolderError(
@@ -207,7 +215,7 @@ def _check_empty(path: Path) -> None:
     names = sorted(entry.name for entry in path.iterdir() if not is_leftover(entry))
     if set(names) <= {FolderLock.FILE}:
         return
-    if SETTINGS in names or StateFolder.holds_state_at(path):
+    if SETTINGS in names or holds_state(path):
         advice = f"which holds a run; name another one, or --resume {path}"
     else:
         advice = f"which holds {names[-1]}; name another one"

@@ -32,6 +32,7 @@ from fedkseed.simulation.kept_run import KeptRun
 from fedkseed.simulation.modes import Modes, buffers_by_name
 from fedkseed.simulation.run_folder import CLIENTS, RunFolder, check_task_settings, kept_storage
 from fedkseed.simulation.task import ExampleT, Task
+from fedkseed.simulation.threads import threads
 from fedkseed.simulation.worker_pool import DEFAULT_TIMEOUT, SharedWeights, WorkerPool, check_timeout
 from fedkseed.storage import (
     DEFAULT_STORAGE,
@@ -275,7 +276,7 @@ class Simulation(Generic[ExampleT, BatchT]):
                 host_options=host_options,
             )
         self._exit.callback(self._host.close)
-        with self._threads():
+        with threads(self.config.num_threads):
             self.working.load(pool, self.server.wire_coefficients, config.family)
 
     def _take(self, folder: Path | RunFolder | None, resume: bool | None) -> bool:
@@ -312,7 +313,7 @@ class Simulation(Generic[ExampleT, BatchT]):
         if kept is None and is_begun:
             kept = Inplace()  # of the time before folders kept it
         if kept is None:
-            with self._threads():
+            with threads(self.config.num_threads):
                 self.storage = FedKSeedSGD(
                     self.task.model,
                     lr=config.lr,
@@ -411,7 +412,7 @@ class Simulation(Generic[ExampleT, BatchT]):
             OSError: the folder cannot be written; it stays as after the round before.
         """
         while self.server.round < self.config.num_rounds:
-            with self._threads():
+            with threads(self.config.num_threads):
                 result = self._run_round()
             yield result
 
@@ -434,7 +435,7 @@ class Simulation(Generic[ExampleT, BatchT]):
         with working.exclusive():
             working.load(server.pool, server.wire_coefficients, server.config.family)
             begin = perf_counter()
-            evaluation = self._evaluate(round)
+            evaluation = self.task.scores(round)
             end = perf_counter()
         local = [run.local for run in runs.values() if run.local is not None]
         losses = [loss for seen in local for loss in seen.losses if math.isfinite(loss)]
@@ -462,24 +463,3 @@ class Simulation(Generic[ExampleT, BatchT]):
         if isinstance(self._host, InProcessHost):
             return 0.0
         return sum(run.seconds_reset for run in runs.values())
-
-    def _evaluate(self, round: int) -> dict[str, float | None]:
-        if self.task.evaluate is None:
-            return {}
-        modes = Modes(self.working.model)
-        try:
-            with torch.no_grad():
-                found = self.task.evaluate(self.working.model, round)
-        finally:
-            modes.restore(self.working.model)  # or the clients of this process go on in the evaluation's
-        return {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
-
-    @contextlib.contextmanager
-    def _threads(self) -> Iterator[None]:
-        """The config's number of threads in this process, too."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.config.num_threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -11,6 +12,7 @@ from torch import nn
 
 from fedkseed.federation.client import BatchT
 from fedkseed.optim.evaluation import Losses
+from fedkseed.simulation.modes import Modes
 
 ExampleT = TypeVar("ExampleT")
 
@@ -54,6 +56,18 @@ class Task(Generic[ExampleT, BatchT]):
             raise ValueError(
                 f"expected one data size for each of {len(self.datasets)} clients, got {len(self.data_sizes)}"
             )
+
+    def scores(self, round: int) -> dict[str, float | None]:
+        """What ``evaluate`` finds after a round, None for values that are not finite."""
+        if self.evaluate is None:
+            return {}
+        modes = Modes(self.model)
+        try:
+            with torch.no_grad():
+                found = self.evaluate(self.model, round)
+        finally:
+            modes.restore(self.model)  # or the clients of this process go on in the evaluation's
+        return {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
 
     def data_size(self, client: int) -> int:
         """What the client's reply weighs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -17,6 +18,7 @@ FIRST_ORDER: tuple[Method, ...] = ("fedavg", "fedit", "first-order")
 
 #: torch's optimizers by the names that settings have for them.
 FirstOrder = Literal["auto", "sgd", "adam", "adamw"]
+_OF_METHOD: Mapping[Method, str] = {"fedavg": "sgd", "fedit": "adam", "first-order": "adamw"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,3 +67,8 @@ class BaselineSettings:
                 f"expected local_epochs 0 with method fedkseed, got {self.local_epochs}: a server draws a "
                 "schedule of num_local_steps seeds"
             )
+
+    @property
+    def first_order_optimizer(self) -> str:
+        """The optimizer of the method, if it takes gradients."""
+        return _OF_METHOD[self.method] if self.optimizer == "auto" else self.optimizer

@@ -1,0 +1,82 @@
+"""Weights in safetensors files: written, read back into a model, and averaged over the files of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedkseed._extras import require_extra
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
+    """Writes them as they stand; returns the file's size in bytes.
+
+    Raises:
+        MissingExtraError: safetensors is not installed.
+        OSError: no space, no permission.
+    """
+    require_extra("hf", "safetensors")
+    from safetensors.torch import save_file
+
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(whole, path, dict(metadata))
+    path.chmod(mode)  # the library's files are for their owner alone
+    return path.stat().st_size
+
+
+@torch.no_grad()
+def read_into(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Gives the tensors of these names the values in the file, which may hold more.
+
+    Raises:
+        ValueError: it does not hold one of them with this shape and dtype; names it.
+        SafetensorError, OSError: it cannot be read.
+    """
+    with opened(path) as file:
+        known = set(file.keys())
+        for name, tensor in tensors.items():
+            found = file.get_tensor(name) if name in known else None
+            if found is None or found.shape != tensor.shape or found.dtype != tensor.dtype:
+                got = "none" if found is None else f"{list(found.shape)} of {found.dtype}"
+                raise ValueError(
+                    f"expected {name} as {list(tensor.shape)} of {tensor.dtype} in {path}, got {got}"
+                )
+            tensor.copy_(found)
+
+
+@torch.no_grad()
+def average_into(tensors: Mapping[str, torch.Tensor], paths: Sequence[Path], shares: Sequence[int]) -> None:
+    """Gives each tensor the mean of the files' ones, weighted by shares, in fp64, rounded once.
+
+    Tensor by tensor, so that no second model is held; added in the order of the files.
+
+    Raises:
+        SafetensorError, OSError: a file cannot be read.
+    """
+    whole = sum(shares)
+    with ExitStack() as stack:
+        files = [stack.enter_context(opened(path)) for path in paths]
+        for name, tensor in tensors.items():
+            total = torch.zeros(tensor.shape, dtype=torch.float64)
+            for file, share in zip(files, shares, strict=True):
+                total += file.get_tensor(name).double() * (share / whole)
+            tensor.copy_(total)
+
+
+def opened(path: Path) -> Any:
+    """The file, for reading tensors one by one: a context manager of safetensors.
+
+    Raises:
+        MissingExtraError: safetensors is not installed.
+        SafetensorError, OSError: it is no such file.
+    """
+    require_extra("hf", "safetensors")
+    from safetensors import safe_open
+
+    return safe_open(path, "pt")
