@@ -22,6 +22,9 @@ from fedkseed.data import architectures, models, paper_rouge, sources, verified
 from fedkseed.data.__main__ import main as fetch_all
 from fedkseed.ledger import signature
 from fedkseed.scenarios import round_picture
+from fedkseed.scenarios.baselines.lora import PROJECTIONS, add_adapters
+from fedkseed.scenarios.baselines.settings import BaselineSettings
+from fedkseed.scenarios.baselines.tensor_files import read_into, write_tensors
 from fedkseed.scenarios.events import Events
 from fedkseed.simulation.run_folder import LEDGER
 
@@ -40,6 +43,11 @@ class Use:
     extra: str
     package: str
     call: Callable[[], object]
+
+
+def projections() -> torch.nn.Module:
+    """A module with a layer of each of the names that adapters go beside."""
+    return torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in PROJECTIONS})
 
 
 def _signature() -> signature.Signature:
@@ -68,6 +76,9 @@ USES = {
     "hub": Use("data", "datasets", lambda: sources.open_source("hub:owner/name@main")),
     "plot": Use("plot", "matplotlib", lambda: round_picture.draw_rounds([], Path("plot.png"))),
     "plot of the drift": Use("plot", "matplotlib", lambda: drift_report.draw({}, Path("drift.png"))),
+    "weights in a file": Use("hf", "safetensors", lambda: write_tensors(Path("a.safetensors"), {}, {})),
+    "weights out of a file": Use("hf", "safetensors", lambda: read_into(Path("a.safetensors"), {})),
+    "adapters": Use("scenarios", "peft", lambda: add_adapters(projections(), BaselineSettings(), 1)),
     "rouge of the paper": Use("scenarios", "rouge", lambda: paper_rouge.paper_rouge_l("a", "b")),
     "rouge of the paper, before it": Use("scenarios", "rouge", paper_rouge.require_paper_rouge),
     "event files": Use("tensorboard", "tensorboard", lambda: Events(Path("run"))),

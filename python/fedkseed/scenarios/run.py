@@ -27,6 +27,7 @@ from fedkseed.model.placement import input_device
 from fedkseed.scenarios import built_in
 from fedkseed.scenarios.autocast import forward_passes
 from fedkseed.scenarios.baselines import costs
+from fedkseed.scenarios.baselines.memory import plan_baseline
 from fedkseed.scenarios.baselines.rounds import BaselineRounds
 from fedkseed.scenarios.bench import Bench
 from fedkseed.scenarios.classification import ClassificationBench
@@ -276,16 +277,27 @@ def _check_finite(before: Mapping[str, Any], model: PreTrainedModel) -> None:
 def _plan_memory(settings: RunSettings, bench: Bench, source: ModelSource, device: torch.device) -> None:
     """Prints what the run will take, before anything is loaded, and refuses what cannot fit."""
     train, evaluations = bench.batch_shapes(settings.federation.batch_size)
-    planned = plan(
-        bench.model,
-        settings.federation.storage,
-        device=device,
-        train=train,
-        evaluations=evaluations,
-        num_workers=settings.workers,
-        file_bytes=weight_file_bytes(source.name),
-        autocast=settings.autocast == "bfloat16",
-    )
+    file_bytes = weight_file_bytes(source.name)
+    if settings.baseline.method == "fedkseed":
+        planned = plan(
+            bench.model,
+            settings.federation.storage,
+            device=device,
+            train=train,
+            evaluations=evaluations,
+            num_workers=settings.workers,
+            file_bytes=file_bytes,
+            autocast=settings.autocast == "bfloat16",
+        )
+    else:
+        planned = plan_baseline(
+            bench.model,
+            settings,
+            device=device,
+            train=train,
+            evaluations=evaluations,
+            file_bytes=file_bytes,
+        )
     print("\n".join(planned.lines()), flush=True)
     planned.refuse()
 

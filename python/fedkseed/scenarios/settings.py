@@ -14,7 +14,7 @@ from fedkseed.data.own import DataChoice
 from fedkseed.documents import DocumentError, read_toml
 from fedkseed.model.identity import DTYPE_CODES
 from fedkseed.scenarios.autocast import Autocast, resolved_autocast
-from fedkseed.scenarios.baselines.settings import BaselineSettings
+from fedkseed.scenarios.baselines.settings import FIRST_ORDER, BaselineSettings
 from fedkseed.scenarios.options import Option, SettingsError, checked_values, options_of
 from fedkseed.scenarios.presets import DEFAULT_DATA, completed, preset_of, quick_of
 from fedkseed.simulation.simulation import SimulationConfig
@@ -113,6 +113,17 @@ class RunSettings:
             raise SettingsError(
                 f"expected rouge_every as a multiple of eval_every ({self.eval_every}), got "
                 f"{self.rouge_every}: other rounds are not scored"
+            )
+        method = self.baseline.method
+        if self.workers > 1 and method != "fedkseed":
+            raise SettingsError(
+                f"expected 1 worker with method {method}, got {self.workers}: only fedkseed runs its clients "
+                "in processes beside each other; leave --workers out"
+            )
+        if method in FIRST_ORDER and self.dtype == "float16":
+            raise SettingsError(
+                f"expected weights of float32 or bfloat16 with method {method}, got float16, in which "
+                "gradients vanish; take --dtype bfloat16 or float32"
             )
 
     def _require(self, name: str, low: float, high: float) -> None:

@@ -142,8 +142,6 @@ class KeptBaseline:
             put_in_place(written, self._path)
 
     def _read(self) -> None:
-        from safetensors import SafetensorError
-
         if not self._path.exists():
             raise StateError(
                 f"expected {BASELINE} in {self._folder.path}, got the state of another method; resume it "
@@ -163,7 +161,7 @@ class KeptBaseline:
                 raise ValueError("expected the content that it states, got another")
             self.num_complete = check_count("round", said["round"], 0, MAX_ROUNDS - 1)
             self.optimizer_state = _with_tensors(said["optimizer"], own)
-        except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StateError(f"{self._path}: {error}") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from fedkseed._extras import require_extra
@@ -14,6 +15,8 @@ from fedkseed.scenarios.baselines.settings import BaselineSettings
 
 #: The last part of the names of the matrices that get an adapter: attention's, and the gated perceptron's.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+#: Of the adapters, whatever the model's: 16 bits would lose their small updates.
+ADAPTER_DTYPE = torch.float32
 
 
 class Adapters(NamedTuple):
@@ -68,6 +71,7 @@ def add_adapters(model: nn.Module, settings: BaselineSettings, seed: int) -> Ada
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(id(parameter) not in own)
         if parameter.requires_grad:
+            parameter.data = parameter.data.to(ADAPTER_DTYPE)
             added[name] = parameter
     dropouts = [
         module

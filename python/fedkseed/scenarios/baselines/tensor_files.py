@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ def read_into(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Gives the tensors of these names the values in the file, which may hold more.
 
     Raises:
-        ValueError: it does not hold one of them with this shape and dtype; names it.
-        SafetensorError, OSError: it cannot be read.
+        ValueError: it does not hold one of them with this shape and dtype, which is named, or is damaged.
+        OSError: it cannot be opened.
     """
     with opened(path) as file:
         known = set(file.keys())
@@ -57,7 +57,7 @@ def average_into(tensors: Mapping[str, torch.Tensor], paths: Sequence[Path], sha
     Tensor by tensor, so that no second model is held; added in the order of the files.
 
     Raises:
-        SafetensorError, OSError: a file cannot be read.
+        ValueError, OSError: as `opened`.
     """
     whole = sum(shares)
     with ExitStack() as stack:
@@ -69,14 +69,20 @@ def average_into(tensors: Mapping[str, torch.Tensor], paths: Sequence[Path], sha
             tensor.copy_(total)
 
 
-def opened(path: Path) -> Any:
-    """The file, for reading tensors one by one: a context manager of safetensors.
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A context whose value is the file, of the library's class, for reading tensors one by one.
 
     Raises:
         MissingExtraError: safetensors is not installed.
-        SafetensorError, OSError: it is no such file.
+        ValueError: it is not whole, or no such file.
+        OSError: it cannot be opened.
     """
     require_extra("hf", "safetensors")
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    return safe_open(path, "pt")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"expected a whole safetensors file at {path}, got: {error}") from error

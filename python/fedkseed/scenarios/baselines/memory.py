@@ -1,0 +1,70 @@
+"""The memory of a run of another method than FedKSeed, planned by shapes before it starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fedkseed.scenarios.baselines.lora import ADAPTER_DTYPE, num_adapter_weights
+from fedkseed.scenarios.baselines.settings import FIRST_ORDER
+from fedkseed.scenarios.settings import RunSettings
+from fedkseed.simulation.memory_plan import BatchShape, RunPlan, plan
+from fedkseed.storage import Inplace
+from fedkseed.storage.auto import suited
+from fedkseed.storage.interface import SIXTEEN_BIT
+
+#: What only FedKSeed holds: it rebuilds a model from w0.
+_OF_FEDKSEED = ("w0", "the round's model")
+#: Tensors of the size of what is tuned that an optimizer keeps.
+_STATES = {"sgd": 0, "adam": 2, "adamw": 2}
+
+
+def plan_baseline(
+    model: nn.Module,
+    settings: RunSettings,
+    *,
+    device: torch.device,
+    train: Sequence[BatchShape],
+    evaluations: Sequence[BatchShape],
+    file_bytes: int,
+) -> RunPlan:
+    """What the run takes, and what is free now; arguments as those of `fedkseed.simulation.memory_plan.plan`.
+
+    Raises:
+        ModelError: as `num_adapter_weights`.
+    """
+    baseline, storage = settings.baseline, settings.federation.storage
+    is_first_order = baseline.method in FIRST_ORDER
+    tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if is_first_order:
+        storage = Inplace()
+    elif storage == "auto":
+        is_short = any(parameter.dtype in SIXTEEN_BIT for parameter in tuned)
+        storage = suited(is_short, device.type == "cpu", ledger_counts=False)
+    found = plan(
+        model,
+        storage,
+        device=device,
+        train=train,
+        evaluations=evaluations,
+        file_bytes=file_bytes,
+        autocast=settings.autocast == "bfloat16",
+    )
+    size = sum(parameter.numel() * parameter.itemsize for parameter in tuned)
+    added = {}
+    if baseline.method == "fedit":
+        size = num_adapter_weights(model, baseline.lora_rank) * ADAPTER_DTYPE.itemsize
+        added["adapters"] = size
+    if is_first_order:
+        added["gradients"] = size
+        added["the optimizer's state"] = size * _STATES[baseline.first_order_optimizer]
+    places = []
+    for place in found.places:
+        parts = {name: part for name, part in place.parts.items() if name not in _OF_FEDKSEED}
+        is_own = torch.device(place.place) == device
+        places.append(dataclasses.replace(place, parts={**parts, **added} if is_own else parts))
+    note = ["Not planned: what a backward pass keeps of the largest batch"] if is_first_order else []
+    return RunPlan(places, [*found.notes, *note])
