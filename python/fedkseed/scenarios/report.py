@@ -22,6 +22,9 @@ from fedkseed.simulation.run_folder import BASELINE, BEST, LEDGER, METRICS
 from fedkseed.simulation.simulation import RoundResult
 from fedkseed.storage import StorageOptions
 
+#: What the model is called that is taken if none is named.
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+
 _COLUMNS = (
     ("round", 5),
     ("train loss", 10),
@@ -39,7 +42,7 @@ _TRUST = " --trust-remote-code"
 
 def model_name(settings: RunSettings) -> str:
     """What the model is called in texts."""
-    return settings.model or "SmolLM2-135M-Instruct"
+    return settings.model or DEFAULT_MODEL
 
 
 def data_name(settings: RunSettings) -> str:

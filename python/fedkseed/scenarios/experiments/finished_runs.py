@@ -1,0 +1,380 @@
+"""Finished runs as their folders keep them: scores, costs and curves, read within bounds and checked."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkseed.documents import DocumentError, read_json, read_toml, shown
+from fedkseed.scenarios.report import DEFAULT_MODEL, resume_line
+from fedkseed.simulation.round_log import check_timings, read_rounds
+from fedkseed.simulation.run_folder import METRICS, SETTINGS, TIMINGS, RunFolderError
+
+SUMMARY = "summary.json"
+#: What the runner of a sweep keeps of it, in the folder above those of its variants.
+SWEEP = "scenario.toml"
+#: Bytes of a summary: some thousand clients. Bytes of the lines of all rounds: some ten thousand of them.
+_MAX_SUMMARY, _MAX_LINES = 2 << 20, 12 << 20
+_SEED_FOLDER = re.compile(r"seed-\d+")
+_MAX_SHOWN_DIGEST = 128
+
+#: Estimate, low end and high end.
+Bounds = tuple[float, float, float]
+
+#: Scores of answers and losses, in the order of tables; a run has those of its kind of rows.
+INSTRUCTION_SCORES = ("held_out_loss", "unseen_loss", "rouge_l", "paper_rouge", "exact_match")
+#: What a round may have scored, drawn over rounds.
+CURVES = ("train_loss", "held_out_loss", "accuracy", "rouge_l", "paper_rouge", "exact_match")
+PHASES = ("rebuild", "reset", "local", "evaluation")
+
+
+class ComparisonError(ValueError):
+    """Runs that cannot be compared, or a folder without a finished run."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What one run came to.
+
+    Attributes:
+        folder: of the run.
+        variant: name of the sweep's variant; empty of a run by itself.
+        settings: by name, files by their names alone.
+        kind: of the rows, "instructions" or "classification".
+        data: name of the data.
+        rows: digest of its rows.
+        machine: processor and numbers of the model, by name.
+        scores: of the tuned model, by name.
+        untuned: the same of what needs no training, by its name.
+        intervals: 95 % intervals of scores, by the names of the scores.
+        costs: bytes, seconds, forward passes and memory, by name.
+        curve: of each round, what came before it and it has cost, and its scores; None where there is none.
+    """
+
+    folder: Path
+    variant: str
+    settings: Mapping[str, Any]
+    kind: str
+    data: str
+    rows: str
+    machine: Mapping[str, Any]
+    scores: Mapping[str, float]
+    untuned: Mapping[str, Mapping[str, float]]
+    intervals: Mapping[str, Bounds]
+    costs: Mapping[str, float]
+    curve: tuple[Mapping[str, float | None], ...]
+
+    @property
+    def seed(self) -> int:
+        """The base seed of the run."""
+        seed: int = self.settings["seed"]
+        return seed
+
+
+def find_runs(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """(folder of a run, its variant) of each run at these places, each folder once.
+
+    Args:
+        paths: folders of runs, of a sweep's variants, or of sweeps.
+
+    Raises:
+        ComparisonError: a place without a run.
+    """
+    found: dict[Path, str] = {}
+    for path in paths:
+        runs = list(_runs_at(path))
+        if not runs:
+            raise ComparisonError(
+                f"expected the folder of a run, or of a sweep with VARIANT/seed-N in it, got {path} without "
+                "either; name the folder that `fedkseed simulate --out` or `fedkseed scenarios run --out` had"
+            )
+        for run in runs:
+            is_swept = _SEED_FOLDER.fullmatch(run.resolve().name) is not None
+            found.setdefault(run, run.resolve().parent.name if is_swept else "")
+    return list({path.resolve(): (path, variant) for path, variant in found.items()}.values())
+
+
+def _runs_at(path: Path) -> Iterator[Path]:
+    if any((path / name).is_file() for name in (SETTINGS, SUMMARY, METRICS)):
+        yield path
+    elif path.is_dir():
+        names = list(sweep_variants(path))
+        variants = [entry for entry in path.iterdir() if entry.is_dir()]
+        place = {name: number for number, name in enumerate(names)}
+        variants.sort(key=lambda entry: (place.get(entry.name, len(place)), entry.name))
+        for folder in (path, *variants):
+            seeds = [entry for entry in folder.iterdir() if _SEED_FOLDER.fullmatch(entry.name)]
+            yield from sorted(seeds, key=lambda entry: int(entry.name.partition("-")[2]))
+
+
+def sweep_variants(folder: Path) -> dict[str, str]:
+    """The titles of a sweep's variants by their names, in its order; none where no sweep is described.
+
+    Raises:
+        ComparisonError: the description is damaged.
+    """
+    path = folder / SWEEP
+    if not path.is_file():
+        return {}
+    try:
+        variants = read_toml(path).get("variants", {})
+    except (OSError, DocumentError) as error:
+        raise ComparisonError(f"expected the description of a sweep in {path}, got: {error}") from error
+    if not isinstance(variants, dict) or not all(isinstance(entry, dict) for entry in variants.values()):
+        raise ComparisonError(f"expected [variants.NAME] tables in {path}, got {shown(variants)}")
+    return {name: str(entry.get("title", "")) for name, entry in variants.items()}
+
+
+def read_run(folder: Path, variant: str = "") -> FinishedRun:
+    """One finished run.
+
+    Args:
+        folder: of the run.
+        variant: its name in a sweep.
+
+    Raises:
+        ComparisonError: not finished, without what is compared, or damaged; says what to do.
+    """
+    try:
+        planned = _object(read_json(folder / SETTINGS), folder / SETTINGS)
+        if not (folder / SUMMARY).is_file():
+            raise _unfinished(folder, variant, planned, "no summary")
+        summary = _Entry(read_json(folder / SUMMARY, max_bytes=_MAX_SUMMARY), folder / SUMMARY)
+        metrics = list(read_rounds(folder / METRICS, max_bytes=_MAX_LINES)) if _has_rounds(folder) else []
+        timings = _timings(folder, len(metrics))
+    except (OSError, DocumentError, RunFolderError) as error:
+        raise ComparisonError(f"expected the files of a finished run in {folder}, got: {error}") from error
+    num_rounds = summary["settings"].count("num_rounds")
+    if len(metrics) != num_rounds or planned.get("num_rounds") != num_rounds:
+        of = f"{len(metrics)} rounds of {shown(planned.get('num_rounds'))}, a summary of {num_rounds}"
+        raise _unfinished(folder, variant, planned, of)
+    return _run(folder, variant, summary, metrics, timings)
+
+
+def _has_rounds(folder: Path) -> bool:
+    """Whether any round has been run: a run of none writes no lines."""
+    return (folder / METRICS).exists()
+
+
+def _timings(folder: Path, num_rounds: int) -> list[dict[str, Any]]:
+    if not num_rounds:
+        return []
+    found = []
+    for row in read_rounds(folder / TIMINGS, check_timings, num_rounds=num_rounds):
+        missing = [name for name in PHASES if f"seconds_{name}" not in row]
+        if missing:
+            raise RunFolderError(f"{folder / TIMINGS} has no seconds_{missing[0]} of round {row['round']}")
+        found.append(row)
+    return found
+
+
+def _unfinished(folder: Path, variant: str, planned: Mapping[str, Any], what: str) -> ComparisonError:
+    line = resume_line(folder, trust_remote_code=planned.get("trust_remote_code") is True, moved={})
+    sweep = " (or the command that began the sweep)" if variant else ""
+    return ComparisonError(
+        f"expected a finished run in {folder}, got one with {what}; this goes on with it: {line}{sweep}"
+    )
+
+
+def _object(value: Any, path: Path) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DocumentError(f"{path} holds {shown(value)} in place of an object")
+    return value
+
+
+class _Entry:
+    """A value of a summary with its place in it, asked for parts that have to be of a type."""
+
+    def __init__(self, value: Any, path: Path, place: str = "") -> None:
+        self._value, self._path, self._place = value, path, place
+
+    def error(self, expected: str, name: str = "") -> ComparisonError:
+        """An error that says what was expected of a part, and what is there."""
+        place = ".".join(part for part in (self._place, name) if part) or "the whole"
+        return ComparisonError(
+            f"expected {expected} at {place} of {self._path}, got {shown(self._got(name))}; the file is "
+            "damaged or of another version: run it anew"
+        )
+
+    def _got(self, name: str) -> Any:
+        if not name:
+            return self._value
+        return self._value.get(name, "nothing") if isinstance(self._value, dict) else self._value
+
+    def __contains__(self, name: str) -> bool:
+        return isinstance(self._value, dict) and self._value.get(name) is not None
+
+    def __getitem__(self, name: str) -> _Entry:
+        found = self._value.get(name) if isinstance(self._value, dict) else None
+        if not isinstance(found, dict):
+            raise self.error("an object", name)
+        return _Entry(found, self._path, f"{self._place}.{name}" if self._place else name)
+
+    def items(self) -> dict[str, Any]:
+        """All of an object, values that are texts, numbers, truth values or null."""
+        for name, value in self._value.items():
+            if not (value is None or isinstance(value, (str, bool, int, float))):
+                raise self.error("a text, a number, true, false or null", name)
+        return dict(self._value)
+
+    def text(self, name: str) -> str:
+        """A text."""
+        found = self._got(name)
+        if name not in self or not isinstance(found, str):
+            raise self.error("a text", name)
+        return found
+
+    def count(self, name: str) -> int:
+        """A number from 0 on."""
+        found = self._got(name)
+        if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < 2**63:
+            raise self.error("a count", name)
+        return found
+
+    def number(self, name: str) -> float:
+        """A number."""
+        found = self._got(name)
+        if not _is_number(found):
+            raise self.error("a number", name)
+        return float(found)
+
+    def numbers(self, name: str, length: int) -> tuple[float, ...]:
+        """A list of so many numbers."""
+        found = self._got(name)
+        if not isinstance(found, list) or len(found) != length or not all(map(_is_number, found)):
+            raise self.error(f"a list of {length} numbers", name)
+        return tuple(map(float, found))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _run(
+    folder: Path,
+    variant: str,
+    summary: _Entry,
+    metrics: Sequence[Mapping[str, Any]],
+    timings: Sequence[Mapping[str, Any]],
+) -> FinishedRun:
+    settings = summary["settings"].items()
+    summary["settings"].count("seed")
+    for name in ("data", "model", "template_file"):
+        settings[name] = _file_name(str(settings.get(name) or ""))
+    settings["model"] = settings["model"] or DEFAULT_MODEL
+    scores = summary["scores"]
+    kind = "instructions" if "before" in scores else "classification"
+    read = _instruction_scores if kind == "instructions" else _classification_scores
+    after, untuned, intervals = read(scores)
+    passes = None
+    if "forward_passes" in summary:
+        passes = summary.numbers("forward_passes", len(metrics))
+    return FinishedRun(
+        folder=folder,
+        variant=variant,
+        settings=settings,
+        kind=kind,
+        data=summary["data"].text("name"),
+        rows=summary["data"].text("rows")[:_MAX_SHOWN_DIGEST],
+        machine={
+            "processor": summary.text("processor"),
+            "num_parameters": summary["model"].count("num_parameters"),
+            "weight_bytes": summary["model"].count("weight_bytes"),
+        },
+        scores=after,
+        untuned=untuned,
+        intervals=intervals,
+        costs=_costs(summary, metrics, timings, passes),
+        curve=_curve(metrics, passes),
+    )
+
+
+def _file_name(value: str) -> str:
+    """What a setting names without the folder of this machine that it is in."""
+    return Path(value).name if Path(value).is_absolute() else value
+
+
+def _instruction_scores(
+    scores: _Entry,
+) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, Bounds]]:
+    def part(name: str) -> dict[str, float]:
+        entry = scores[name]
+        return {score: entry.number(score) for score in INSTRUCTION_SCORES if score in entry}
+
+    untuned = {"zero-shot": part("before")}
+    if "majority answer" in scores:
+        untuned["majority answer"] = part("majority answer")
+    return part("after"), untuned, {}
+
+
+def _classification_scores(
+    scores: _Entry,
+) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, Bounds]]:
+    after: dict[str, float] = {}
+    before: dict[str, float] = {}
+    majority: dict[str, float] = {}
+    intervals: dict[str, Bounds] = {}
+    parts = [part for part in ("held_out", "unseen") if part in scores]
+    if not parts:
+        raise scores.error("scores of held-out or of unseen rows")
+    for part in parts:
+        entry, rows = scores[part], scores[part]["all"]
+        prefix = "" if part == "held_out" else "unseen_"
+        before[f"{part}_loss"], after[f"{part}_loss"] = entry.numbers("loss", 2)
+        for name, side, of in (("accuracy", "after", after), ("accuracy", "before", before)):
+            bounds = _bounds(rows, side)
+            of[prefix + name] = bounds[0]
+            intervals[prefix + (name if side == "after" else "accuracy_before")] = bounds
+        intervals[prefix + "gain"] = _bounds(rows, "difference")
+        after[prefix + "gain"] = intervals[prefix + "gain"][0]
+        majority[prefix + "accuracy"] = rows.number("majority")
+        if "auc" in entry:
+            before[prefix + "auc"], after[prefix + "auc"] = entry.numbers("auc", 2)
+    return after, {"zero-shot": before, "majority answer": majority}, intervals
+
+
+def _bounds(entry: _Entry, name: str) -> Bounds:
+    estimate, low, high = entry.numbers(name, 3)
+    return estimate, low, high
+
+
+def _costs(
+    summary: _Entry,
+    metrics: Sequence[Mapping[str, Any]],
+    timings: Sequence[Mapping[str, Any]],
+    passes: Sequence[float] | None,
+) -> dict[str, float]:
+    costs: dict[str, float] = {
+        name: sum(row[name] for row in metrics) for name in ("bytes_down", "bytes_up", "num_skipped")
+    }
+    costs["num_failed"] = sum(len(row["failed"]) for row in metrics)
+    if replies := sum(len(row["clients"]) for row in metrics):
+        costs["bytes_per_client"] = (costs["bytes_down"] + costs["bytes_up"]) / replies
+    if passes is not None:
+        costs["forward_passes"] = sum(passes)
+    costs["seconds_set_up"] = summary["seconds"].number("set_up")
+    for phase in PHASES:
+        costs[f"seconds_{phase}"] = sum(row[f"seconds_{phase}"] for row in timings)
+    for place in ("process", "device"):
+        if place in summary["peak_memory"]:
+            costs[f"memory_{place}"] = summary["peak_memory"].count(place)
+    return costs
+
+
+def _curve(
+    metrics: Sequence[Mapping[str, Any]], passes: Sequence[float] | None
+) -> tuple[Mapping[str, float | None], ...]:
+    points, num_bytes, num_passes = [], 0, 0.0
+    for row in metrics:
+        num_bytes += row["bytes_down"] + row["bytes_up"]
+        found = {**row["evaluation"], "train_loss": row["train_loss"]}
+        point = {"round": row["round"] + 1, "bytes": num_bytes, **{name: found.get(name) for name in CURVES}}
+        if passes is not None:
+            num_passes += passes[row["round"]]
+            point["forward_passes"] = num_passes
+        points.append(point)
+    return tuple(points)
