@@ -94,6 +94,7 @@ def document_of(
             "name": first.data,
             "rows": {str(seed): rows for seed, rows in sorted({run.seed: run.rows for run in runs}.items())},
         },
+        "conventions": sorted({run.convention for run in runs} - {""}),
         "model": {name: first.machine[name] for name in ("num_parameters", "weight_bytes")},
         "settings": {
             name: value

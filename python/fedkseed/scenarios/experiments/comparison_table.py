@@ -56,11 +56,6 @@ _SHARES = {
     "seconds_local": "local steps s",
     "memory_process": "peak memory",
 }
-#: How forward passes are counted, in words.
-FORWARD_PASSES = (
-    "Forward passes of local steps: two for each direction of a zeroth-order step, three for a first-order "
-    "step, whose backward pass counts as two."
-)
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -218,8 +213,7 @@ def _costs_table(document: Document) -> Table:
         "Means over seeds. Bytes of all messages of a run, and both ways of one client in one round. Seconds "
         f"are wall-clock time, added up over clients, on {processors}; memory is that of the process."
     ]
-    if "forward_passes" in columns:
-        notes.append(FORWARD_PASSES)
+    notes += [f"Counted {text}." for text in document["conventions"]]
     return Table("Costs", ("", "rounds", *(_COSTS[name][0] for name in columns)), rows, tuple(notes))
 
 

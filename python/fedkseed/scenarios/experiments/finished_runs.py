@@ -48,6 +48,7 @@ class FinishedRun:
         data: name of the data.
         rows: digest of its rows.
         machine: processor and numbers of the model, by name.
+        convention: how forward passes are counted, in words; empty if they are not.
         scores: of the tuned model, by name.
         untuned: the same of what needs no training, by its name.
         intervals: 95 % intervals of scores, by the names of the scores.
@@ -62,6 +63,7 @@ class FinishedRun:
     data: str
     rows: str
     machine: Mapping[str, Any]
+    convention: str
     scores: Mapping[str, float]
     untuned: Mapping[str, Mapping[str, float]]
     intervals: Mapping[str, Bounds]
@@ -272,7 +274,7 @@ def _run(
     after, untuned, intervals = read(scores)
     passes = None
     if "forward_passes" in summary:
-        passes = summary.numbers("forward_passes", len(metrics))
+        passes = summary["forward_passes"].numbers("rounds", len(metrics))
     return FinishedRun(
         folder=folder,
         variant=variant,
@@ -285,6 +287,7 @@ def _run(
             "num_parameters": summary["model"].count("num_parameters"),
             "weight_bytes": summary["model"].count("weight_bytes"),
         },
+        convention="" if passes is None else summary["forward_passes"].text("convention"),
         scores=after,
         untuned=untuned,
         intervals=intervals,
