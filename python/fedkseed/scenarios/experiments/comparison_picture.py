@@ -52,10 +52,10 @@ def figure_of(document: Document) -> Figure:
     require_extra("plot", "matplotlib")
     from matplotlib.figure import Figure
 
-    curves = {entry["name"]: entry["curve"] for entry in document["variants"]}
-    rows = [(name, title) for choice in _ROWS for name, title in _first_drawn(choice, curves)]
+    curves = _curves(document)
+    rows = _rows(curves)
     axes_names = [name for name in _AXES if any(_points(curve, name, rows) for curve in curves.values())]
-    if not rows or not axes_names:
+    if not axes_names:
         raise ComparisonError(
             "expected runs with rounds that were scored, got none: there is nothing to draw"
         )
@@ -76,6 +76,20 @@ def figure_of(document: Document) -> Figure:
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(_LEGEND_COLUMNS, len(labels)))
     return figure
+
+
+def can_be_drawn(document: Document) -> bool:
+    """Whether any variant has a round that was scored."""
+    return bool(_rows(_curves(document)))
+
+
+def _curves(document: Document) -> dict[str, Any]:
+    return {entry["name"]: entry["curve"] for entry in document["variants"]}
+
+
+def _rows(curves: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The score of each row of the picture, and its title."""
+    return [found for choice in _ROWS for found in _first_drawn(choice, curves)]
 
 
 def _first_drawn(choice: Mapping[str, str], curves: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -17,8 +17,8 @@ from fedkseed.simulation.run_folder import METRICS, SETTINGS, TIMINGS, RunFolder
 SUMMARY = "summary.json"
 #: What the runner of a sweep keeps of it, in the folder above those of its variants.
 SWEEP = "scenario.toml"
-#: Bytes of a summary: some thousand clients. Bytes of the lines of all rounds: some ten thousand of them.
-_MAX_SUMMARY, _MAX_LINES = 2 << 20, 12 << 20
+#: Bytes of the lines of all rounds: some ten thousand of them.
+_MAX_LINES = 12 << 20
 _SEED_FOLDER = re.compile(r"seed-\d+")
 _MAX_SHOWN_DIGEST = 128
 
@@ -145,7 +145,7 @@ def read_run(folder: Path, variant: str = "") -> FinishedRun:
         planned = _object(read_json(folder / SETTINGS), folder / SETTINGS)
         if not (folder / SUMMARY).is_file():
             raise _unfinished(folder, variant, planned, "no summary")
-        summary = _Entry(read_json(folder / SUMMARY, max_bytes=_MAX_SUMMARY), folder / SUMMARY)
+        summary = _Entry(read_json(folder / SUMMARY), folder / SUMMARY)
         metrics = list(read_rounds(folder / METRICS, max_bytes=_MAX_LINES)) if _has_rounds(folder) else []
         timings = _timings(folder, len(metrics))
     except (OSError, DocumentError, RunFolderError) as error:

@@ -1,0 +1,130 @@
+"""The results in docs/experiments.md, made from committed files: `python -m benchmarks.experiments.page`.
+
+results/scenarios/NAME.json is what `fedkseed compare --json` wrote of the runs of scenario NAME, NAME.md
+beside it, if it is there, what is to be said of them; results/traffic.json is from `benchmarks.traffic`. Text
+outside of the marks is the page's own. The command also draws the pictures, docs/experiments/NAME.png.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import pages
+from benchmarks.common.places import REPOSITORY, RESULTS_FOLDER
+from fedkseed.documents import read_toml
+from fedkseed.files import write_atomically
+from fedkseed.scenarios.experiments.comparison import Document, read_document
+from fedkseed.scenarios.experiments.comparison_picture import can_be_drawn, draw_comparison
+from fedkseed.scenarios.experiments.comparison_table import Table, bytes_text, render, rendered
+
+PAGE = REPOSITORY / "docs" / "experiments.md"
+PICTURES = REPOSITORY / "docs" / "experiments"
+RESULTS = RESULTS_FOLDER / "scenarios"
+TRAFFIC = RESULTS_FOLDER / "traffic.json"
+LIBRARY = REPOSITORY / "python" / "fedkseed" / "scenarios" / "library"
+SCENARIOS_MARK = "<!-- scenarios: made by benchmarks.experiments.page from results/scenarios/ -->"
+TRAFFIC_MARK = "<!-- bytes: made by benchmarks.experiments.page from results/traffic.json -->"
+_METHODS = {"fedkseed": "FedKSeed", "fedit": "FedIT, LoRA", "fedavg": "FedAvg, all weights"}
+
+
+def library_titles() -> dict[str, str]:
+    """The scenarios that come with the package, by name, and their titles."""
+    return {path.stem: str(read_toml(path).get("title", "")) for path in sorted(LIBRARY.glob("*.toml"))}
+
+
+def measured() -> dict[str, Document]:
+    """The committed results by the names of their scenarios."""
+    return {path.stem: read_document(path) for path in sorted(RESULTS.glob("*.json"))}
+
+
+def scenarios_part(results: Mapping[str, Document], titles: Mapping[str, str]) -> str:
+    """A section of each scenario that has results, and the names of those that have none.
+
+    Args:
+        results: by the names of their scenarios.
+        titles: of all scenarios.
+    """
+    parts = [_section(name, document, titles.get(name, "")) for name, document in results.items()]
+    left = {name: title for name, title in titles.items() if name not in results}
+    if left:
+        parts.append(
+            "### Not measured yet\n\nThese can be run, and nobody has committed a result:\n\n"
+            + "\n".join(f"* `{name}`: {title}" for name, title in left.items())
+        )
+    return "\n\n".join(parts) or "Nothing has been measured yet."
+
+
+def _section(name: str, document: Document, title: str) -> str:
+    environment, settings = document["environment"], document["settings"]
+    titled = [entry for entry in document["variants"] if entry["title"]]
+    parts = [
+        f"### {name}",
+        f"{title or 'A scenario of its own file'}. Model: {settings.get('model', 'several')}, "
+        f"{document['model']['num_parameters']:,} parameters. Written on {environment['date']} by version "
+        f"{environment['fedkseed_kernels']}; to run it again: `fedkseed scenarios run {name}`.",
+    ]
+    if titled:
+        parts.append("\n".join(f"* `{entry['name']}`: {entry['title']}" for entry in titled))
+    parts.append(rendered(document, "markdown"))
+    remarks = RESULTS / f"{name}.md"
+    if remarks.is_file():
+        parts.append(remarks.read_text("utf-8").strip())
+    if can_be_drawn(document):
+        parts.append(f"![Scores of {name} over rounds, forward passes and bytes](experiments/{name}.png)")
+    return "\n\n".join(parts)
+
+
+def traffic_part(traffic: Mapping[str, Any]) -> str:
+    """The bytes of a client and round by method.
+
+    Args:
+        traffic: the content of results/traffic.json.
+    """
+    rows = []
+    for row in traffic["rows"]:
+        of_others = traffic["saved"].get(row["method"])
+        less = f"{100 * of_others[row['dtype']]:.3f} %" if of_others else "-"
+        rows.append(
+            (
+                f"{_METHODS[row['method']]}, {row['dtype']}",
+                f"{row['num_values']:,}",
+                f"{row['bytes_down']:,}",
+                f"{row['bytes_up']:,}",
+                bytes_text(row["bytes"]),
+                less,
+            )
+        )
+    title = (
+        f"Bytes of one client in one round, {traffic['model']}, K = {traffic['num_seeds']:,}, "
+        f"{traffic['num_local_steps']} local steps"
+    )
+    head = ("", "numbers", "bytes down", "bytes up", "both ways", "FedKSeed sends less by")
+    return render(Table(title, head, tuple(rows)), "markdown")
+
+
+def with_results(page: str) -> str:
+    """The page with its parts made from the committed results."""
+    page = pages.with_part(page, SCENARIOS_MARK, scenarios_part(measured(), library_titles()))
+    traffic = traffic_part(json.loads(TRAFFIC.read_bytes())) if TRAFFIC.exists() else "Not measured yet."
+    return pages.with_part(page, TRAFFIC_MARK, traffic)
+
+
+def picture_of(name: str) -> Path:
+    """The file of a scenario's picture."""
+    return PICTURES / f"{name}.png"
+
+
+def main() -> None:
+    """Draws the pictures and writes the results into the page."""
+    for name, document in measured().items():
+        if can_be_drawn(document):
+            PICTURES.mkdir(exist_ok=True)
+            draw_comparison(document, picture_of(name))
+    write_atomically(PAGE, with_results(PAGE.read_text("utf-8")).encode())
+
+
+if __name__ == "__main__":
+    main()
