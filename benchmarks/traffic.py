@@ -121,7 +121,7 @@ def measure(load: Callable[[torch.dtype], nn.Module], num_seeds: int, num_steps:
 
 
 def saved(rows: list[Row], method: str) -> dict[str, float]:
-    """By how much FedKSeed's bytes are fewer than a method's, a share of those, for each dtype."""
+    """The share of a method's bytes that FedKSeed does without, for each dtype."""
     found = {(row["method"], row["dtype"]): row["bytes"] for row in rows}
     return {dtype: 1 - found["fedkseed", dtype] / found[method, dtype] for dtype in DTYPES}
 

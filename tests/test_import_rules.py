@@ -66,8 +66,10 @@ BENCHMARKS = {
     "server": SHARED,
     "machine_code": SHARED,
     "gpu": (*SHARED, "step"),
+    "experiments": SHARED,
     "sentiment_prompts": SHARED,
     "speed_page": (*SHARED, "kernels", "step"),
+    "traffic": SHARED,
 }
 RULES = {"fedkseed_kernels": KERNELS, "fedkseed": FEDKSEED, "benchmarks": BENCHMARKS}
 # What a package may take of the others: fedkseed_kernels by its public names alone.

@@ -1,8 +1,9 @@
 """The results in docs/experiments.md, made from committed files: `python -m benchmarks.experiments.page`.
 
-results/scenarios/NAME.json is what `fedkseed compare --json` wrote of the runs of scenario NAME, NAME.md
-beside it, if it is there, what is to be said of them; results/traffic.json is from `benchmarks.traffic`. Text
-outside of the marks is the page's own. The command also draws the pictures, docs/experiments/NAME.png.
+results/scenarios/NAME.json is what `fedkseed compare --json` wrote of the runs of scenario NAME; a Markdown
+file of the same name beside it, if it is there, says what is to be said of them; results/traffic.json is from
+`benchmarks.traffic`. Text outside of the marks is the page's own. The command also draws the pictures,
+docs/experiments/NAME.png.
 """
 
 from __future__ import annotations
@@ -84,12 +85,15 @@ def traffic_part(traffic: Mapping[str, Any]) -> str:
         traffic: the content of results/traffic.json.
     """
     rows = []
-    for row in traffic["rows"]:
+    # What FedKSeed sends is the same for every dtype of the weights.
+    shown = [row for row in traffic["rows"] if row["method"] != "fedkseed"]
+    ours = next(row for row in traffic["rows"] if row["method"] == "fedkseed")
+    for row in (ours, *shown):
         of_others = traffic["saved"].get(row["method"])
         less = f"{100 * of_others[row['dtype']]:.3f} %" if of_others else "-"
         rows.append(
             (
-                f"{_METHODS[row['method']]}, {row['dtype']}",
+                _METHODS[row["method"]] + (f", {row['dtype']}" if of_others else ""),
                 f"{row['num_values']:,}",
                 f"{row['bytes_down']:,}",
                 f"{row['bytes_up']:,}",

@@ -274,7 +274,7 @@ def _untuned_row(name: str, kind: str, runs: Mapping[int, FinishedRun]) -> Docum
 
 
 def _spreads(found: Sequence[Mapping[str, float]]) -> dict[str, Document]:
-    """Of each name that all runs have: mean, standard deviation (null of one run) and the values."""
+    """Mean, standard deviation (null of one run) and values of each name that all runs have."""
     names = [name for name in found[0] if all(name in values for values in found)] if found else []
     return {name: _spread([values[name] for values in found]) for name in names}
 
