@@ -65,8 +65,8 @@ all-weights       2              16     2.00 MB     800 B             500 kB    
         """     1.00     0.50          4.00       123 MB
 ours              2              16     1.20 kB     800 B              500 B      1.50           20.0  """
         """     1.00     0.50          4.00       123 MB
-Means over seeds. Bytes of all messages of a run, and both ways of one client in one round. Seconds are wall-
-clock time, added up over clients, on a processor, 1 threads; memory is that of the process.
+Means over seeds. Bytes of all messages of a run, and both ways of one client in one round. Seconds are
+wall-clock time, added up over clients, on a processor, 1 threads; memory is that of the process.
 Counted forward passes of a batch: two a direction.
 
 Scores less those of all-weights

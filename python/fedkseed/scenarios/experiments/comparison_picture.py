@@ -44,7 +44,7 @@ def draw_comparison(document: Document, target: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         ComparisonError: no variant has a round that was scored.
     """
-    figure_of(document).savefig(target, dpi=150)
+    figure_of(document).savefig(target, dpi=110)
 
 
 def figure_of(document: Document) -> Figure:
@@ -61,13 +61,13 @@ def figure_of(document: Document) -> Figure:
         )
     size = (_WIDTH * len(axes_names), _HEIGHT * len(rows) + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(rows), len(axes_names), squeeze=False)
+    grid = figure.subplots(len(rows), len(axes_names), squeeze=False, sharey="row")
     for (score, title), line in zip(rows, grid, strict=True):
+        line[0].set_ylabel(title)
         for axis, axes in zip(axes_names, line, strict=True):
             for number, (name, curve) in enumerate(curves.items()):
                 _draw(axes, curve, axis, score, name, number)
             axes.set_xlabel(_AXES[axis])
-            axes.set_ylabel(title)
             if axis == "bytes":
                 axes.set_xscale("log")
             elif axis == "round":
@@ -113,7 +113,8 @@ def _draw(axes: Axes, curve: Mapping[str, Any], axis: str, score: str, name: str
         for x, mean, sd in zip(curve.get(axis, ()), found["mean"], found["sd"], strict=False)
         if mean is not None and (x or axis != "bytes")
     ]
-    # A variant without points keeps its place in the legend.
+    if not known:
+        return
     xs, means, spreads = ([point[part] for point in known] for part in range(3))
     axes.plot(xs, means, color=colour, marker=marker, markersize=3.5, linewidth=1.3, label=name)
     if any(spreads):

@@ -102,7 +102,7 @@ def render(table: Table, style: Style = "text") -> str:
         return "\n".join([*lines, *(f"\n{note}" for note in table.notes)])
     widths = [max(map(len, column)) for column in zip(table.head, *table.rows, strict=True)]
     lines = [table.title, _aligned(table.head, widths), "  ".join("-" * width for width in widths)]
-    notes = (textwrap.fill(note, _WIDTH) for note in table.notes)
+    notes = (textwrap.fill(note, _WIDTH, break_on_hyphens=False) for note in table.notes)
     return "\n".join([*lines, *(_aligned(row, widths) for row in table.rows), *notes])
 
 
