@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from fedkseed.simulation.run_folder import RunFolder
 
 _RUNS = Path("runs")
-#: What may differ from the run's beginning when it is resumed.
-_FREE = ("workers", "worker_timeout", "device", "trust_remote_code")
-#: Where what a run was begun with lies by now; that it is the same is checked.
-_MOVED = ("model", "data", "template_file")
 
 
 def add(
@@ -80,12 +76,13 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
+    from fedkseed.scenarios.launch import findable, with_data
     from fedkseed.scenarios.settings import given_values
     from fedkseed.simulation.run_folder import RunFolder
 
     values = given_values(flags, quick=options.quick, toml=options.config)
-    values = {name: _findable(name, value) for name, value in values.items()}
-    settings, data = _with_data(values)
+    values = {name: findable(name, value) for name, value in values.items()}
+    settings, data = with_data(values)
     with RunFolder.start(options.out) if options.out else _start_free() as folder:
         try:
             folder.write_settings(settings.values())
@@ -96,11 +93,11 @@ def _start(options: argparse.Namespace, flags: dict[str, Any]) -> int:
 
 
 def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
-    from fedkseed.scenarios.options import SettingsError, checked_values
-    from fedkseed.scenarios.settings import OPTIONS
-    from fedkseed.simulation.run_folder import SETTINGS, RunFolder
+    from fedkseed.scenarios.launch import FREE, MOVED, findable, kept_values, with_data
+    from fedkseed.scenarios.options import SettingsError
+    from fedkseed.simulation.run_folder import RunFolder
 
-    allowed = (*_FREE, *_MOVED)
+    allowed = (*FREE, *MOVED)
     given = sorted(name for name, value in flags.items() if value is not None and name not in allowed)
     if given or options.quick or options.config or options.out:
         raise SettingsError(
@@ -109,43 +106,14 @@ def _resume(options: argparse.Namespace, flags: dict[str, Any]) -> int:
             f"got {', '.join(given) or '--quick, --config or --out'}"
         )
     with RunFolder.reopen(options.resume) as folder:
-        values = checked_values(folder.read_settings(), OPTIONS, str(folder.path / SETTINGS))
-        values.setdefault("autocast", "off")  # version 0.1 knew no other
-        changed = {name: _findable(name, value) for name, value in flags.items() if value is not None}
-        values.update(changed)
-        # What lies in a folder may be of anybody: code that it names is trusted by a flag alone.
-        values["trust_remote_code"] = bool(flags["trust_remote_code"])
-        settings, data = _with_data(values)
-        moved = {name: value for name, value in changed.items() if name in _MOVED}
+        changed = {name: findable(name, value) for name, value in flags.items() if value is not None}
+        settings, data = with_data(kept_values(folder, changed))
+        moved = {name: value for name, value in changed.items() if name in MOVED}
         return _run(settings, data, folder, options.tensorboard, moved)
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _findable(name: str, value: Any) -> Any:
-    """The setting as it is kept: a path as it is found from any folder, where the run may go on."""
-    from fedkseed.data.models import is_local
-    from fedkseed.scenarios.presets import BUILT_IN
-
-    if name == "data" and value in BUILT_IN:
-        return value
-    is_path = name == "model" and value and is_local(value)
-    is_path = is_path or (name in ("data", "template_file") and Path(value).expanduser().exists())
-    return str(Path(value).expanduser().resolve()) if is_path else value
-
-
-def _with_data(values: Mapping[str, Any]) -> tuple[RunSettings, FederatedData | None]:
-    """The settings of a run and its rows; some settings follow from how many clients there are."""
-    from fedkseed.scenarios.built_in import load_data, num_clients
-    from fedkseed.scenarios.settings import RunSettings
-    from fedkseed.seeds import MAX_CLIENTS
-
-    # What is wrong whatever the data are is refused before they are read.
-    seed = RunSettings.of(values, MAX_CLIENTS).federation.seed
-    data = load_data(values, seed)
-    return RunSettings.of(values, num_clients(data)), data
 
 
 def _run(

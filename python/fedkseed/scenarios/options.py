@@ -111,6 +111,36 @@ def checked_values(found: Mapping[str, Any], options: Mapping[str, Option], wher
     return values
 
 
+def parsed_values(texts: Iterable[str], options: Mapping[str, Option], where: str) -> dict[str, Any]:
+    """The settings of texts KEY=VALUE, a value as a flag takes it; of a switch true or false.
+
+    Raises:
+        SettingsError: another form, a value that is none of the option's type, or see `checked_values`.
+    """
+    named = {name: option for option in options.values() for name in (option.name, *option.old_names)}
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise SettingsError(f"expected {where} KEY=VALUE, got {_shortened(text)}")
+        if name in found:
+            raise SettingsError(f"expected {where} {name} once, got it twice")
+        found[name] = _parsed(value, named[name], where) if name in named else value
+    return checked_values(found, options, where)
+
+
+def _parsed(text: str, option: Option, where: str) -> Any:
+    if option.type is bool:
+        return {"true": True, "false": False}.get(text.lower(), text)  # other texts are refused as such
+    try:
+        return option.type(text)
+    except ValueError:
+        raise SettingsError(
+            f"expected {option.name} in {where} as {option.type.__name__}, got {_shortened(text)}"
+        ) from None
+
+
 def nearest(name: Any, known: Iterable[str]) -> str:
     """A hint at the nearest known name, "" if none is near."""
     close = difflib.get_close_matches(str(name)[:64], list(known), n=1)

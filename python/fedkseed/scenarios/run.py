@@ -210,10 +210,11 @@ def run(
         "peak_memory": peaks(device),
         "seconds": {"set_up": set_up, "run": perf_counter() - start - set_up},
     }
-    write_atomically(folder.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     if rounds and importlib.util.find_spec("matplotlib"):
         bench.draw(folder.path / PICTURE, rounds, summary["scores"], summary["model"]["weight_bytes"])
         print(f"\nA picture of the run: {folder.path / PICTURE}")
+    # The last file: where it is, the run is finished.
+    write_atomically(folder.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     print(end_text(folder.path, source.name, bench.table(before, after), summary, bench.asking.template))
     return summary
 

@@ -1,0 +1,116 @@
+"""`fedkseed scenarios`: experiments that come with the package, or of one's own, as sweeps that go on."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedkseed.scenarios.experiments.scenario import Scenario
+
+#: Flags that are settings of every run.
+_SETTINGS = ("data", "model", "device", "workers")
+_RUNS = Path("runs")
+
+
+def add(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], parents: list[argparse.ArgumentParser]
+) -> None:
+    """Adds the subcommand."""
+    from fedkseed.scenarios.options import add_flags
+    from fedkseed.scenarios.settings import OPTIONS
+
+    parser = commands.add_parser(
+        "scenarios",
+        help="experiments: list, show and run them",
+        description="Lists the scenarios that come with the package: runs of several methods or settings on "
+        "the same rows, with several seeds. Each is a TOML file; one of your own runs alike.",
+    )
+    parser.set_defaults(run=_list)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
+    show = actions.add_parser("show", parents=parents, help="print a scenario's file")
+    show.add_argument("name", help="a scenario's name, or a TOML file", metavar="NAME")
+    show.set_defaults(run=_show)
+    run = actions.add_parser(
+        "run",
+        parents=parents,
+        help="run a scenario, or go on with it",
+        description="Runs every variant with every seed, a folder each: OUT/VARIANT/seed-N. Finished runs "
+        "are skipped, started ones go on: the same command goes on after a kill, and on another day.",
+    )
+    run.add_argument("name", help="a scenario's name, or a TOML file", metavar="NAME")
+    run.add_argument("--out", type=Path, help="folder of the runs (runs/NAME)", metavar="DIR")
+    run.add_argument("--only", help="these variants alone", metavar="VARIANT,...")
+    run.add_argument("--seeds", help="these base seeds in place of the scenario's", metavar="SEED,...")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        help="a setting of every run, before those of the file; may be repeated",
+        metavar="KEY=VALUE",
+    )
+    add_flags(run.add_argument_group("settings of every run"), [OPTIONS[name] for name in _SETTINGS], {})
+    run.set_defaults(run=_run)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from fedkseed.scenarios.experiments.scenario import Scenario, library
+
+    found = {name: Scenario.read(path) for name, path in library().items()}
+    width = max(map(len, found))
+    for name, scenario in found.items():
+        print(f"{name:{width}}  {scenario.title}" + (" (needs --data)" if scenario.needs else ""))
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from fedkseed.scenarios.experiments.scenario import Scenario, file_of
+
+    path = file_of(options.name)
+    Scenario.read(path)  # whole, or refused
+    print(path.read_text("utf-8"), end="")
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from fedkseed.scenarios.experiments.runner import Sweep
+
+    scenario = _asked(options)
+    out = options.out or _RUNS / scenario.name
+    sweep = Sweep(scenario, out.resolve())
+    try:
+        failed = sweep.run()
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. The same command goes on in {sweep.out}", file=sys.stderr)
+        return 130
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
+    return 2 if failed else 0
+
+
+def _asked(options: argparse.Namespace) -> Scenario:
+    """The scenario with what the flags change.
+
+    Raises:
+        SettingsError: flags that cannot stand, or data that the user has to name.
+    """
+    from fedkseed.scenarios.experiments.scenario import Scenario, file_of
+    from fedkseed.scenarios.options import SettingsError, parsed_values
+    from fedkseed.scenarios.settings import OPTIONS
+
+    scenario = Scenario.read(file_of(options.name))
+    given = parsed_values(options.set, OPTIONS, "--set")
+    if "seed" in given:
+        raise SettingsError("expected --seeds in place of --set seed")
+    given.update({name: value for name in _SETTINGS if (value := getattr(options, name)) is not None})
+    scenario = scenario.changed(given)
+    if scenario.needs and "data" not in scenario.settings:
+        raise SettingsError(f"expected --data with the scenario {scenario.name}: {scenario.needs}")
+    only = options.only.split(",") if options.only else []
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else []
+    except ValueError:
+        raise SettingsError(f"expected --seeds as integers, got {options.seeds[:80]!r}") from None
+    return scenario.limited(only, seeds)

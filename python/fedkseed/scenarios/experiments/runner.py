@@ -1,0 +1,142 @@
+"""The runs of a scenario, one after the other in this process: a folder each, finished ones skipped.
+
+    OUT/scenario.toml      what the runs are of, as changed by the call; another scenario is refused
+    OUT/VARIANT/seed-N/    a run (`simulation.run_folder`); summary.json is the last file of a finished one
+
+The same call goes on after a kill, at the round that was under way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedkseed.documents import DocumentError, read_json
+from fedkseed.files import FolderLock, remove_leftovers, write_atomically
+from fedkseed.scenarios import run as scenario_run
+from fedkseed.scenarios.experiments.scenario import Planned, Scenario
+from fedkseed.scenarios.launch import FREE, kept_values, with_data
+from fedkseed.scenarios.options import SettingsError
+from fedkseed.simulation.run_folder import SETTINGS, RunFolder
+
+SCENARIO = "scenario.toml"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of a scenario in a folder.
+
+    Attributes:
+        scenario: with the settings, variants and seeds of this call.
+        out: the folder.
+    """
+
+    scenario: Scenario
+    out: Path
+
+    def folder_of(self, planned: Planned) -> Path:
+        """The folder of a run."""
+        return self.out / planned.variant / f"seed-{planned.seed}"
+
+    def run(self) -> list[str]:
+        """Runs what is not finished; prints as it goes.
+
+        A run that fails is told and left as it is: the next one begins.
+
+        Returns:
+            What failed, a line each.
+
+        Raises:
+            SettingsError: the folder has another scenario.
+            FolderInUseError: another process works in it.
+            DataError, FetchError, MissingExtraError: the rows cannot be had.
+            OSError: the folder cannot be written.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        with FolderLock(self.out):
+            remove_leftovers(self.out)
+            self._keep_scenario()
+            return list(self._run_all())
+
+    def _run_all(self) -> Iterator[str]:
+        runs = self.scenario.runs()
+        for number, planned in enumerate(runs, 1):
+            name = f"{planned.variant}, seed {planned.seed}"
+            folder = self.folder_of(planned)
+            done = " (finished)" if is_finished(folder) else ""
+            print(f"\n== run {number} of {len(runs)}: {name}{done}", flush=True)
+            if done:
+                continue
+            try:
+                _run(planned.values, folder)
+            except (ValueError, RuntimeError, OSError) as error:
+                print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+                yield f"{name}: {error}"
+            gc.collect()  # a model of the run before may hang in a cycle
+
+    def _keep_scenario(self) -> None:
+        """Writes the scenario, with the variants and seeds that earlier calls had.
+
+        Raises:
+            SettingsError: the folder's differs in what both have.
+        """
+        path, scenario = self.out / SCENARIO, self.scenario
+        if path.exists():
+            kept = Scenario.read(path)
+            if difference := _difference(kept, scenario):
+                raise SettingsError(
+                    f"expected the scenario that {path} keeps, got another one: {difference}; name another "
+                    "folder with --out, or give the settings that it was begun with"
+                )
+            variants = {**scenario.variants, **kept.variants}
+            seeds = tuple(dict.fromkeys((*kept.seeds, *scenario.seeds)))
+            scenario = dataclasses.replace(scenario, variants=variants, seeds=seeds)
+        write_atomically(path, scenario.text().encode())
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run's folder has a whole summary."""
+    try:
+        return isinstance(read_json(folder / scenario_run.SUMMARY), dict)
+    except (OSError, DocumentError):
+        return False
+
+
+def _run(values: Mapping[str, Any], path: Path) -> None:
+    """Begins the run of a folder, or goes on with it."""
+    if (path / SETTINGS).exists():
+        with RunFolder.reopen(path) as folder:
+            changed = {name: values[name] for name in FREE if name in values}
+            scenario_run.run(*with_data(kept_values(folder, changed)), folder)
+        return
+    settings, data = with_data(values)
+    with RunFolder.start(path) as folder:
+        try:
+            folder.write_settings(settings.values())
+            scenario_run.run(settings, data, folder)
+        except Exception:
+            folder.abandon()
+            raise
+
+
+def _difference(kept: Scenario, given: Scenario) -> str:
+    """The first setting in which two scenarios differ, "" if they agree in all that both have."""
+    tables: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
+        ("settings", kept.settings, given.settings),
+        *(
+            (f"variants.{name}", kept.variants[name].settings, variant.settings)
+            for name, variant in given.variants.items()
+            if name in kept.variants
+        ),
+    ]
+    for table, before, now in tables:
+        for name in sorted({*before, *now} - set(FREE)):
+            if before.get(name) != now.get(name):
+                begun, wanted = (f"{found.get(name, 'left out')!s:.80}" for found in (before, now))
+                return f"{name} in [{table}] is {wanted}, was {begun}"
+    return ""
