@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -76,6 +77,7 @@ def _show(options: argparse.Namespace) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from fedkseed.scenarios.experiments.runner import Sweep
+    from fedkseed.scenarios.report import command
 
     scenario = _asked(options)
     out = options.out or _RUNS / scenario.name
@@ -85,6 +87,7 @@ def _run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. The same command goes on in {sweep.out}", file=sys.stderr)
         return 130
+    print(f"\nThe runs beside each other:\n  {command()} compare {shlex.quote(str(sweep.out))}")
     for line in failed:
         print(f"failed: {line}", file=sys.stderr)
     return 2 if failed else 0

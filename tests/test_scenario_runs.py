@@ -1,0 +1,170 @@
+"""Sweeps over a scenario: a folder each run, gone on with after a kill, the same bytes as without one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.running import wait_for
+from support.tiny_runs import SHORT, dolly_rows, write_lines, write_llama
+
+from fedkseed import cli
+from fedkseed.scenarios import run as scenario_run
+from fedkseed.scenarios.experiments.runner import SCENARIO
+from fedkseed.simulation.run_folder import BEST, CLIENTS, LEDGER, METRICS, SETTINGS
+
+RUNS = [f"{variant}/seed-{seed}" for seed in (1, 2) for variant in ("fedkseed", "pro")]
+#: Of a finished run, what a kill must not change.
+SAME = (METRICS, LEDGER, BEST, CLIENTS, SETTINGS, "server.state", "fedkseed.json")
+#: Of a summary, what differs from run to run.
+APART = ("seconds", "peak_memory")
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, data and a scenario of four runs."""
+    monkeypatch.chdir(tmp_path)
+    write_llama(Path("model"))
+    write_lines(Path("dolly.jsonl"), dolly_rows(90, ("closed_qa", "open_qa", "summarization")))
+    settings = "".join(f"{name} = {value}\n" for name, value in SHORT.items())
+    Path("tiny.toml").write_text(
+        f'title = "A tiny sweep"\nneeds = "rows"\nseeds = [1, 2]\n[settings]\n{settings}\n'
+        '[variants.fedkseed]\n[variants.pro]\nsampling = "pro"\n'
+    )
+    return tmp_path
+
+
+def sweep(*more: str) -> int:
+    return cli.main(["scenarios", "run", "tiny.toml", "--model", "model", "--data", "dolly.jsonl", *more])
+
+
+def content(out: Path) -> dict[str, Any]:
+    """What has to be the same in every sweep, file by file."""
+    found: dict[str, Any] = {}
+    for run in RUNS:
+        found.update({f"{run}/{name}": (out / run / name).read_bytes() for name in SAME})
+        summary = json.loads((out / run / "summary.json").read_text())
+        found[f"{run}/summary"] = {name: value for name, value in summary.items() if name not in APART}
+    return found
+
+
+def test_a_sweep_that_is_interrupted_goes_on_to_the_same_bytes(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep("--out", "whole") == 0
+    printed = capsys.readouterr().out
+    heads = [line for line in printed.splitlines() if line.startswith("== ")]
+    assert heads == [
+        "== run 1 of 4: fedkseed, seed 1",
+        "== run 2 of 4: pro, seed 1",
+        "== run 3 of 4: fedkseed, seed 2",
+        "== run 4 of 4: pro, seed 2",
+    ]
+    assert printed.endswith(f"compare {here.resolve() / 'whole'}\n")
+
+    rows: list[str] = []
+    original = scenario_run.round_row
+
+    def row(result: Any) -> str:
+        rows.append(original(result))
+        if len(rows) == 3:  # the second run's first round is in the folder
+            raise KeyboardInterrupt
+        return rows[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scenario_run, "round_row", row)
+        assert sweep("--out", "cut") == 130
+    capsys.readouterr()
+    assert not (here / "cut" / RUNS[1] / "summary.json").exists()
+    assert not (here / "cut" / RUNS[2]).exists()
+    assert sweep("--out", "cut") == 0
+    printed = capsys.readouterr().out
+    assert "== run 1 of 4: fedkseed, seed 1 (finished)\n" in printed
+    assert printed.count("Resuming") == 1
+    assert "after 1 rounds" in printed
+    assert content(here / "cut") == content(here / "whole")
+
+    before = {path: path.stat().st_mtime_ns for path in (here / "cut").glob("*/*/*") if path.is_file()}
+    assert sweep("--out", "cut") == 0
+    assert capsys.readouterr().out.count("(finished)") == 4
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "nothing is written anew"
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(here: Path) -> None:
+    # More steps, so that the kill finds the second run at work.
+    longer = ("--set", "num_rounds=4", "--set", "num_local_steps=20")
+    assert sweep("--out", "whole", *longer) == 0
+    command = [sys.executable, "-m", "fedkseed.cli", "scenarios", "run", "tiny.toml", "--out", "cut"]
+    command += ["--model", "model", "--data", "dolly.jsonl", *longer]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        metrics = here / "cut" / RUNS[1] / METRICS
+        wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n"))
+        process.send_signal(signal.SIGKILL)
+    assert not (here / "cut" / RUNS[1] / "summary.json").exists()
+    assert sweep("--out", "cut", *longer) == 0
+    assert content(here / "cut") == content(here / "whole")
+
+
+def test_a_run_of_a_sweep_is_that_of_simulate(here: Path) -> None:
+    assert sweep("--out", "swept", "--only", "pro", "--seeds", "2") == 0
+    flags = [text for name, value in SHORT.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    own = ["--model", "model", "--data", "dolly.jsonl", "--out", "alone", "--sampling", "pro", "--seed", "2"]
+    assert cli.main(["simulate", *own, *flags]) == 0
+    for name in SAME:
+        assert (here / "swept/pro/seed-2" / name).read_bytes() == (here / "alone" / name).read_bytes(), name
+
+
+def test_a_folder_holds_one_scenario_and_takes_more_of_it(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep("--out", "out", "--only", "fedkseed", "--seeds", "1") == 0
+    assert sweep("--out", "out", "--only", "fedkseed", "--seeds", "1", "--set", "lr=0.5") == 2
+    assert "lr in [settings] is 0.5, was left out; name another folder" in capsys.readouterr().err
+    assert sweep("--out", "out", "--only", "pro", "--seeds", "5", "--device", "cpu") == 0
+    assert sorted(path.parent.name for path in (here / "out").glob("*/*/summary.json")) == [
+        "seed-1",
+        "seed-5",
+    ]
+    assert cli.main(["scenarios", "show", f"out/{SCENARIO}"]) == 0
+    kept = capsys.readouterr().out
+    assert "seeds = [1, 5]" in kept
+    assert '[variants."fedkseed"]' in kept
+    assert '[variants."pro"]' in kept
+    Path("tiny.toml").write_text(Path("tiny.toml").read_text().replace('"pro"', '"uniform"'))
+    assert sweep("--out", "out", "--only", "pro", "--seeds", "5") == 2
+    assert "sampling in [variants.pro] is uniform, was pro" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_told_and_the_others_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = Path("tiny.toml").read_text().replace("[variants.pro]", "[variants.pro]\nclients_per_round = 9")
+    Path("tiny.toml").write_text(text)
+    assert sweep("--out", "out") == 2
+    told = capsys.readouterr().err
+    assert told.count("failed: pro, seed") == 2
+    assert "clients_per_round" in told
+    assert sorted((here / "out").glob("*/*")) == [here / "out/fedkseed/seed-1", here / "out/fedkseed/seed-2"]
+
+
+def test_a_damaged_summary_is_written_anew(here: Path) -> None:
+    assert sweep("--out", "out", "--only", "pro", "--seeds", "1") == 0
+    summary = here / "out/pro/seed-1/summary.json"
+    whole = json.loads(summary.read_text())
+    summary.write_bytes(summary.read_bytes()[:100])
+    assert sweep("--out", "out", "--only", "pro", "--seeds", "1") == 0
+    again = json.loads(summary.read_text())
+    assert {**again, **{name: whole[name] for name in APART}} == whole
