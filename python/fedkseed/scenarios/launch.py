@@ -1,4 +1,4 @@
-"""From settings by name to a run: paths made findable, rows read, the settings that a folder keeps."""
+"""The way from settings by name to a run: findable paths, rows, the settings that a folder keeps."""
 
 from __future__ import annotations
 

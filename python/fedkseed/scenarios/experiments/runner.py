@@ -46,7 +46,7 @@ class Sweep:
     def run(self) -> list[str]:
         """Runs what is not finished; prints as it goes.
 
-        A run that fails is told and left as it is: the next one begins.
+        A run that fails, of its data or later, is told and left as it is: the next one begins.
 
         Returns:
             What failed, a line each.
@@ -54,7 +54,7 @@ class Sweep:
         Raises:
             SettingsError: the folder has another scenario.
             FolderInUseError: another process works in it.
-            DataError, FetchError, MissingExtraError: the rows cannot be had.
+            MissingExtraError: a package of an extra is not installed.
             OSError: the folder cannot be written.
         """
         self.out.mkdir(parents=True, exist_ok=True)
