@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedkseed.data.architectures import choose_class
+from fedkseed._extras import require_extra
+from fedkseed.data.architectures import ModelError, choose_class
 from fedkseed.data.models import CLASSIFIERS, LANGUAGE_MODELS, find_model, is_local, loading
 
 if TYPE_CHECKING:
@@ -35,6 +37,28 @@ def load_shapes(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     evaluated: PreTrainedModel = model.eval()  # type: ignore[no-untyped-call]
+    return evaluated
+
+
+def shapes_of_config(architecture: str, config: Mapping[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    """A model on the meta device, of a class of transformers and what its config is made of.
+
+    Raises:
+        ModelError: transformers has no such model, or it does not take the config.
+        MissingExtraError: a package of the extra `hf` is not installed.
+    """
+    require_extra("hf", "transformers")
+    import transformers
+
+    found = getattr(transformers, architecture, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise ModelError(f"expected a model class of transformers, got {architecture[:80]!r}")
+    try:
+        with torch.device("meta"):
+            model: Any = found(found.config_class(**config))  # type: ignore[misc]
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(f"expected a config that {architecture} takes, got: {error}") from error
+    evaluated: PreTrainedModel = model.to(dtype).eval()
     return evaluated
 
 

@@ -39,9 +39,21 @@ _FP32_TINY, _FP32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.floa
 
 BROADCAST_OVERHEAD = _BROADCAST.size + _CLIENT.size + _CHECKSUM.size
 REPLY_OVERHEAD = _REPLY.size + _CHECKSUM.size
+
+
+def broadcast_bytes(num_seeds: int, num_steps: int) -> int:
+    """Bytes of a broadcast of so many coefficients, and of a schedule of so many steps."""
+    return BROADCAST_OVERHEAD + 4 * num_seeds + 2 * num_steps
+
+
+def reply_bytes(num_steps: int) -> int:
+    """Bytes of a reply of so many scalars."""
+    return REPLY_OVERHEAD + 4 * num_steps
+
+
 #: No message is longer; what is longer is refused by its length alone.
-MAX_BROADCAST_BYTES = BROADCAST_OVERHEAD + 4 * MAX_SEEDS + 2 * (MAX_STEPS - 1)
-MAX_REPLY_BYTES = REPLY_OVERHEAD + 4 * (MAX_STEPS - 1)
+MAX_BROADCAST_BYTES = broadcast_bytes(MAX_SEEDS, MAX_STEPS - 1)
+MAX_REPLY_BYTES = reply_bytes(MAX_STEPS - 1)
 
 
 class MessageError(ValueError):
@@ -102,7 +114,7 @@ class Broadcast:
         header = _BROADCAST.unpack_from(message)
         family, dtype, num_steps, num_seeds, round, eps, lr, base_seed, run_id = header[3:12]
         structure, content, max_abs_g = header[12:]
-        _check_length("broadcast", message, BROADCAST_OVERHEAD + 4 * num_seeds + 2 * num_steps)
+        _check_length("broadcast", message, broadcast_bytes(num_seeds, num_steps))
         _check_checksum("broadcast", message)
         _require(family < len(FAMILIES), f"a noise family below {len(FAMILIES)}", family)
         _require(dtype in DTYPES_BY_CODE, f"a dtype code out of {sorted(DTYPES_BY_CODE)}", dtype)
@@ -281,7 +293,7 @@ def read_reply_header(message: bytes) -> ReplyHeader:
     """
     _check_frame("reply", _REPLY_MAGIC, message, REPLY_OVERHEAD, MAX_REPLY_BYTES)
     header = ReplyHeader._make(_REPLY.unpack_from(message)[3:])
-    _check_length("reply", message, REPLY_OVERHEAD + 4 * header.num_steps)
+    _check_length("reply", message, reply_bytes(header.num_steps))
     _check_checksum("reply", message)
     _check_common(header.round, header.client, header.num_steps)
     _require(header.data_size >= 1, "a data size of at least 1", header.data_size)
