@@ -52,6 +52,11 @@ def add(
         help="a setting of every run, before those of the file; may be repeated",
         metavar="KEY=VALUE",
     )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="run nothing: print clients, bytes of a round, memory and an estimate of time of each variant",
+    )
     add_flags(run.add_argument_group("settings of every run"), [OPTIONS[name] for name in _SETTINGS], {})
     run.set_defaults(run=_run)
 
@@ -76,10 +81,15 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from fedkseed.scenarios.experiments.dry_run import describe
     from fedkseed.scenarios.experiments.runner import Sweep
     from fedkseed.scenarios.report import command
 
     scenario = _asked(options)
+    if options.dry_run:
+        for line in describe(scenario):
+            print(line, flush=True)
+        return 0
     out = options.out or _RUNS / scenario.name
     sweep = Sweep(scenario, out.resolve())
     try:

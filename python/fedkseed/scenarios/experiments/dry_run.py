@@ -1,0 +1,305 @@
+"""What a scenario's runs will take, told before any is begun: by shapes, counting and measured rates."""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+import fedkseed_kernels
+from fedkseed.data.federated import FederatedData, Row
+from fedkseed.data.models import is_local
+from fedkseed.data.shapes import num_positions, shapes_of_config, weight_file_bytes
+from fedkseed.federation.messages import broadcast_bytes, reply_bytes
+from fedkseed.model.manifest import Manifest
+from fedkseed.scenarios.autocast import forward_passes
+from fedkseed.scenarios.baselines import costs
+from fedkseed.scenarios.baselines.lora import num_adapter_weights
+from fedkseed.scenarios.baselines.settings import FIRST_ORDER
+from fedkseed.scenarios.built_in import instruction_tasks
+from fedkseed.scenarios.experiments.scenario import Scenario
+from fedkseed.scenarios.launch import with_data
+from fedkseed.scenarios.model_source import ModelSource
+from fedkseed.scenarios.run import make_bench
+from fedkseed.scenarios.settings import RunSettings
+from fedkseed.seeds import SeedPool
+from fedkseed.simulation.devices import choose_device, device_name
+from fedkseed.simulation.memory_plan import BatchShape, largest_batch, plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Characters that a token stands for where there is no tokenizer: usual for English text.
+CHARACTERS_A_TOKEN = 4
+
+#: Rows whose lengths stand for those of all.
+_SAMPLE = 256
+#: Seconds and sizes of a measurement: long enough to be steady, short beside reading the rows.
+_SECONDS = 0.3
+_WIDTHS = {"cpu": 1024, "cuda": 4096}
+_WEIGHTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+_TERMS = 64
+
+
+def describe(scenario: Scenario) -> Iterator[str]:
+    """Lines about one run of each variant, with the scenario's first seed.
+
+    Raises:
+        SettingsError, DataError, FetchError, ModelError, MissingExtraError: settings, rows or shapes cannot
+            be had.
+    """
+    runs = scenario.runs()
+    yield f"{scenario.title}: {len(runs)} runs; nothing is run now"
+    for planned in scenario.limited(seeds=scenario.seeds[:1]).runs():
+        settings, data = with_data(planned.values)
+        yield ""
+        yield f"{planned.variant} ({scenario.variants[planned.variant].title})"
+        yield from (f"  {line}" for line in _Outlook.of(scenario, settings, data).lines())
+
+
+@dataclass(frozen=True)
+class _Outlook:
+    """One run as it is foreseen.
+
+    Attributes:
+        settings: of the run.
+        data: its rows.
+        model: on the meta device.
+        tokenizer: of the model; None where there is its shape alone.
+        train, evaluations: the largest batches.
+        device: of the run.
+    """
+
+    settings: RunSettings
+    data: FederatedData
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    train: Sequence[BatchShape]
+    evaluations: Sequence[BatchShape]
+    device: torch.device
+
+    @classmethod
+    def of(cls, scenario: Scenario, settings: RunSettings, data: FederatedData | None) -> _Outlook:
+        """Reads shapes and lengths."""
+        shape, device = scenario.shape, choose_device(settings.device)
+        batch_size = settings.federation.batch_size
+        if shape is not None and data is not None and settings.model and not is_local(settings.model):
+            model = shapes_of_config(shape.architecture, shape.config, settings.torch_dtype)
+            rows = [row for client in data.clients for row in client.train]
+            train = [largest_batch(_estimated(rows, data, settings.max_length), batch_size)]
+            return cls(settings, data, model, None, train, (), device)
+        source = ModelSource.of(settings, data)
+        model, tokenizer = source.load_shapes()
+        train, evaluations = make_bench(settings, data, model, tokenizer).batch_shapes(batch_size)
+        data = data or instruction_tasks(tokenizer, settings.choice.template)
+        return cls(settings, data, model, tokenizer, train, evaluations, device)
+
+    @property
+    def num_rows(self) -> list[int]:
+        """Training rows of each client."""
+        return [len(client.train) for client in self.data.clients]
+
+    def lines(self) -> Iterator[str]:
+        """All that is foreseen."""
+        yield from self._clients()
+        down, up = self.bytes_of_client()
+        yield f"bytes of a client and round: {down:,} down and {up:,} up"
+        by_shape = "" if self.tokenizer else ", by the scenario's [shape]"
+        numel = Manifest.of(self.model).numel
+        yield f"{numel:,} parameters in {self.settings.dtype}, {type(self.model).__name__}{by_shape}"
+        yield from self._memory()
+        yield from self._time(numel)
+
+    def _clients(self) -> Iterator[str]:
+        data, rows = self.data, self.num_rows
+        yield (
+            f"{len(rows):,} clients, {self.settings.federation.clients_per_round:,} a round; training rows "
+            f"of a client: {min(rows):,} at least, {statistics.median(rows):,g} in the middle, "
+            f"{max(rows):,} at most"
+        )
+        held_out, unseen = (
+            sum(min(len(client.held_out), self.settings.final_rows) for client in part)
+            for part in (data.clients, data.unseen)
+        )
+        yield f"scored rows: {held_out:,} of the clients, {unseen:,} of {len(data.unseen):,} unseen ones"
+
+    def bytes_of_client(self) -> tuple[int, int]:
+        """Bytes of a round to a client and from it: whole messages of FedKSeed, else the numbers alone."""
+        config, baseline = self.settings.federation, self.settings.baseline
+        if baseline.method == "fedkseed":
+            return broadcast_bytes(config.num_seeds, config.num_local_steps), reply_bytes(
+                config.num_local_steps
+            )
+        if baseline.method in ("first-order", "zeroth-order"):
+            return 0, 0
+        if baseline.method == "fedit":
+            size = torch.float32.itemsize * num_adapter_weights(self.model, baseline.lora_rank)
+        else:
+            size = sum(weight.numel() * weight.itemsize for weight in self.model.parameters())
+        return size, size
+
+    def _memory(self) -> Iterator[str]:
+        settings = self.settings
+        local = not settings.model or is_local(settings.model)
+        planned = plan(
+            self.model,
+            settings.federation.storage,
+            device=self.device,
+            train=self.train,
+            evaluations=self.evaluations,
+            num_workers=settings.workers,
+            file_bytes=weight_file_bytes(ModelSource.of(settings, self.data).name) if local else 0,
+            autocast=settings.autocast == "bfloat16",
+        )
+        yield from planned.lines()
+        if settings.baseline.method in FIRST_ORDER:
+            yield "  Not planned: gradients, what a backward pass keeps, and the optimizer's state"
+
+    def _time(self, numel: int) -> Iterator[str]:
+        settings = self.settings
+        config, baseline = settings.federation, settings.baseline
+        pool = SeedPool(config.seed, config.num_seeds)
+        rows = [
+            {"clients": pool.sample_clients(number, len(self.num_rows), config.clients_per_round)}
+            for number in range(config.num_rounds)
+        ]
+        tokens = self._mean_tokens()
+        rates = measured_rates(
+            settings.torch_dtype,
+            settings.autocast,
+            self.device,
+            config.family,
+            min(math.ceil(config.batch_size * tokens), 4096),
+        )
+        flops = 2 * numel * tokens  # of a row's forward pass: a product and a sum for each weight and token
+        passes = sum(costs.forward_passes(settings, self.num_rows, rows))
+        parts = {"local steps": passes * config.batch_size * flops / rates.products}
+        if baseline.method not in FIRST_ORDER:
+            directions = 1 if baseline.method == "fedkseed" else baseline.directions
+            draws = 3 * directions * costs.steps_left(settings, self.num_rows, 0)  # two sides, the update
+            parts["noise of the steps"] = draws * numel / rates.perturbed
+        if baseline.method == "fedkseed":
+            parts["rebuilding"] = config.num_rounds * config.num_seeds * numel / rates.rebuilt
+        parts["losses of scored rows"] = self._num_scored() * flops / rates.products
+        named = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
+        yield f"Time on {device_name(self.device)}: about {_duration(sum(parts.values()))} ({named})"
+        yield (
+            f"  an estimate by arithmetic, answers left out: {passes:,} forward passes of "
+            f"{config.batch_size} row(s) of {tokens:,.0f} tokens; measured just now, a second: "
+            f"{rates.products / 1e9:,.0f} GFLOP of matrix products, {rates.perturbed / 1e9:,.2f} G weights "
+            f"perturbed, {rates.rebuilt / 1e9:,.2f} G weights times seeds rebuilt"
+        )
+        if self.tokenizer is None:
+            yield f"  tokens by {CHARACTERS_A_TOKEN} characters each: the tokenizer is not here"
+
+    def _num_scored(self) -> int:
+        """Rows whose loss is computed, in all rounds and before and after."""
+        settings, data = self.settings, self.data
+        rounds = settings.federation.num_rounds // settings.eval_every
+        in_rounds, at_ends = (
+            sum(min(len(client.held_out), most) for client in part)
+            for part, most in (
+                (data.clients, settings.round_rows),
+                ((*data.clients, *data.unseen), settings.final_rows),
+            )
+        )
+        return rounds * in_rounds + 2 * at_ends
+
+    def _mean_tokens(self) -> float:
+        """Tokens of a training row, by some of them."""
+        rows = [row for client in self.data.clients for row in client.train]
+        some = rows[:: max(1, len(rows) // _SAMPLE)]
+        positions = num_positions(self.model) or self.settings.max_length
+        longest = min(self.settings.max_length, positions)
+        if self.tokenizer is None:
+            return statistics.fmean(length for length, _ in _estimated(some, self.data, longest))
+        template, tokenizer = self.data.template, self.tokenizer
+        texts = [template.prompt(tokenizer, row.fields) + row.response for row in some]
+        return statistics.fmean(min(longest, len(tokenizer(text).input_ids)) for text in texts)
+
+
+def _estimated(rows: Sequence[Row], data: FederatedData, max_length: int) -> list[tuple[int, int]]:
+    """(tokens, those of the prompt) of each row, by its characters."""
+    found = []
+    for row in rows:
+        prompt = math.ceil(len(data.template.prompt(None, row.fields)) / CHARACTERS_A_TOKEN)
+        whole = prompt + math.ceil(len(row.response) / CHARACTERS_A_TOKEN) + 1
+        found.append((min(whole, max_length), min(prompt, max_length - 1)))
+    return found
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does in a second.
+
+    Attributes:
+        products: floating-point operations of matrix products.
+        perturbed: weights that get the noise of one seed.
+        rebuilt: weights times seeds, of many seeds at once.
+    """
+
+    products: float
+    perturbed: float
+    rebuilt: float
+
+
+@functools.lru_cache
+def measured_rates(
+    dtype: torch.dtype, autocast: Autocast, device: torch.device, family: str, num_tokens: int
+) -> Rates:
+    """What the device does now; takes about a second.
+
+    Args:
+        dtype: of the weights.
+        autocast: of the forward passes.
+        device: that is measured.
+        family: of the noise.
+        num_tokens: of a batch.
+    """
+    width = _WIDTHS[device.type]
+    left = torch.ones(num_tokens, width, dtype=dtype, device=device)
+    right = torch.ones(width, width, dtype=dtype, device=device)
+    weights = torch.zeros(_WEIGHTS[device.type], dtype=dtype, device=device)
+    seeds = list(range(_TERMS))
+    coefficients = [1e-9] * _TERMS
+
+    def perturb(number: int) -> None:
+        fedkseed_kernels.seed_axpy_([weights], seeds[:number], coefficients[:number], family=family)
+
+    with forward_passes(autocast, device):
+        products = _per_second(lambda: left @ right, 2 * num_tokens * width**2, device)
+    return Rates(
+        products,
+        _per_second(lambda: perturb(1), len(weights), device),
+        _per_second(lambda: perturb(_TERMS), len(weights) * _TERMS, device),
+    )
+
+
+def _per_second(call: Callable[[], object], amount: int, device: torch.device) -> float:
+    """How much of what a call does is done in a second."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    call()
+    wait()
+    number, start = 0, perf_counter()
+    while (elapsed := perf_counter() - start) < _SECONDS or not number:
+        call()
+        wait()
+        number += 1
+    return amount * number / elapsed
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s"
