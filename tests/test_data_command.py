@@ -15,6 +15,7 @@ from support.data_samples import make_tokenizer
 
 from fedkseed import cli
 from fedkseed.cli import data as command
+from fedkseed.data.errors import DataError
 from fedkseed.data.federated import ClientRows, FederatedData, Row
 from fedkseed.data.own import DataChoice, load_division
 from fedkseed.data.templates import Template
@@ -136,14 +137,15 @@ def test_a_models_tokenizer_checks_the_words(
     assert "tokenizer" in capsys.readouterr().err
 
 
-def test_data_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def two_shops() -> FederatedData:
-        rows = tuple(Row({"text": f"text {number}"}, ("a", "b")[number % 2]) for number in range(6))
-        shops = (ClientRows("one", rows[:3], rows[3:4]), ClientRows("two", rows[4:], ()))
-        return FederatedData(
-            "classification", shops, (), Template.custom("{text}:"), ("a", "b"), (" a", " b"), ("a note",)
-        )
+def two_shops() -> FederatedData:
+    rows = tuple(Row({"text": f"text {number}"}, ("a", "b")[number % 2]) for number in range(6))
+    shops = (ClientRows("one", rows[:3], rows[3:4]), ClientRows("two", rows[4:], ()))
+    return FederatedData(
+        "classification", shops, (), Template.custom("{text}:"), ("a", "b"), (" a", " b"), ("a note",)
+    )
 
+
+def test_data_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(built_in, "load_sentiment", two_shops)
     assert cli.main(["data", "show", "--data", "sentiment"]) == 0
     out = capsys.readouterr().out
@@ -153,6 +155,48 @@ def test_data_of_the_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "expected --data other than instructions: a model's tokens" in capsys.readouterr().err
     assert cli.main(["data", "show"]) == 2
     assert "fedkseed data: expected --data, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "template", "words"),
+    [
+        ([], "{text}:", (" a", " b")),
+        (
+            ["--template", r"R: {text}\nS:", "--words", "b= great,a= poor"],
+            "R: {text}\nS:",
+            (" poor", " great"),
+        ),
+        (["--words", "a=x,b=y"], "{text}:", ("x", "y")),
+        (["--classify", "head"], "{text}", ()),
+        (["--classify", "head", "--template", "{text}!"], "{text}!", ()),
+    ],
+)
+def test_sentences_of_the_package_may_be_asked_in_another_way(
+    arguments: list[str], template: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(built_in, "load_sentiment", two_shops)
+    given = dict(zip([flag.lstrip("-") for flag in arguments[::2]], arguments[1::2], strict=True))
+    data = built_in.load_data({"data": "sentiment", **given}, 0)
+    assert data == dataclasses.replace(two_shops(), template=Template.custom(template), words=words)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"words": "a= x"}, "expected --words of the labels a, b, got a"),
+        ({"words": "a= x,b= y,c= z"}, "expected --words of the labels a, b, got a, b, c"),
+        ({"words": "a= x,b= y", "classify": "head"}, "expected no --words with --classify head"),
+        ({"template": "{review}"}, "a placeholder out of text, got 'review'"),
+        ({"template": "alpaca"}, "template alpaca: expected a placeholder out of text, got 'instruction'"),
+        ({"template": "A b? {text}"}, "a template without labels and words in its own text, got 'a'"),
+    ],
+)
+def test_sentences_of_the_package_are_not_asked_so(
+    given: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(built_in, "load_sentiment", two_shops)
+    with pytest.raises(DataError, match=message):
+        built_in.load_data({"data": "sentiment", **given}, 0)
 
 
 def test_every_field_of_the_choice_is_a_flag(capsys: pytest.CaptureFixture[str]) -> None:

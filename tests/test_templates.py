@@ -107,6 +107,32 @@ def test_a_text_that_is_not_a_template_is_refused(text: str, message: str) -> No
         Template.custom(text)
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("chat", Template.named("chat")),
+        ("{text} It was", Template.custom("{text} It was")),
+        (r"Review: {text}\nSentiment:", Template.custom("Review: {text}\nSentiment:")),
+        ("Review: {text}\nSentiment:", Template.custom("Review: {text}\nSentiment:")),
+    ],
+)
+def test_a_setting_names_a_template_or_writes_it_out(setting: str, expected: Template) -> None:
+    assert Template.of(setting) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("alpacca", "the nearest is 'alpaca'"),
+        ("text}", "braces stand in pairs"),
+        ("{{text}}", "expected a template with a placeholder"),
+    ],
+)
+def test_a_setting_that_is_no_template_is_refused(setting: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Template.of(setting)
+
+
 def test_names_of_templates_are_checked() -> None:
     with pytest.raises(DataError, match="out of alpaca, .*, got 'alpacca'; the nearest is 'alpaca'"):
         Template.named("alpacca")

@@ -51,7 +51,9 @@ def add(
     )
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument(
-        "--template", help="name of a template, in place of the one of the tuning", metavar="NAME"
+        "--template",
+        help="a template's name, or a text with field names in braces, in place of the one of the tuning",
+        metavar="NAME_OR_TEXT",
     )
     prompt.add_argument(
         "--template-file", type=Path, help="text with field names in braces, in its place", metavar="FILE"
@@ -120,7 +122,7 @@ def _template(options: argparse.Namespace) -> Template | None:
 
     if options.template_file is not None:
         return read_template(options.template_file)
-    return Template.named(options.template) if options.template is not None else None
+    return Template.of(options.template) if options.template is not None else None
 
 
 def _texts(arguments: list[str]) -> Iterator[str]:

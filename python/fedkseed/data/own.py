@@ -41,8 +41,9 @@ class DataChoice:
         context: field of a text beside it, which may be empty
         output: field of the response (instructions)
         label: field of the label (classification)
-        template: name of the template that makes prompts: plain, alpaca, chat, fedkseed-ni or fedkseed-dolly
-        template_file: text file with field names in braces, in place of a template's name
+        template: makes prompts: plain, alpaca, chat, fedkseed-ni, fedkseed-dolly, or a text with field names
+            in braces; \\n is a newline
+        template_file: text file with field names in braces, in place of --template
         words: what answers each label: LABEL=WORD,...; a word as it is, with the space before it
         classify: what answers a classification: words of the language model, or a head of a classifier
         held_out: share of each client's rows that is not trained on
@@ -58,7 +59,7 @@ class DataChoice:
     context: str = _setting("", "FIELD")
     output: str = _setting("", "FIELD")
     label: str = _setting("", "FIELD")
-    template: str = _setting("", "NAME")
+    template: str = _setting("", "NAME_OR_TEXT")
     template_file: str = _setting("", "FILE")
     words: str = _setting("", "LABEL=WORD,...")
     classify: str = _setting(WORDS, choices=(WORDS, HEAD))
@@ -76,6 +77,16 @@ class DataChoice:
             raise DataError("expected no --words with --classify head, which has a row for each label")
         if not 0 <= self.held_out < 1:
             raise DataError(f"expected --held-out in [0, 1), got {self.held_out}")
+
+    def given_template(self) -> Template | None:
+        """The template that is named, written out or read from its file; None if there is none.
+
+        Raises:
+            DataError: an unknown name, or a text that is no template.
+        """
+        if self.template_file:
+            return read_template(Path(self.template_file))
+        return Template.of(self.template) if self.template else None
 
 
 @dataclass(frozen=True)
@@ -285,16 +296,14 @@ def _natural_instructions(choice: DataChoice, folder: Path, seed: int) -> Divisi
         raise DataError(
             f"expected by:task as the partition of Natural Instructions, got {choice.partition[:80]!r}"
         )
-    if choice.template_file:
-        template = read_template(Path(choice.template_file))
-        template.check_fields((INSTRUCTION, INPUT))
-    else:
-        template = Template.named(choice.template or NATURAL_INSTRUCTIONS)
+    given_template = choice.given_template()
+    template = given_template or Template.named(NATURAL_INSTRUCTIONS)
+    template.check_fields((INSTRUCTION, INPUT))
     tasks = read_tasks(folder, choice.held_out, seed)
     if not tasks.unseen and not any(client.held_out for client in tasks.clients):
         raise DataError(f"expected held-out rows in {folder}, got none; raise --held-out")
     notes = tasks.notes
-    if template.name == NATURAL_INSTRUCTIONS and not choice.template:
+    if given_template is None:
         notes = (f"template, none was named: {template.name}", *notes)
     data = FederatedData("instructions", tasks.clients, tasks.unseen, template, notes=notes)
     return Division(data, "", {})

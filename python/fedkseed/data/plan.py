@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedkseed.data.columns import Columns, Schema, find_columns
@@ -12,7 +11,7 @@ from fedkseed.data.held_out import HeldOutClients
 from fedkseed.data.labels import WORDS, check_template, parse_words, words_of
 from fedkseed.data.partition import Partition
 from fedkseed.data.sources import Source
-from fedkseed.data.templates import ALPACA, CUSTOM, INPUT, INSTRUCTION, Template, read_template
+from fedkseed.data.templates import ALPACA, CUSTOM, INPUT, INSTRUCTION, Template
 
 if TYPE_CHECKING:
     from fedkseed.data.own import DataChoice
@@ -39,12 +38,13 @@ class Plan:
     def __init__(self, choice: DataChoice, source: Source) -> None:
         self.notes: list[str] = []
         fields = source.fields
-        template = read_template(Path(choice.template_file)) if choice.template_file else None
+        template = choice.given_template()
         given = Columns(choice.input, choice.context, choice.output, choice.label)
-        self.columns, schema = find_columns(given, fields, needs_input=template is None)
+        names_fields = template is not None and template.name == CUSTOM
+        self.columns, schema = find_columns(given, fields, needs_input=not names_fields)
         if schema is not None:
             self.notes.append(f"fields, guessed ({schema.name}): {self.columns.described()}")
-        self.template = template or self._named_template(choice, schema)
+        self.template = template or self._default_template(choice, schema)
         self.asked = self._asked(fields)
         self.partition = self._partition(choice, fields, schema)
         self.held_out = choice.held_out
@@ -56,9 +56,7 @@ class Plan:
         self.speaks = bool(self.columns.label) and choice.classify == WORDS
         self.grouped_by = self.columns.label or (self.partition.field if self.partition is not None else "")
 
-    def _named_template(self, choice: DataChoice, schema: Schema | None) -> Template:
-        if choice.template:
-            return Template.named(choice.template)
+    def _default_template(self, choice: DataChoice, schema: Schema | None) -> Template:
         if not self.columns.label:
             name = schema.template if schema is not None and schema.template else ALPACA
             self.notes.append(f"template, none was named: {name}")

@@ -101,6 +101,17 @@ class Template:
         return cls(name, _TEXTS[name])
 
     @classmethod
+    def of(cls, setting: str) -> Template:
+        """The template that a setting names, or writes out: a text with braces, ``\\n`` in it a newline.
+
+        Raises:
+            DataError: see `named` and the class.
+        """
+        if "{" in setting or "}" in setting:
+            return cls.custom(setting.replace("\\n", "\n"))
+        return cls.named(setting)
+
+    @classmethod
     def custom(cls, text: str) -> Template:
         """A template of one's own.
 

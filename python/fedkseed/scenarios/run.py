@@ -19,6 +19,7 @@ import fedkseed_kernels
 from fedkseed.data.architectures import ModelError
 from fedkseed.data.asking import NOTE
 from fedkseed.data.federated import FederatedData
+from fedkseed.data.own import DataChoice
 from fedkseed.data.shapes import num_positions, weight_file_bytes
 from fedkseed.files import write_atomically
 from fedkseed.model.identity import ModelIdentity
@@ -79,7 +80,7 @@ def make_bench(
         ValueError: rows that do not fit, or a model that cannot take them.
     """
     if data is None:
-        data = built_in.instruction_tasks(tokenizer, settings.choice.template)
+        data = built_in.instruction_tasks(tokenizer, settings.choice)
     is_paired = bool(getattr(settings.federation.storage, "paired", False))
     max_length = min(settings.max_length, num_positions(model) or settings.max_length)
     if data.kind == "classification":
@@ -111,7 +112,7 @@ def make_bench(
 def _measured_prompt(settings: RunSettings) -> UntunedPrompt | None:
     """What an untuned prompt does on the very rows that the run is scored on, if that was measured."""
     prompt = best_untuned_prompt()
-    is_same = settings.choice.data == SENTIMENT and not settings.model
+    is_same = settings.choice == DataChoice(SENTIMENT) and not settings.model
     return prompt if is_same and settings.final_rows == prompt.rows_per_client else None
 
 
