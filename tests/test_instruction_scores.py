@@ -56,7 +56,7 @@ def make_bench(
 
 
 def piece_tokenizer() -> PreTrainedTokenizerFast:
-    """As those of Llama: characters, of which the first of a text gets a space before it."""
+    """A tokenizer as those of Llama: characters, of which the first of a text gets a space before it."""
     tokens = ["<unk>", "<s>", "</s>", "▁", *map(chr, range(10, 127))]
     tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -18,7 +18,7 @@ from fedkseed.data.models import is_local
 from fedkseed.data.shapes import num_positions, shapes_of_config, weight_file_bytes
 from fedkseed.federation.messages import broadcast_bytes, reply_bytes
 from fedkseed.model.manifest import Manifest
-from fedkseed.scenarios.autocast import forward_passes
+from fedkseed.scenarios.autocast import Autocast, forward_passes
 from fedkseed.scenarios.baselines import costs
 from fedkseed.scenarios.baselines.lora import num_adapter_weights
 from fedkseed.scenarios.baselines.settings import FIRST_ORDER
@@ -97,7 +97,7 @@ class _Outlook:
         source = ModelSource.of(settings, data)
         model, tokenizer = source.load_shapes()
         train, evaluations = make_bench(settings, data, model, tokenizer).batch_shapes(batch_size)
-        data = data or instruction_tasks(tokenizer, settings.choice.template)
+        data = data or instruction_tasks(tokenizer, settings.choice)
         return cls(settings, data, model, tokenizer, train, evaluations, device)
 
     @property
