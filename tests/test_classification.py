@@ -244,6 +244,10 @@ def test_bench_runs_a_federation_and_compares_the_same_rows(kind: str) -> None:
     assert compared["first"]["majority"] == 3 / 5
     assert compared["second"]["majority"] == 3 / 4
     assert summary["held_out"]["all"]["rows"] == 9
+    then, now = summary["held_out"]["loss"]
+    estimate, low, high = summary["held_out"]["loss_difference"]
+    assert estimate == pytest.approx(now - then, rel=1e-9)
+    assert low < estimate < high
     assert summary["unseen"]["clients"]["third"]["majority"] == 2 / 3  # "good": 7 of all 13 training rows
     table = bench.table(before, after)
     assert "first         5" in table

@@ -54,6 +54,19 @@ def test_response_loss_is_the_token_mean(model: GPT2LMHeadModel) -> None:
         assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_losses_of_rows_are_their_own_means_and_rows_without_a_response_have_none(
+    model: GPT2LMHeadModel,
+) -> None:
+    encoded = rows()
+    gone = Encoded(encoded[4].input_ids, len(encoded[4].input_ids))
+    batches = [collate([encoded[0], gone, encoded[1]], 0), collate([gone, *encoded[2:], gone], 0)]
+    found = scores.response_row_losses(model, batches)
+    assert found == pytest.approx([loss_by_hand(model, [row]) for row in encoded], rel=1e-6)
+    assert scores.response_row_losses(model, []) == []
+    with pytest.raises(ValueError, match="expected at least one response token"):
+        scores.response_row_losses(model, [collate([gone], 0)])
+
+
 class FullLogits(torch.nn.Module):
     """The same model behind a forward without ``logits_to_keep`` and ``use_cache``."""
 
@@ -189,6 +202,8 @@ def test_generation_equals_a_plain_loop(model: GPT2LMHeadModel) -> None:
     for batch_size in (1, 3, 8):
         found = scores.generate_greedy(model, NUMBERS, prompts, max_new_tokens=6, batch_size=batch_size)
         assert found == expected
+    found = scores.generate_greedy(model, NUMBERS, prompts, max_new_tokens=6, strip=False)
+    assert found == [f"{text} " for text in expected]
 
 
 def test_generation_errors(model: GPT2LMHeadModel) -> None:

@@ -112,8 +112,9 @@ def test_a_row_whose_response_is_gone_is_no_loss_and_no_score() -> None:
     assert math.isnan(bench.train_loss(bench.model, task.collate([first])))
     alone = bench.train_loss(bench.model, task.collate([second]))
     assert bench.train_loss(bench.model, task.collate([first, second])) == pytest.approx(alone, rel=1e-6)
+    silent = ClientRows("b", (whole,), (gone,) * 9)
     for means in ("tokens", "rows"):
-        scored = make_bench([client], [], max_length=12, truncate="end", scoring={"mean": means})
+        scored = make_bench([client, silent], [], max_length=12, truncate="end", scoring={"mean": means})
         assert scored.scores()["held_out_loss"] == pytest.approx(alone, rel=1e-6)
     with pytest.raises(ValueError, match="client a that fit into 12 tokens, got none whose response does"):
         make_bench([ClientRows("a", (gone,), (whole,))], [], max_length=12, truncate="end")
@@ -228,6 +229,7 @@ def test_answers_have_as_many_tokens_as_is_said(monkeypatch: pytest.MonkeyPatch)
 
     def generate(model: Any, tokenizer: Any, prompts: Sequence[Any], **options: Any) -> list[str]:
         asked.append(options["max_new_tokens"])
+        assert options["strip"] is False, "the paper's scores count white space behind a full stop"
         return ["yes\n"] * len(prompts)
 
     monkeypatch.setattr(instructions, "generate_greedy", generate)

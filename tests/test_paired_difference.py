@@ -7,7 +7,12 @@ import random
 
 import pytest
 
-from fedkseed.scenarios.paired_difference import accuracy_interval, paired_difference
+from fedkseed.scenarios.paired_difference import (
+    Interval,
+    accuracy_interval,
+    mean_difference,
+    paired_difference,
+)
 
 
 def test_wilson_against_published_values() -> None:
@@ -62,7 +67,32 @@ def test_paired_interval_covers_the_true_difference_at_its_level() -> None:
     assert 0.935 <= covered / 2000 <= 0.975  # 0.95, with 3 standard deviations and the interval's width
 
 
+def test_mean_difference_by_hand() -> None:
+    found = mean_difference([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 1.0, 3.0])
+    # Differences -1, 0, -2, -1: their mean -1, their variance 2 / 3.
+    half = 1.959963984540054 * math.sqrt(2 / 3) / 2
+    assert (found.estimate, found.low, found.high) == pytest.approx((-1.0, -1 - half, -1 + half), abs=1e-12)
+    assert mean_difference([5.0, 7.0], [6.0, 8.0]) == Interval(1.0, 1.0, 1.0)
+
+
+def test_the_interval_of_a_mean_difference_covers_the_true_one_at_its_level() -> None:
+    """Rows differ far more among each other than before and after do, which pairing takes out."""
+    generator = random.Random(6)
+    covered, widths = 0, []
+    for _ in range(1000):
+        before = [generator.expovariate(1.0) * 5 for _ in range(80)]
+        after = [loss - 0.3 + generator.gauss(0, 0.5) for loss in before]
+        found = mean_difference(before, after)
+        covered += found.low <= -0.3 <= found.high
+        widths.append(found.high - found.low)
+    assert 0.925 <= covered / 1000 <= 0.97  # 0.95, with 3 standard deviations
+    assert max(widths) < 0.4, "unpaired it would be 3"
+
+
 def test_refusals() -> None:
+    for before, after in (([1.0, 2.0], [1.0]), ([1.0], [1.0])):
+        with pytest.raises(ValueError, match="the same two or more rows before and after"):
+            mean_difference(before, after)
     with pytest.raises(ValueError, match="expected 0 to 3 right rows"):
         accuracy_interval(4, 3)
     with pytest.raises(ValueError, match="expected 0 to 0 right rows of at least one"):

@@ -40,8 +40,6 @@ def paper_rouge_l(prediction: str, reference: str) -> float:
     require_extra("scenarios", "rouge")
     from rouge import Rouge
 
-    if not prediction:
-        return 0.0
     with _room_for_recursion(len(prediction.split()) + len(reference.split())):
         try:
             scores = Rouge(metrics=["rouge-l"], stats=["f"]).get_scores(prediction, reference)

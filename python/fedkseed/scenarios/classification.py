@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,12 @@ from fedkseed.data.models import check_token_ids
 from fedkseed.data.prompts import pad_token_id
 from fedkseed.scenarios import picture
 from fedkseed.scenarios.bench import digest_of, rows_digest_of
-from fedkseed.scenarios.paired_difference import Interval, accuracy_interval, paired_difference
+from fedkseed.scenarios.paired_difference import (
+    Interval,
+    accuracy_interval,
+    mean_difference,
+    paired_difference,
+)
 from fedkseed.scenarios.untuned_prompt import UntunedPrompt
 from fedkseed.simulation.memory_plan import BatchShape
 from fedkseed.simulation.task import Task
@@ -166,7 +172,7 @@ class ClassificationBench:
         """Scores of the model as it stands on all chosen held-out rows.
 
         "held_out" and "unseen" hold, if there are such rows, "rows", "loss", "accuracy" (estimate, low,
-        high), "auc" (of two labels) and "right": client -> 0 or 1 of each row.
+        high), "auc" (of two labels), "losses" of the rows and "right": client -> 0 or 1 of each row.
         """
         found = {}
         for name, parts in (("held_out", self._parts), ("unseen", self._unseen)):
@@ -179,9 +185,11 @@ class ClassificationBench:
         logits = self._logits(rows, f"{name} rows")
         labels = torch.tensor([row.label for row in rows])
         right = (logits.argmax(dim=1) == labels).long().tolist()
+        losses = cross_entropies(logits, labels)
         found: dict[str, Any] = {
             "rows": len(rows),
-            "loss": float(cross_entropies(logits, labels).mean()),
+            "loss": float(losses.mean()),
+            "losses": losses.tolist(),
             "accuracy": _ready(accuracy_interval(sum(right), len(right))),
             "right": _by_part(parts, right),
         }
@@ -199,7 +207,7 @@ class ClassificationBench:
         """Per kind of rows: scores before and after, and "clients": rows, accuracies, the paired difference.
 
         "all" beside "clients" has the same over all rows; "majority" is the share that a client's most
-        frequent training label answers.
+        frequent training label answers. "loss_difference" is that of the same rows' losses, of two or more.
         """
         found = {}
         for name, parts in (("held_out", self._parts), ("unseen", self._unseen)):
@@ -211,6 +219,7 @@ class ClassificationBench:
             }
             found[name] = {
                 "loss": [then["loss"], now["loss"]],
+                **_loss_difference(then["losses"], now["losses"]),
                 **({"auc": [then["auc"], now["auc"]]} if "auc" in then else {}),
                 "clients": compared,
                 "all": _compared(parts, then["right"], now["right"], self._labels),
@@ -289,6 +298,12 @@ def _compared(
     if len(parts) == 1:
         found["majority_label"] = labels[parts[0].majority]
     return found
+
+
+def _loss_difference(before: Sequence[float], after: Sequence[float]) -> dict[str, list[float]]:
+    if len(before) < 2 or not all(map(math.isfinite, (*before, *after))):
+        return {}
+    return {"loss_difference": _ready(mean_difference(before, after))}
 
 
 def _ready(interval: Interval) -> list[float]:
