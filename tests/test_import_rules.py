@@ -66,7 +66,7 @@ BENCHMARKS = {
     "server": SHARED,
     "machine_code": SHARED,
     "gpu": (*SHARED, "step"),
-    "experiments": SHARED,
+    "experiments": (*SHARED, "traffic"),
     "sentiment_prompts": SHARED,
     "speed_page": (*SHARED, "kernels", "step"),
     "traffic": SHARED,

@@ -15,6 +15,8 @@ from typing import Any
 
 from benchmarks.common import pages
 from benchmarks.common.places import REPOSITORY, RESULTS_FOLDER
+from benchmarks.traffic import RESULT as TRAFFIC
+from benchmarks.traffic import saved
 from fedkseed.documents import read_toml
 from fedkseed.files import write_atomically
 from fedkseed.scenarios.experiments.comparison import Document, read_document
@@ -24,11 +26,10 @@ from fedkseed.scenarios.experiments.comparison_table import Table, bytes_text, r
 PAGE = REPOSITORY / "docs" / "experiments.md"
 PICTURES = REPOSITORY / "docs" / "experiments"
 RESULTS = RESULTS_FOLDER / "scenarios"
-TRAFFIC = RESULTS_FOLDER / "traffic.json"
 LIBRARY = REPOSITORY / "python" / "fedkseed" / "scenarios" / "library"
 SCENARIOS_MARK = "<!-- scenarios: made by benchmarks.experiments.page from results/scenarios/ -->"
 TRAFFIC_MARK = "<!-- bytes: made by benchmarks.experiments.page from results/traffic.json -->"
-_METHODS = {"fedkseed": "FedKSeed", "fedit": "FedIT, LoRA", "fedavg": "FedAvg, all weights"}
+_METHODS = {"fedkseed": "FedKSeed", "fedit": "FedIT, adapters in float32", "fedavg": "FedAvg, all weights"}
 
 
 def library_titles() -> dict[str, str]:
@@ -84,23 +85,17 @@ def traffic_part(traffic: Mapping[str, Any]) -> str:
     Args:
         traffic: the content of results/traffic.json.
     """
-    rows = []
-    # What FedKSeed sends is the same for every dtype of the weights.
-    shown = [row for row in traffic["rows"] if row["method"] != "fedkseed"]
-    ours = next(row for row in traffic["rows"] if row["method"] == "fedkseed")
-    for row in (ours, *shown):
-        of_others = traffic["saved"].get(row["method"])
-        less = f"{100 * of_others[row['dtype']]:.3f} %" if of_others else "-"
-        rows.append(
-            (
-                _METHODS[row["method"]] + (f", {row['dtype']}" if of_others else ""),
-                f"{row['num_values']:,}",
-                f"{row['bytes_down']:,}",
-                f"{row['bytes_up']:,}",
-                bytes_text(row["bytes"]),
-                less,
-            )
+    rows = [
+        (
+            ", ".join(filter(None, (_METHODS[row["method"]], row.get("dtype")))),
+            f"{row['num_values']:,}",
+            f"{row['bytes_down']:,}",
+            f"{row['bytes_up']:,}",
+            bytes_text(row["bytes"]),
+            f"{100 * share:.3f} %" if share else "-",
         )
+        for row, share in zip(traffic["rows"], saved(traffic["rows"]), strict=True)
+    ]
     title = (
         f"Bytes of one client in one round, {traffic['model']}, K = {traffic['num_seeds']:,}, "
         f"{traffic['num_local_steps']} local steps"
