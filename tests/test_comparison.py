@@ -119,6 +119,33 @@ def test_accuracies_have_intervals_over_rows_of_all_seeds(tmp_path: Path) -> Non
         ] in cells
 
 
+def test_losses_have_paired_differences_where_a_run_has_them(tmp_path: Path) -> None:
+    for seed, low in ((1, -1.5), (2, -1.25)):
+        after = {**INSTRUCTIONS["after"], "held_out_difference": [-1.0, low, -0.5 * seed]}
+        write_run(tmp_path / str(seed), seed=seed, scores={**INSTRUCTIONS, "after": after})
+    text = rendered(compare([tmp_path / "1", tmp_path / "2"]))
+    assert "  2.500 ± 0.000  -1.000 ± 0.000 [-1.500, -0.500]  " in text
+    assert "Less untuned: the mean difference" in text
+    part = {**classification(0.5, 0.25)["held_out"], "loss_difference": [-0.25, -0.5, 0.0]}
+    write_run(tmp_path / "labels", seed=1, scores={"held_out": part})
+    assert "  0.500  -0.250 [-0.500, +0.000]  " in rendered(compare([tmp_path / "labels"]))
+
+
+@pytest.mark.parametrize("kind", ["instructions", "classification"])
+def test_a_score_that_is_not_finite_is_told_and_not_averaged(tmp_path: Path, kind: str) -> None:
+    for seed in (1, 2):
+        scores = copy.deepcopy(INSTRUCTIONS if kind == "instructions" else classification(0.5, 0.25))
+        if seed == 2 and kind == "instructions":
+            scores["after"]["held_out_loss"] = None
+        elif seed == 2:
+            scores["held_out"]["loss"][1] = None
+        write_run(tmp_path / "one" / f"seed-{seed}", seed=seed, scores=scores)
+    document = compare([tmp_path])
+    assert document["variants"][0]["not_finite"] == {"held_out_loss": [2]}
+    assert "held_out_loss" not in document["variants"][0]["scores"]
+    assert "Not finite: held-out loss of one, seed 2." in rendered(document)
+
+
 def test_curves_are_means_over_seeds_and_name_rounds_without_scores(sweep: Path) -> None:
     ours, theirs = (entry["curve"] for entry in reversed(compare([sweep])["variants"]))
     assert ours["round"] == [1, 2]

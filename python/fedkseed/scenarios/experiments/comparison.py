@@ -29,6 +29,7 @@ _APART = ("seed", "num_threads", "workers", "worker_timeout", "device", "trust_r
 #: Settings that say what is measured, on which rows: unlike ones cannot stand in one table.
 _MEASURED_BY = (
     "round_rows",
+    "round_unseen",
     "final_rows",
     "generate_rows",
     "held_out_mean",
@@ -218,10 +219,11 @@ def _listed(numbers: Iterable[int]) -> str:
 
 def _variant(name: str, group: Group, differing: Sequence[str], title: str) -> Document:
     first = group[0]
+    scores = _spreads([run.scores for run in group])
     intervals = {
         score: [_rounded_bounds(run.intervals[score]) for run in group]
         for score in first.intervals
-        if score in first.scores
+        if score in scores
     }
     return {
         "name": name,
@@ -229,11 +231,21 @@ def _variant(name: str, group: Group, differing: Sequence[str], title: str) -> D
         "seeds": [run.seed for run in group],
         "rounds": len(first.curve),
         "settings": {key: first.settings.get(key) for key in differing},
-        "scores": _spreads([run.scores for run in group]),
+        "scores": scores,
+        "not_finite": _not_finite(group),
         "intervals": intervals,
         "costs": _spreads([run.costs for run in group]),
         "curve": _curve(group),
     }
+
+
+def _not_finite(group: Group) -> dict[str, list[int]]:
+    """The seeds whose tuned models have no finite value of a score that the untuned model has, by its name."""
+    found: dict[str, list[int]] = {}
+    for run in group:
+        for name in run.untuned["zero-shot"].keys() - run.scores.keys():
+            found.setdefault(name, []).append(run.seed)
+    return dict(sorted(found.items()))
 
 
 def _untuned(groups: Mapping[str, Group]) -> list[Document]:

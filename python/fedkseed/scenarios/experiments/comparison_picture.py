@@ -22,6 +22,7 @@ _AXES: Mapping[str, str] = {
 #: Scores that may be drawn, the first that there is of each row of the picture.
 _ROWS: tuple[Mapping[str, str], ...] = (
     {"held_out_loss": "held-out loss of a round, nats", "train_loss": "training loss of a round, nats"},
+    {"unseen_loss": "unseen loss of a round, nats"},
     {
         "accuracy": "accuracy of a round",
         "rouge_l": "Rouge-L of a round",

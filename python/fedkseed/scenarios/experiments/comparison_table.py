@@ -17,7 +17,9 @@ _WIDTH = 110
 #: Scores: title, digits, whether a sign is shown.
 _SCORES: Mapping[str, tuple[str, int, bool]] = {
     "held_out_loss": ("held-out loss", 3, False),
+    "held_out_difference": ("less untuned", 3, True),
     "unseen_loss": ("unseen loss", 3, False),
+    "unseen_difference": ("less untuned", 3, True),
     "rouge_l": ("Rouge-L", 3, False),
     "paper_rouge": ("Rouge-L (rouge 1.0.1)", 3, False),
     "exact_match": ("exact match", 3, False),
@@ -184,6 +186,16 @@ def _score_notes(document: Document, columns: Sequence[str]) -> list[str]:
     if len({tuple(entry["seeds"]) for entry in document["variants"]}) > 1:
         each = "; ".join(f"{entry['name']}: {_numbers(entry['seeds'])}" for entry in document["variants"])
         notes.append(f"Not all variants have the same seeds: {each}.")
+    notes += [
+        f"Not finite: {_SCORES[name][0]} of {entry['name']}, seed {_numbers(seeds)}."
+        for entry in document["variants"]
+        for name, seeds in entry["not_finite"].items()
+    ]
+    if any("difference" in name for name in columns):
+        notes.append(
+            "Less untuned: the mean difference to the untuned model's loss on the same rows, with its 95 % "
+            "interval over rows; of several seeds the lowest low end and the highest high end."
+        )
     if any(name in columns for name in ("accuracy", "unseen_accuracy")):
         notes.append(
             "In brackets: 95 % intervals over rows, of an accuracy and of its paired difference to the "

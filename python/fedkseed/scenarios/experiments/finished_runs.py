@@ -28,7 +28,15 @@ Bounds = tuple[float, float, float]
 #: Scores of answers and losses, in the order of tables; a run has those of its kind of rows.
 INSTRUCTION_SCORES = ("held_out_loss", "unseen_loss", "rouge_l", "paper_rouge", "exact_match")
 #: What a round may have scored, drawn over rounds.
-CURVES = ("train_loss", "held_out_loss", "accuracy", "rouge_l", "paper_rouge", "exact_match")
+CURVES = (
+    "train_loss",
+    "held_out_loss",
+    "unseen_loss",
+    "accuracy",
+    "rouge_l",
+    "paper_rouge",
+    "exact_match",
+)
 PHASES = ("rebuild", "reset", "local", "evaluation")
 
 
@@ -49,7 +57,7 @@ class FinishedRun:
         rows: digest of its rows.
         machine: processor and numbers of the model, by name.
         convention: how forward passes are counted, in words; empty if they are not.
-        scores: of the tuned model, by name.
+        scores: of the tuned model, by name; those that are finite.
         untuned: the same of what needs no training, by its name.
         intervals: 95 % intervals of scores, by the names of the scores.
         costs: bytes, seconds, forward passes and memory, by name.
@@ -244,6 +252,15 @@ class _Entry:
             raise self.error("a number", name)
         return float(found)
 
+    def pair(self, name: str) -> tuple[float | None, float | None]:
+        """A score before and after; None of one that is not finite."""
+        found = self._got(name)
+        is_pair = isinstance(found, list) and len(found) == 2
+        if not is_pair or not all(value is None or _is_number(value) for value in found):
+            raise self.error("a list of two numbers", name)
+        before, after = found
+        return before, after
+
     def numbers(self, name: str, length: int) -> tuple[float, ...]:
         """A list of so many numbers."""
         found = self._got(name)
@@ -311,7 +328,12 @@ def _instruction_scores(
     untuned = {"zero-shot": part("before")}
     if "majority answer" in scores:
         untuned["majority answer"] = part("majority answer")
-    return part("after"), untuned, {}
+    after, intervals = part("after"), {}
+    for name in ("held_out_difference", "unseen_difference"):
+        if name in scores["after"]:
+            intervals[name] = _bounds(scores["after"], name)
+            after[name] = intervals[name][0]
+    return after, untuned, intervals
 
 
 def _classification_scores(
@@ -327,7 +349,15 @@ def _classification_scores(
     for part in parts:
         entry, rows = scores[part], scores[part]["all"]
         prefix = "" if part == "held_out" else "unseen_"
-        before[f"{part}_loss"], after[f"{part}_loss"] = entry.numbers("loss", 2)
+        pairs = {f"{part}_loss": entry.pair("loss")}
+        if "auc" in entry:
+            pairs[prefix + "auc"] = entry.pair("auc")
+        for name, (then, now) in pairs.items():
+            before.update({} if then is None else {name: then})
+            after.update({} if now is None else {name: now})
+        if "loss_difference" in entry:
+            intervals[f"{part}_difference"] = _bounds(entry, "loss_difference")
+            after[f"{part}_difference"] = intervals[f"{part}_difference"][0]
         for name, side, of in (("accuracy", "after", after), ("accuracy", "before", before)):
             bounds = _bounds(rows, side)
             of[prefix + name] = bounds[0]
@@ -335,8 +365,6 @@ def _classification_scores(
         intervals[prefix + "gain"] = _bounds(rows, "difference")
         after[prefix + "gain"] = intervals[prefix + "gain"][0]
         majority[prefix + "accuracy"] = rows.number("majority")
-        if "auc" in entry:
-            before[prefix + "auc"], after[prefix + "auc"] = entry.numbers("auc", 2)
     return after, {"zero-shot": before, "majority answer": majority}, intervals
 
 
