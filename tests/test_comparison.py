@@ -360,6 +360,23 @@ def test_real_runs_are_compared(
         assert entry["scores"]["held_out_loss"]["mean"] == pytest.approx(loss, rel=1e-6)
 
 
+def test_a_run_that_diverged_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("my-model"), torch.float32)
+    write_dolly()
+    threads = torch.get_num_threads()
+    try:
+        line = ["simulate", "--model", "my-model", "--data", "dolly.jsonl", "--out", "run", *SHORT]
+        assert cli.main([*line, "--method", "fedavg", "--lr", "1e30"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    capsys.readouterr()
+    assert cli.main(["compare", "run"]) == 0
+    assert "Not finite: held-out loss of fedavg, seed " in capsys.readouterr().out
+
+
 def test_bytes_are_written_with_three_digits() -> None:
     assert [bytes_text(value) for value in (0, 999, 17_988, 999_600, 1.076e9)] == [
         "0 B",

@@ -179,6 +179,15 @@ def shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else text[:_MAX_SHOWN] + "..."
 
 
+def finite(value: Any) -> Any:
+    """The value with null in place of every NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _read(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     """The file's bytes, one more than ``max_bytes`` at most: enough to be refused by."""
     with open(path, "rb") as file:

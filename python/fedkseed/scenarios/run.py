@@ -21,6 +21,7 @@ from fedkseed.data.asking import NOTE
 from fedkseed.data.federated import FederatedData
 from fedkseed.data.own import DataChoice
 from fedkseed.data.shapes import num_positions, weight_file_bytes
+from fedkseed.documents import finite
 from fedkseed.files import write_atomically
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import Manifest
@@ -215,7 +216,8 @@ def run(
         bench.draw(folder.path / PICTURE, rounds, summary["scores"], summary["model"]["weight_bytes"])
         print(f"\nA picture of the run: {folder.path / PICTURE}")
     # The last file: where it is, the run is finished.
-    write_atomically(folder.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    text = json.dumps(finite(summary), indent=2, allow_nan=False)
+    write_atomically(folder.path / SUMMARY, (text + "\n").encode())
     print(end_text(folder.path, source.name, bench.table(before, after), summary, bench.asking.template))
     return summary
 

@@ -240,7 +240,7 @@ def _variant(name: str, group: Group, differing: Sequence[str], title: str) -> D
 
 
 def _not_finite(group: Group) -> dict[str, list[int]]:
-    """The seeds whose tuned models have no finite value of a score that the untuned model has, by its name."""
+    """The seeds whose tuned models have no finite value of a score that untuned ones have, by its name."""
     found: dict[str, list[int]] = {}
     for run in group:
         for name in run.untuned["zero-shot"].keys() - run.scores.keys():

@@ -11,10 +11,10 @@ from typing import Any
 
 from fedkseed.documents import DocumentError, read_json, read_toml, shown
 from fedkseed.scenarios.report import DEFAULT_MODEL, resume_line
+from fedkseed.scenarios.run import SUMMARY
 from fedkseed.simulation.round_log import check_timings, read_rounds
 from fedkseed.simulation.run_folder import METRICS, SETTINGS, TIMINGS, RunFolderError
 
-SUMMARY = "summary.json"
 #: What the runner of a sweep keeps of it, in the folder above those of its variants.
 SWEEP = "scenario.toml"
 #: Bytes of the lines of all rounds: some ten thousand of them.
