@@ -19,7 +19,7 @@ from fedkseed import cli
 from fedkseed.scenarios.experiments.comparison import compare, read_document
 from fedkseed.scenarios.experiments.comparison_picture import figure_of
 from fedkseed.scenarios.experiments.comparison_table import bytes_text, rendered
-from fedkseed.scenarios.experiments.finished_runs import ComparisonError
+from fedkseed.scenarios.experiments.entries import ComparisonError
 
 
 def scored(loss: float, rouge: float = 0.25) -> dict[str, Any]:
@@ -53,7 +53,8 @@ zero-shot            2  3.500 ± 0.000  0.125 ± 0.000  0.000 ± 0.000
 majority answer      2              -  0.500 ± 0.000  0.250 ± 0.000
 all-weights          2  2.000 ± 0.707  0.250 ± 0.000  0.000 ± 0.000
 ours                 2  2.500 ± 0.707  0.250 ± 0.000  0.000 ± 0.000
-Data: rows.jsonl, rows 000000000000. Losses in nats a response token.
+Data: rows.jsonl, rows 000000000000. Scored: up to 8 held-out rows of each client, answers to 2 of each.
+Losses in nats a response token.
 Mean ± standard deviation over seeds.
 
 Costs
@@ -98,6 +99,8 @@ def test_accuracies_have_intervals_over_rows_of_all_seeds(tmp_path: Path) -> Non
         write_run(tmp_path / str(seed), seed=seed, scores=classification(0.5, gain, "held_out", "unseen"))
     text = rendered(compare([tmp_path / "1", tmp_path / "2"]))
     held_out, unseen, _ = text.split("\n\n")
+    told = "8 held-out rows of each client, 100 of the clients that train and 100 of unseen ones."
+    assert told in " ".join(text.split())
     for part in (held_out, unseen):
         cells = [re.split(r"  +", line) for line in part.splitlines()]
         assert [

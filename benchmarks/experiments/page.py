@@ -29,6 +29,21 @@ RESULTS = RESULTS_FOLDER / "scenarios"
 LIBRARY = REPOSITORY / "python" / "fedkseed" / "scenarios" / "library"
 SCENARIOS_MARK = "<!-- scenarios: made by benchmarks.experiments.page from results/scenarios/ -->"
 TRAFFIC_MARK = "<!-- bytes: made by benchmarks.experiments.page from results/traffic.json -->"
+#: Settings that a reader of a table asks for first.
+_SHOWN_SETTINGS = (
+    "num_rounds",
+    "clients_per_round",
+    "num_local_steps",
+    "batch_size",
+    "num_seeds",
+    "lr",
+    "eps",
+    "family",
+    "weighting",
+    "template",
+    "dtype",
+    "max_length",
+)
 _METHODS = {"fedkseed": "FedKSeed", "fedit": "FedIT, adapters in float32", "fedavg": "FedAvg, all weights"}
 
 
@@ -61,15 +76,15 @@ def scenarios_part(results: Mapping[str, Document], titles: Mapping[str, str]) -
 
 def _section(name: str, document: Document, title: str) -> str:
     environment, settings = document["environment"], document["settings"]
-    titled = [entry for entry in document["variants"] if entry["title"]]
+    shared = [f"`{key}` {settings[key]}" for key in _SHOWN_SETTINGS if key in settings]
     parts = [
         f"### {name}",
         f"{title or 'A scenario of its own file'}. Model: {settings.get('model', 'several')}, "
         f"{document['model']['num_parameters']:,} parameters. Written on {environment['date']} by version "
         f"{environment['fedkseed_kernels']}; to run it again: `fedkseed scenarios run {name}`.",
+        f"Settings of all variants, beside those in its file: {', '.join(shared)}.",
+        "\n".join(map(_variant_line, document["variants"])),
     ]
-    if titled:
-        parts.append("\n".join(f"* `{entry['name']}`: {entry['title']}" for entry in titled))
     parts.append(rendered(document, "markdown"))
     remarks = RESULTS / f"{name}.md"
     if remarks.is_file():
@@ -77,6 +92,13 @@ def _section(name: str, document: Document, title: str) -> str:
     if can_be_drawn(document):
         parts.append(f"![Scores of {name} over rounds, forward passes and bytes](experiments/{name}.png)")
     return "\n\n".join(parts)
+
+
+def _variant_line(entry: Mapping[str, Any]) -> str:
+    """A variant with the settings in which it differs from others."""
+    differing = ", ".join(f"`{key}` {value}" for key, value in entry["settings"].items() if value != "")
+    said = [text for text in (entry["title"], differing) if text]
+    return f"* `{entry['name']}`: {'; '.join(said) or 'as above'}"
 
 
 def traffic_part(traffic: Mapping[str, Any]) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 
 import fedkseed_kernels
 from fedkseed.documents import DocumentError, read_json, shown
+from fedkseed.scenarios.experiments.entries import ComparisonError
 from fedkseed.scenarios.experiments.finished_runs import (
     CURVES,
     Bounds,
-    ComparisonError,
     FinishedRun,
     find_runs,
     read_run,
@@ -95,6 +95,7 @@ def document_of(
             "name": first.data,
             "rows": {str(seed): rows for seed, rows in sorted({run.seed: run.rows for run in runs}.items())},
         },
+        "num_rows": dict(first.num_rows),
         "conventions": sorted({run.convention for run in runs} - {""}),
         "model": {name: first.machine[name] for name in ("num_parameters", "weight_bytes")},
         "settings": {

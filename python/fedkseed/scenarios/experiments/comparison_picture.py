@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedkseed._extras import require_extra
 from fedkseed.scenarios.experiments.comparison import Document
-from fedkseed.scenarios.experiments.finished_runs import ComparisonError
+from fedkseed.scenarios.experiments.entries import ComparisonError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

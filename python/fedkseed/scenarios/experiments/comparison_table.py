@@ -180,7 +180,7 @@ def _score_notes(document: Document, columns: Sequence[str]) -> list[str]:
     if len(digests) > 1:
         each = ", ".join(f"{seed}: {rows[:12]}" for seed, rows in data["rows"].items())
         rows = f"which each seed divides and holds out anew (rows of seed {each})"
-    notes = [f"Data: {data['name']}, {rows}. Losses in nats {unit}."]
+    notes = [f"Data: {data['name']}, {rows}. {_scored_rows(document)} Losses in nats {unit}."]
     if any(len(entry["seeds"]) > 1 for entry in entries):
         notes.append("Mean ± standard deviation over seeds.")
     if len({tuple(entry["seeds"]) for entry in document["variants"]}) > 1:
@@ -202,6 +202,18 @@ def _score_notes(document: Document, columns: Sequence[str]) -> list[str]:
             "untuned model's on the same rows; of several seeds the lowest low end and the highest high end."
         )
     return notes
+
+
+def _scored_rows(document: Document) -> str:
+    """How many rows the scores are of."""
+    settings, counts = document["settings"], document["num_rows"]
+    text = f"Scored: up to {settings.get('final_rows', 0):,} held-out rows of each client"
+    if counts:
+        named = {"held_out": "of the clients that train", "unseen": "of unseen ones"}
+        text += f", {' and '.join(f'{count:,} {named[part]}' for part, count in counts.items())}"
+    elif settings.get("generate_rows"):
+        text += f", answers to {settings['generate_rows']:,} of each"
+    return text + "."
 
 
 def _numbers(numbers: Iterable[int]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkseed.documents import DocumentError, read_json, read_toml, shown
+from fedkseed.scenarios.experiments.entries import ComparisonError, Entry
 from fedkseed.scenarios.report import DEFAULT_MODEL, resume_line
 from fedkseed.scenarios.run import SUMMARY
 from fedkseed.simulation.round_log import check_timings, read_rounds
@@ -40,10 +40,6 @@ CURVES = (
 PHASES = ("rebuild", "reset", "local", "evaluation")
 
 
-class ComparisonError(ValueError):
-    """Runs that cannot be compared, or a folder without a finished run."""
-
-
 @dataclass(frozen=True)
 class FinishedRun:
     """What one run came to.
@@ -56,6 +52,7 @@ class FinishedRun:
         data: name of the data.
         rows: digest of its rows.
         machine: processor and numbers of the model, by name.
+        num_rows: scored rows of each kind, where the summary tells them.
         convention: how forward passes are counted, in words; empty if they are not.
         scores: of the tuned model, by name; those that are finite.
         untuned: the same of what needs no training, by its name.
@@ -71,6 +68,7 @@ class FinishedRun:
     data: str
     rows: str
     machine: Mapping[str, Any]
+    num_rows: Mapping[str, int]
     convention: str
     scores: Mapping[str, float]
     untuned: Mapping[str, Mapping[str, float]]
@@ -153,7 +151,7 @@ def read_run(folder: Path, variant: str = "") -> FinishedRun:
         planned = _object(read_json(folder / SETTINGS), folder / SETTINGS)
         if not (folder / SUMMARY).is_file():
             raise _unfinished(folder, variant, planned, "no summary")
-        summary = _Entry(read_json(folder / SUMMARY), folder / SUMMARY)
+        summary = Entry(read_json(folder / SUMMARY), folder / SUMMARY)
         metrics = list(read_rounds(folder / METRICS, max_bytes=_MAX_LINES)) if _has_rounds(folder) else []
         timings = _timings(folder, len(metrics))
     except (OSError, DocumentError, RunFolderError) as error:
@@ -196,92 +194,16 @@ def _object(value: Any, path: Path) -> dict[str, Any]:
     return value
 
 
-class _Entry:
-    """A value of a summary with its place in it, asked for parts that have to be of a type."""
-
-    def __init__(self, value: Any, path: Path, place: str = "") -> None:
-        self._value, self._path, self._place = value, path, place
-
-    def error(self, expected: str, name: str = "") -> ComparisonError:
-        """An error that says what was expected of a part, and what is there."""
-        place = ".".join(part for part in (self._place, name) if part) or "the whole"
-        return ComparisonError(
-            f"expected {expected} at {place} of {self._path}, got {shown(self._got(name))}; the file is "
-            "damaged or of another version: run it anew"
-        )
-
-    def _got(self, name: str) -> Any:
-        if not name:
-            return self._value
-        return self._value.get(name, "nothing") if isinstance(self._value, dict) else self._value
-
-    def __contains__(self, name: str) -> bool:
-        return isinstance(self._value, dict) and self._value.get(name) is not None
-
-    def __getitem__(self, name: str) -> _Entry:
-        found = self._value.get(name) if isinstance(self._value, dict) else None
-        if not isinstance(found, dict):
-            raise self.error("an object", name)
-        return _Entry(found, self._path, f"{self._place}.{name}" if self._place else name)
-
-    def items(self) -> dict[str, Any]:
-        """All of an object, values that are texts, numbers, truth values or null."""
-        for name, value in self._value.items():
-            if not (value is None or isinstance(value, (str, bool, int, float))):
-                raise self.error("a text, a number, true, false or null", name)
-        return dict(self._value)
-
-    def text(self, name: str) -> str:
-        """A text."""
-        found = self._got(name)
-        if name not in self or not isinstance(found, str):
-            raise self.error("a text", name)
-        return found
-
-    def count(self, name: str) -> int:
-        """A number from 0 on."""
-        found = self._got(name)
-        if isinstance(found, bool) or not isinstance(found, int) or not 0 <= found < 2**63:
-            raise self.error("a count", name)
-        return found
-
-    def number(self, name: str) -> float:
-        """A number."""
-        found = self._got(name)
-        if not _is_number(found):
-            raise self.error("a number", name)
-        return float(found)
-
-    def pair(self, name: str) -> tuple[float | None, float | None]:
-        """A score before and after; None of one that is not finite."""
-        found = self._got(name)
-        is_pair = isinstance(found, list) and len(found) == 2
-        if not is_pair or not all(value is None or _is_number(value) for value in found):
-            raise self.error("a list of two numbers", name)
-        before, after = found
-        return before, after
-
-    def numbers(self, name: str, length: int) -> tuple[float, ...]:
-        """A list of so many numbers."""
-        found = self._got(name)
-        if not isinstance(found, list) or len(found) != length or not all(map(_is_number, found)):
-            raise self.error(f"a list of {length} numbers", name)
-        return tuple(map(float, found))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _run(
     folder: Path,
     variant: str,
-    summary: _Entry,
+    summary: Entry,
     metrics: Sequence[Mapping[str, Any]],
     timings: Sequence[Mapping[str, Any]],
 ) -> FinishedRun:
     settings = summary["settings"].items()
-    summary["settings"].count("seed")
+    for name in ("seed", "final_rows", "generate_rows"):
+        summary["settings"].count(name)
     for name in ("data", "model", "template_file"):
         settings[name] = _file_name(str(settings.get(name) or ""))
     settings["model"] = settings["model"] or DEFAULT_MODEL
@@ -304,6 +226,11 @@ def _run(
             "num_parameters": summary["model"].count("num_parameters"),
             "weight_bytes": summary["model"].count("weight_bytes"),
         },
+        num_rows={
+            part: scores[part]["all"].count("rows")
+            for part in ("held_out", "unseen")
+            if kind == "classification" and part in scores
+        },
         convention="" if passes is None else summary["forward_passes"].text("convention"),
         scores=after,
         untuned=untuned,
@@ -319,7 +246,7 @@ def _file_name(value: str) -> str:
 
 
 def _instruction_scores(
-    scores: _Entry,
+    scores: Entry,
 ) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, Bounds]]:
     def part(name: str) -> dict[str, float]:
         entry = scores[name]
@@ -337,7 +264,7 @@ def _instruction_scores(
 
 
 def _classification_scores(
-    scores: _Entry,
+    scores: Entry,
 ) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, Bounds]]:
     after: dict[str, float] = {}
     before: dict[str, float] = {}
@@ -368,13 +295,13 @@ def _classification_scores(
     return after, {"zero-shot": before, "majority answer": majority}, intervals
 
 
-def _bounds(entry: _Entry, name: str) -> Bounds:
+def _bounds(entry: Entry, name: str) -> Bounds:
     estimate, low, high = entry.numbers(name, 3)
     return estimate, low, high
 
 
 def _costs(
-    summary: _Entry,
+    summary: Entry,
     metrics: Sequence[Mapping[str, Any]],
     timings: Sequence[Mapping[str, Any]],
     passes: Sequence[float] | None,
