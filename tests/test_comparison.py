@@ -173,6 +173,18 @@ def test_a_run_by_itself_is_called_by_its_method_and_what_differs(tmp_path: Path
     assert all(entry["scores"]["held_out_loss"]["sd"] is None for entry in found)
 
 
+def test_a_run_from_before_a_setting_was_there_ran_with_its_default(tmp_path: Path) -> None:
+    write_run(tmp_path / "a" / "seed-1", seed=1)
+    write_run(tmp_path / "a" / "seed-2", seed=2, round_unseen=False, lora_rank=8)
+    write_run(tmp_path / "b" / "seed-1", seed=1, lora_rank=4, template="{text}\nIt was")
+    found = compare([tmp_path])["variants"]
+    assert [(entry["name"], entry["seeds"]) for entry in found] == [("a", [1, 2]), ("b", [1])]
+    assert found[1]["settings"] == {"template": "{text}\nIt was", "lora_rank": 4}
+    alone = [write_run(tmp_path / name, seed=1, template=f"{{text}}\n{name}") for name in "cd"]
+    names = [entry["name"] for entry in compare(alone)["variants"]]
+    assert names == [rf"fedkseed, template={{text}}\n{name}" for name in "cd"], "on one line"
+
+
 def test_each_template_has_a_row_of_its_own_untuned(tmp_path: Path) -> None:
     write_run(tmp_path / "a" / "seed-1", seed=1)
     write_run(tmp_path / "b" / "seed-1", seed=1, template="chat")

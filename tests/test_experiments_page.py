@@ -46,7 +46,7 @@ def test_a_section_has_tables_and_remarks_and_the_rest_is_named(
     (tmp_path / "small.md").write_text("Said of it.\n")
     part = page.scenarios_part(page.measured(), {"small": "A small one", "large": "A large one"})
     assert part.startswith("### small\n\nA small one. Model: tiny, 1,000 parameters.")
-    assert "beside those in its file: `num_rounds` 2, `dtype` float32.\n\n" in part
+    assert "beside those in its file: `num_rounds` 2, `num_seeds` 4096, " in part
     assert "* `ours`: Ours; `lr` 2.5\n* `theirs`: `lr` 2.0\n\n**Scores" in part
     assert "| ours | 1 | 2.500 |" in part
     assert "\n\nSaid of it.\n\n![Scores of small" in part

@@ -17,7 +17,7 @@ from benchmarks.common import pages
 from benchmarks.common.places import REPOSITORY, RESULTS_FOLDER
 from benchmarks.traffic import RESULT as TRAFFIC
 from benchmarks.traffic import saved
-from fedkseed.documents import read_toml
+from fedkseed.documents import read_toml, shown
 from fedkseed.files import write_atomically
 from fedkseed.scenarios.experiments.comparison import Document, read_document
 from fedkseed.scenarios.experiments.comparison_picture import can_be_drawn, draw_comparison
@@ -76,7 +76,7 @@ def scenarios_part(results: Mapping[str, Document], titles: Mapping[str, str]) -
 
 def _section(name: str, document: Document, title: str) -> str:
     environment, settings = document["environment"], document["settings"]
-    shared = [f"`{key}` {settings[key]}" for key in _SHOWN_SETTINGS if key in settings]
+    shared = [f"`{key}` {shown(settings[key])}" for key in _SHOWN_SETTINGS if key in settings]
     parts = [
         f"### {name}",
         f"{title or 'A scenario of its own file'}. Model: {settings.get('model', 'several')}, "
@@ -96,7 +96,9 @@ def _section(name: str, document: Document, title: str) -> str:
 
 def _variant_line(entry: Mapping[str, Any]) -> str:
     """A variant with the settings in which it differs from others."""
-    differing = ", ".join(f"`{key}` {value}" for key, value in entry["settings"].items() if value != "")
+    differing = ", ".join(
+        f"`{key}` {shown(value)}" for key, value in entry["settings"].items() if value != ""
+    )
     said = [text for text in (entry["title"], differing) if text]
     return f"* `{entry['name']}`: {'; '.join(said) or 'as above'}"
 

@@ -182,7 +182,7 @@ def _names(runs: Sequence[FinishedRun]) -> list[str]:
     names: list[str] = []
     for run, name in zip(runs, plain, strict=True):
         alike = [other for other, its in zip(runs, plain, strict=True) if its == name]
-        parts = [f"{key}={run.settings.get(key)}" for key in _differing(alike)]
+        parts = [f"{key}={shown(run.settings.get(key))}" for key in _differing(alike)]
         full = ", ".join([name, *parts]) if len(alike) > 1 else name
         names.append(full if full not in names else f"{full} ({len(names) + 1})")
     return names

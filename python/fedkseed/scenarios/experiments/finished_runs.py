@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from fedkseed.documents import DocumentError, read_json, read_toml, shown
 from fedkseed.scenarios.experiments.entries import ComparisonError, Entry
 from fedkseed.scenarios.report import DEFAULT_MODEL, resume_line
 from fedkseed.scenarios.run import SUMMARY
+from fedkseed.scenarios.settings import OPTIONS
 from fedkseed.simulation.round_log import check_timings, read_rounds
 from fedkseed.simulation.run_folder import METRICS, SETTINGS, TIMINGS, RunFolderError
 
@@ -201,7 +202,9 @@ def _run(
     metrics: Sequence[Mapping[str, Any]],
     timings: Sequence[Mapping[str, Any]],
 ) -> FinishedRun:
-    settings = summary["settings"].items()
+    # A run from before a setting was there ran as its default says.
+    defaults = {name: option.default for name, option in OPTIONS.items() if option.default is not MISSING}
+    settings = {**defaults, **summary["settings"].items()}
     for name in ("seed", "final_rows", "generate_rows"):
         summary["settings"].count(name)
     for name in ("data", "model", "template_file"):
