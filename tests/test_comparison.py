@@ -134,6 +134,24 @@ def test_losses_have_paired_differences_where_a_run_has_them(tmp_path: Path) -> 
     assert "  0.500  -0.250 [-0.500, +0.000]  " in rendered(compare([tmp_path / "labels"]))
 
 
+def test_a_shifted_threshold_has_a_row_untuned_and_columns_beside_the_tuned(tmp_path: Path) -> None:
+    threshold = {
+        "value": [0.5, 0.25],
+        "rows": 40,
+        "accuracy": [[0.625, 0.5, 0.75], [0.875, 0.8, 0.9]],
+        "difference": [0.125, 0.0625, 0.1875],
+    }
+    part = {**classification(0.5, 0.25)["held_out"], "threshold": threshold}
+    write_run(tmp_path / "a" / "seed-1", seed=1, scores={"held_out": part})
+    write_run(tmp_path / "b" / "seed-1", seed=1, scores=classification(0.5, 0.25), template="chat")
+    (table, _) = rendered(compare([tmp_path])).split("\n\n")
+    cells = [re.split(r"  +", line) for line in table.splitlines()]
+    assert ["shifted threshold, as a", "1", "-", "0.625 [0.500, 0.750]", "-", "-", "-", "-"] in cells
+    shown = ["0.875 [0.800, 0.900]", "+0.125 [+0.062, +0.188]", "0.750"]
+    assert ["a", "1", "0.500", "0.750 [0.650, 0.850]", "+0.250 [+0.188, +0.312]", *shown] in cells
+    assert not any(row[0] == "shifted threshold, as b" for row in cells)
+
+
 @pytest.mark.parametrize("kind", ["instructions", "classification"])
 def test_a_score_that_is_not_finite_is_told_and_not_averaged(tmp_path: Path, kind: str) -> None:
     for seed in (1, 2):
@@ -318,6 +336,9 @@ def replaced(value: Any, way: tuple[Any, ...], new: Any) -> Any:
 @pytest.mark.parametrize("kind", ["instructions", "classification"])
 def test_a_damaged_summary_is_refused_in_words_or_compared(tmp_path: Path, kind: str) -> None:
     scores = INSTRUCTIONS if kind == "instructions" else classification(0.5, 0.25)
+    if kind == "classification":
+        rows = [[0.5, 0.25, 0.75]] * 2
+        scores["held_out"]["threshold"] = {"accuracy": rows, "difference": [0.5, 0.25, 0.75]}
     run = write_run(tmp_path / "run", seed=1, scores=scores)
     summary = json.loads((run / "summary.json").read_text())
     refused = []

@@ -17,16 +17,16 @@ from benchmarks.common import pages
 from benchmarks.common.places import REPOSITORY, RESULTS_FOLDER
 from benchmarks.traffic import RESULT as TRAFFIC
 from benchmarks.traffic import saved
-from fedkseed.documents import read_toml, shown
+from fedkseed.documents import shown
 from fedkseed.files import write_atomically
 from fedkseed.scenarios.experiments.comparison import Document, read_document
 from fedkseed.scenarios.experiments.comparison_picture import can_be_drawn, draw_comparison
 from fedkseed.scenarios.experiments.comparison_table import Table, bytes_text, render, rendered
+from fedkseed.scenarios.experiments.scenario import Scenario, library
 
 PAGE = REPOSITORY / "docs" / "experiments.md"
 PICTURES = REPOSITORY / "docs" / "experiments"
 RESULTS = RESULTS_FOLDER / "scenarios"
-LIBRARY = REPOSITORY / "python" / "fedkseed" / "scenarios" / "library"
 SCENARIOS_MARK = "<!-- scenarios: made by benchmarks.experiments.page from results/scenarios/ -->"
 TRAFFIC_MARK = "<!-- bytes: made by benchmarks.experiments.page from results/traffic.json -->"
 #: Settings that a reader of a table asks for first.
@@ -49,7 +49,7 @@ _METHODS = {"fedkseed": "FedKSeed", "fedit": "FedIT, adapters in float32", "feda
 
 def library_titles() -> dict[str, str]:
     """The scenarios that come with the package, by name, and their titles."""
-    return {path.stem: str(read_toml(path).get("title", "")) for path in sorted(LIBRARY.glob("*.toml"))}
+    return {name: Scenario.read(path).title for name, path in library().items()}
 
 
 def measured() -> dict[str, Document]:

@@ -14,6 +14,9 @@ from fedkseed.documents import DocumentError, read_json, shown
 from fedkseed.scenarios.experiments.entries import ComparisonError
 from fedkseed.scenarios.experiments.finished_runs import (
     CURVES,
+    MAJORITY,
+    SHIFTED,
+    ZERO_SHOT,
     Bounds,
     FinishedRun,
     find_runs,
@@ -244,7 +247,7 @@ def _not_finite(group: Group) -> dict[str, list[int]]:
     """The seeds whose tuned models have no finite value of a score that untuned ones have, by its name."""
     found: dict[str, list[int]] = {}
     for run in group:
-        for name in run.untuned["zero-shot"].keys() - run.scores.keys():
+        for name in run.untuned[ZERO_SHOT].values.keys() - run.scores.keys():
             found.setdefault(name, []).append(run.seed)
     return dict(sorted(found.items()))
 
@@ -262,28 +265,25 @@ def _untuned(groups: Mapping[str, Group]) -> list[Document]:
                 owners.setdefault(key, name)
                 asked.setdefault(key, {}).setdefault(run.seed, run)
     rows = []
-    for key, runs in asked.items():
-        name = "zero-shot" if len(asked) == 1 else f"zero-shot, as {owners[key]}"
-        rows.append(_untuned_row(name, "zero-shot", runs))
-    others = dict.fromkeys(name for run in seeds.values() for name in run.untuned if name != "zero-shot")
-    return [*rows, *(_untuned_row(name, name, seeds) for name in others)]
+    for kind in (ZERO_SHOT, SHIFTED):
+        for key, runs in asked.items():
+            name = kind if len(asked) == 1 else f"{kind}, as {owners[key]}"
+            rows += _untuned_rows(name, kind, runs)
+    return [*rows, *_untuned_rows(MAJORITY, MAJORITY, seeds)]
 
 
-def _untuned_row(name: str, kind: str, runs: Mapping[int, FinishedRun]) -> Document:
-    known = {seed: run for seed, run in sorted(runs.items()) if kind in run.untuned}
-    row = {
-        "name": name,
-        "seeds": list(known),
-        "scores": _spreads([run.untuned[kind] for run in known.values()]),
-        "intervals": {},
+def _untuned_rows(name: str, kind: str, runs: Mapping[int, FinishedRun]) -> list[Document]:
+    """The row of what needs no training, if these runs have it."""
+    known = {seed: run.untuned[kind] for seed, run in sorted(runs.items()) if kind in run.untuned}
+    if not known:
+        return []
+    scores = _spreads([found.values for found in known.values()])
+    intervals = {
+        score: [_rounded_bounds(found.intervals[score]) for found in known.values()]
+        for score in scores
+        if all(score in found.intervals for found in known.values())
     }
-    if kind == "zero-shot":
-        row["intervals"] = {
-            score: [_rounded_bounds(run.intervals[f"{score}_before"]) for run in known.values()]
-            for score in ("accuracy", "unseen_accuracy")
-            if all(f"{score}_before" in run.intervals for run in known.values())
-        }
-    return row
+    return [{"name": name, "seeds": list(known), "scores": scores, "intervals": intervals}]
 
 
 def _spreads(found: Sequence[Mapping[str, float]]) -> dict[str, Document]:

@@ -25,9 +25,13 @@ _SCORES: Mapping[str, tuple[str, int, bool]] = {
     "exact_match": ("exact match", 3, False),
     "accuracy": ("accuracy", 3, False),
     "gain": ("gain", 3, True),
+    "shifted_accuracy": ("accuracy, shifted", 3, False),
+    "gain_on_shifted": ("gain on shifted", 3, True),
     "auc": ("AUC", 3, False),
     "unseen_accuracy": ("accuracy", 3, False),
     "unseen_gain": ("gain", 3, True),
+    "unseen_shifted_accuracy": ("accuracy, shifted", 3, False),
+    "unseen_gain_on_shifted": ("gain on shifted", 3, True),
     "unseen_auc": ("AUC", 3, False),
 }
 #: Costs: title and how a number of it is written.
@@ -195,6 +199,11 @@ def _score_notes(document: Document, columns: Sequence[str]) -> list[str]:
         notes.append(
             "Less untuned: the mean difference to the untuned model's loss on the same rows, with its 95 % "
             "interval over rows; of several seeds the lowest low end and the highest high end."
+        )
+    if any("shifted" in name for name in columns):
+        notes.append(
+            "Shifted: the threshold between both labels lies where it fits training rows best, in place of 0; "
+            "gain on shifted: paired difference of the tuned model as it is to the untuned one with that."
         )
     if any(name in columns for name in ("accuracy", "unseen_accuracy")):
         notes.append(

@@ -94,6 +94,15 @@ class Entry:
             raise self.error(f"a list of {length} numbers", name)
         return tuple(map(float, found))
 
+    def rows_of_numbers(self, name: str, height: int, length: int) -> list[tuple[float, ...]]:
+        """A list of so many lists of so many numbers."""
+        found = self._got(name)
+        if not isinstance(found, list) or len(found) != height:
+            raise self.error(f"a list of {height} lists of {length} numbers", name)
+        named = {f"{name}[{index}]": row for index, row in enumerate(found)}
+        rows = Entry(named, self._path, self._place)
+        return [rows.numbers(key, length) for key in named]
+
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedkseed.documents import DocumentError, read_json, read_toml, shown
 from fedkseed.scenarios.experiments.entries import ComparisonError, Entry
+from fedkseed.scenarios.experiments.runner import SCENARIO
 from fedkseed.scenarios.report import DEFAULT_MODEL, resume_line
 from fedkseed.scenarios.run import SUMMARY
 from fedkseed.scenarios.settings import OPTIONS
 from fedkseed.simulation.round_log import check_timings, read_rounds
 from fedkseed.simulation.run_folder import METRICS, SETTINGS, TIMINGS, RunFolderError
 
-#: What the runner of a sweep keeps of it, in the folder above those of its variants.
-SWEEP = "scenario.toml"
 #: Bytes of the lines of all rounds: some ten thousand of them.
 _MAX_LINES = 12 << 20
 _SEED_FOLDER = re.compile(r"seed-\d+")
@@ -38,7 +37,30 @@ CURVES = (
     "paper_rouge",
     "exact_match",
 )
+#: What needs no training: the model before any step, the same with the threshold between two labels where it
+#: fits training rows best, and each client's most frequent answer.
+ZERO_SHOT, SHIFTED, MAJORITY = "zero-shot", "shifted threshold", "majority answer"
 PHASES = ("rebuild", "reset", "local", "evaluation")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a model, or of what stands for one.
+
+    Attributes:
+        values: by name; those that are finite.
+        intervals: 95 % intervals of some of them: estimate, low end, high end.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    intervals: dict[str, Bounds] = field(default_factory=dict)
+
+    def add(self, name: str, value: float | Bounds | None) -> None:
+        """Takes a score, with its interval if it has one; None, which is not finite, is left out."""
+        if isinstance(value, tuple):
+            self.intervals[name], value = value, value[0]
+        if value is not None:
+            self.values[name] = value
 
 
 @dataclass(frozen=True)
@@ -56,8 +78,8 @@ class FinishedRun:
         num_rows: scored rows of each kind, where the summary tells them.
         convention: how forward passes are counted, in words; empty if they are not.
         scores: of the tuned model, by name; those that are finite.
-        untuned: the same of what needs no training, by its name.
-        intervals: 95 % intervals of scores, by the names of the scores.
+        intervals: 95 % intervals of these scores, by name.
+        untuned: what needs no training, by its name.
         costs: bytes, seconds, forward passes and memory, by name.
         curve: of each round, what came before it and it has cost, and its scores; None where there is none.
     """
@@ -72,8 +94,8 @@ class FinishedRun:
     num_rows: Mapping[str, int]
     convention: str
     scores: Mapping[str, float]
-    untuned: Mapping[str, Mapping[str, float]]
     intervals: Mapping[str, Bounds]
+    untuned: Mapping[str, Scores]
     costs: Mapping[str, float]
     curve: tuple[Mapping[str, float | None], ...]
 
@@ -126,7 +148,7 @@ def sweep_variants(folder: Path) -> dict[str, str]:
     Raises:
         ComparisonError: the description is damaged.
     """
-    path = folder / SWEEP
+    path = folder / SCENARIO
     if not path.is_file():
         return {}
     try:
@@ -213,7 +235,7 @@ def _run(
     scores = summary["scores"]
     kind = "instructions" if "before" in scores else "classification"
     read = _instruction_scores if kind == "instructions" else _classification_scores
-    after, untuned, intervals = read(scores)
+    tuned, untuned = read(scores)
     passes = None
     if "forward_passes" in summary:
         passes = summary["forward_passes"].numbers("rounds", len(metrics))
@@ -235,9 +257,9 @@ def _run(
             if kind == "classification" and part in scores
         },
         convention="" if passes is None else summary["forward_passes"].text("convention"),
-        scores=after,
+        scores=tuned.values,
+        intervals=tuned.intervals,
         untuned=untuned,
-        intervals=intervals,
         costs=_costs(summary, metrics, timings, passes),
         curve=_curve(metrics, passes),
     )
@@ -248,34 +270,26 @@ def _file_name(value: str) -> str:
     return Path(value).name if Path(value).is_absolute() else value
 
 
-def _instruction_scores(
-    scores: Entry,
-) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, Bounds]]:
-    def part(name: str) -> dict[str, float]:
+def _instruction_scores(scores: Entry) -> tuple[Scores, dict[str, Scores]]:
+    def part(name: str) -> Scores:
         entry = scores[name]
-        return {score: entry.number(score) for score in INSTRUCTION_SCORES if score in entry}
+        return Scores({score: entry.number(score) for score in INSTRUCTION_SCORES if score in entry})
 
-    untuned = {"zero-shot": part("before")}
+    untuned = {ZERO_SHOT: part("before")}
     if "majority answer" in scores:
-        untuned["majority answer"] = part("majority answer")
-    after, intervals = part("after"), {}
+        untuned[MAJORITY] = part("majority answer")
+    after = part("after")
     for name in ("held_out_difference", "unseen_difference"):
         if name in scores["after"]:
-            intervals[name] = _bounds(scores["after"], name)
-            after[name] = intervals[name][0]
-    return after, untuned, intervals
+            after.add(name, _bounds(scores["after"], name))
+    return after, untuned
 
 
-def _classification_scores(
-    scores: Entry,
-) -> tuple[dict[str, float], dict[str, dict[str, float]], dict[str, Bounds]]:
-    after: dict[str, float] = {}
-    before: dict[str, float] = {}
-    majority: dict[str, float] = {}
-    intervals: dict[str, Bounds] = {}
+def _classification_scores(scores: Entry) -> tuple[Scores, dict[str, Scores]]:
     parts = [part for part in ("held_out", "unseen") if part in scores]
     if not parts:
         raise scores.error("scores of held-out or of unseen rows")
+    after, before, majority, shifted = Scores(), Scores(), Scores(), Scores()
     for part in parts:
         entry, rows = scores[part], scores[part]["all"]
         prefix = "" if part == "held_out" else "unseen_"
@@ -283,23 +297,30 @@ def _classification_scores(
         if "auc" in entry:
             pairs[prefix + "auc"] = entry.pair("auc")
         for name, (then, now) in pairs.items():
-            before.update({} if then is None else {name: then})
-            after.update({} if now is None else {name: now})
+            before.add(name, then)
+            after.add(name, now)
         if "loss_difference" in entry:
-            intervals[f"{part}_difference"] = _bounds(entry, "loss_difference")
-            after[f"{part}_difference"] = intervals[f"{part}_difference"][0]
-        for name, side, of in (("accuracy", "after", after), ("accuracy", "before", before)):
-            bounds = _bounds(rows, side)
-            of[prefix + name] = bounds[0]
-            intervals[prefix + (name if side == "after" else "accuracy_before")] = bounds
-        intervals[prefix + "gain"] = _bounds(rows, "difference")
-        after[prefix + "gain"] = intervals[prefix + "gain"][0]
-        majority[prefix + "accuracy"] = rows.number("majority")
-    return after, {"zero-shot": before, "majority answer": majority}, intervals
+            after.add(f"{part}_difference", _bounds(entry, "loss_difference"))
+        before.add(prefix + "accuracy", _bounds(rows, "before"))
+        after.add(prefix + "accuracy", _bounds(rows, "after"))
+        after.add(prefix + "gain", _bounds(rows, "difference"))
+        majority.add(prefix + "accuracy", rows.number("majority"))
+        if "threshold" in entry:
+            threshold = entry["threshold"]
+            of_untuned, of_tuned = threshold.rows_of_numbers("accuracy", 2, 3)
+            shifted.add(prefix + "accuracy", _three(of_untuned))
+            after.add(prefix + "shifted_accuracy", _three(of_tuned))
+            after.add(prefix + "gain_on_shifted", _bounds(threshold, "difference"))
+    untuned = {ZERO_SHOT: before, MAJORITY: majority}
+    return after, {**untuned, SHIFTED: shifted} if shifted.values else untuned
 
 
 def _bounds(entry: Entry, name: str) -> Bounds:
-    estimate, low, high = entry.numbers(name, 3)
+    return _three(entry.numbers(name, 3))
+
+
+def _three(numbers: Sequence[float]) -> Bounds:
+    estimate, low, high = numbers
     return estimate, low, high
 
 
