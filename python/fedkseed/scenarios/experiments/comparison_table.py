@@ -202,7 +202,7 @@ def _score_notes(document: Document, columns: Sequence[str]) -> list[str]:
         )
     if any("shifted" in name for name in columns):
         notes.append(
-            "Shifted: the threshold between both labels lies where it fits training rows best, in place of 0; "
+            "Shifted: the threshold between both labels lies where it fits training rows best, not at 0; "
             "gain on shifted: paired difference of the tuned model as it is to the untuned one with that."
         )
     if any(name in columns for name in ("accuracy", "unseen_accuracy")):
