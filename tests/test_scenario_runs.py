@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.running import wait_for
-from support.tiny_runs import SHORT, dolly_rows, write_lines, write_llama
+from support.tiny_runs import SHORT, dolly_rows, leave_out_pictures, write_lines, write_llama
 
 from fedkseed import cli
 from fedkseed.scenarios import run as scenario_run
@@ -38,6 +38,7 @@ def _same_threads() -> Iterator[None]:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model, data and a scenario of four runs."""
     monkeypatch.chdir(tmp_path)
+    leave_out_pictures(monkeypatch)
     write_llama(Path("model"))
     write_lines(Path("dolly.jsonl"), dolly_rows(90, ("closed_qa", "open_qa", "summarization")))
     settings = "".join(f"{name} = {value}\n" for name, value in SHORT.items())

@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedkseed.scenarios import instructions
 from support.word_tokenizer import make_word_tokenizer
 
 #: Settings that make it so.
@@ -76,3 +78,8 @@ def write_natural_instructions(folder: Path, train: Mapping[str, int], test: Map
             ]
             task = {"Definition": [f"Count as in {name}."], "Instances": instances}
             (folder / "tasks" / f"{name}.json").write_text(json.dumps(task))
+
+
+def leave_out_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves more than half of such a run."""
+    monkeypatch.setattr(instructions, "draw_rounds", lambda *_: None)
