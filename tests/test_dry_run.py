@@ -70,6 +70,10 @@ def test_a_scenario_of_the_paper_is_foreseen_without_its_model(
         assert "tokens by 4 characters each" in block
         assert ("Not planned: gradients" in block) == (name in ("fedavg", "fedit"))
         assert ("rebuilding" in block) == (name in ("fedkseed", "pro"))
+        tokens = float(re.search(r"row\(s\) of ([\d,]+) tokens", block)[1])  # type: ignore[index]
+        # No client holds rows out: the unseen category is scored in each of 60 rounds, and twice more.
+        scored = 62 * 625 * 2 * PARAMETERS[size] * tokens / RATES.products
+        assert seconds(block, "losses of scored rows") == pytest.approx(scored, rel=0.02)
         # 60 rounds of 10 clients with 200 steps of two passes.
         assert ("240,000 forward passes of 1 row(s)" in block) == (name in ("fedkseed", "pro", "fedzo"))
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import fedkseed_kernels
-from fedkseed.data.federated import FederatedData, Row
+from fedkseed.data.federated import ClientRows, FederatedData, Row
 from fedkseed.data.models import is_local
 from fedkseed.data.shapes import num_positions, shapes_of_config, weight_file_bytes
 from fedkseed.federation.messages import broadcast_bytes, reply_bytes
@@ -201,15 +201,16 @@ class _Outlook:
     def _num_scored(self) -> int:
         """Rows whose loss is computed, in all rounds and before and after."""
         settings, data = self.settings, self.data
-        rounds = settings.federation.num_rounds // settings.eval_every
-        in_rounds, at_ends = (
-            sum(min(len(client.held_out), most) for client in part)
-            for part, most in (
-                (data.clients, settings.round_rows),
-                ((*data.clients, *data.unseen), settings.final_rows),
-            )
-        )
-        return rounds * in_rounds + 2 * at_ends
+
+        def rows(clients: Sequence[ClientRows], most: int) -> int:
+            return sum(min(len(client.held_out), most) for client in clients)
+
+        # As the benches score: unseen rows in a round if it is asked, or if no other client has any.
+        in_round = rows(data.clients, min(settings.round_rows, settings.final_rows))
+        if settings.round_unseen or not in_round:
+            in_round += rows(data.unseen, min(settings.round_rows, settings.final_rows))
+        at_an_end = rows(data.clients, settings.final_rows) + rows(data.unseen, settings.final_rows)
+        return settings.federation.num_rounds // settings.eval_every * in_round + 2 * at_an_end
 
     def _mean_tokens(self) -> float:
         """Tokens of a training row, by some of them."""
