@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,10 @@ def test_a_call_that_cannot_stand_is_one_line(
     assert message in told
     assert told.count("\n") == 1
     assert not Path("runs").exists()
+
+
+def test_the_file_on_the_page_is_a_scenario(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "scenarios.md").read_text()
+    (text,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    scenario = Scenario.read(written(tmp_path, text))
+    assert len(scenario.runs()) == 9
