@@ -74,7 +74,6 @@ class KeptBaseline:
         self.num_complete = 0
         self.optimizer_state: dict[str, Any] | None = None
         if folder.resumes:
-            check_client_settings(folder.path / CLIENTS, settings, task)
             self._read()
         self._metrics = RoundLog(folder.path / METRICS, self.num_complete, check_metrics)
         self._timings = RoundLog(folder.path / TIMINGS, self.num_complete, check_timings)
@@ -127,13 +126,13 @@ class KeptBaseline:
     def _write(self, optimizer_state: Mapping[str, Any] | None) -> None:
         tensors: dict[str, torch.Tensor] = dict(self._parameters)
         described = _without_tensors(optimizer_state, tensors, _OPTIMIZER)
-        said = {
+        said: dict[str, Any] = {
             "format": _FORMAT,
             "round": self.num_complete,
             "settings": self._digest,
-            "content": _content_of(tensors),
             "optimizer": described,
         }
+        said["content"] = _content_of(said, tensors)
         self._folder.lock.check()
         # A folder of its own, for what the library leaves behind if it is killed.
         with folder_for_a_while(self._path) as folder:
@@ -147,6 +146,7 @@ class KeptBaseline:
                 f"expected {BASELINE} in {self._folder.path}, got the state of another method; resume it "
                 "with the method that it was begun with"
             )
+        check_client_settings(self._folder.path / CLIENTS, self._settings, self._task)
         try:
             with opened(self._path) as file:
                 said = parse_json((file.metadata() or {})[_METADATA], "the metadata")
@@ -157,7 +157,7 @@ class KeptBaseline:
             if said["settings"] != self._digest:
                 raise ValueError("expected the state of a run with these settings, got one with others")
             read_into(self._path, self._parameters)
-            if said["content"] != _content_of({**self._parameters, **own}):
+            if said.pop("content") != _content_of(said, {**self._parameters, **own}):
                 raise ValueError("expected the content that it states, got another")
             self.num_complete = check_count("round", said["round"], 0, MAX_ROUNDS - 1)
             self.optimizer_state = _with_tensors(said["optimizer"], own)
@@ -165,8 +165,10 @@ class KeptBaseline:
             raise StateError(f"{self._path}: {error}") from error
 
 
-def _content_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    return content_hash([(name, tensors[name].detach()) for name in sorted(tensors)]).hex()
+def _content_of(said: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    digest.update(content_hash([(name, tensors[name].detach()) for name in sorted(tensors)]))
+    return digest.hexdigest()
 
 
 def _without_tensors(value: Any, tensors: dict[str, torch.Tensor], name: str) -> Any:
