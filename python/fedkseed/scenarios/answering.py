@@ -19,7 +19,7 @@ from fedkseed.data.templates import PLAIN, Template
 from fedkseed.documents import DocumentError, read_json
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.ledger.tuned_model import find_asking, ledger_dtype
-from fedkseed.simulation.run_folder import BEST, LEDGER, SETTINGS
+from fedkseed.simulation.run_folder import BASELINE, BEST, LEDGER, SETTINGS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -203,9 +203,9 @@ def _of_run(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Asking | None]:
     path = folder / (BEST if best else LEDGER)
     if not path.is_file():
-        raise AskingError(
-            f"expected a run with {path.name}, got none in {folder}: no round of it is complete"
-        )
+        is_other = (folder / BASELINE).exists()
+        reason = "a run of another method has none" if is_other else "no round of it is complete"
+        raise AskingError(f"expected a run with {path.name}, got none in {folder}: {reason}")
     ledger = Ledger.load(path)
     asking = find_asking(ledger, folder)
     say("Loading and verifying the base model, adding the ledger")

@@ -105,9 +105,9 @@ def _draw_accuracies(axes: Axes, compared: Mapping[str, Any], prompt_accuracy: f
 def _draw_traffic(axes: Axes, rounds: Sequence[Mapping[str, Any]], weight_bytes: int) -> None:
     axes.set_title("bytes exchanged so far")
     numbers = [row["round"] + 1 for row in rounds]
-    by_seeds = accumulate(row["bytes_down"] + row["bytes_up"] for row in rounds)
+    exchanged = accumulate(row["bytes_down"] + row["bytes_up"] for row in rounds)
     by_weights = accumulate(2 * weight_bytes * len(row["clients"]) for row in rounds)
-    for totals, label in ((by_weights, "weights (FedAvg)"), (by_seeds, "seeds and scalars")):
+    for totals, label in ((by_weights, "weights (FedAvg)"), (exchanged, "this run")):
         axes.plot(numbers, list(totals), marker="o", markersize=3, label=label)
     axes.set_yscale("log")
     axes.legend(loc="center right")

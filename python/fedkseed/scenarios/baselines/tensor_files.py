@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,19 +54,19 @@ def read_into(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def average_into(tensors: Mapping[str, torch.Tensor], paths: Sequence[Path], shares: Sequence[int]) -> None:
     """Gives each tensor the mean of the files' ones, weighted by shares, in fp64, rounded once.
 
-    Tensor by tensor, so that no second model is held; added in the order of the files.
+    Tensor by tensor, added in the order of the files, of which one is open at a time: what has been read of
+    a file counts as memory until it is closed.
 
     Raises:
         ValueError, OSError: as `opened`.
     """
     whole = sum(shares)
-    with ExitStack() as stack:
-        files = [stack.enter_context(opened(path)) for path in paths]
-        for name, tensor in tensors.items():
-            total = torch.zeros(tensor.shape, dtype=torch.float64)
-            for file, share in zip(files, shares, strict=True):
+    for name, tensor in tensors.items():
+        total = torch.zeros(tensor.shape, dtype=torch.float64)
+        for path, share in zip(paths, shares, strict=True):
+            with opened(path) as file:
                 total += file.get_tensor(name).double() * (share / whole)
-            tensor.copy_(total)
+        tensor.copy_(total)
 
 
 @contextmanager
