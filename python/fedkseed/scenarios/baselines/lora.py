@@ -31,6 +31,17 @@ class Adapters(NamedTuple):
     dropouts: Sequence[nn.Module]
 
 
+def check_adaptable(model: nn.Module) -> None:
+    """Raises unless adapters can be put into the model; its shapes are enough.
+
+    Raises:
+        ModelError: a model without one of the seven projections.
+        MissingExtraError: peft is not installed.
+    """
+    _projections(model)
+    require_extra("scenarios", "peft")
+
+
 def num_adapter_weights(model: nn.Module, rank: int) -> int:
     """How many numbers the adapters have, told by the model's shapes.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from fedkseed.scenarios.baselines.lora import ADAPTER_DTYPE, num_adapter_weights
+from fedkseed.scenarios.baselines.lora import ADAPTER_DTYPE, check_adaptable, num_adapter_weights
 from fedkseed.scenarios.baselines.settings import FIRST_ORDER
 from fedkseed.scenarios.settings import RunSettings
 from fedkseed.simulation.memory_plan import BatchShape, RunPlan, plan
@@ -34,7 +34,7 @@ def plan_baseline(
     """What the run takes, and what is free now; arguments as those of `fedkseed.simulation.memory_plan.plan`.
 
     Raises:
-        ModelError: as `num_adapter_weights`.
+        ModelError, MissingExtraError: as `check_adaptable`.
     """
     baseline, storage = settings.baseline, settings.federation.storage
     is_first_order = baseline.method in FIRST_ORDER
@@ -56,6 +56,7 @@ def plan_baseline(
     size = sum(parameter.numel() * parameter.itemsize for parameter in tuned)
     added = {}
     if baseline.method == "fedit":
+        check_adaptable(model)  # before anything is loaded
         size = num_adapter_weights(model, baseline.lora_rank) * ADAPTER_DTYPE.itemsize
         added["adapters"] = size
     if is_first_order:
