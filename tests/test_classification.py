@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from fedkseed.data.errors import DataError
 from fedkseed.data.federated import ClientRows, FederatedData, Row
 from fedkseed.data.templates import Template
 from fedkseed.scenarios.classification import ClassificationBench
+from fedkseed.scenarios.threshold import best_threshold, drawn_rows
 
 LABELS = ("bad", "good")
 TEMPLATE = Template.custom("{text}:")
@@ -276,6 +278,75 @@ def test_table_shows_what_changed() -> None:
     assert found["clients"]["second"]["difference"][0] == 0.0
     assert found["all"]["difference"][0] == pytest.approx(4 / 9)
     assert "0.200    1.000   +0.800 [" in bench.table(before, after)
+
+
+@pytest.mark.parametrize(
+    ("margins", "is_positive", "threshold"),
+    [
+        ([3.0, 2.0, 1.0, 0.5], [True, True, False, False], 1.5),
+        ([3.0, 2.0], [True, True], 1.0),
+        ([3.0, 2.0], [False, False], 4.0),
+        ([1.0, 1.0, 1.0, -1.0], [False, True, False, False], 2.0),  # equal margins stay together
+        ([-3.0, -2.0, -1.0, 5.0, 6.0], [False, True, False, True, True], 2.0),  # -2.5 is as good
+    ],
+)
+def test_the_best_threshold(margins: list[float], is_positive: list[bool], threshold: float) -> None:
+    assert best_threshold(margins, is_positive) == threshold
+
+
+def test_the_best_threshold_of_random_margins_is_as_good_as_any() -> None:
+    generator = random.Random(1)
+    for _ in range(100):
+        margins = [generator.randrange(-4, 5) / 2 for _ in range(generator.randrange(1, 9))]
+        is_positive = [generator.random() < 0.5 for _ in margins]
+        right = [
+            sum((margin > at) == positive for margin, positive in zip(margins, is_positive, strict=True))
+            for at in (best_threshold(margins, is_positive), *(value / 4 for value in range(-12, 13)))
+        ]
+        assert right[0] == max(right)
+
+
+def test_rows_of_a_threshold_are_drawn_of_each_client() -> None:
+    rows = [range(10), range(10, 13)]
+    drawn = drawn_rows(rows, 5, 7)
+    assert drawn == drawn_rows(rows, 5, 7) != drawn_rows(rows, 5, 8)
+    assert len(set(drawn[:5])) == 5
+    assert max(drawn[:5]) < 10
+    assert sorted(drawn[5:]) == [10, 11, 12]
+
+
+def test_a_threshold_alone_is_shown_beside_the_tuned_model() -> None:
+    model = make_model(torch.float32)
+    bench = bench_of(model, federated(), threshold_rows=6, seed=3)
+    before = bench.scores()
+    found = before["held_out"]["threshold"]
+    assert found["rows"] == 6 + 5
+    assert before["unseen"]["threshold"]["value"] == found["value"]
+    rows = drawn_rows(bench.task().datasets, 6, 3)
+    margins = [float(difference) for difference in bench._logits(rows, "").double().diff(dim=1)]
+    assert found["value"] == best_threshold(margins, [row.label == 1 for row in rows])
+    held_out = [row for part in bench._parts for row in part.rows]
+    shifted = bench._logits(held_out, "").double().diff(dim=1)[:, 0] > found["value"]
+    right = [bool(one) == (row.label == 1) for one, row in zip(shifted, held_out, strict=True)]
+    assert found["right"] == {
+        "first": [int(one) for one in right[:5]],
+        "second": [int(one) for one in right[5:]],
+    }
+    assert found["accuracy"][0] == sum(right) / 9
+    after = {**before, "held_out": {**before["held_out"], "right": {"first": [1] * 5, "second": [1] * 4}}}
+    summary = bench.summary(before, after)["held_out"]["threshold"]
+    assert summary["difference"][0] == pytest.approx(1 - sum(right) / 9)
+    assert summary["value"] == [found["value"]] * 2
+    assert "A shifted threshold alone, fitted on 11 training rows: " in bench.table(before, after)
+    plain = bench_of(model, federated())
+    assert "threshold" not in plain.scores()["held_out"]
+    assert "threshold" not in plain.table(plain.scores(), plain.scores())
+
+
+def test_a_threshold_is_one_of_two_labels() -> None:
+    data = dataclasses.replace(federated(()), labels=("bad", "good", "so-so"))
+    with pytest.raises(ValueError, match="two labels for a threshold between them, got 3; leave out --thr"):
+        bench_of(make_head(3), data, threshold_rows=1)
 
 
 def test_a_client_may_be_called_all() -> None:

@@ -35,6 +35,7 @@ def add(
 def run(options: argparse.Namespace) -> int:
     """Rebuilds and writes it."""
     from fedkseed.data.asking import FILE, NOTE
+    from fedkseed.data.built_in_models import model_source
     from fedkseed.ledger.ledger import Ledger
     from fedkseed.ledger.tuned_model import write_tuned_model
     from fedkseed.simulation.run_folder import LEDGER
@@ -42,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     ledger = options.ledger / LEDGER if (options.ledger / LEDGER).is_file() else options.ledger
     identity = write_tuned_model(
         ledger,
-        options.base,
+        model_source(options.base),
         options.out,
         public_key=options.public_key,
         trust_remote_code=options.trust_remote_code,

@@ -70,6 +70,7 @@ def add(
 
 def run(options: argparse.Namespace) -> int:
     """Prints and draws it."""
+    from fedkseed.data.built_in_models import model_source
     from fedkseed.data.models import load_tokenizer
     from fedkseed.files import write_atomically
 
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     division = _division(options)
     print("\n".join(lines(division)))
     if options.model is not None:
-        tokenizer = load_tokenizer(options.model)
+        tokenizer = load_tokenizer(model_source(options.model))
         print("\n".join(token_lines(division.data, tokenizer, options.max_length)))
     if options.out is not None:
         write_atomically(options.out, drawn(division))

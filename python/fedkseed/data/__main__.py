@@ -1,4 +1,4 @@
-"""`python -m fedkseed.data`: bring the demo's model, sentences and instruction tasks into the cache, once."""
+"""`python -m fedkseed.data`: bring built-in models, sentences and instruction tasks into the cache, once."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import sys
 
 from fedkseed._extras import MissingExtraError
 from fedkseed.data import fetch
-from fedkseed.data.models import ModelError, smollm2_folder
+from fedkseed.data.architectures import ModelError
+from fedkseed.data.built_in_models import BUILT_IN_MODELS, model_source
 
 
 def main() -> int:
     """Fetch and convert; 1 with a message if that cannot be done."""
     try:
-        folder = smollm2_folder()
+        folders = [model_source(name) for name in BUILT_IN_MODELS]
         sentences = fetch.fetch(fetch.VADER)
         tasks = fetch.fetch(fetch.EVALS)
     except (fetch.FetchError, ModelError, MissingExtraError) as error:
         print(f"fedkseed.data: {error}", file=sys.stderr)
         return 1
-    print(f"Model: {folder}\nSentences: {sentences}\nInstruction tasks: {tasks}")
+    models = "\n".join(f"Model: {folder}" for folder in folders)
+    print(f"{models}\nSentences: {sentences}\nInstruction tasks: {tasks}")
     return 0
 
 

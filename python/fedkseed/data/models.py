@@ -78,13 +78,8 @@ def smollm2_folder() -> Path:
     """
     cache = cache_folder()
     target = cache / f"smollm2-135m-instruct-fp32-{fetch.SMOLLM2.sha256[:8]}"
-    if target.is_dir():
-        change = verified.find_change(target, _SMOLLM2_CONTENT)
-        if change is None:
-            return target
-        moved = verified.move_aside(target)
-        kept = f"; it is kept as {moved.name}, delete it if it is not yours" if moved else ""
-        print(f"{target} is not the model as it was converted: {change}{kept}", file=sys.stderr)
+    if verified.is_whole(target, _SMOLLM2_CONTENT):
+        return target
     require_extra("hf", "transformers", "gguf", "accelerate", "safetensors")
     archive = fetch.fetch(fetch.SMOLLM2, cache)
     print(f"Converting {_GGUF} to safetensors in {target} (once, under a minute)", file=sys.stderr)

@@ -29,6 +29,9 @@ DOLLY = "fedkseed-dolly"
 #: Placeholders of the templates that come with the package: what is asked, and a context that may be empty.
 INSTRUCTION, INPUT = "instruction", "input"
 
+#: In the text of a template of one's own: the mask token of the tokenizer, however that spells it.
+MASK = "[MASK]"
+
 MAX_TEMPLATE_BYTES = 1 << 16
 
 _WITH_CONTEXT = (
@@ -144,7 +147,7 @@ class Template:
         user message, or the instruction as user message if the input is empty).
 
         Args:
-            tokenizer: asked by "chat" alone; others take None.
+            tokenizer: asked by "chat", and by `MASK` for its mask token; others take None.
             fields: at least those of `placeholders`; ``input`` of the package's templates may be missing or
                 empty.
 
@@ -160,12 +163,20 @@ class Template:
             return "".join(f"{fields[name]}\n" for name in (INSTRUCTION, INPUT) if fields[name])
         without = _TEXTS_WITHOUT.get(self.name)
         parts = _split(without) if without is not None and not fields[INPUT] else self._parts
-        return "".join(text + ("" if name is None else fields[name]) for text, name in parts)
+        mask = getattr(tokenizer, "mask_token", None) or MASK
+        return "".join(
+            text.replace(MASK, mask) + ("" if name is None else fields[name]) for text, name in parts
+        )
 
     @property
     def needs_tokenizer(self) -> bool:
-        """Whether `prompt` asks the tokenizer."""
+        """Whether `prompt` cannot do without a tokenizer."""
         return self.name == CHAT
+
+    @property
+    def num_masks(self) -> int:
+        """How often `MASK` stands in the text."""
+        return sum(text.count(MASK) for text, _ in self._parts)
 
     @property
     def adds_special_tokens(self) -> bool:
@@ -174,8 +185,8 @@ class Template:
 
     @cached_property
     def literals(self) -> str:
-        """The text without its placeholders, a space in the place of each."""
-        return "".join(text + ("" if name is None else " ") for text, name in self._parts)
+        """The text without its placeholders and `MASK`, a space in the place of each."""
+        return "".join(text + ("" if name is None else " ") for text, name in self._parts).replace(MASK, " ")
 
     @cached_property
     def _parts(self) -> tuple[tuple[str, str | None], ...]:

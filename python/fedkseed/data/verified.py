@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -36,6 +37,24 @@ def content_of(folder: Path) -> str:
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
             digest.update(weight.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def is_whole(folder: Path, content: str) -> bool:
+    """Whether the folder is there as it was made; one that was changed is named on stderr and moved aside.
+
+    Raises:
+        MissingExtraError: safetensors is not installed.
+        OSError: it cannot be moved.
+    """
+    if not folder.is_dir():
+        return False
+    change = find_change(folder, content)
+    if change is None:
+        return True
+    moved = move_aside(folder)
+    kept = f"; it is kept as {moved.name}, delete it if it is not yours" if moved else ""
+    print(f"{folder} is not the model as it was converted: {change}{kept}", file=sys.stderr)
+    return False
 
 
 def note_hashes(folder: Path) -> None:

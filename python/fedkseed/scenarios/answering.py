@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedkseed.data.asking import Asking, AskingError
-from fedkseed.data.classification import Classifier, LabelledTokens, Verbalizer, score_rows
-from fedkseed.data.models import ModelError, load_any, num_embeddings, smollm2_folder
+from fedkseed.data.built_in_models import model_source
+from fedkseed.data.classification import (
+    Classifier,
+    LabelledTokens,
+    Verbalizer,
+    check_mask,
+    mask_token_id,
+    score_rows,
+)
+from fedkseed.data.models import ModelError, load_any, num_embeddings
 from fedkseed.data.prompts import pad_token_id
 from fedkseed.data.scores import generate_greedy
 from fedkseed.data.shapes import num_positions
@@ -19,6 +27,7 @@ from fedkseed.data.templates import PLAIN, Template
 from fedkseed.documents import DocumentError, read_json
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.ledger.tuned_model import find_asking, ledger_dtype
+from fedkseed.scenarios.classification import check_speaks
 from fedkseed.simulation.run_folder import BASELINE, BEST, LEDGER, SETTINGS
 
 if TYPE_CHECKING:
@@ -131,10 +140,14 @@ class TunedModel:
             )
         verbalizer = None
         if words:
+            check_speaks(self.model, self.asking.template)
             verbalizer = Verbalizer.of(self.tokenizer, dict(zip(labels, words, strict=True)))
         pad_id = pad_token_id(self.tokenizer)
+        mask_id = mask_token_id(self.tokenizer, self.asking.template)
+        for text, prompt in zip(texts, prompts, strict=True):
+            check_mask(prompt, mask_id, text)
         logits = score_rows(
-            Classifier(len(labels), verbalizer, pad_id),
+            Classifier(len(labels), verbalizer, pad_id, mask_id),
             self.model,
             [LabelledTokens(tuple(prompt), 0) for prompt in prompts],
             pad_id,
@@ -211,7 +224,8 @@ def _of_run(
     say("Loading and verifying the base model, adding the ledger")
     named = base or _base(folder / SETTINGS)
     try:
-        model, tokenizer = load_any(named, ledger_dtype(ledger), trust_remote_code=trust_remote_code)
+        source = model_source(named)
+        model, tokenizer = load_any(source, ledger_dtype(ledger), trust_remote_code=trust_remote_code)
     except ModelError as error:
         if base:
             raise
@@ -220,8 +234,8 @@ def _of_run(
     return model, tokenizer, asking
 
 
-def _base(settings: Path) -> str | Path:
-    """The base model that a run's settings name; none is the built-in one."""
+def _base(settings: Path) -> str:
+    """The base model that a run's settings name; "" if they name none."""
     try:
         found = read_json(settings)
     except DocumentError as error:
@@ -229,7 +243,7 @@ def _base(settings: Path) -> str | Path:
     name = found.get("model", "") if isinstance(found, dict) else None
     if not isinstance(name, str):
         raise AskingError(f'expected the base model under "model" in {settings}, got {str(name)[:80]}')
-    return name or smollm2_folder()
+    return name
 
 
 def _saved_dtype(folder: Path) -> torch.dtype:

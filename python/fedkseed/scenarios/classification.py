@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from fedkseed._progress import each
-from fedkseed.data.architectures import ModelError
+from fedkseed.data.architectures import ModelError, is_masked
 from fedkseed.data.asking import Asking
 from fedkseed.data.classification import (
     SCORED_BATCH,
@@ -26,12 +26,15 @@ from fedkseed.data.classification import (
     collate_labelled,
     cross_entropies,
     encode_labelled,
+    mask_token_id,
     score_rows,
 )
 from fedkseed.data.federated import ClientRows, FederatedData
 from fedkseed.data.models import check_token_ids
 from fedkseed.data.prompts import pad_token_id
+from fedkseed.data.templates import MASK, Template
 from fedkseed.scenarios import picture
+from fedkseed.scenarios.accuracy_table import accuracy_table
 from fedkseed.scenarios.bench import digest_of, rows_digest_of
 from fedkseed.scenarios.paired_difference import (
     Interval,
@@ -39,6 +42,7 @@ from fedkseed.scenarios.paired_difference import (
     mean_difference,
     paired_difference,
 )
+from fedkseed.scenarios.threshold import best_threshold, drawn_rows
 from fedkseed.scenarios.untuned_prompt import UntunedPrompt
 from fedkseed.simulation.memory_plan import BatchShape
 from fedkseed.simulation.task import Task
@@ -60,7 +64,8 @@ class ClassificationBench:
     """See `fedkseed.scenarios.bench.Bench`. Losses are in nats a row, among the labels; accuracies in [0, 1].
 
     Args:
-        model: a causal language model, or one with a classifier's head if the data has no words.
+        model: a language model, or one with a classifier's head if the data has no words; a masked one
+            answers in the template's place for a mask.
         tokenizer: of the model.
         data: of kind "classification".
         round_rows: held-out rows of each client behind the scores of a round.
@@ -68,6 +73,8 @@ class ClassificationBench:
         max_length: tokens of a row; a longer one loses the beginning of its prompt.
         is_paired: whether a loss is that of each half of a batch that is run twice (paired storage).
         prompt: an untuned prompt that was measured on the same rows; None if there is none.
+        threshold_rows: training rows of each client that a threshold is fitted on, to compare; 0: none is.
+        seed: of the draw of these rows.
 
     Attributes:
         model, names, notes, digest, asking: as `Bench` says.
@@ -75,7 +82,8 @@ class ClassificationBench:
 
     Raises:
         DataError: a word that is not one token, or a row with a label that is not in the list.
-        ValueError: a model with a head that cannot take these batches, or no held-out rows.
+        ValueError: a model with a head that cannot take these batches, no held-out rows, or a threshold
+            between more than two labels.
     """
 
     def __init__(
@@ -89,6 +97,8 @@ class ClassificationBench:
         max_length: int,
         is_paired: bool = False,
         prompt: UntunedPrompt | None = None,
+        threshold_rows: int = 0,
+        seed: int = 0,
     ) -> None:
         self.model = model
         self._prompt, self._is_paired = prompt, is_paired
@@ -99,15 +109,12 @@ class ClassificationBench:
         self._pad_id = pad_token_id(tokenizer)
         verbalizer = None
         if data.words:
-            if not model.can_generate():
-                raise ModelError(
-                    f"expected a causal language model for words, got {type(model).__name__}; name one, or a "
-                    "model with a classifier's head (--classify head)"
-                )
+            check_speaks(model, data.template)
             verbalizer = Verbalizer.of(tokenizer, dict(zip(data.labels, data.words, strict=True)))
         else:
             _check_head(model, data.labels)
-        self.classifier = Classifier(len(data.labels), verbalizer, self._pad_id)
+        mask_id = mask_token_id(tokenizer, data.template)
+        self.classifier = Classifier(len(data.labels), verbalizer, self._pad_id, mask_id)
         self._num_cut = 0
 
         def encoded(rows: Sequence[Any]) -> list[LabelledTokens]:
@@ -123,6 +130,12 @@ class ClassificationBench:
 
         training = each([client.train for client in data.clients], "rows to tokens")
         self._train = [encoded(rows) for rows in training]
+        if threshold_rows and len(data.labels) != 2:
+            raise ValueError(
+                f"expected two labels for a threshold between them, got {len(data.labels)}; leave out "
+                "--threshold-rows"
+            )
+        self._fitted = drawn_rows(self._train, threshold_rows, seed)
         self._parts = [part(client, [client]) for client in data.clients if client.held_out]
         # An unseen client has no training rows: its majority answer is that of all others.
         self._unseen = [part(client, data.clients) for client in data.unseen if client.held_out]
@@ -154,7 +167,8 @@ class ClassificationBench:
         """See `Bench.batch_shapes`."""
         trained = [row for rows in self._train for row in rows]
         scored = [row for part in (*self._parts, *self._unseen) for row in part.rows]
-        return [_shape(trained, batch_size)], [_shape(scored, SCORED_BATCH)]
+        has_all = is_masked(self.model)
+        return [_shape(trained, batch_size, has_all)], [_shape(scored, SCORED_BATCH, has_all)]
 
     def round_scores(self, round: int) -> dict[str, float]:
         """Loss and accuracy on the first held-out rows of every client; empty if no rows are asked for."""
@@ -172,15 +186,23 @@ class ClassificationBench:
         """Scores of the model as it stands on all chosen held-out rows.
 
         "held_out" and "unseen" hold, if there are such rows, "rows", "loss", "accuracy" (estimate, low,
-        high), "auc" (of two labels), "losses" of the rows and "right": client -> 0 or 1 of each row.
+        high), "auc" (of two labels), "losses" of the rows, "right": client -> 0 or 1 of each row, and, if one
+        is asked for, "threshold": its "value", the "rows" that it is fitted on, "accuracy" and "right" with
+        it.
         """
+        threshold = self._threshold() if self._fitted else None
         found = {}
         for name, parts in (("held_out", self._parts), ("unseen", self._unseen)):
             if parts:
-                found[name] = self._part_scores(parts, name.replace("_", "-"))
+                found[name] = self._part_scores(parts, name.replace("_", "-"), threshold)
         return found
 
-    def _part_scores(self, parts: Sequence[Part], name: str) -> dict[str, Any]:
+    def _threshold(self) -> float:
+        """That of the model as it stands, in place of 0."""
+        logits = self._logits(self._fitted, "training rows")
+        return best_threshold(_margins(logits), [row.label == 1 for row in self._fitted])
+
+    def _part_scores(self, parts: Sequence[Part], name: str, threshold: float | None) -> dict[str, Any]:
         rows = [row for part in parts for row in part.rows]
         logits = self._logits(rows, f"{name} rows")
         labels = torch.tensor([row.label for row in rows])
@@ -194,8 +216,19 @@ class ClassificationBench:
             "right": _by_part(parts, right),
         }
         if len(self._labels) == 2:
-            margins = (logits[:, 1].double() - logits[:, 0].double()).tolist()
+            margins = _margins(logits)
             found["auc"] = area_under_curve(margins, labels.bool().tolist())
+        if threshold is not None:
+            right = [
+                int((margin > threshold) == (row.label == 1))
+                for margin, row in zip(margins, rows, strict=True)
+            ]
+            found["threshold"] = {
+                "value": threshold,
+                "rows": len(self._fitted),
+                "accuracy": _ready(accuracy_interval(sum(right), len(right))),
+                "right": _by_part(parts, right),
+            }
         return found
 
     def _logits(self, rows: Sequence[LabelledTokens], name: str) -> torch.Tensor:
@@ -208,6 +241,9 @@ class ClassificationBench:
 
         "all" beside "clients" has the same over all rows; "majority" is the share that a client's most
         frequent training label answers. "loss_difference" is that of the same rows' losses, of two or more.
+        "threshold", if one was asked for, has its "value" and the "accuracy" with it before and after, the
+        "rows" that it was fitted on, and the paired "difference": accuracy after without it less accuracy
+        before with it.
         """
         found = {}
         for name, parts in (("held_out", self._parts), ("unseen", self._unseen)):
@@ -223,6 +259,7 @@ class ClassificationBench:
                 **({"auc": [then["auc"], now["auc"]]} if "auc" in then else {}),
                 "clients": compared,
                 "all": _compared(parts, then["right"], now["right"], self._labels),
+                **({"threshold": _threshold_compared(then, now)} if "threshold" in then else {}),
             }
         return found
 
@@ -230,7 +267,8 @@ class ClassificationBench:
         """Accuracies before and after by client with the 95 % interval of their paired difference, and what
         each client's majority answer gives on the same rows."""
         tables = [
-            _table(name.replace("_", "-"), found) for name, found in self.summary(before, after).items()
+            accuracy_table(name.replace("_", "-"), found)
+            for name, found in self.summary(before, after).items()
         ]
         if self._prompt is not None:
             estimate, low, high = self._prompt.accuracy
@@ -257,6 +295,31 @@ class ClassificationBench:
         )
 
 
+def check_speaks(model: PreTrainedModel, template: Template) -> None:
+    """Checks that a model answers by words: behind the prompt, or in the template's place for a mask.
+
+    Raises:
+        ModelError: it does not, or not there.
+    """
+    name = type(model).__name__
+    if is_masked(model):
+        if not template.num_masks:
+            raise ModelError(
+                f"expected a template with {MASK}, in whose place {name} answers, got "
+                f"{template.text[:80]!r}; write one, --template '{{text}} It was {MASK}.', say"
+            )
+    elif not model.can_generate():
+        raise ModelError(
+            f"expected a language model for words, got {name}; name one, or a model with a classifier's head "
+            "(--classify head)"
+        )
+    elif template.num_masks:
+        raise ModelError(
+            f"expected a masked language model for {MASK} in the template, got {name}, which answers behind "
+            "the prompt; name another model or template"
+        )
+
+
 def _check_head(model: PreTrainedModel, labels: Sequence[str]) -> None:
     num_labels = getattr(model.config, "num_labels", None)
     if num_labels != len(labels):
@@ -266,10 +329,16 @@ def _check_head(model: PreTrainedModel, labels: Sequence[str]) -> None:
         )
 
 
-def _shape(rows: Sequence[LabelledTokens], batch_size: int) -> BatchShape:
-    """The largest batch of these rows, each with one position that is read: another one in each, at worst."""
+def _shape(rows: Sequence[LabelledTokens], batch_size: int, has_all: bool) -> BatchShape:
+    """The largest batch of these rows, each with one position that is read: another one in each, at worst.
+
+    Args:
+        rows: that it is drawn of.
+        batch_size: of it.
+        has_all: whether the model gives the logits of every position.
+    """
     width, size = max(len(row.input_ids) for row in rows), min(batch_size, len(rows))
-    return BatchShape(size, width, logits=min(size, width), scored=1)
+    return BatchShape(size, width, logits=width if has_all else min(size, width), scored=1)
 
 
 def _by_part(parts: Sequence[Part], values: Sequence[int]) -> dict[str, list[int]]:
@@ -306,38 +375,25 @@ def _loss_difference(before: Sequence[float], after: Sequence[float]) -> dict[st
     return {"loss_difference": _ready(mean_difference(before, after))}
 
 
+def _threshold_compared(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    pair = (before["threshold"], after["threshold"])
+    shifted, tuned = (
+        [bool(value) for own in right.values() for value in own]
+        for right in (pair[0]["right"], after["right"])
+    )
+    return {
+        "value": [found["value"] for found in pair],
+        "rows": pair[0]["rows"],
+        "accuracy": [found["accuracy"] for found in pair],
+        "difference": _ready(paired_difference(shifted, tuned)),
+    }
+
+
+def _margins(logits: torch.Tensor) -> list[float]:
+    """The second label's logit less the first one's, of each row."""
+    found: list[float] = (logits[:, 1].double() - logits[:, 0].double()).tolist()
+    return found
+
+
 def _ready(interval: Interval) -> list[float]:
     return [interval.estimate, interval.low, interval.high]
-
-
-_HEAD = ("rows", "majority answer", "before", "after", "after less before, 95 %")
-_WIDTHS = (5, 20, 7, 7, 24)
-
-
-def _table(title: str, found: Mapping[str, Any]) -> str:
-    width = max(len(title), *(len(name) for name in (*found["clients"], "all")))
-    lines = [_line(title, _HEAD, width)]
-    compared = list(found["clients"].items())
-    if len(compared) > 1:
-        compared.append(("all", found["all"]))  # a client may have this name, too
-    for name, client in compared:
-        label = client.get("majority_label")
-        majority = f"{client['majority']:.3f}" + (f" ({label[:12]})" if label else "")
-        estimate, low, high = client["difference"]
-        cells = (
-            str(client["rows"]),
-            majority,
-            f"{client['before'][0]:.3f}",
-            f"{client['after'][0]:.3f}",
-            f"{estimate:+.3f} [{low:+.3f}, {high:+.3f}]",
-        )
-        lines.append(_line(name, cells, width))
-    losses = " -> ".join(f"{loss:.3f}" for loss in found["loss"])
-    last = f"Loss {losses} nats a row"
-    if all(value is not None for value in found.get("auc", (None,))):
-        last += ", AUC " + " -> ".join(f"{value:.3f}" for value in found["auc"])
-    return "\n".join([*lines, last])
-
-
-def _line(name: str, cells: Sequence[str], width: int) -> str:
-    return "  ".join([name.ljust(width), *(cell.rjust(w) for cell, w in zip(cells, _WIDTHS, strict=True))])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedkseed.data.built_in_models import BUILT_IN_MODELS
 from fedkseed.data.federated import FederatedData
 from fedkseed.data.models import is_local
 from fedkseed.scenarios.built_in import load_data, num_clients
@@ -23,7 +24,7 @@ MOVED = ("model", "data", "template_file")
 
 def findable(name: str, value: Any) -> Any:
     """The setting as it is kept: a path as it is found from any folder, where the run may go on."""
-    if name == "data" and value in BUILT_IN:
+    if value in {"data": BUILT_IN, "model": BUILT_IN_MODELS}.get(name, ()):
         return value
     is_path = name == "model" and value and is_local(value)
     is_path = is_path or (name in ("data", "template_file") and Path(value).expanduser().exists())

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedkseed.data.built_in_models import DEFAULT_MODEL, MINILM, model_source
 from fedkseed.data.federated import FederatedData
-from fedkseed.data.models import load_causal_lm, load_classifier, load_tokenizer, smollm2_folder
+from fedkseed.data.models import load_causal_lm, load_classifier, load_tokenizer
 from fedkseed.data.shapes import load_shapes
 from fedkseed.scenarios.settings import RunSettings, SettingsError
 
@@ -37,14 +38,15 @@ class ModelSource:
         is_classifier = data is not None and data.kind == "classification" and not data.words
         if is_classifier and not settings.model:
             raise SettingsError(
-                "expected --model with --classify head: the built-in model has no classifier's head"
+                f"expected --model with --classify head, got none: {DEFAULT_MODEL}, the default, has no "
+                f"classifier's head; name one that has, {MINILM} for two labels, say"
             )
         return cls(settings, is_classifier)
 
     @property
     def name(self) -> str | Path:
-        """Folder or hub id."""
-        return self.settings.model or smollm2_folder()
+        """Folder or hub id; a built-in model's folder is made if it is not there."""
+        return model_source(self.settings.model)
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model with its weights, on the processor."""

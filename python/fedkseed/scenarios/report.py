@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import fedkseed_kernels
+from fedkseed.data.built_in_models import model_title
 from fedkseed.data.sources import HUB
 from fedkseed.data.templates import CUSTOM, Template
 from fedkseed.model.manifest import Manifest
@@ -21,9 +22,6 @@ from fedkseed.scenarios.settings import RunSettings
 from fedkseed.simulation.run_folder import BASELINE, BEST, LEDGER, METRICS
 from fedkseed.simulation.simulation import RoundResult
 from fedkseed.storage import StorageOptions
-
-#: What the model is called that is taken if none is named.
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 _COLUMNS = (
     ("round", 5),
@@ -42,7 +40,7 @@ _TRUST = " --trust-remote-code"
 
 def model_name(settings: RunSettings) -> str:
     """What the model is called in texts."""
-    return settings.model or DEFAULT_MODEL
+    return model_title(settings.model)
 
 
 def data_name(settings: RunSettings) -> str:

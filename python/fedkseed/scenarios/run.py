@@ -18,6 +18,7 @@ from tqdm import tqdm
 import fedkseed_kernels
 from fedkseed.data.architectures import ModelError
 from fedkseed.data.asking import NOTE
+from fedkseed.data.built_in_models import DEFAULT_MODEL
 from fedkseed.data.federated import FederatedData
 from fedkseed.data.own import DataChoice
 from fedkseed.data.shapes import num_positions, weight_file_bytes
@@ -48,7 +49,7 @@ from fedkseed.scenarios.report import (
     round_row,
     start_text,
 )
-from fedkseed.scenarios.settings import RunSettings
+from fedkseed.scenarios.settings import RunSettings, SettingsError
 from fedkseed.scenarios.untuned_prompt import UntunedPrompt, best_untuned_prompt
 from fedkseed.simulation.devices import choose_device, device_name
 from fedkseed.simulation.memory_plan import plan
@@ -94,7 +95,11 @@ def make_bench(
             max_length=max_length,
             is_paired=is_paired,
             prompt=_measured_prompt(settings),
+            threshold_rows=settings.threshold_rows,
+            seed=settings.federation.seed,
         )
+    if settings.threshold_rows:
+        raise SettingsError("expected a classification with threshold_rows, got instructions; leave it out")
     scoring = Scoring(
         round_rows=settings.round_rows,
         final_rows=settings.final_rows,
@@ -113,7 +118,7 @@ def make_bench(
 def _measured_prompt(settings: RunSettings) -> UntunedPrompt | None:
     """What an untuned prompt does on the very rows that the run is scored on, if that was measured."""
     prompt = best_untuned_prompt()
-    is_same = settings.choice == DataChoice(SENTIMENT) and not settings.model
+    is_same = settings.choice == DataChoice(SENTIMENT) and settings.model in ("", DEFAULT_MODEL)
     return prompt if is_same and settings.final_rows == prompt.rows_per_client else None
 
 

@@ -50,7 +50,8 @@ class RunSettings:
         federation: the numbers of server, clients and simulation.
         choice: the data, and who holds which part.
         baseline: the method, and what methods beside FedKSeed are set by.
-        model: a save_pretrained folder or a hub id; by default SmolLM2-135M-Instruct.
+        model: a save_pretrained folder, a hub id, smollm2 (SmolLM2-135M-Instruct, the default) or minilm
+            (all-MiniLM-L6-v2 with a head of two labels).
         dtype: of the weights.
         trust_remote_code: run the code that a model's folder or hub id brings along.
         max_length: tokens of a row, at most the model's positions.
@@ -64,6 +65,8 @@ class RunSettings:
         worker_timeout: seconds without a step after which a worker counts as hung; 0: never.
         round_rows: held-out rows of each client behind the scores of a round.
         final_rows: held-out rows of each client behind the scores before and after.
+        threshold_rows: training rows of each client on which a threshold between two labels is fitted, to
+            show what it alone gives; 0: none.
         generate_rows: held-out rows of each client that are answered for Rouge-L and exact match.
         rouge_every: rounds between measurements of Rouge-L, a multiple of eval_every; 0: only before and
             after.
@@ -93,6 +96,7 @@ class RunSettings:
     worker_timeout: float = DEFAULT_TIMEOUT
     round_rows: int = 1
     final_rows: int = 16
+    threshold_rows: int = 0
     generate_rows: int = 0
     rouge_every: int = 0
     eval_every: int = 1
@@ -104,7 +108,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         for name in ("round_rows", "final_rows", "eval_every"):
             self._require(name, 1, 2**31)
-        for name in ("rouge_every", "generate_rows", "answer_tokens"):
+        for name in ("rouge_every", "threshold_rows", "generate_rows", "answer_tokens"):
             self._require(name, 0, 2**31)
         self._require("workers", 1, 2**15)
         self._require("max_length", 2, 2**31)

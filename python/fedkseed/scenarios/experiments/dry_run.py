@@ -146,7 +146,7 @@ class _Outlook:
 
     def _memory(self) -> Iterator[str]:
         settings = self.settings
-        local = not settings.model or is_local(settings.model)
+        source = ModelSource.of(settings, self.data).name
         planned = plan(
             self.model,
             settings.federation.storage,
@@ -154,7 +154,7 @@ class _Outlook:
             train=self.train,
             evaluations=self.evaluations,
             num_workers=settings.workers,
-            file_bytes=weight_file_bytes(ModelSource.of(settings, self.data).name) if local else 0,
+            file_bytes=weight_file_bytes(source) if is_local(source) else 0,
             autocast=settings.autocast == "bfloat16",
         )
         yield from planned.lines()

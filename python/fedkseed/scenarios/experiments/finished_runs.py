@@ -8,10 +8,11 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedkseed.data.built_in_models import model_title
 from fedkseed.documents import DocumentError, read_json, read_toml, shown
 from fedkseed.scenarios.experiments.entries import ComparisonError, Entry
 from fedkseed.scenarios.experiments.runner import SCENARIO
-from fedkseed.scenarios.report import DEFAULT_MODEL, resume_line
+from fedkseed.scenarios.report import resume_line
 from fedkseed.scenarios.run import SUMMARY
 from fedkseed.scenarios.settings import OPTIONS
 from fedkseed.simulation.round_log import check_timings, read_rounds
@@ -231,7 +232,7 @@ def _run(
         summary["settings"].count(name)
     for name in ("data", "model", "template_file"):
         settings[name] = _file_name(str(settings.get(name) or ""))
-    settings["model"] = settings["model"] or DEFAULT_MODEL
+    settings["model"] = model_title(settings["model"])
     scores = summary["scores"]
     kind = "instructions" if "before" in scores else "classification"
     read = _instruction_scores if kind == "instructions" else _classification_scores
