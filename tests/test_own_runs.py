@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from support.tiny_runs import dolly_rows, write_lines, write_llama, write_natural_instructions
 from support.word_tokenizer import make_word_tokenizer
-from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, LlamaForCausalLM
 
 from fedkseed import Ledger, cli
 from fedkseed.simulation.run_folder import BEST, LEDGER, METRICS
@@ -40,32 +41,11 @@ def commands() -> list[list[str]]:
 
 
 def write_model(folder: Path, dtype: torch.dtype) -> None:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=160,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    make_word_tokenizer(MOODS.values(), 160).save_pretrained(folder)
+    write_llama(folder, dtype=dtype, words=MOODS.values())
 
 
 def write_dolly() -> None:
-    rows = [
-        {
-            "instruction": f"What is {number}?",
-            "context": f"It is {number % 7}." if number % 3 else "",
-            "response": f"a number, {number % 7}",
-            "category": CATEGORIES[number % 3],
-        }
-        for number in range(300)
-    ]
-    Path("dolly.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(Path("dolly.jsonl"), dolly_rows(300, CATEGORIES))
 
 
 def write_sentences(
@@ -78,24 +58,6 @@ def write_sentences(
             writer.writerow([f"Evening {number} was {adjectives[number % 2]}", moods[number % 2]])
 
 
-def write_natural_instructions() -> None:
-    folder = Path("natural-instructions")
-    (folder / "tasks").mkdir(parents=True)
-    (folder / "splits" / "default").mkdir(parents=True)
-    names = [f"task{number}_count" for number in range(4)]
-    for name in names:
-        task = {
-            "Definition": [f"Count as in {name}."],
-            "Instances": [
-                {"id": f"{name}-{i}", "input": f"case {i} of {name}", "output": [str(i % 4)]}
-                for i in range(30)
-            ],
-        }
-        (folder / "tasks" / f"{name}.json").write_text(json.dumps(task))
-    (folder / "splits" / "default" / "train_tasks.txt").write_text("\n".join(names[:3]) + "\n")
-    (folder / "splits" / "default" / "test_tasks.txt").write_text(names[3] + "\n")
-
-
 def test_the_commands_of_the_readme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +66,8 @@ def test_the_commands_of_the_readme(
     write_model(Path("my-model-bf16"), torch.bfloat16)
     write_dolly()
     write_sentences()
-    write_natural_instructions()
+    train = {f"task{number}_count": 30 for number in range(3)}
+    write_natural_instructions(Path("natural-instructions"), train, {"task3_count": 30})
     lines = commands()
     assert [line[0] for line in lines] == ["simulate"] * 3 + ["apply", "ask", "ask"]
     for line in lines:

@@ -16,6 +16,7 @@ from support.running import wait_for
 from support.tiny_runs import SHORT, dolly_rows, leave_out_pictures, write_lines, write_llama
 
 from fedkseed import cli
+from fedkseed.files import FolderLock
 from fedkseed.scenarios import run as scenario_run
 from fedkseed.scenarios.experiments.runner import SCENARIO
 from fedkseed.simulation.run_folder import BEST, CLIENTS, LEDGER, METRICS, SETTINGS
@@ -149,6 +150,14 @@ def test_a_folder_holds_one_scenario_and_takes_more_of_it(
     Path("tiny.toml").write_text(Path("tiny.toml").read_text().replace('"pro"', '"uniform"'))
     assert sweep("--out", "out", "--only", "pro", "--seeds", "5") == 2
     assert "sampling in [variants.pro] is uniform, was pro" in capsys.readouterr().err
+
+
+def test_two_sweeps_do_not_share_a_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "out").mkdir()
+    with FolderLock(here / "out"):
+        assert sweep("--out", "out") == 2
+    assert "to itself, got one that another process works in" in capsys.readouterr().err
+    assert [path.name for path in (here / "out").iterdir()] == [FolderLock.FILE]
 
 
 def test_a_run_that_fails_is_told_and_the_others_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

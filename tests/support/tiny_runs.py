@@ -29,8 +29,10 @@ CATEGORIES = (
 _VOCABULARY = 160
 
 
-def write_llama(folder: Path, num_layers: int = 1, dtype: torch.dtype = torch.float32) -> None:
-    """A Llama with a tokenizer of words and characters."""
+def write_llama(
+    folder: Path, num_layers: int = 1, dtype: torch.dtype = torch.float32, words: Iterable[str] = ()
+) -> None:
+    """A Llama with a tokenizer of characters and of words, with the space before them."""
     torch.manual_seed(1)
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
@@ -43,7 +45,7 @@ def write_llama(folder: Path, num_layers: int = 1, dtype: torch.dtype = torch.fl
         eos_token_id=2,
     )
     LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    make_word_tokenizer((" task", " request", " number"), _VOCABULARY).save_pretrained(folder)
+    make_word_tokenizer(words, _VOCABULARY).save_pretrained(folder)
 
 
 def dolly_rows(number: int, categories: Sequence[str] = CATEGORIES) -> list[dict[str, str]]:

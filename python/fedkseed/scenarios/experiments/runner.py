@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fedkseed.documents import DocumentError, read_json
 from fedkseed.files import FolderLock, remove_leftovers, write_atomically
 from fedkseed.scenarios import run as scenario_run
@@ -77,7 +79,7 @@ class Sweep:
             except (ValueError, RuntimeError, OSError) as error:
                 print(f"{name} failed: {error}", file=sys.stderr, flush=True)
                 yield f"{name}: {error}"
-            gc.collect()  # a model of the run before may hang in a cycle
+            _release_memory()
 
     def _keep_scenario(self) -> None:
         """Writes the scenario, with the variants and seeds that earlier calls had.
@@ -122,6 +124,13 @@ def _run(values: Mapping[str, Any], path: Path) -> None:
         except Exception:
             folder.abandon()
             raise
+
+
+def _release_memory() -> None:
+    """What a run took is free for the plan of the next one."""
+    gc.collect()  # a model may hang in a cycle
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
 
 
 def _difference(kept: Scenario, given: Scenario) -> str:
