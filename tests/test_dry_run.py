@@ -53,7 +53,7 @@ def test_a_scenario_of_the_paper_is_foreseen_without_its_model(
         f"{(rows[99] + rows[100]) / 2:g} in the middle, {rows[-1]} at most"
     )
     head, *blocks = capsys.readouterr().out.strip().split("\n\n")
-    assert head.endswith("5 runs; nothing is run now")
+    assert head.endswith("5 run(s); nothing is run now")
     assert [block.split()[0] for block in blocks] == ["fedkseed", "pro", "fedavg", "fedit", "fedzo"]
     weights = {name: PARAMETERS[size] * size_of for name, size_of in (("fedavg", 4), ("fedzo", 2))}
     bytes_of = {"fedit": 4 * ADAPTERS[size], **weights}

@@ -55,7 +55,7 @@ def describe(scenario: Scenario) -> Iterator[str]:
             be had.
     """
     runs = scenario.runs()
-    yield f"{scenario.title}: {len(runs)} runs; nothing is run now"
+    yield f"{scenario.title}: {len(runs)} run(s); nothing is run now"
     for planned in scenario.limited(seeds=scenario.seeds[:1]).runs():
         settings, data = with_data(planned.values)
         yield ""
