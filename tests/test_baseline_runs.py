@@ -86,7 +86,12 @@ def write_inputs(kind: str) -> list[str]:
         pytest.param("fedit", "classification", [], marks=pytest.mark.slow),
         pytest.param("fedavg", "instructions", [], marks=pytest.mark.slow),
         pytest.param("first-order", "classification", [], marks=pytest.mark.slow),
-        ("fedzo", "classification", ["--directions", "2", "--storage", "paired"]),
+        pytest.param(
+            "fedzo",
+            "classification",
+            ["--directions", "2", "--storage", "paired"],
+            marks=pytest.mark.slow,
+        ),
         pytest.param("fedzo", "instructions", [], marks=pytest.mark.slow),
         pytest.param("zeroth-order", "instructions", ["--storage", "streamed"], marks=pytest.mark.slow),
         pytest.param("fedavg", "instructions", ["--autocast", "bfloat16"], marks=pytest.mark.slow),

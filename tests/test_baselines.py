@@ -53,6 +53,7 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("options", [{}, {"baseline": {"local_epochs": 2, "directions": 2}}])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_is_cut_off_in_mid_round_goes_on_to_the_same_bytes(
