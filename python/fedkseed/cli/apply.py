@@ -19,7 +19,9 @@ def add(
         "writes it as an ordinary model folder. Another base model, or one in another precision, is refused.",
     )
     parser.add_argument("ledger", type=Path, help="the ledger, or a run's folder", metavar="LEDGER")
-    parser.add_argument("--base", required=True, help="folder or hub id of the base model", metavar="MODEL")
+    parser.add_argument(
+        "--base", required=True, help="folder, hub id or built-in name of the base model", metavar="MODEL"
+    )
     parser.add_argument("--out", required=True, type=Path, help="new folder for the model", metavar="DIR")
     parser.add_argument(
         "--public-key", type=Path, help="refuse a ledger not signed with this key (PEM)", metavar="FILE"

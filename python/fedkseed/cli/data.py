@@ -47,7 +47,7 @@ def add(
     add_flags(show.add_argument_group("data"), options_of((DataChoice,)).values(), {})
     show.add_argument(
         "--model",
-        help="a folder or hub id, whose tokenizer counts tokens and checks --words",
+        help="a folder, hub id or built-in name, whose tokenizer counts tokens and checks --words",
         metavar="MODEL",
     )
     show.add_argument(
