@@ -262,4 +262,6 @@ def test_planned_memory_is_that_of_what_is_tuned() -> None:
         assert place.parts["weights"] >= weights
         assert {"w0", "the round's model"}.isdisjoint(place.parts)
         assert {name: place.parts[name] for name in parts} == parts
-        assert ("gradients" in place.parts) == bool(planned.notes) == (method != "fedzo")
+        told = " ".join(planned.notes)
+        assert ("gradients" in place.parts) == ("backward pass" in told) == (method != "fedzo")
+        assert ("on the disk" in told) == (method != "first-order")

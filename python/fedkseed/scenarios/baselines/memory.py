@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedkseed.scenarios.baselines.lora import ADAPTER_DTYPE, check_adaptable, num_adapter_weights
-from fedkseed.scenarios.baselines.settings import FIRST_ORDER
+from fedkseed.scenarios.baselines.settings import FEDERATED, FIRST_ORDER
 from fedkseed.scenarios.settings import RunSettings
 from fedkseed.simulation.memory_plan import BatchShape, RunPlan, plan
 from fedkseed.storage import Inplace
@@ -67,5 +67,11 @@ def plan_baseline(
         parts = {name: part for name, part in place.parts.items() if name not in _OF_FEDKSEED}
         is_own = torch.device(place.place) == device
         places.append(dataclasses.replace(place, parts={**parts, **added} if is_own else parts))
-    note = ["Not planned: what a backward pass keeps of the largest batch"] if is_first_order else []
-    return RunPlan(places, [*found.notes, *note])
+    notes = list(found.notes)
+    if is_first_order:
+        notes.append("Not planned: what a backward pass keeps of the largest batch")
+    if baseline.method in FEDERATED:
+        # The broadcast, a reply of each client, the state, and the one that takes its place.
+        on_disk = size * (3 + settings.federation.clients_per_round)
+        notes.append(f"Files of a round on the disk: {on_disk / 1e9:.2f} GB")
+    return RunPlan(places, notes)
