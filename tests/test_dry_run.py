@@ -68,7 +68,12 @@ def test_a_scenario_of_the_paper_is_foreseen_without_its_model(
         assert "Memory planned on cpu: " in block
         assert "an estimate by arithmetic" in block
         assert "tokens by 4 characters each" in block
-        assert ("Not planned: gradients" in block) == (name in ("fedavg", "fedit"))
+        # As a run plans it: no w0 of methods that rebuild nothing, gradients of those that take them.
+        assert (", w0 " in block) == (name in ("fedkseed", "pro"))
+        assert ("Not planned: what a backward pass keeps" in block) == (name in ("fedavg", "fedit"))
+        sizes = {"fedavg": f"{bytes_of['fedavg'] / 1e9:.2f} GB", "fedit": f"{bytes_of['fedit'] / 1e6:.0f} MB"}
+        found = re.search(r"gradients ([\d.]+ [MG]B)", block)
+        assert (found[1] if found else None) == sizes.get(name)
         assert ("rebuilding" in block) == (name in ("fedkseed", "pro"))
         tokens = float(re.search(r"row\(s\) of ([\d,]+) tokens", block)[1])  # type: ignore[index]
         # No client holds rows out: the unseen category is scored in each of 60 rounds, and twice more.

@@ -30,7 +30,7 @@ from fedkseed.model.placement import input_device
 from fedkseed.scenarios import built_in
 from fedkseed.scenarios.autocast import forward_passes
 from fedkseed.scenarios.baselines import costs
-from fedkseed.scenarios.baselines.memory import plan_baseline
+from fedkseed.scenarios.baselines.memory import plan_run
 from fedkseed.scenarios.baselines.rounds import BaselineRounds
 from fedkseed.scenarios.bench import Bench
 from fedkseed.scenarios.classification import ClassificationBench
@@ -52,7 +52,6 @@ from fedkseed.scenarios.report import (
 from fedkseed.scenarios.settings import RunSettings, SettingsError
 from fedkseed.scenarios.untuned_prompt import UntunedPrompt, best_untuned_prompt
 from fedkseed.simulation.devices import choose_device, device_name
-from fedkseed.simulation.memory_plan import plan
 from fedkseed.simulation.run_folder import PICTURE, RunFolder
 from fedkseed.simulation.simulation import Simulation
 from fedkseed.simulation.task import Task
@@ -286,27 +285,14 @@ def _check_finite(before: Mapping[str, Any], model: PreTrainedModel) -> None:
 def _plan_memory(settings: RunSettings, bench: Bench, source: ModelSource, device: torch.device) -> None:
     """Prints what the run will take, before anything is loaded, and refuses what cannot fit."""
     train, evaluations = bench.batch_shapes(settings.federation.batch_size)
-    file_bytes = weight_file_bytes(source.name)
-    if settings.baseline.method == "fedkseed":
-        planned = plan(
-            bench.model,
-            settings.federation.storage,
-            device=device,
-            train=train,
-            evaluations=evaluations,
-            num_workers=settings.workers,
-            file_bytes=file_bytes,
-            autocast=settings.autocast == "bfloat16",
-        )
-    else:
-        planned = plan_baseline(
-            bench.model,
-            settings,
-            device=device,
-            train=train,
-            evaluations=evaluations,
-            file_bytes=file_bytes,
-        )
+    planned = plan_run(
+        bench.model,
+        settings,
+        device=device,
+        train=train,
+        evaluations=evaluations,
+        file_bytes=weight_file_bytes(source.name),
+    )
     print("\n".join(planned.lines()), flush=True)
     planned.refuse()
 

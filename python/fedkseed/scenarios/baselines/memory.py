@@ -1,4 +1,4 @@
-"""The memory of a run of another method than FedKSeed, planned by shapes before it starts."""
+"""The memory of a run, of FedKSeed or of another method, planned by shapes before it starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OF_FEDKSEED = ("w0", "the round's model")
 _STATES = {"sgd": 0, "adam": 2, "adamw": 2}
 
 
-def plan_baseline(
+def plan_run(
     model: nn.Module,
     settings: RunSettings,
     *,
@@ -34,8 +34,34 @@ def plan_baseline(
     """What the run takes, and what is free now; arguments as those of `fedkseed.simulation.memory_plan.plan`.
 
     Raises:
-        ModelError, MissingExtraError: as `check_adaptable`.
+        ModelError, MissingExtraError: as `check_adaptable`, of fedit.
     """
+    if settings.baseline.method != "fedkseed":
+        return plan_baseline(
+            model, settings, device=device, train=train, evaluations=evaluations, file_bytes=file_bytes
+        )
+    return plan(
+        model,
+        settings.federation.storage,
+        device=device,
+        train=train,
+        evaluations=evaluations,
+        num_workers=settings.workers,
+        file_bytes=file_bytes,
+        autocast=settings.autocast == "bfloat16",
+    )
+
+
+def plan_baseline(
+    model: nn.Module,
+    settings: RunSettings,
+    *,
+    device: torch.device,
+    train: Sequence[BatchShape],
+    evaluations: Sequence[BatchShape],
+    file_bytes: int,
+) -> RunPlan:
+    """The plan of a run of another method than FedKSeed; see `plan_run`."""
     baseline, storage = settings.baseline, settings.federation.storage
     is_first_order = baseline.method in FIRST_ORDER
     tuned = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -21,6 +21,7 @@ from fedkseed.model.manifest import Manifest
 from fedkseed.scenarios.autocast import Autocast, forward_passes
 from fedkseed.scenarios.baselines import costs
 from fedkseed.scenarios.baselines.lora import num_adapter_weights
+from fedkseed.scenarios.baselines.memory import plan_run
 from fedkseed.scenarios.baselines.settings import FIRST_ORDER
 from fedkseed.scenarios.built_in import instruction_tasks
 from fedkseed.scenarios.experiments.scenario import Scenario
@@ -30,7 +31,7 @@ from fedkseed.scenarios.run import make_bench
 from fedkseed.scenarios.settings import RunSettings
 from fedkseed.seeds import SeedPool
 from fedkseed.simulation.devices import choose_device, device_name
-from fedkseed.simulation.memory_plan import BatchShape, largest_batch, plan
+from fedkseed.simulation.memory_plan import BatchShape, largest_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -147,19 +148,15 @@ class _Outlook:
     def _memory(self) -> Iterator[str]:
         settings = self.settings
         source = ModelSource.of(settings, self.data).name
-        planned = plan(
+        planned = plan_run(
             self.model,
-            settings.federation.storage,
+            settings,
             device=self.device,
             train=self.train,
             evaluations=self.evaluations,
-            num_workers=settings.workers,
             file_bytes=weight_file_bytes(source) if is_local(source) else 0,
-            autocast=settings.autocast == "bfloat16",
         )
         yield from planned.lines()
-        if settings.baseline.method in FIRST_ORDER:
-            yield "  Not planned: gradients, what a backward pass keeps, and the optimizer's state"
 
     def _time(self, numel: int) -> Iterator[str]:
         settings = self.settings
