@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fedkseed.scenarios.autocast import forward_passes
 from fedkseed.scenarios.baselines.lora import PROJECTIONS, add_adapters, num_adapter_weights
 from fedkseed.scenarios.baselines.memory import plan_baseline
 from fedkseed.scenarios.baselines.settings import BaselineSettings
+from fedkseed.scenarios.baselines.tensor_files import write_tensors
 from fedkseed.scenarios.bench import Bench
 from fedkseed.scenarios.run import make_bench
 from fedkseed.scenarios.settings import RunSettings
@@ -265,3 +267,14 @@ def test_planned_memory_is_that_of_what_is_tuned() -> None:
         told = " ".join(planned.notes)
         assert ("gradients" in place.parts) == ("backward pass" in told) == (method != "fedzo")
         assert ("on the disk" in told) == (method != "first-order")
+
+
+def test_tensors_that_do_not_fit_on_the_disk_are_an_error_of_the_system(tmp_path: Path) -> None:
+    """Which a sweep tells before it goes on; what the library of the format raises is none."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"expected to write .*tensors, got: .*too large"):
+            write_tensors(tmp_path / "tensors", {"weight": torch.zeros(1000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -20,12 +20,16 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         OSError: no space, no permission.
     """
     require_extra("hf", "safetensors")
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     path.touch()
     mode = path.stat().st_mode
-    save_file(whole, path, dict(metadata))
+    try:
+        save_file(whole, path, dict(metadata))
+    except SafetensorError as error:  # of a full disk, too
+        raise OSError(f"expected to write {path}, got: {error}") from error
     path.chmod(mode)  # the library's files are for their owner alone
     return path.stat().st_size
 
