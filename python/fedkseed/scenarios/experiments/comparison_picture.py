@@ -45,7 +45,7 @@ def draw_comparison(document: Document, target: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         ComparisonError: no variant has a round that was scored.
     """
-    figure_of(document).savefig(target, dpi=110)
+    figure_of(document).savefig(target, dpi=110, format="png")
 
 
 def figure_of(document: Document) -> Figure:
