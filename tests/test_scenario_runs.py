@@ -19,6 +19,7 @@ from fedkseed import cli
 from fedkseed.files import FolderLock
 from fedkseed.scenarios import run as scenario_run
 from fedkseed.scenarios.experiments.runner import SCENARIO
+from fedkseed.scenarios.experiments.scenario import Scenario
 from fedkseed.simulation.run_folder import BEST, CLIENTS, LEDGER, METRICS, SETTINGS
 
 RUNS = [f"{variant}/seed-{seed}" for seed in (1, 2) for variant in ("fedkseed", "pro")]
@@ -134,6 +135,7 @@ def test_a_run_of_a_sweep_is_that_of_simulate(here: Path) -> None:
 def test_a_folder_holds_one_scenario_and_takes_more_of_it(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    tiny = Path("tiny.toml").read_text()
     assert sweep("--out", "out", "--only", "fedkseed", "--seeds", "1") == 0
     assert sweep("--out", "out", "--only", "fedkseed", "--seeds", "1", "--set", "lr=0.5") == 2
     assert "lr in [settings] is 0.5, was left out; name another folder" in capsys.readouterr().err
@@ -147,7 +149,13 @@ def test_a_folder_holds_one_scenario_and_takes_more_of_it(
     assert "seeds = [1, 5]" in kept
     assert '[variants."fedkseed"]' in kept
     assert '[variants."pro"]' in kept
-    Path("tiny.toml").write_text(Path("tiny.toml").read_text().replace('"pro"', '"uniform"'))
+    for only in ("fedkseed,pro", "pro"):  # the order stays that of the file, titles are those of now
+        Path("tiny.toml").write_text(tiny.replace("[variants.pro]", f'[variants.pro]\ntitle = "{only}"'))
+        assert sweep("--out", "out", "--only", only, "--seeds", "1") == 0
+        both = Scenario.read(here / "out" / SCENARIO).variants
+        assert {name: entry.title for name, entry in both.items()} == {"fedkseed": "fedkseed", "pro": only}
+        assert list(both) == ["fedkseed", "pro"]
+    Path("tiny.toml").write_text(tiny.replace('"pro"', '"uniform"'))
     assert sweep("--out", "out", "--only", "pro", "--seeds", "5") == 2
     assert "sampling in [variants.pro] is uniform, was pro" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ import torch
 from fedkseed.documents import DocumentError, read_json
 from fedkseed.files import FolderLock, remove_leftovers, write_atomically
 from fedkseed.scenarios import run as scenario_run
-from fedkseed.scenarios.experiments.scenario import Planned, Scenario
+from fedkseed.scenarios.experiments.scenario import Planned, Scenario, Variant
 from fedkseed.scenarios.launch import FREE, kept_values, with_data
 from fedkseed.scenarios.options import SettingsError
 from fedkseed.simulation.run_folder import SETTINGS, RunFolder
@@ -95,10 +95,16 @@ class Sweep:
                     f"expected the scenario that {path} keeps, got another one: {difference}; name another "
                     "folder with --out, or give the settings that it was begun with"
                 )
-            variants = {**scenario.variants, **kept.variants}
+            variants = _merged(kept.variants, scenario.variants)
             seeds = tuple(dict.fromkeys((*kept.seeds, *scenario.seeds)))
             scenario = dataclasses.replace(scenario, variants=variants, seeds=seeds)
         write_atomically(path, scenario.text().encode())
+
+
+def _merged(kept: Mapping[str, Variant], given: Mapping[str, Variant]) -> dict[str, Variant]:
+    """All variants, in the order of whoever has them all; as given now where both have one."""
+    first, second = (given, kept) if kept.keys() <= given.keys() else (kept, given)
+    return {**first, **second, **given}
 
 
 def is_finished(folder: Path) -> bool:
