@@ -16,10 +16,12 @@ from support.run_folders import INSTRUCTIONS, classification, write_run
 from test_own_runs import SHORT, write_dolly, write_model, write_sentences
 
 from fedkseed import cli
+from fedkseed.documents import MAX_JSON_BYTES
 from fedkseed.scenarios.experiments.comparison import compare, read_document
 from fedkseed.scenarios.experiments.comparison_picture import figure_of
 from fedkseed.scenarios.experiments.comparison_table import bytes_text, rendered
 from fedkseed.scenarios.experiments.entries import ComparisonError
+from fedkseed.scenarios.experiments.runner import is_finished
 
 
 def scored(loss: float, rouge: float = 0.25) -> dict[str, Any]:
@@ -330,6 +332,18 @@ def replaced(value: Any, way: tuple[Any, ...], new: Any) -> Any:
         inner = inner[key]
     inner[way[-1]] = new
     return changed
+
+
+def test_a_summary_of_thousands_of_clients_is_read(tmp_path: Path) -> None:
+    scores = classification(0.5, 0.25)
+    part = scores["held_out"]
+    part["clients"] = {f"client {number}": part["all"] for number in range(4000)}
+    run = write_run(tmp_path / "run", seed=1, scores=scores)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary, indent=2))
+    assert (run / "summary.json").stat().st_size > MAX_JSON_BYTES
+    assert is_finished(run)
+    assert compare([run])["variants"][0]["seeds"] == [1]
 
 
 @pytest.mark.few(1)

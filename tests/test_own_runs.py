@@ -217,8 +217,9 @@ def test_code_that_a_folder_names_is_not_trusted_since_its_settings_say_so(
     assert "read that code, then pass --trust-remote-code" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("scored", ["held-out rows", "unseen clients alone"])
 def test_weights_that_hold_nan_are_named_before_anything_is_tuned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    scored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_model(Path("my-model"), torch.float32)
@@ -226,7 +227,10 @@ def test_weights_that_hold_nan_are_named_before_anything_is_tuned(
     model.lm_head.weight.data[3, 2] = float("nan")
     model.save_pretrained("my-model")
     write_dolly()
-    assert cli.main(["simulate", "--model", "my-model", "--data", "dolly.jsonl", "--out", "run", *SHORT]) == 2
+    flags = ["--model", "my-model", "--data", "dolly.jsonl", "--out", "run", *SHORT]
+    if scored == "unseen clients alone":
+        flags += ["--held-out", "0", "--held-out-clients", "category=open_qa"]
+    assert cli.main(["simulate", *flags]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "expected a finite loss before tuning, got nan; lm_head.weight hold NaN or infinity" in error
     assert not Path("run").exists()

@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from fedkseed.data.built_in_models import DEFAULT_MODEL
 from fedkseed.data.federated import FederatedData
 from fedkseed.data.own import DataChoice
 from fedkseed.data.shapes import num_positions, weight_file_bytes
-from fedkseed.documents import finite
+from fedkseed.documents import finite, read_json
 from fedkseed.files import write_atomically
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import Manifest
@@ -60,6 +61,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SUMMARY = "summary.json"
+#: Of a summary: that of a classification has some lines of each client.
+_MAX_SUMMARY_BYTES = 8 << 20
 
 
 def make_bench(
@@ -226,6 +229,16 @@ def run(
     return summary
 
 
+def read_summary(folder: Path) -> Any:
+    """What `run` has left in the folder of a finished run; what stands in it is for its reader to check.
+
+    Raises:
+        DocumentError: it is damaged, or too large.
+        OSError: it cannot be read, or the run is not finished.
+    """
+    return read_json(folder / SUMMARY, max_bytes=_MAX_SUMMARY_BYTES)
+
+
 def _open_rounds(
     settings: RunSettings,
     data: FederatedData | None,
@@ -271,7 +284,8 @@ def _check_finite(before: Mapping[str, Any], model: PreTrainedModel) -> None:
         ModelError: a loss that is not finite; names weights that are not.
     """
     parts = [part["loss"] for part in before.values() if isinstance(part, dict)]
-    losses = [loss for loss in (before.get("held_out_loss"), *parts) if loss is not None]
+    found = (before.get("held_out_loss"), before.get("unseen_loss"), *parts)
+    losses = [loss for loss in found if loss is not None]
     if all(map(math.isfinite, losses)):
         return
     reason = "the weights are finite, the forward pass is not: take --dtype float32"
@@ -279,7 +293,8 @@ def _check_finite(before: Mapping[str, Any], model: PreTrainedModel) -> None:
     if broken:
         named = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
         reason = f"{named} hold NaN or infinity: load other weights"
-    raise ModelError(f"expected a finite loss before tuning, got {losses[0]}; {reason}")
+    loss = next(loss for loss in losses if not math.isfinite(loss))
+    raise ModelError(f"expected a finite loss before tuning, got {loss}; {reason}")
 
 
 def _plan_memory(settings: RunSettings, bench: Bench, source: ModelSource, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from fedkseed.documents import DocumentError, read_json, read_toml, shown
 from fedkseed.scenarios.experiments.entries import ComparisonError, Entry
 from fedkseed.scenarios.experiments.runner import SCENARIO
 from fedkseed.scenarios.report import resume_line
-from fedkseed.scenarios.run import SUMMARY
+from fedkseed.scenarios.run import SUMMARY, read_summary
 from fedkseed.scenarios.settings import OPTIONS
 from fedkseed.simulation.round_log import check_timings, read_rounds
 from fedkseed.simulation.run_folder import METRICS, SETTINGS, TIMINGS, RunFolderError
@@ -175,7 +175,7 @@ def read_run(folder: Path, variant: str = "") -> FinishedRun:
         planned = _object(read_json(folder / SETTINGS), folder / SETTINGS)
         if not (folder / SUMMARY).is_file():
             raise _unfinished(folder, variant, planned, "no summary")
-        summary = Entry(read_json(folder / SUMMARY), folder / SUMMARY)
+        summary = Entry(read_summary(folder), folder / SUMMARY)
         metrics = list(read_rounds(folder / METRICS, max_bytes=_MAX_LINES)) if _has_rounds(folder) else []
         timings = _timings(folder, len(metrics))
     except (OSError, DocumentError, RunFolderError) as error:

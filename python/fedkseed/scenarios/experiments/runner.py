@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fedkseed.documents import DocumentError, read_json
+from fedkseed.documents import DocumentError
 from fedkseed.files import FolderLock, remove_leftovers, write_atomically
 from fedkseed.scenarios import run as scenario_run
 from fedkseed.scenarios.experiments.scenario import Planned, Scenario, Variant
@@ -110,7 +110,7 @@ def _merged(kept: Mapping[str, Variant], given: Mapping[str, Variant]) -> dict[s
 def is_finished(folder: Path) -> bool:
     """Whether a run's folder has a whole summary."""
     try:
-        return isinstance(read_json(folder / scenario_run.SUMMARY), dict)
+        return isinstance(scenario_run.read_summary(folder), dict)
     except (OSError, DocumentError):
         return False
 
