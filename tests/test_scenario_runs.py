@@ -168,6 +168,15 @@ def test_two_sweeps_do_not_share_a_folder(here: Path, capsys: pytest.CaptureFixt
     assert [path.name for path in (here / "out").iterdir()] == [FolderLock.FILE]
 
 
+def test_a_call_that_begins_no_run_binds_no_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    only = ("--out", "out", "--only", "fedkseed", "--seeds", "1")
+    assert sweep(*only, "--data", "doly.jsonl") == 2
+    assert "expected a file, got 'doly.jsonl'" in capsys.readouterr().err
+    assert sweep(*only) == 0
+    assert sweep(*only, "--data", "doly.jsonl") == 2
+    assert "data in [settings] is doly.jsonl" in capsys.readouterr().err
+
+
 def test_a_run_that_fails_is_told_and_the_others_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = Path("tiny.toml").read_text().replace("[variants.pro]", "[variants.pro]\nclients_per_round = 9")
     Path("tiny.toml").write_text(text)

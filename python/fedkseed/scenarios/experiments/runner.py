@@ -82,13 +82,13 @@ class Sweep:
             _release_memory()
 
     def _keep_scenario(self) -> None:
-        """Writes the scenario, with the variants and seeds that earlier calls had.
+        """Writes the scenario, with the variants and seeds that earlier calls had if any run was begun.
 
         Raises:
             SettingsError: the folder's differs in what both have.
         """
         path, scenario = self.out / SCENARIO, self.scenario
-        if path.exists():
+        if path.exists() and any(self.out.glob(f"*/seed-*/{SETTINGS}")):
             kept = Scenario.read(path)
             if difference := _difference(kept, scenario):
                 raise SettingsError(
