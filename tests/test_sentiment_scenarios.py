@@ -132,3 +132,7 @@ def test_a_scenario_of_sentences_runs(
         assert held_out["all"]["rows"] == 12
         assert (held_out["loss"][0] == held_out["loss"][1]) == (variant == "review")
         assert ("threshold" in held_out) == (name == "sentiment-small")
+    capsys.readouterr()
+    assert cli.main(["compare", "out"]) == 0, capsys.readouterr().err
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
+    assert set(variants) <= set(rows)
