@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 from support.word_tokenizer import make_word_tokenizer
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from fedkseed import cli
 from fedkseed.data import built_in_models
@@ -74,7 +80,7 @@ def sentences() -> FederatedData:
     return FederatedData("classification", clients, (), TEMPLATE, LABELS, WORDS)
 
 
-def save_stand_in(folder: Path, has_head: bool) -> None:
+def save_stand_in(folder: Path, kind: type[PreTrainedModel]) -> None:
     torch.manual_seed(2)
     sizes: dict[str, Any] = {
         "vocab_size": SIZE,
@@ -85,13 +91,20 @@ def save_stand_in(folder: Path, has_head: bool) -> None:
         "max_position_embeddings": 64,
         "pad_token_id": 0,
     }
-    model = (
-        BertForSequenceClassification(BertConfig(**sizes))
-        if has_head
-        else LlamaForCausalLM(LlamaConfig(**sizes))
+    kind(kind.config_class(**sizes)).save_pretrained(folder)
+    tokenizer = make_word_tokenizer([" terrible great positive negative"], SIZE - 1)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    tokenizer.save_pretrained(folder)
+
+
+def shortened(folder: Path, name: str) -> str:
+    """A file of the scenario with one round of one step of two rows; a variant without rounds has none."""
+    short = Scenario.read(library()[name]).changed(
+        {"num_local_steps": 1, "batch_size": 2, "num_seeds": 8, "num_threads": 1, "final_rows": 3}
     )
-    model.save_pretrained(folder)
-    make_word_tokenizer([" terrible great positive negative"], SIZE).save_pretrained(folder)
+    path = folder / "short.toml"
+    path.write_text(short.text().replace(f"num_rounds = {short.settings['num_rounds']}", "num_rounds = 1"))
+    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -109,18 +122,15 @@ def test_a_scenario_of_sentences_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One round with a step of two small rows; a variant without rounds is left without."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(built_in, "load_sentiment", sentences)
-    save_stand_in(tmp_path / "model", has_head=name != "sentiment-small")
+    save_stand_in(
+        tmp_path / "model", LlamaForCausalLM if name == "sentiment-small" else BertForSequenceClassification
+    )
     for model in built_in_models.BUILT_IN_MODELS:
         monkeypatch.setitem(built_in_models._FOLDERS, model, lambda: tmp_path / "model")  # type: ignore[index]
-    short = Scenario.read(library()[name]).changed(
-        {"num_local_steps": 1, "batch_size": 2, "num_seeds": 8, "num_threads": 1, "final_rows": 3}
-    )
-    text = short.text().replace(f"num_rounds = {short.settings['num_rounds']}", "num_rounds = 1")
-    (tmp_path / "short.toml").write_text(text)
-    line = ["scenarios", "run", "short.toml", "--out", "out", "--only", ",".join(variants), "--seeds", "0"]
+    line = ["scenarios", "run", shortened(tmp_path, name), "--out", "out", "--seeds", "0"]
+    line += ["--only", ",".join(variants)]
     assert cli.main(line) == 0, capsys.readouterr()
     summaries = {
         variant: json.loads((tmp_path / "out" / variant / "seed-0" / "summary.json").read_text())
@@ -136,3 +146,23 @@ def test_a_scenario_of_sentences_runs(
     assert cli.main(["compare", "out"]) == 0, capsys.readouterr().err
     rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
     assert set(variants) <= set(rows)
+
+
+def test_a_masked_language_model_takes_the_classifiers_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command of the scenario's own text."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(built_in, "load_sentiment", sentences)
+    save_stand_in(tmp_path / "model", BertForMaskedLM)
+    about = Scenario.read(library()["bert-sentiment"]).about
+    (command,) = (line for line in about.splitlines() if line.startswith("    fedkseed "))
+    _, *line = shlex.split(command)
+    line = [
+        {"bert-sentiment": shortened(tmp_path, "bert-sentiment"), "MODEL": "model"}.get(word, word)
+        for word in line
+    ]
+    assert cli.main([*line, "--out", "out", "--only", "fedkseed", "--seeds", "0"]) == 0, capsys.readouterr()
+    asking = json.loads((tmp_path / "out" / "fedkseed" / "seed-0" / "fedkseed.json").read_text())
+    assert asking["template"]["text"] == "{text} It was [MASK]."
+    assert asking["words"] == list(WORDS)
