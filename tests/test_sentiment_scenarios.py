@@ -151,7 +151,7 @@ def test_a_scenario_of_sentences_runs(
 def test_a_masked_language_model_takes_the_classifiers_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the command of the scenario's own text."""
+    """The command of the scenario's own text."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(built_in, "load_sentiment", sentences)
     save_stand_in(tmp_path / "model", BertForMaskedLM)
