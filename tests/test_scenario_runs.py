@@ -177,6 +177,15 @@ def test_a_call_that_begins_no_run_binds_no_folder(here: Path, capsys: pytest.Ca
     assert "data in [settings] is doly.jsonl" in capsys.readouterr().err
 
 
+def test_flags_need_not_suit_variants_that_are_left_out(here: Path) -> None:
+    text = Path("tiny.toml").read_text().replace('sampling = "pro"', 'method = "first-order"')
+    Path("tiny.toml").write_text(text)
+    assert sweep("--out", "out", "--seeds", "1") == 0
+    assert sweep("--out", "out", "--seeds", "1", "--workers", "2") == 2  # of a method with one worker
+    assert sweep("--out", "out", "--seeds", "1", "--workers", "2", "--only", "fedkseed") == 0
+    assert list(Scenario.read(here / "out" / SCENARIO).variants) == ["fedkseed", "pro"]
+
+
 def test_a_run_that_fails_is_told_and_the_others_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = Path("tiny.toml").read_text().replace("[variants.pro]", "[variants.pro]\nclients_per_round = 9")
     Path("tiny.toml").write_text(text)

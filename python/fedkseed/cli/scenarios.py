@@ -113,7 +113,13 @@ def _asked(options: argparse.Namespace) -> Scenario:
     from fedkseed.scenarios.options import SettingsError, parsed_values
     from fedkseed.scenarios.settings import OPTIONS
 
-    scenario = Scenario.read(file_of(options.name))
+    only = options.only.split(",") if options.only else []
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else []
+    except ValueError:
+        raise SettingsError(f"expected --seeds as integers, got {options.seeds[:80]!r}") from None
+    # What flags change need not suit variants that are left out.
+    scenario = Scenario.read(file_of(options.name)).limited(only, seeds)
     given = parsed_values(options.set, OPTIONS, "--set")
     if "seed" in given:
         raise SettingsError("expected --seeds in place of --set seed")
@@ -121,9 +127,4 @@ def _asked(options: argparse.Namespace) -> Scenario:
     scenario = scenario.changed(given)
     if scenario.needs and "data" not in scenario.settings:
         raise SettingsError(f"expected --data with the scenario {scenario.name}: {scenario.needs}")
-    only = options.only.split(",") if options.only else []
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else []
-    except ValueError:
-        raise SettingsError(f"expected --seeds as integers, got {options.seeds[:80]!r}") from None
-    return scenario.limited(only, seeds)
+    return scenario

@@ -20,7 +20,7 @@ from fedkseed.federation.messages import broadcast_bytes, reply_bytes
 from fedkseed.model.manifest import Manifest
 from fedkseed.scenarios.autocast import Autocast, forward_passes
 from fedkseed.scenarios.baselines import costs
-from fedkseed.scenarios.baselines.lora import num_adapter_weights
+from fedkseed.scenarios.baselines.lora import ADAPTER_DTYPE, num_adapter_weights
 from fedkseed.scenarios.baselines.memory import plan_run
 from fedkseed.scenarios.baselines.settings import FIRST_ORDER
 from fedkseed.scenarios.built_in import instruction_tasks
@@ -140,7 +140,7 @@ class _Outlook:
         if baseline.method in ("first-order", "zeroth-order"):
             return 0, 0
         if baseline.method == "fedit":
-            size = torch.float32.itemsize * num_adapter_weights(self.model, baseline.lora_rank)
+            size = ADAPTER_DTYPE.itemsize * num_adapter_weights(self.model, baseline.lora_rank)
         else:
             size = sum(weight.numel() * weight.itemsize for weight in self.model.parameters())
         return size, size

@@ -97,7 +97,9 @@ class Sweep:
                 )
             variants = _merged(kept.variants, scenario.variants)
             seeds = tuple(dict.fromkeys((*kept.seeds, *scenario.seeds)))
-            scenario = dataclasses.replace(scenario, variants=variants, seeds=seeds)
+            # Not with what this call is free to change: it need not suit the others' variants.
+            settings = {name: value for name, value in scenario.settings.items() if name not in FREE}
+            scenario = dataclasses.replace(scenario, settings=settings, variants=variants, seeds=seeds)
         write_atomically(path, scenario.text().encode())
 
 
