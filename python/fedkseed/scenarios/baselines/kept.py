@@ -155,14 +155,16 @@ class KeptBaseline:
             if not isinstance(said, dict) or said.keys() != _KEYS or said["format"] != _FORMAT:
                 raise ValueError(f"expected metadata of format {_FORMAT}, got others")
             if said["settings"] != self._digest:
-                raise ValueError("expected the state of a run with these settings, got one with others")
+                raise ValueError(
+                    "expected the state of a run with these settings, got one with others; take those"
+                )
             read_into(self._path, self._parameters)
             if said.pop("content") != _content_of(said, {**self._parameters, **own}):
                 raise ValueError("expected the content that it states, got another")
             self.num_complete = check_count("round", said["round"], 0, MAX_ROUNDS - 1)
             self.optimizer_state = _with_tensors(said["optimizer"], own)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise StateError(f"{self._path}: {error}") from error
+            raise StateError(f"{self._path}: {error}; move the run's folder away to begin it anew") from error
 
 
 def _content_of(said: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
