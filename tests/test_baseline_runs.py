@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedkseed import cli
 from fedkseed.data.federated import ClientRows, FederatedData, Row
-from fedkseed.data.scores import mean_response_loss
 from fedkseed.data.templates import Template
 from fedkseed.scenarios.autocast import forward_passes
 from fedkseed.scenarios.baselines.lora import PROJECTIONS, add_adapters, num_adapter_weights
@@ -212,17 +211,18 @@ def _of_transformers(model: LlamaForCausalLM, batch: Any) -> torch.Tensor:
 _REFERENCES = {"classification": _of_words, "instructions": _of_transformers}
 
 
-def test_a_prefix_run_once_has_the_gradient_of_one_run_for_each_row() -> None:
+def test_dropout_is_drawn_for_each_row_of_a_batch() -> None:
+    """A prefix that all rows begin with is not run once for all, as it may be where nothing is drawn."""
     bench = make_bench_of("instructions")
-    task, model = bench.task(), bench.model
+    task = bench.task()
+    seen = []
+    hook = bench.model.get_input_embeddings().register_forward_hook(
+        lambda _, inputs, __: seen.append(tuple(inputs[0].shape))
+    )
     batch = task.collate(task.datasets[0][:9])
-    gradients = []
-    for share in (True, False):
-        model.zero_grad()
-        mean_response_loss(model, batch, share_prefix=share).backward()  # type: ignore[no-untyped-call]
-        gradients.append([value.grad for value in model.parameters()])
-    for shared, whole in zip(*gradients, strict=True):
-        torch.testing.assert_close(shared, whole, rtol=1e-4, atol=1e-6)
+    bench.gradient_loss(bench.model, batch)
+    hook.remove()
+    assert seen == [tuple(batch.input_ids.shape)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -45,12 +45,13 @@ def response_nll(model: torch.nn.Module, batch: Batch, *, share_prefix: bool = F
     return float(nll.double().sum()), int(nll.numel())
 
 
-def mean_response_loss(model: torch.nn.Module, batch: Batch, *, share_prefix: bool = False) -> torch.Tensor:
+def mean_response_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Mean negative log-likelihood of a batch's response tokens, for a backward pass: fp64, one element.
 
-    Arguments and errors as `response_nll`, whose sum over its number of tokens it is.
+    Arguments and errors as `response_nll`, whose sum over its number of tokens it is. No prefix is shared:
+    dropout is drawn for each row.
     """
-    nll, _ = _token_nll(model, batch, share_prefix)
+    nll, _ = _token_nll(model, batch, share_prefix=False)
     return nll.double().mean()
 
 

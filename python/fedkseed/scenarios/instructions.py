@@ -195,14 +195,16 @@ class InstructionBench:
         """Mean loss over the batch's response tokens; NaN, a step that is skipped, where it has none."""
         if not batch.has_response:
             return math.nan
-        nll, num_tokens = response_nll(model, batch, share_prefix=_shares_prefix(batch))
+        # Of few rows a pass of its own over the weights costs more than the shared tokens save.
+        share = len(batch.input_ids) >= _LOSS_BATCH
+        nll, num_tokens = response_nll(model, batch, share_prefix=share)
         return nll / num_tokens
 
     def gradient_loss(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """See `Bench.gradient_loss`; NaN as `train_loss`."""
         if not batch.has_response:
             return torch.tensor(math.nan)
-        return mean_response_loss(model, batch, share_prefix=_shares_prefix(batch))
+        return mean_response_loss(model, batch)
 
     def _paired_losses(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         if not batch.has_response:
@@ -386,11 +388,6 @@ def cut_notes(cuts: Sequence[Cuts], max_length: int, truncate: Truncate = "promp
     if dropped:
         notes.append(f"{dropped} rows were left out: their response alone is longer than {max_length} tokens")
     return notes
-
-
-def _shares_prefix(batch: Batch) -> bool:
-    """Whether that saves time: of few rows its own pass over the weights costs more than the tokens saved."""
-    return len(batch.input_ids) >= _LOSS_BATCH
 
 
 def _lengths(rows: Sequence[Encoded]) -> list[tuple[int, int]]:
