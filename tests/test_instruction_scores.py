@@ -317,6 +317,8 @@ def test_a_run_is_scored_as_often_and_as_its_settings_say(
         losses,
     ]
     assert [row["evaluation"].keys() for row in plain] == [{"held_out_loss"}] * 6
+    last = simulate(base, tmp_path / "last", 3, eval_every=2)
+    assert [list(row["evaluation"]) for row in last] == [[], ["held_out_loss"], ["held_out_loss"]]
     summary = json.loads((out / "summary.json").read_text("utf-8"))
     assert {name: summary["settings"][name] for name in paper} == paper
     assert summary["best_round"] in (1, 3, 5)

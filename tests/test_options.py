@@ -16,7 +16,7 @@ from fedkseed import ServerConfig, SimulationConfig, cli
 from fedkseed.data.own import DataChoice
 from fedkseed.federation.config import RoundConfig
 from fedkseed.scenarios import report
-from fedkseed.scenarios.baselines.settings import BaselineSettings
+from fedkseed.scenarios.baselines.settings import LEARNING_RATES, BaselineSettings
 from fedkseed.scenarios.options import SettingsError, checked_values
 from fedkseed.scenarios.settings import OLD_NAMES, OPTIONS, RunSettings, values_of_file
 
@@ -75,6 +75,31 @@ def test_a_number_of_a_run_is_declared_by_one_class() -> None:
     ]
     assert len(declared) == len(set(declared))
     assert set(OPTIONS) == set(declared) - NOT_SET - {"federation", "choice", "baseline"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "fedit", "sampling": "pro"}, "expected sampling uniform with method fedit, got pro"),
+        ({"method": "fedavg", "directions": 4}, "expected directions 1 with method fedavg, got 4"),
+        ({"directions": 2}, "expected directions 1 with method fedkseed, got 2"),
+        ({"method": "fedzo", "optimizer": "adam"}, "expected optimizer auto with method fedzo, got adam"),
+        ({"local_epochs": 1}, "expected local_epochs 0 with method fedkseed, got 1"),
+    ],
+)
+def test_a_setting_that_its_method_has_no_use_for_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        RunSettings.of(values, num_clients=16)
+
+
+def test_a_first_order_method_begins_with_a_learning_rate_of_its_own() -> None:
+    for method, lr in LEARNING_RATES.items():
+        assert RunSettings.of({"method": method}, num_clients=16).federation.lr == lr
+        assert RunSettings.of({"method": method, "lr": 0.5}, num_clients=16).federation.lr == 0.5
+    zeroth = [
+        RunSettings.of({"method": method}, num_clients=16).federation.lr for method in ("fedzo", "fedkseed")
+    ]
+    assert zeroth[0] == zeroth[1]
 
 
 def test_settings_come_back_from_their_values() -> None:

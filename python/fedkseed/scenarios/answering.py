@@ -217,7 +217,11 @@ def _of_run(
     path = folder / (BEST if best else LEDGER)
     if not path.is_file():
         is_other = (folder / BASELINE).exists()
-        reason = "a run of another method has none" if is_other else "no round of it is complete"
+        reason = (
+            f"a run of another method has none; {BASELINE} has its tuned tensors by name, for load_state_dict"
+            if is_other
+            else "no round of it is complete"
+        )
         raise AskingError(f"expected a run with {path.name}, got none in {folder}: {reason}")
     ledger = Ledger.load(path)
     asking = find_asking(ledger, folder)

@@ -16,7 +16,7 @@ from fedkseed.data.sources import HUB
 from fedkseed.data.templates import CUSTOM, Template
 from fedkseed.model.manifest import Manifest
 from fedkseed.scenarios.autocast import has_amx
-from fedkseed.scenarios.baselines.settings import FIRST_ORDER
+from fedkseed.scenarios.baselines.settings import FEDERATED, FIRST_ORDER
 from fedkseed.scenarios.bench import Bench
 from fedkseed.scenarios.settings import RunSettings
 from fedkseed.simulation.run_folder import BASELINE, BEST, LEDGER, METRICS
@@ -141,14 +141,11 @@ def end_text(
 ) -> str:
     """What the run came to, and the commands that rebuild and ask the model."""
     traffic, seconds, settings = summary["bytes"], summary["seconds"], summary["settings"]
-    exchanged = traffic["down"] + traffic["up"]
     lines = [
         "",
         table,
         "",
-        f"Bytes in all: {traffic['down']:,} down and {traffic['up']:,} up. Sending the weights (FedAvg) "
-        f"would have cost {traffic['by_weights']:,}"
-        + (f", {traffic['by_weights'] / exchanged:,.4g} times as much." if exchanged else "."),
+        _traffic(settings["method"], traffic),
         f"{seconds['run']:.0f} s after {seconds['set_up']:.0f} s of set-up, on {summary['processor']}",
         "",
     ]
@@ -177,6 +174,21 @@ def end_text(
             f"{folder / BEST}"
         )
     return "\n".join(lines)
+
+
+def _traffic(method: str, traffic: Mapping[str, int]) -> str:
+    """What travelled, beside what the weights would have been where it was something else."""
+    if method not in FEDERATED:
+        return "No bytes travelled: this is no federation."
+    text = f"Bytes in all: {traffic['down']:,} down and {traffic['up']:,} up."
+    exchanged = traffic["down"] + traffic["up"]
+    if method not in ("fedkseed", "fedit") or not exchanged:
+        return text
+    times = traffic["by_weights"] / exchanged
+    return (
+        f"{text} Sending the weights (FedAvg) would have cost {traffic['by_weights']:,}, "
+        f"{times:,.{0 if times >= 10 else 1}f} times as much."
+    )
 
 
 def _fields(template: Template) -> str:

@@ -138,7 +138,8 @@ def make_task(
             return loss(model, batch)
 
     def scores(model: torch.nn.Module, round: int) -> Mapping[str, float]:
-        if (round + 1) % settings.eval_every:
+        is_last = round + 1 == settings.federation.num_rounds
+        if (round + 1) % settings.eval_every and not is_last:
             return {}
         with forward_passes(settings.autocast, input_device(model)):
             return evaluate(model, round) if evaluate is not None else {}

@@ -14,7 +14,7 @@ from fedkseed.data.own import DataChoice
 from fedkseed.documents import DocumentError, read_toml
 from fedkseed.model.identity import DTYPE_CODES
 from fedkseed.scenarios.autocast import Autocast, resolved_autocast
-from fedkseed.scenarios.baselines.settings import FIRST_ORDER, BaselineSettings
+from fedkseed.scenarios.baselines.settings import FIRST_ORDER, LEARNING_RATES, BaselineSettings
 from fedkseed.scenarios.options import Option, SettingsError, checked_values, options_of
 from fedkseed.scenarios.presets import DEFAULT_DATA, completed, preset_of, quick_of
 from fedkseed.simulation.simulation import SimulationConfig
@@ -70,7 +70,7 @@ class RunSettings:
         generate_rows: held-out rows of each client that are answered for Rouge-L and exact match.
         rouge_every: rounds between measurements of Rouge-L, a multiple of eval_every; 0: only before and
             after.
-        eval_every: rounds between scores of a round.
+        eval_every: rounds between scores of a round; the last one is scored, too.
         round_unseen: also score rows of unseen clients in a round of instructions, as many of each.
         held_out_mean: of held-out losses of instructions: over tokens of responses, or over rows of their own
             mean, as in the authors' code.
@@ -113,6 +113,11 @@ class RunSettings:
         self._require("workers", 1, 2**15)
         self._require("max_length", 2, 2**31)
         self._require("worker_timeout", 0, 1e9)
+        if self.federation.sampling == "pro" and self.baseline.method != "fedkseed":
+            raise SettingsError(
+                f"expected sampling uniform with method {self.baseline.method}, got pro: seeds are drawn by "
+                "significance with method fedkseed alone"
+            )
         if self.rouge_every % self.eval_every:
             raise SettingsError(
                 f"expected rouge_every as a multiple of eval_every ({self.eval_every}), got "
@@ -146,7 +151,11 @@ class RunSettings:
             SettingsError: a value out of range.
         """
         data = values.get("data", DEFAULT_DATA)
-        whole = completed({"data": data, **preset_of(data), **values}, num_clients)
+        preset = dict(preset_of(data))
+        lr = LEARNING_RATES.get(values.get("method", "fedkseed"))
+        if lr is not None:
+            preset["lr"] = lr
+        whole = completed({"data": data, **preset, **values}, num_clients)
         whole["num_threads"] = whole.get("num_threads") or torch.get_num_threads()
         whole["autocast"] = resolved_autocast(whole.get("autocast", "auto"), whole.get("device", "auto"))
         try:

@@ -15,6 +15,12 @@ from fedkseed._checks import check_count
 Method = Literal["fedkseed", "fedavg", "fedit", "fedzo", "first-order", "zeroth-order"]
 FEDERATED: tuple[Method, ...] = ("fedkseed", "fedavg", "fedit", "fedzo")
 FIRST_ORDER: tuple[Method, ...] = ("fedavg", "fedit", "first-order")
+SEVERAL_DIRECTIONS: tuple[Method, ...] = ("fedzo", "zeroth-order")
+
+#: Learning rates of first-order methods where none is given: of "fedit" that of Natural Instructions in
+#: github.com/zhenqincn/FedHDS at commit 7a243cc; the others suit SmolLM2-135M. Zeroth-order methods take that
+#: of the data, as "fedkseed" does.
+LEARNING_RATES: Mapping[Method, float] = {"fedavg": 3e-3, "fedit": 3e-4, "first-order": 1e-5}
 
 #: torch's optimizers by the names that settings have for them.
 FirstOrder = Literal["auto", "sgd", "adam", "adamw"]
@@ -37,7 +43,8 @@ class BaselineSettings:
         lora_dropout: of the inputs of fedit's adapters.
 
     Raises:
-        TypeError, ValueError: a field of another type or out of range, or epochs of fedkseed.
+        TypeError, ValueError: a field of another type or out of range, or one that the method has no use for:
+            epochs of fedkseed, an optimizer or directions.
     """
 
     method: Method = "fedkseed"
@@ -62,6 +69,16 @@ class BaselineSettings:
             raise ValueError(f"expected lora_alpha above 0, got {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"expected lora_dropout in [0, 1), got {self.lora_dropout}")
+        if self.optimizer != "auto" and self.method not in FIRST_ORDER:
+            raise ValueError(
+                f"expected optimizer auto with method {self.method}, got {self.optimizer}: it takes no "
+                f"gradients; it is a setting of {', '.join(FIRST_ORDER)}"
+            )
+        if self.directions > 1 and self.method not in SEVERAL_DIRECTIONS:
+            raise ValueError(
+                f"expected directions 1 with method {self.method}, got {self.directions}: it is a setting of "
+                f"{' and '.join(SEVERAL_DIRECTIONS)}"
+            )
         if self.local_epochs and self.method == "fedkseed":
             raise ValueError(
                 f"expected local_epochs 0 with method fedkseed, got {self.local_epochs}: a server draws a "
