@@ -19,10 +19,8 @@ from fedkseed.scenarios.experiments.finished_runs import (
     ZERO_SHOT,
     Bounds,
     FinishedRun,
-    find_runs,
-    read_run,
-    sweep_variants,
 )
+from fedkseed.scenarios.experiments.gathering import gather
 
 FORMAT = 1
 #: Bytes of a result file: some hundred variants of some hundred rounds.
@@ -62,20 +60,14 @@ def compare(paths: Sequence[Path], by: str = "") -> Document:
     Raises:
         ComparisonError: runs that are not finished, damaged, or unlike each other; no such variant.
     """
-    titles: dict[str, str] = {}
-    for path in paths:
-        titles.update(sweep_variants(path) if path.is_dir() else {})
-    return document_of([read_run(*found) for found in find_runs(paths)], titles, by)
+    return document_of(gather(paths).runs, by)
 
 
-def document_of(
-    runs: Sequence[FinishedRun], titles: Mapping[str, str] | None = None, by: str = ""
-) -> Document:
+def document_of(runs: Sequence[FinishedRun], by: str = "") -> Document:
     """The document of runs that have been read.
 
     Args:
         runs: at least one.
-        titles: of variants, by their names.
         by: as `compare`.
 
     Raises:
@@ -107,9 +99,7 @@ def document_of(
             if name not in (*_APART, *differing) and value != ""
         },
         "untuned": _untuned(groups),
-        "variants": [
-            _variant(name, group, differing, (titles or {}).get(name, "")) for name, group in groups.items()
-        ],
+        "variants": [_variant(name, group, differing) for name, group in groups.items()],
     }
     if by:
         document["by"] = by
@@ -221,7 +211,7 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, sorted(numbers)))
 
 
-def _variant(name: str, group: Group, differing: Sequence[str], title: str) -> Document:
+def _variant(name: str, group: Group, differing: Sequence[str]) -> Document:
     first = group[0]
     scores = _spreads([run.scores for run in group])
     intervals = {
@@ -231,7 +221,7 @@ def _variant(name: str, group: Group, differing: Sequence[str], title: str) -> D
     }
     return {
         "name": name,
-        "title": title,
+        "title": first.title,
         "seeds": [run.seed for run in group],
         "rounds": len(first.curve),
         "settings": {key: first.settings.get(key) for key in differing},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkseed._extras import require_extra
+from fedkseed.files import write_atomically
 from fedkseed.scenarios.experiments.comparison import Document
 from fedkseed.scenarios.experiments.entries import ComparisonError
 
@@ -45,7 +47,14 @@ def draw_comparison(document: Document, target: Path) -> None:
         MissingExtraError: matplotlib is not installed.
         ComparisonError: no variant has a round that was scored.
     """
-    figure_of(document).savefig(target, dpi=110, format="png")
+    write_figure(figure_of(document), target)
+
+
+def write_figure(figure: Figure, target: Path) -> None:
+    """Writes a picture that `figure_of` made as a PNG, whatever the file is called."""
+    written = BytesIO()
+    figure.savefig(written, dpi=110, format="png")
+    write_atomically(target, written.getvalue())
 
 
 def figure_of(document: Document) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from fedkseed.scenarios.experiments.comparison import Document
 Style = Literal["text", "markdown"]
 
 _NONE = "-"
-#: Characters of a line of a note on a terminal.
+#: Characters of a line on a terminal: notes are broken there, wider tables parted if they can be.
 _WIDTH = 110
 #: Scores: title, digits, whether a sign is shown.
 _SCORES: Mapping[str, tuple[str, int, bool]] = {
@@ -50,6 +51,26 @@ _COSTS: Mapping[str, tuple[str, str]] = {
     "num_skipped": ("skipped steps", "count"),
     "num_failed": ("failed clients", "count"),
 }
+#: Tables of costs, with those that each has.
+_COST_TABLES: Mapping[str, tuple[str, ...]] = {
+    "Costs: passes and messages": (
+        "forward_passes",
+        "bytes_down",
+        "bytes_up",
+        "bytes_per_client",
+        "num_skipped",
+        "num_failed",
+    ),
+    "Costs: seconds and memory": (
+        "seconds_set_up",
+        "seconds_local",
+        "seconds_rebuild",
+        "seconds_reset",
+        "seconds_evaluation",
+        "memory_process",
+        "memory_device",
+    ),
+}
 #: Costs that are left out where nobody has any.
 _ONLY_IF_ANY = ("num_skipped", "num_failed")
 #: Scores and costs that are set against another variant's.
@@ -62,6 +83,8 @@ _SHARES = {
     "seconds_local": "local steps s",
     "memory_process": "peak memory",
 }
+#: Smaller shares are written as one part of so many.
+_LEAST_PERCENT = 0.01
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -84,7 +107,7 @@ class Table:
 
 def tables(document: Document) -> list[Table]:
     """The tables of a comparison: scores, costs and, if asked for, what sets each variant against one."""
-    found = [*_scores_tables(document), _costs_table(document)]
+    found = [*_scores_tables(document), *_costs_tables(document)]
     if "differences" in document:
         found += _difference_tables(document)
     return found
@@ -97,7 +120,11 @@ def rendered(document: Document, style: Style = "text") -> str:
         document: of `comparison.compare`.
         style: for a terminal, or for a page.
     """
-    return "\n\n".join(render(table, style) for table in tables(document))
+    parts = [render(table, style) for table in tables(document)]
+    titles = [f"{entry['name']}: {entry['title']}" for entry in document["variants"] if entry["title"]]
+    if style == "text" and titles:  # a page has them with the settings in which variants differ
+        parts.append("\n".join(("Variants", *titles)))
+    return "\n\n".join(parts)
 
 
 def render(table: Table, style: Style = "text") -> str:
@@ -106,10 +133,20 @@ def render(table: Table, style: Style = "text") -> str:
         lines = [f"**{table.title}**", "", _row(table.head), _row(["---", *["---:"] * (len(table.head) - 1)])]
         lines += [_row(row) for row in table.rows]
         return "\n".join([*lines, *(f"\n{note}" for note in table.notes)])
-    widths = [max(map(len, column)) for column in zip(table.head, *table.rows, strict=True)]
+    widths = _widths(table)
     lines = [table.title, _aligned(table.head, widths), "  ".join("-" * width for width in widths)]
     notes = (textwrap.fill(note, _WIDTH, break_on_hyphens=False) for note in table.notes)
     return "\n".join([*lines, *(_aligned(row, widths) for row in table.rows), *notes])
+
+
+def _widths(table: Table) -> list[int]:
+    return [max(map(len, column)) for column in zip(table.head, *table.rows, strict=True)]
+
+
+def _fits(table: Table) -> bool:
+    """Whether its lines fit on a terminal, two blanks between columns."""
+    widths = _widths(table)
+    return sum(widths) + 2 * (len(widths) - 1) <= _WIDTH
 
 
 def _row(cells: Iterable[str]) -> str:
@@ -127,46 +164,96 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _scores_tables(document: Document) -> list[Table]:
     """The scores of the clients' held-out rows; a classification's on unseen clients' rows have their own."""
-    entries = [*document["untuned"], *document["variants"]]
-    known = [name for name in _SCORES if any(name in entry["scores"] for entry in entries)]
+    known = [name for name in _SCORES if any(name in entry["scores"] for entry in _entries(document))]
     unseen = [name for name in known if name.startswith("unseen_")]
+    held_out = "Scores on held-out rows after the last round"
     if document["kind"] == "instructions":
-        parts = [("Scores on held-out rows after the last round", known)]
+        parts = [(held_out, known)]
     else:
-        parts = [
-            ("Scores on held-out rows after the last round", [name for name in known if name not in unseen]),
-            ("Scores on rows of unseen clients", unseen),
-        ]
-    found = []
-    for title, columns in parts:
-        if columns:
-            rows = tuple(
-                (entry["name"], _seeds(entry), *(_score(entry, name) for name in columns))
-                for entry in entries
-            )
-            found.append(Table(title, ("", "seeds", *(_SCORES[name][0] for name in columns)), rows))
+        others = [name for name in known if name not in unseen]
+        parts = [(held_out, others), ("Scores on rows of unseen clients", unseen)]
+    found = [table for title, columns in parts if columns for table in _part_tables(document, title, columns)]
     found[-1] = replace(found[-1], notes=tuple(_score_notes(document, known)))
     return found
+
+
+def _entries(document: Document) -> list[Document]:
+    """All rows of a table of scores: what needs no training, then the variants."""
+    return [*document["untuned"], *document["variants"]]
+
+
+def _part_tables(document: Document, title: str, columns: Sequence[str]) -> list[Table]:
+    """The scores with their intervals; these in tables of their own for several seeds or want of room."""
+    entries = _entries(document)
+    if all(len(entry["seeds"]) == 1 for entry in entries):
+        table = _scores_table(entries, title, columns, has_intervals=True)
+        if _fits(table):
+            return [table]
+    table = _scores_table(entries, title, columns, has_intervals=False)
+    found = [table]
+    if not _fits(table):
+        levels, paired = _parted(columns)
+        found = [
+            _scores_table(entries, title, levels, has_intervals=False),
+            _scores_table(entries, f"{title}: differences", paired, has_intervals=False),
+        ]
+    with_intervals = [name for name in columns if any(entry["intervals"].get(name) for entry in entries)]
+    intervals = _intervals_table(entries, title, with_intervals)
+    if _fits(intervals):
+        return [*found, intervals] if with_intervals else found
+    return [*found, *(_intervals_table(entries, title, names) for names in _parted(with_intervals) if names)]
+
+
+def _parted(columns: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Scores themselves, and differences, which have a sign."""
+    paired = [name for name in columns if _SCORES[name][2]]
+    return [name for name in columns if name not in paired], paired
+
+
+def _scores_table(
+    entries: Sequence[Document], title: str, columns: Sequence[str], *, has_intervals: bool
+) -> Table:
+    def cell(entry: Document, name: str) -> str:
+        if name not in entry["scores"]:
+            return _NONE
+        if has_intervals and entry["intervals"].get(name):
+            return _bounds(entry["intervals"][name][0], name)
+        return _mean(entry["scores"][name], *_SCORES[name][1:])
+
+    shown = [entry for entry in entries if any(name in entry["scores"] for name in columns)]
+    rows = ((entry["name"], _seeds(entry), *(cell(entry, name) for name in columns)) for entry in shown)
+    return Table(title, ("", "seeds", *(_SCORES[name][0] for name in columns)), tuple(rows))
+
+
+def _intervals_table(entries: Sequence[Document], title: str, columns: Sequence[str]) -> Table:
+    """A row a seed: the estimate with its interval."""
+    rows = []
+    for entry in entries:
+        for number, seed in enumerate(entry["seeds"]):
+            found = [entry["intervals"].get(name) for name in columns]
+            cells = [
+                _bounds(bounds[number], name) if bounds else _NONE
+                for name, bounds in zip(columns, found, strict=True)
+            ]
+            if any(found):
+                rows.append((entry["name"], str(seed), *cells))
+    head = ("", "seed", *(f"{_SCORES[name][0]} [low, high]" for name in columns))
+    return Table(f"{title}: 95 % intervals over rows", head, tuple(rows))
+
+
+def _bounds(bounds: Sequence[float], name: str) -> str:
+    estimate, low, high = (_number(value, *_SCORES[name][1:]) for value in bounds)
+    return f"{estimate} [{low}, {high}]"
 
 
 def _seeds(entry: Mapping[str, Any]) -> str:
     return str(len(entry["seeds"]))
 
 
-def _score(entry: Mapping[str, Any], name: str) -> str:
-    if name not in entry["scores"]:
-        return _NONE
-    _, digits, signed = _SCORES[name]
-    text = _mean(entry["scores"][name], digits, signed)
-    if bounds := entry["intervals"].get(name):
-        low, high = min(low for _, low, _ in bounds), max(high for _, _, high in bounds)
-        text += f" [{_number(low, digits, signed)}, {_number(high, digits, signed)}]"
-    return text
-
-
 def _mean(spread: Mapping[str, Any], digits: int, signed: bool = False) -> str:
-    text = _number(spread["mean"], digits, signed)
-    return text if spread["sd"] is None else f"{text} ± {spread['sd']:.{digits}f}"
+    """Mean and, if it varies in these digits, standard deviation."""
+    text, deviation = _number(spread["mean"], digits, signed), round(spread["sd"] or 0.0, digits)
+    return f"{text} ± {deviation:.{digits}f}" if deviation else text
 
 
 def _number(value: float, digits: int, signed: bool) -> str:
@@ -175,7 +262,7 @@ def _number(value: float, digits: int, signed: bool) -> str:
 
 
 def _score_notes(document: Document, columns: Sequence[str]) -> list[str]:
-    data, entries = document["data"], [*document["untuned"], *document["variants"]]
+    data, entries = document["data"], _entries(document)
     digests = sorted(set(data["rows"].values()))
     unit = "a response token" if document["kind"] == "instructions" else "a row"
     if document["settings"].get("held_out_mean") == "rows":
@@ -186,7 +273,7 @@ def _score_notes(document: Document, columns: Sequence[str]) -> list[str]:
         rows = f"which each seed divides and holds out anew (rows of seed {each})"
     notes = [f"Data: {data['name']}, {rows}. {_scored_rows(document)} Losses in nats {unit}."]
     if any(len(entry["seeds"]) > 1 for entry in entries):
-        notes.append("Mean ± standard deviation over seeds.")
+        notes.append("Mean ± standard deviation over seeds; without ± where all seeds agree in these digits.")
     if len({tuple(entry["seeds"]) for entry in document["variants"]}) > 1:
         each = "; ".join(f"{entry['name']}: {_numbers(entry['seeds'])}" for entry in document["variants"])
         notes.append(f"Not all variants have the same seeds: {each}.")
@@ -196,20 +283,16 @@ def _score_notes(document: Document, columns: Sequence[str]) -> list[str]:
         for name, seeds in entry["not_finite"].items()
     ]
     if any("difference" in name for name in columns):
-        notes.append(
-            "Less untuned: the mean difference to the untuned model's loss on the same rows, with its 95 % "
-            "interval over rows; of several seeds the lowest low end and the highest high end."
-        )
+        notes.append("Less untuned: the mean difference to the untuned model's loss on the same rows.")
+    if any(name in columns for name in ("gain", "unseen_gain")):
+        notes.append("Gain: the paired difference to the untuned model's accuracy on the same rows.")
     if any("shifted" in name for name in columns):
         notes.append(
             "Shifted: the threshold between both labels lies where it fits training rows best, not at 0; "
             "gain on shifted: paired difference of the tuned model as it is to the untuned one with that."
         )
-    if any(name in columns for name in ("accuracy", "unseen_accuracy")):
-        notes.append(
-            "In brackets: 95 % intervals over rows, of an accuracy and of its paired difference to the "
-            "untuned model's on the same rows; of several seeds the lowest low end and the highest high end."
-        )
+    if any(entry["intervals"] for entry in entries):
+        notes.append("In brackets: low and high end of 95 % intervals over the rows of one seed.")
     return notes
 
 
@@ -229,25 +312,32 @@ def _numbers(numbers: Iterable[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _costs_table(document: Document) -> Table:
+def _costs_tables(document: Document) -> list[Table]:
     entries = document["variants"]
-    columns = [
-        name
-        for name in _COSTS
-        if any(name in entry["costs"] for entry in entries)
-        and (name not in _ONLY_IF_ANY or any(entry["costs"][name]["mean"] for entry in entries))
+    found = []
+    for title, names in _COST_TABLES.items():
+        columns = [
+            name
+            for name in names
+            if any(name in entry["costs"] for entry in entries)
+            and (name not in _ONLY_IF_ANY or any(entry["costs"][name]["mean"] for entry in entries))
+        ]
+        rows = tuple(
+            (entry["name"], str(entry["rounds"]), *(_cost(entry["costs"], name) for name in columns))
+            for entry in entries
+        )
+        found.append(Table(title, ("", "rounds", *(_COSTS[name][0] for name in columns)), rows))
+    messages, machine = found
+    several = "Means over seeds. " if any(len(entry["seeds"]) > 1 for entry in entries) else ""
+    of_messages = [
+        f"{several}Bytes of all messages of a run, and both ways of one client in one round.",
+        *(f"Counted {text}." for text in document["conventions"]),
     ]
-    rows = tuple(
-        (entry["name"], str(entry["rounds"]), *(_cost(entry["costs"], name) for name in columns))
-        for entry in entries
+    of_machine = (
+        f"Wall-clock time, added up over clients, on "
+        f"{'; '.join(document['environment']['processors'])}; memory is that of the process."
     )
-    processors = "; ".join(document["environment"]["processors"])
-    notes = [
-        "Means over seeds. Bytes of all messages of a run, and both ways of one client in one round. Seconds "
-        f"are wall-clock time, added up over clients, on {processors}; memory is that of the process."
-    ]
-    notes += [f"Counted {text}." for text in document["conventions"]]
-    return Table("Costs", ("", "rounds", *(_COSTS[name][0] for name in columns)), rows, tuple(notes))
+    return [replace(messages, notes=tuple(of_messages)), replace(machine, notes=(of_machine,))]
 
 
 def _cost(costs: Mapping[str, Any], name: str) -> str:
@@ -295,7 +385,7 @@ def _difference_tables(document: Document) -> list[Table]:
         )
         for entry in entries
     )
-    note = "Differences of runs from the same seed; mean ± standard deviation over seeds."
+    note = "Differences of runs from the same seed."
     less = Table(
         f"Scores less those of {by}", ("", "seeds", *(_SCORES[name][0] for name in scores)), rows, (note,)
     )
@@ -308,4 +398,8 @@ def _share(spread: Mapping[str, Any] | None) -> str:
     if spread is None:
         return _NONE
     percent = 100 * spread["mean"]
+    if 0 < percent < _LEAST_PERCENT:
+        parts = 100 / percent
+        digits = 2 - math.floor(math.log10(parts))  # three that count
+        return f"1 / {round(parts, digits):,.0f}"
     return f"{percent:,.0f} %" if percent >= 100 else f"{percent:.3g} %"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedkseed.data.built_in_models import model_title
-from fedkseed.documents import DocumentError, read_json, read_toml, shown
+from fedkseed.documents import DocumentError, read_json, shown
 from fedkseed.scenarios.experiments.entries import ComparisonError, Entry
-from fedkseed.scenarios.experiments.runner import SCENARIO
 from fedkseed.scenarios.report import resume_line
 from fedkseed.scenarios.run import SUMMARY, read_summary
 from fedkseed.scenarios.settings import OPTIONS
@@ -20,7 +18,6 @@ from fedkseed.simulation.run_folder import METRICS, SETTINGS, TIMINGS, RunFolder
 
 #: Bytes of the lines of all rounds: some ten thousand of them.
 _MAX_LINES = 12 << 20
-_SEED_FOLDER = re.compile(r"seed-\d+")
 _MAX_SHOWN_DIGEST = 128
 
 #: Estimate, low end and high end.
@@ -42,6 +39,18 @@ CURVES = (
 #: fits training rows best, and each client's most frequent answer.
 ZERO_SHOT, SHIFTED, MAJORITY = "zero-shot", "shifted threshold", "majority answer"
 PHASES = ("rebuild", "reset", "local", "evaluation")
+
+
+class UnfinishedRunError(ComparisonError):
+    """A run that was begun and has not come to its end.
+
+    Attributes:
+        goes_on: the command that goes on with it.
+    """
+
+    def __init__(self, message: str, goes_on: str) -> None:
+        super().__init__(message)
+        self.goes_on = goes_on
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class FinishedRun:
     Attributes:
         folder: of the run.
         variant: name of the sweep's variant; empty of a run by itself.
+        title: of the variant; empty if it has none.
         settings: by name, files by their names alone.
         kind: of the rows, "instructions" or "classification".
         data: name of the data.
@@ -87,6 +97,7 @@ class FinishedRun:
 
     folder: Path
     variant: str
+    title: str
     settings: Mapping[str, Any]
     kind: str
     data: str
@@ -107,69 +118,17 @@ class FinishedRun:
         return seed
 
 
-def find_runs(paths: Sequence[Path]) -> list[tuple[Path, str]]:
-    """(folder of a run, its variant) of each run at these places, each folder once.
-
-    Args:
-        paths: folders of runs, of a sweep's variants, or of sweeps.
-
-    Raises:
-        ComparisonError: a place without a run.
-    """
-    found: dict[Path, str] = {}
-    for path in paths:
-        runs = list(_runs_at(path))
-        if not runs:
-            raise ComparisonError(
-                f"expected the folder of a run, or of a sweep with VARIANT/seed-N in it, got {path} without "
-                "either; name the folder that `fedkseed simulate --out` or `fedkseed scenarios run --out` had"
-            )
-        for run in runs:
-            is_swept = _SEED_FOLDER.fullmatch(run.resolve().name) is not None
-            found.setdefault(run, run.resolve().parent.name if is_swept else "")
-    return list({path.resolve(): (path, variant) for path, variant in found.items()}.values())
-
-
-def _runs_at(path: Path) -> Iterator[Path]:
-    if any((path / name).is_file() for name in (SETTINGS, SUMMARY, METRICS)):
-        yield path
-    elif path.is_dir():
-        names = list(sweep_variants(path))
-        variants = [entry for entry in path.iterdir() if entry.is_dir()]
-        place = {name: number for number, name in enumerate(names)}
-        variants.sort(key=lambda entry: (place.get(entry.name, len(place)), entry.name))
-        for folder in (path, *variants):
-            seeds = [entry for entry in folder.iterdir() if _SEED_FOLDER.fullmatch(entry.name)]
-            yield from sorted(seeds, key=lambda entry: int(entry.name.partition("-")[2]))
-
-
-def sweep_variants(folder: Path) -> dict[str, str]:
-    """The titles of a sweep's variants by their names, in its order; none where no sweep is described.
-
-    Raises:
-        ComparisonError: the description is damaged.
-    """
-    path = folder / SCENARIO
-    if not path.is_file():
-        return {}
-    try:
-        variants = read_toml(path).get("variants", {})
-    except (OSError, DocumentError) as error:
-        raise ComparisonError(f"expected the description of a sweep in {path}, got: {error}") from error
-    if not isinstance(variants, dict) or not all(isinstance(entry, dict) for entry in variants.values()):
-        raise ComparisonError(f"expected [variants.NAME] tables in {path}, got {shown(variants)}")
-    return {name: str(entry.get("title", "")) for name, entry in variants.items()}
-
-
-def read_run(folder: Path, variant: str = "") -> FinishedRun:
+def read_run(folder: Path, variant: str = "", title: str = "") -> FinishedRun:
     """One finished run.
 
     Args:
         folder: of the run.
         variant: its name in a sweep.
+        title: of the variant.
 
     Raises:
-        ComparisonError: not finished, without what is compared, or damaged; says what to do.
+        UnfinishedRunError: not finished; says how it goes on.
+        ComparisonError: without what is compared, or damaged; says what to do.
     """
     try:
         planned = _object(read_json(folder / SETTINGS), folder / SETTINGS)
@@ -184,7 +143,7 @@ def read_run(folder: Path, variant: str = "") -> FinishedRun:
     if len(metrics) != num_rounds or planned.get("num_rounds") != num_rounds:
         of = f"{len(metrics)} rounds of {shown(planned.get('num_rounds'))}, a summary of {num_rounds}"
         raise _unfinished(folder, variant, planned, of)
-    return _run(folder, variant, summary, metrics, timings)
+    return _run(folder, variant, title, summary, metrics, timings)
 
 
 def _has_rounds(folder: Path) -> bool:
@@ -204,11 +163,11 @@ def _timings(folder: Path, num_rounds: int) -> list[dict[str, Any]]:
     return found
 
 
-def _unfinished(folder: Path, variant: str, planned: Mapping[str, Any], what: str) -> ComparisonError:
+def _unfinished(folder: Path, variant: str, planned: Mapping[str, Any], what: str) -> UnfinishedRunError:
     line = resume_line(folder, trust_remote_code=planned.get("trust_remote_code") is True, moved={})
     sweep = " (or the command that began the sweep)" if variant else ""
-    return ComparisonError(
-        f"expected a finished run in {folder}, got one with {what}; this goes on with it: {line}{sweep}"
+    return UnfinishedRunError(
+        f"expected a finished run in {folder}, got one with {what}; this goes on with it: {line}{sweep}", line
     )
 
 
@@ -221,6 +180,7 @@ def _object(value: Any, path: Path) -> dict[str, Any]:
 def _run(
     folder: Path,
     variant: str,
+    title: str,
     summary: Entry,
     metrics: Sequence[Mapping[str, Any]],
     timings: Sequence[Mapping[str, Any]],
@@ -243,6 +203,7 @@ def _run(
     return FinishedRun(
         folder=folder,
         variant=variant,
+        title=title,
         settings=settings,
         kind=kind,
         data=summary["data"].text("name"),
