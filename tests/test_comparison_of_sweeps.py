@@ -1,4 +1,5 @@
-"""`fedkseed compare` of sweeps on their way, of what is named twice, and of places that cannot be written."""
+"""`fedkseed compare` of sweeps on their way, of what is named twice, of places that cannot be written,
+and what its picture says."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from support.run_folders import write_run
 
 from fedkseed import cli
 from fedkseed.scenarios.experiments.comparison import compare, read_document
+from fedkseed.scenarios.experiments.comparison_picture import figure_of
 from fedkseed.scenarios.experiments.entries import ComparisonError
 
 
@@ -111,3 +113,36 @@ def test_a_picture_is_a_png_whatever_it_is_called(sweep: Path, tmp_path: Path) -
     assert (tmp_path / "x.txt").read_bytes().startswith(b"\x89PNG")
     same = str(tmp_path / "same")
     assert cli.main(["compare", str(sweep), "--json", same, "--plot", same]) == 2
+
+
+def test_a_picture_has_a_title_integer_rounds_and_names_its_bands(sweep: Path) -> None:
+    write_run(sweep / "base" / "seed-2", seed=2, lr=0.5, losses=(3.25, 2.0))
+    figure = figure_of(compare([sweep]))
+    assert figure.get_suptitle() == "rows.jsonl, tiny"
+    assert figure_of(compare([sweep]), "Of mine").get_suptitle() == "Of mine"
+    assert all(float(tick).is_integer() for axes in figure.axes[:2] for tick in axes.get_xticks())
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "base",
+        "fast",
+        "band: ± 1 standard deviation over seeds",
+    ]
+
+
+def test_the_untuned_model_is_a_point_of_a_picture_only_where_its_rows_are_those_of_rounds(
+    tmp_path: Path,
+) -> None:
+    for round_rows, expected in ((8, [[0, 3.5]]), (7, [])):
+        run = write_run(tmp_path / str(round_rows), seed=1, round_rows=round_rows)
+        figure = figure_of(compare([run]))
+        for axes, points in zip(figure.axes, (expected, expected, []), strict=True):
+            found = [line.get_xydata().tolist() for line in axes.get_lines() if line.get_label() == "untuned"]
+            assert [point for line in found for point in line] == points
+
+
+def test_a_method_that_sends_nothing_is_named_above_the_bytes(sweep: Path) -> None:
+    for metrics in sweep.glob("fast/*/metrics.jsonl"):
+        text = metrics.read_text().replace('"bytes_up": 400', '"bytes_up": 0')
+        metrics.write_text(text.replace('"bytes_down": 600', '"bytes_down": 0'))
+    *_, traffic = figure_of(compare([sweep])).axes
+    assert traffic.get_title(loc="left") == "no bytes are sent by fast"

@@ -109,6 +109,13 @@ def test_a_run_without_losses_of_rounds_or_with_one_client_is_drawn(tmp_path: Pa
     assert (tmp_path / "run.png").stat().st_size > 0
 
 
+def test_a_method_that_sends_nothing_has_no_panel_of_bytes() -> None:
+    pytest.importorskip("matplotlib")
+    rows = [{**row, "bytes_down": 0, "bytes_up": 0} for row in metrics(2)]
+    _, accuracies = picture.figure_of(rows, compared("a", "b"), weight_bytes=10**6).axes
+    assert accuracies.get_ylim()[1] > 1.1, "room for the legend above all points"
+
+
 # The tuned runs
 
 

@@ -142,10 +142,11 @@ def picture_of(name: str) -> Path:
 
 def main() -> None:
     """Draws the pictures and writes the results into the page."""
+    titles = library_titles()
     for name, document in measured().items():
         if can_be_drawn(document):
             PICTURES.mkdir(exist_ok=True)
-            draw_comparison(document, picture_of(name))
+            draw_comparison(document, picture_of(name), f"{name}: {titles[name]}" if name in titles else name)
     write_atomically(PAGE, with_results(PAGE.read_text("utf-8")).encode())
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+#: Of the axis of accuracies: room for a legend above 1.
+_TOP = 1.2
 _MOST_LEVEL_NAMES = 8  # more would run into each other
 
 
@@ -35,7 +37,7 @@ def draw(
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure_of(rounds, compared, weight_bytes, prompt_accuracy).savefig(target, dpi=120)
+    figure_of(rounds, compared, weight_bytes, prompt_accuracy).savefig(target, dpi=120, format="png")
 
 
 def figure_of(
@@ -47,15 +49,20 @@ def figure_of(
     """The picture before it is written; see `draw`."""
     require_extra("plot", "matplotlib")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    losses, accuracies, traffic = figure.subplots(1, 3, width_ratios=(3, 5, 3))
+    # A central method sends nothing: no panel of bytes.
+    has_traffic = any(row["bytes_down"] or row["bytes_up"] for row in rounds)
+    widths = (3, 5, 3) if has_traffic else (3, 5)
+    figure = Figure(figsize=(13 / 11 * sum(widths), 3.8), layout="constrained")
+    losses, accuracies, *traffic = figure.subplots(1, len(widths), width_ratios=widths)
     _draw_losses(losses, rounds, compared["loss"])
     _draw_accuracies(accuracies, compared, prompt_accuracy)
-    _draw_traffic(traffic, rounds, weight_bytes)
-    for axes in (losses, traffic):
+    for axes in traffic:
+        _draw_traffic(axes, rounds, weight_bytes)
+    for axes in (losses, *traffic):
         axes.set_xlabel("round")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure
 
 
@@ -71,6 +78,7 @@ def _draw_losses(axes: Axes, rounds: Sequence[Mapping[str, Any]], ends: Sequence
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
     axes.plot((0, rounds[-1]["round"] + 1), ends, "kD", markersize=5, label="held out, all rows")
+    axes.ticklabel_format(style="plain", useOffset=False)
     axes.legend()
 
 
@@ -98,8 +106,9 @@ def _draw_accuracies(axes: Axes, compared: Mapping[str, Any], prompt_accuracy: f
     if prompt_accuracy is not None:
         axes.axhline(prompt_accuracy, linestyle="--", color="tab:green", label="best untuned prompt, all")
     axes.set_xticks(list(places), list(groups), rotation=90 if len(groups) > _MOST_LEVEL_NAMES else 0)
-    axes.set_ylim(0, 1)
-    axes.legend(loc="lower left", ncols=2)
+    axes.set_ylim(0, _TOP)
+    axes.set_yticks([tenth / 10 for tenth in range(0, 11, 2)])
+    axes.legend(loc="upper center", ncols=4, fontsize="small")  # above all that can be drawn
 
 
 def _draw_traffic(axes: Axes, rounds: Sequence[Mapping[str, Any]], weight_bytes: int) -> None:
@@ -110,4 +119,4 @@ def _draw_traffic(axes: Axes, rounds: Sequence[Mapping[str, Any]], weight_bytes:
     for totals, label in ((by_weights, "weights (FedAvg)"), (exchanged, "this run")):
         axes.plot(numbers, list(totals), marker="o", markersize=3, label=label)
     axes.set_yscale("log")
-    axes.legend(loc="center right")
+    axes.legend()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedkseed._extras import require_extra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 #: What is drawn of a round: of its evaluation, and of its messages.
 LOSS, SCORES = "held_out_loss", ("accuracy", "rouge_l", "exact_match")
 TRAFFIC = ("bytes_down", "bytes_up")
+_WIDTH, _HEIGHT = 4, 3.6
 
 
 def draw_rounds(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
@@ -23,31 +29,49 @@ def draw_rounds(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
+    figure_of(rows).savefig(target, dpi=120, format="png")
+
+
+def figure_of(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """The picture before it is written; panels of what no round has are left out. See `draw_rounds`."""
     require_extra("plot", "matplotlib")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    losses, scores, traffic = figure.subplots(1, 3)
+    panels = {
+        "loss, nats": {"train": [row["train_loss"] for row in rows], **_scores(rows, (LOSS,))},
+        "scores, mean over rows": _scores(rows, SCORES),
+        "KiB exchanged so far": {
+            name.removeprefix("bytes_"): [total / 1024 for total in accumulate(row[name] for row in rows)]
+            for name in TRAFFIC
+            if any(row[name] for row in rows)  # a central method has none
+        },
+    }
+    drawn = {
+        title: lines
+        for title, lines in panels.items()
+        if any(value is not None for values in lines.values() for value in values)
+    }
+    figure = Figure(figsize=(_WIDTH * max(1, len(drawn)), _HEIGHT), layout="constrained")
     rounds = [row["round"] + 1 for row in rows]
-    _line(losses, rounds, [row["train_loss"] for row in rows], "train")
-    for name, axes in ((LOSS, losses), *((name, scores) for name in SCORES)):
-        _line(axes, rounds, [row["evaluation"].get(name) for row in rows], name.replace("_", " "))
-    for name in TRAFFIC:
-        total, sums = 0, []
-        for row in rows:
-            total += row[name]
-            sums.append(total / 1024)
-        _line(traffic, rounds, sums, name.replace("bytes_", ""))
-    titles = ("loss, nats", "scores, mean over rows", "KiB exchanged so far")
-    for axes, title in zip((losses, scores, traffic), titles, strict=True):
+    for axes, (title, lines) in zip(
+        figure.subplots(1, len(drawn), squeeze=False)[0] if drawn else (), drawn.items(), strict=True
+    ):
+        for label, values in lines.items():
+            _line(axes, rounds, values, label)
         axes.set_title(title)
         axes.set_xlabel("round")
-        if axes.has_data():
-            axes.legend()
-    figure.savefig(target, dpi=120)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.ticklabel_format(style="plain", useOffset=False)
+        axes.legend()
+    return figure
 
 
-def _line(axes: Any, rounds: Sequence[int], values: Sequence[float | None], label: str) -> None:
+def _scores(rows: Sequence[Mapping[str, Any]], names: Iterable[str]) -> dict[str, list[float | None]]:
+    return {name.replace("_", " "): [row["evaluation"].get(name) for row in rows] for name in names}
+
+
+def _line(axes: Axes, rounds: Sequence[int], values: Sequence[float | None], label: str) -> None:
     known = [(x, y) for x, y in zip(rounds, values, strict=True) if y is not None]
     if known:
         axes.plot(*zip(*known, strict=True), marker="o", markersize=3, label=label)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedkseed._extras import require_extra
+from fedkseed.documents import shown
 from fedkseed.files import write_atomically
 from fedkseed.scenarios.experiments.comparison import Document
 from fedkseed.scenarios.experiments.entries import ComparisonError
+from fedkseed.scenarios.experiments.finished_runs import ZERO_SHOT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,20 +37,24 @@ _ROWS: tuple[Mapping[str, str], ...] = (
 _MARKERS = "osD^vP*X<>"
 _HEIGHT, _WIDTH = 3.1, 4.2
 _LEGEND_COLUMNS = 4
+_MOST_TICKS = 6
+#: Characters of a line above a panel.
+_NOTE_WIDTH = 60
 
 
-def draw_comparison(document: Document, target: Path) -> None:
+def draw_comparison(document: Document, target: Path, title: str = "") -> None:
     """Writes the picture as a PNG.
 
     Args:
         document: of `comparison.compare`.
         target: the file.
+        title: see `figure_of`.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
         ComparisonError: no variant has a round that was scored.
     """
-    write_figure(figure_of(document), target)
+    write_figure(figure_of(document, title), target)
 
 
 def write_figure(figure: Figure, target: Path) -> None:
@@ -57,10 +64,16 @@ def write_figure(figure: Figure, target: Path) -> None:
     write_atomically(target, written.getvalue())
 
 
-def figure_of(document: Document) -> Figure:
-    """The picture before it is written; see `draw_comparison`."""
+def figure_of(document: Document, title: str = "") -> Figure:
+    """The picture before it is written; see `draw_comparison`.
+
+    Args:
+        document: of `comparison.compare`.
+        title: above all of it; the names of data and model if empty.
+    """
     require_extra("plot", "matplotlib")
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     curves = _curves(document)
     rows = _rows(curves)
@@ -69,23 +82,74 @@ def figure_of(document: Document) -> Figure:
         raise ComparisonError(
             "expected runs with rounds that were scored, got none: there is nothing to draw"
         )
-    size = (_WIDTH * len(axes_names), _HEIGHT * len(rows) + 0.5)
+    size = (_WIDTH * len(axes_names), _HEIGHT * len(rows) + 0.8)
     figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title or _title(document))
     grid = figure.subplots(len(rows), len(axes_names), squeeze=False, sharey="row")
-    for (score, title), line in zip(rows, grid, strict=True):
-        line[0].set_ylabel(title)
+    for (score, score_title), line in zip(rows, grid, strict=True):
+        line[0].set_ylabel(score_title)
         for axis, axes in zip(axes_names, line, strict=True):
             for number, (name, curve) in enumerate(curves.items()):
                 _draw(axes, curve, axis, score, name, number)
-            axes.set_xlabel(_AXES[axis])
-            if axis == "bytes":
-                axes.set_xscale("log")
-            elif axis == "round":
-                axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(alpha=0.3)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(_LEGEND_COLUMNS, len(labels)))
+            untuned = _untuned(document, score)
+            if untuned is not None and axis != "bytes":  # no 0 on a logarithmic axis
+                axes.plot((0,), (untuned,), "k*", markersize=9, linestyle="none", label="untuned")
+            _set_axes(axes, axis)
+    if "bytes" in axes_names:
+        _tell_silent(grid[0][axes_names.index("bytes")], curves)
+    named = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    if any(axes.collections for axes in figure.axes):
+        band = "band: ± 1 standard deviation over seeds"
+        named[band] = Patch(facecolor="gray", alpha=0.3, label=band)
+    figure.legend(
+        named.values(), named.keys(), loc="outside lower center", ncols=min(_LEGEND_COLUMNS, len(named))
+    )
     return figure
+
+
+def _title(document: Document) -> str:
+    names = (document["data"]["name"], document["settings"].get("model"))
+    return ", ".join(shown(name) for name in names if name)
+
+
+def _untuned(document: Document, score: str) -> float | None:
+    """The untuned model's score, where it belongs on the curves: round 0 of all of them."""
+    settings = document["settings"]
+    # A round scores the first of the rows that are scored before and after. Unless these are all of them, the
+    # untuned model's loss is of other rows and no point of the curves: left out, as are accuracies.
+    if score != "held_out_loss" or settings.get("round_rows", 0) < settings.get("final_rows", 1):
+        return None
+    found = [
+        entry["scores"][score]["mean"]
+        for entry in document["untuned"]
+        if entry["name"] == ZERO_SHOT and score in entry["scores"]
+    ]
+    return found[0] if found else None
+
+
+def _set_axes(axes: Axes, axis: str) -> None:
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    axes.set_xlabel(_AXES[axis])
+    axes.ticklabel_format(axis="y", style="plain", useOffset=False)
+    if axis == "bytes":
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(_MOST_TICKS, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.grid(alpha=0.3)
+
+
+def _tell_silent(axes: Axes, curves: Mapping[str, Any]) -> None:
+    """Names those that send nothing: they have no place on a logarithmic axis."""
+    silent = [name for name, curve in curves.items() if not any(curve.get("bytes", ()))]
+    if silent:
+        text = textwrap.fill(f"no bytes are sent by {', '.join(silent)}", _NOTE_WIDTH)
+        axes.set_title(text, fontsize="small", loc="left")
 
 
 def can_be_drawn(document: Document) -> bool:
