@@ -49,7 +49,6 @@ def figure_of(
     """The picture before it is written; see `draw`."""
     require_extra("plot", "matplotlib")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     # A central method sends nothing: no panel of bytes.
     has_traffic = any(row["bytes_down"] or row["bytes_up"] for row in rounds)
@@ -62,7 +61,7 @@ def figure_of(
         _draw_traffic(axes, rounds, weight_bytes)
     for axes in (losses, *traffic):
         axes.set_xlabel("round")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     return figure
 
 

@@ -36,7 +36,6 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """The picture before it is written; panels of what no round has are left out. See `draw_rounds`."""
     require_extra("plot", "matplotlib")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     panels = {
         "loss, nats": {"train": [row["train_loss"] for row in rows], **_scores(rows, (LOSS,))},
@@ -61,7 +60,7 @@ def figure_of(rows: Sequence[Mapping[str, Any]]) -> Figure:
             _line(axes, rounds, values, label)
         axes.set_title(title)
         axes.set_xlabel("round")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.ticklabel_format(style="plain", useOffset=False)
         axes.legend()
     return figure

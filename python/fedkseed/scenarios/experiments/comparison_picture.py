@@ -132,15 +132,13 @@ def _untuned(document: Document, score: str) -> float | None:
 
 
 def _set_axes(axes: Axes, axis: str) -> None:
-    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
-
     axes.set_xlabel(_AXES[axis])
     axes.ticklabel_format(axis="y", style="plain", useOffset=False)
     if axis == "bytes":
         axes.set_xscale("log")
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(_MOST_TICKS, integer=True, min_n_ticks=1))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.locator_params(axis="x", nbins=_MOST_TICKS, integer=True, min_n_ticks=1)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
 
 

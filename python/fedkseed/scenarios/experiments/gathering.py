@@ -47,10 +47,10 @@ class Gathered:
 
     def check_whole(self) -> None:
         """Raises ComparisonError unless every run of every sweep is finished."""
-        if missing := " ".join(line for line in (self.unfinished, self.not_begun) if line):
+        if missing := "; ".join(line for line in (self.unfinished, self.not_begun) if line):
             raise ComparisonError(
-                f"expected finished sweeps for a result file, got runs that are missing: {missing} Leave out "
-                "--json to see the table of what is finished"
+                f"expected finished sweeps for a result file, got missing runs: {missing}; leave out "
+                "--json to see the table of what is finished, or name the finished runs themselves"
             )
 
 
@@ -122,7 +122,7 @@ def _not_begun_line(names: list[str]) -> str:
     if not names:
         return ""
     count = "1 run of the sweep is" if len(names) == 1 else f"{len(names)} runs of the sweep are"
-    return f"{count} not begun: {_listed(names)}; the command that began the sweep goes on with it."
+    return f"{count} not begun: {_listed(names)}; the command that began the sweep goes on with it"
 
 
 def _listed(names: list[str]) -> str:
