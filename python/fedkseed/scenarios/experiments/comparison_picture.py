@@ -37,7 +37,8 @@ _ROWS: tuple[Mapping[str, str], ...] = (
 _MARKERS = "osD^vP*X<>"
 _HEIGHT, _WIDTH = 3.1, 4.2
 _LEGEND_COLUMNS = 4
-_MOST_TICKS = 6
+#: Numbers of passes are long.
+_MOST_TICKS = {"round": 10, "forward_passes": 6}
 #: Characters of a line above a panel.
 _NOTE_WIDTH = 60
 
@@ -137,7 +138,7 @@ def _set_axes(axes: Axes, axis: str) -> None:
     if axis == "bytes":
         axes.set_xscale("log")
     else:
-        axes.locator_params(axis="x", nbins=_MOST_TICKS, integer=True, min_n_ticks=1)
+        axes.locator_params(axis="x", nbins=_MOST_TICKS[axis], integer=True, min_n_ticks=1)
         axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
 
