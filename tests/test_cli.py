@@ -112,7 +112,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert said.endswith(f"fedkseed simulate --resume {tmp_path / 'cut'}\n")
     assert len((tmp_path / "cut" / METRICS).read_text("utf-8").splitlines()) == 1
     assert cli.main(["simulate", "--resume", str(tmp_path / "cut")]) == 0
-    assert "after 1 rounds" in capsys.readouterr().out
+    assert "after 1 round\n" in capsys.readouterr().out
     for name in (LEDGER, METRICS, "server.state"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 

@@ -50,17 +50,24 @@ def test_a_scenario_of_the_paper_is_foreseen_without_its_model(
     rows = sorted(map(len, dolly_clients(tmp_path / "dolly.jsonl", f"paper-{size}-dolly-5.0")))
     clients = (
         f"200 clients, 10 a round; training rows of a client: {rows[0]} at least, "
-        f"{(rows[99] + rows[100]) / 2:g} in the middle, {rows[-1]} at most"
+        f"{(rows[99] + rows[100]) / 2:g} the median, {rows[-1]} at most"
     )
-    head, *blocks = capsys.readouterr().out.strip().split("\n\n")
-    assert head.endswith("5 run(s); nothing is run now")
+    head, *blocks, total = capsys.readouterr().out.strip().split("\n\n")
+    assert head.endswith("5 runs; nothing is run now; a block is one run, of seed 42")
     assert [block.split()[0] for block in blocks] == ["fedkseed", "pro", "fedavg", "fedit", "fedzo"]
     weights = {name: PARAMETERS[size] * size_of for name, size_of in (("fedavg", 4), ("fedzo", 2))}
     bytes_of = {"fedit": 4 * ADAPTERS[size], **weights}
+    exchanged = 60 * 10 * (2 * (16_916 + 860) + 2 * sum(bytes_of.values()))
+    assert total.startswith("In all, 5 runs one after the other: about ")
+    assert total.endswith(f"; {exchanged:,} bytes between server and clients")
+    in_all = sum(seconds(block, "about") for block in blocks)
+    assert seconds(total, "about") == pytest.approx(in_all, rel=0.02)
     for block in blocks:
         name = block.split()[0]
         down, up = (16_916, 860) if name in ("fedkseed", "pro") else (bytes_of[name],) * 2
         assert f"bytes of a client and round: {down:,} down and {up:,} up" in block
+        assert ("up, without the header of a file" in block) == (name in bytes_of)
+        assert ("Files of a round on the disk: " in block) == (name in bytes_of)
         assert clients in block
         assert "scored rows: 0 of the clients, 625 of 1 unseen ones" in block
         assert f"{PARAMETERS[size]:,} parameters" in block
@@ -120,8 +127,38 @@ def test_times_follow_from_counts_and_rates(tmp_path: Path, monkeypatch: pytest.
 
 def seconds(line: str, part: str) -> float:
     """A part of the time that a line tells; 0 if it tells of none."""
-    found = re.search(rf"{part} ([\d.e+-]+) (s|min|h|days)", line)
-    return float(found[1]) * {"s": 1, "min": 60, "h": 3600, "days": 86400}[found[2]] if found else 0.0
+    found = re.search(rf"{part} ([\d.e+-]+) (s|min|h|day|year)", line)
+    return (
+        float(found[1]) * {"s": 1, "min": 60, "h": 3600, "day": 86400, "year": 365.25 * 86400}[found[2]]
+        if found
+        else 0.0
+    )
+
+
+def test_a_dtype_that_the_processor_is_slow_in_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_llama(tmp_path / "llama")
+    write_lines(tmp_path / "rows.jsonl", dolly_rows(60))
+    (tmp_path / "tiny.toml").write_text(
+        f'title = "Tiny"\nseeds = [4, 5]\n[settings]\ndata = "{tmp_path}/rows.jsonl"\n'
+        f'model = "{tmp_path}/llama"\npartition = "iid:4"\ndevice = "cpu"\ndtype = "float16"\n'
+        "[variants.fedkseed]\n"
+    )
+
+    def told(slower: float) -> str:
+        own = {torch.float16: 2e7 / slower, torch.float32: 2e7}
+        monkeypatch.setattr(dry_run, "measured_rates", lambda dtype, *_: dry_run.Rates(own[dtype], 1e9, 1e9))
+        return "\n".join(dry_run.describe(Scenario.read(tmp_path / "tiny.toml")))
+
+    text = told(40)
+    assert "float16 is slow on this processor: --set dtype=float32 has 40 times as many" in text
+    assert "a second: 0.0005 GFLOP" in text
+    assert "is slow" not in told(1.5)
+    # Two seeds: all runs take twice as long as the one that is described.
+    assert seconds(text, "In all, 2 runs one after the other: about") == pytest.approx(
+        2 * seconds(text, "Time on cpu: about"), rel=0.02
+    )
 
 
 def test_bytes_are_those_of_messages() -> None:

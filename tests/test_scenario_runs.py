@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from support.tiny_runs import SHORT, dolly_rows, leave_out_pictures, write_lines
 from fedkseed import cli
 from fedkseed.files import FolderLock
 from fedkseed.scenarios import run as scenario_run
+from fedkseed.scenarios.experiments import runner
 from fedkseed.scenarios.experiments.runner import SCENARIO
-from fedkseed.scenarios.experiments.scenario import Scenario
+from fedkseed.scenarios.experiments.scenario import Planned, Scenario
 from fedkseed.simulation.run_folder import BEST, CLIENTS, LEDGER, METRICS, SETTINGS
 
 RUNS = [f"{variant}/seed-{seed}" for seed in (1, 2) for variant in ("fedkseed", "pro")]
@@ -71,12 +73,14 @@ def test_a_sweep_that_is_interrupted_goes_on_to_the_same_bytes(
     assert sweep("--out", "whole") == 0
     printed = capsys.readouterr().out
     heads = [line for line in printed.splitlines() if line.startswith("== ")]
-    assert heads == [
+    assert [head.partition(";")[0] for head in heads] == [
         "== run 1 of 4: fedkseed, seed 1",
         "== run 2 of 4: pro, seed 1",
         "== run 3 of 4: fedkseed, seed 2",
         "== run 4 of 4: pro, seed 2",
     ]
+    assert [bool(re.search(r"; about .+ left$", head)) for head in heads] == [False, True, True, True]
+    assert len(re.findall(r"^(?:fedkseed|pro), seed [12] took .+$", printed, re.MULTILINE)) == 4
     assert printed.endswith(f"compare {here.resolve() / 'whole'}\n")
 
     rows: list[str] = []
@@ -98,7 +102,7 @@ def test_a_sweep_that_is_interrupted_goes_on_to_the_same_bytes(
     printed = capsys.readouterr().out
     assert "== run 1 of 4: fedkseed, seed 1 (finished)\n" in printed
     assert printed.count("Resuming") == 1
-    assert "after 1 rounds" in printed
+    assert "after 1 round\n" in printed
     assert content(here / "cut") == content(here / "whole")
 
     before = {path: path.stat().st_mtime_ns for path in (here / "cut").glob("*/*/*") if path.is_file()}
@@ -190,10 +194,39 @@ def test_a_run_that_fails_is_told_and_the_others_run(here: Path, capsys: pytest.
     text = Path("tiny.toml").read_text().replace("[variants.pro]", "[variants.pro]\nclients_per_round = 9")
     Path("tiny.toml").write_text(text)
     assert sweep("--out", "out") == 2
-    told = capsys.readouterr().err
-    assert told.count("failed: pro, seed") == 2
-    assert "clients_per_round" in told
+    printed, told = capsys.readouterr()
+    assert told.count("clients_per_round") == 1, "the same failure is told once"
+    assert "pro, seed 1 failed: expected " in told
+    assert "\npro, seed 2 failed as pro, seed 1 did\n" in told
+    assert told.endswith("\n2 of 4 runs failed: pro, seed 1; pro, seed 2\n")
+    assert printed.endswith(f"compare {here.resolve() / 'out'}\n")
     assert sorted((here / "out").glob("*/*")) == [here / "out/fedkseed/seed-1", here / "out/fedkseed/seed-2"]
+
+
+def test_runs_that_all_failed_are_not_to_be_compared(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep("--out", "out", "--data", "absent.jsonl") == 2
+    printed, told = capsys.readouterr()
+    assert "compare" not in printed
+    assert "got 'absent.jsonl', which is none; data names it, from the current folder\n" in told
+
+
+def test_the_time_that_is_left_follows_from_the_variants_that_have_run() -> None:
+    def left(*variants: str) -> list[Planned]:
+        return [Planned(variant, 0, {}) for variant in variants]
+
+    assert runner._time_left({}, left("a")) == ""
+    assert runner._time_left({"a": 60, "b": 180}, left("a", "a", "b")) == "; about 5 min left"
+    assert runner._time_left({"a": 60, "b": 180}, left("c")) == "; about 2 min left"
+
+
+def test_a_device_that_is_not_there_is_refused_before_the_first_run(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep("--out", "out", "--device", "cuda:99") == 2
+    printed, told = capsys.readouterr()
+    assert "== run" not in printed
+    assert told.count("cuda:99") == 1
+    assert not (here / "out").exists()
 
 
 def test_a_damaged_summary_is_written_anew(here: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from fedkseed import cli
 from fedkseed.scenarios.experiments.scenario import Scenario, library
 from fedkseed.scenarios.options import SettingsError
+from fedkseed.scenarios.wording import amount, counted, duration
 
 TEXT = """
 title = "Two ways"
@@ -83,10 +84,11 @@ def test_a_scenario_is_limited_to_variants_and_seeds(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ('title = "Two ways"', "", 'expected a title = "..." in two-ways.toml'),
-        ("seeds = [3, 1]", "seeds = [3, 3]", "seeds as different integers"),
-        ("seeds = [3, 1]", "seeds = []", "seeds as different integers"),
-        ("seeds = [3, 1]", "seeds = [true]", "seeds as different integers"),
-        ("needs", "need", "got 'need'; did you mean needs?; settings of runs stand under [settings]"),
+        ("seeds = [3, 1]", "seeds = [3, 3]", "seeds in two-ways.toml as different integers"),
+        ("seeds = [3, 1]", "seeds = []", "seeds in two-ways.toml as a list of one integer or more, got []"),
+        ("seeds = [3, 1]", "seeds = 3", "seeds in two-ways.toml as a list of one integer or more, got 3"),
+        ("seeds = [3, 1]", "seeds = [true]", "seeds in two-ways.toml as different integers"),
+        ("needs", "need", "got 'need'; settings of runs stand under [settings]; did you mean needs?"),
         ("num_rounds", "num_round", "[settings] of two-ways.toml, got 'num_round'; did you mean num_rounds?"),
         ("num_rounds = 2", "num_rounds = 2.5", "expected num_rounds in [settings] of two-ways.toml as int"),
         ("num_rounds = 2", "seed = 2", "expected seeds = [...] at the top"),
@@ -99,7 +101,7 @@ def test_a_scenario_is_limited_to_variants_and_seeds(tmp_path: Path) -> None:
         ('[variants."pro-0.5"]', '[variants."Pro/1"]', "expected a variant's name of small letters"),
         ('architecture = "LlamaForCausalLM"', "", "expected architecture in [shape]"),
         ("hidden_size = 64", "rope = { a = 1 }", "expected plain values in [shape]"),
-        ("seeds", "seeds =", "got: expected TOML"),
+        ("seeds", "seeds =", "expected TOML in "),
     ],
 )
 def test_what_a_file_may_not_say(tmp_path: Path, old: str, new: str, message: str) -> None:
@@ -107,11 +109,13 @@ def test_what_a_file_may_not_say(tmp_path: Path, old: str, new: str, message: st
     with pytest.raises(SettingsError) as caught:
         Scenario.read(written(tmp_path, TEXT.replace(old, new)))
     assert message in str(caught.value)
+    assert str(caught.value).count("expected") == 1
 
 
 def test_every_scenario_of_the_package_is_whole_and_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["scenarios"]) == 0
-    listed = capsys.readouterr().out.splitlines()
+    *listed, empty, hint = capsys.readouterr().out.splitlines()
+    assert (empty, hint[:31]) == ("", "fedkseed scenarios show NAME pr")
     assert len(listed) == len(library()) >= 1
     for line, (name, path) in zip(listed, library().items(), strict=True):
         scenario = Scenario.read(path)
@@ -132,7 +136,7 @@ def test_a_scenario_is_shown_as_it_is_written(tmp_path: Path, capsys: pytest.Cap
     ("arguments", "message"),
     [
         (["show", "instruction"], "did you mean instructions?"),
-        (["show", "none.toml"], "expected a scenario, got: [Errno 2]"),
+        (["show", "none.toml"], "expected a scenario's file at none.toml, got: No such file or directory"),
         (["run", "two-ways.toml"], "expected --data with the scenario two-ways: rows"),
         (["run", "two-ways.toml", "--set", "lr"], "expected --set KEY=VALUE, got 'lr'"),
         (["run", "two-ways.toml", "--set", "num_round=1"], "got 'num_round'; did you mean num_rounds?"),
@@ -144,6 +148,9 @@ def test_a_scenario_is_shown_as_it_is_written(tmp_path: Path, capsys: pytest.Cap
         (["run", "two-ways.toml", "--set", "lr=1", "--set", "lr=2"], "expected --set lr once"),
         (["run", "two-ways.toml", "--set", "seed=1"], "expected --seeds in place of --set seed"),
         (["run", "two-ways.toml", "--seeds", "1,a", "--data", "x"], "expected --seeds as integers"),
+        (["run", "two-ways.toml", "--seeds", "-1"], "expected --seeds as different integers in [0, 2^63)"),
+        (["run", "two-ways.toml", "--seeds", ""], "expected --seeds as integers, got ''"),
+        (["run", "two-ways.toml", "--only", ""], "expected variants out of fedkseed, pro-0.5, got ''"),
         (
             ["run", "two-ways.toml", "--only", "x", "--data", "x"],
             "expected variants out of fedkseed, pro-0.5",
@@ -164,6 +171,37 @@ def test_a_call_that_cannot_stand_is_one_line(
     assert message in told
     assert told.count("\n") == 1
     assert not Path("runs").exists()
+
+
+def test_a_second_setting_without_its_flag_is_told_with_the_usage_of_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["scenarios", "run", "instructions", "--set", "lr=1", "eps=1"])
+    told = capsys.readouterr().err
+    assert told.startswith("usage: fedkseed scenarios run ")
+    assert told.endswith("unrecognized arguments: eps=1; --set takes one KEY=VALUE: repeat it for each\n")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.25, "0.25 s"),
+        (90, "1.5 min"),
+        (7200, "2 h"),
+        (86400, "1 day"),
+        (3e5, "3.47 days"),
+        (7.69e3 * 86400, "21.1 years"),
+        (1e12, "31,688 years"),
+    ],
+)
+def test_times_are_told_in_the_largest_unit(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_counts_and_amounts_are_told_in_plain_digits() -> None:
+    assert [counted(number, "round") for number in (0, 1, 1000)] == ["0 rounds", "1 round", "1,000 rounds"]
+    assert [amount(number) for number in (0.0123, 0.5, 42.42, 1234.5)] == ["0.0123", "0.5", "42.4", "1,234"]
 
 
 def test_the_file_on_the_page_is_a_scenario(tmp_path: Path) -> None:

@@ -61,6 +61,9 @@ class _Parser(argparse.ArgumentParser):
         for text in unknown:
             if text.startswith("--") and (near := difflib.get_close_matches(text.split("=")[0], known, n=1)):
                 self.error(f"unrecognized option {text.split('=')[0]}; did you mean {near[0]}?")
+        if unknown:  # told here, with the usage of the command that was called
+            hint = "; --set takes one KEY=VALUE: repeat it for each" if "--set" in known else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
         return found, unknown
 
 

@@ -26,8 +26,9 @@ def add(
     parser = commands.add_parser(
         "scenarios",
         help="experiments: list, show and run them",
-        description="Lists the scenarios that come with the package: runs of several methods or settings on "
-        "the same rows, with several seeds. Each is a TOML file; one of your own runs alike.",
+        description="Without an action: lists the scenarios that come with the package, runs of several "
+        "methods or settings on the same rows, with several seeds. Each is a TOML file; one of your own runs "
+        "alike.",
     )
     parser.set_defaults(run=_list)
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
@@ -40,6 +41,7 @@ def add(
         help="run a scenario, or go on with it",
         description="Runs every variant with every seed, a folder each: OUT/VARIANT/seed-N. Finished runs "
         "are skipped, started ones go on: the same command goes on after a kill, and on another day.",
+        epilog="Example: fedkseed scenarios run instructions --seeds 0,1 --set num_rounds=4 --set lr=1e-5",
     )
     run.add_argument("name", help="a scenario's name, or a TOML file", metavar="NAME")
     run.add_argument("--out", type=Path, help="folder of the runs (runs/NAME)", metavar="DIR")
@@ -49,7 +51,7 @@ def add(
         "--set",
         action="append",
         default=[],
-        help="a setting of every run, before those of the file; may be repeated",
+        help="a setting of every run, before those of the file; repeated for more of them",
         metavar="KEY=VALUE",
     )
     run.add_argument(
@@ -68,6 +70,7 @@ def _list(options: argparse.Namespace) -> int:
     width = max(map(len, found))
     for name, scenario in found.items():
         print(f"{name:{width}}  {scenario.title}" + (" (needs --data)" if scenario.needs else ""))
+    print("\nfedkseed scenarios show NAME prints one, fedkseed scenarios run NAME runs it.")
     return 0
 
 
@@ -84,6 +87,7 @@ def _run(options: argparse.Namespace) -> int:
     from fedkseed.scenarios.experiments.dry_run import describe
     from fedkseed.scenarios.experiments.runner import Sweep
     from fedkseed.scenarios.report import command
+    from fedkseed.scenarios.wording import counted
 
     scenario = _asked(options)
     if options.dry_run:
@@ -97,9 +101,11 @@ def _run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\nInterrupted. The same command goes on in {sweep.out}", file=sys.stderr)
         return 130
-    print(f"\nThe runs beside each other:\n  {command()} compare {shlex.quote(str(sweep.out))}")
-    for line in failed:
-        print(f"failed: {line}", file=sys.stderr)
+    num_runs = len(scenario.runs())
+    if len(failed) < num_runs:
+        print(f"\nThe runs beside each other:\n  {command()} compare {shlex.quote(str(sweep.out))}")
+    if failed:
+        print(f"{len(failed)} of {counted(num_runs, 'run')} failed: {'; '.join(failed)}", file=sys.stderr)
     return 2 if failed else 0
 
 
@@ -113,9 +119,9 @@ def _asked(options: argparse.Namespace) -> Scenario:
     from fedkseed.scenarios.options import SettingsError, parsed_values
     from fedkseed.scenarios.settings import OPTIONS
 
-    only = options.only.split(",") if options.only else []
+    only = options.only.split(",") if options.only is not None else []
     try:
-        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds else []
+        seeds = [int(seed) for seed in options.seeds.split(",")] if options.seeds is not None else []
     except ValueError:
         raise SettingsError(f"expected --seeds as integers, got {options.seeds[:80]!r}") from None
     # What flags change need not suit variants that are left out.

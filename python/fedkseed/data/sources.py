@@ -84,7 +84,10 @@ def open_source(text: str) -> Source:
     if opener is None:
         raise DataError(f"expected data of a known form ({FORMS}), got {text[:200]!r}")
     if not os.path.isfile(text):  # unlike Path's method it never raises
-        raise DataError(f"expected a file, got {text[:200]!r}, which is none")
+        raise DataError(
+            f"expected a file, got {text[:200]!r}, which is none; data names it"
+            + ("" if path.is_absolute() else ", from the current folder")
+        )
     with _typed(text):
         return opener(path)
 

@@ -19,6 +19,7 @@ from fedkseed.scenarios.autocast import has_amx
 from fedkseed.scenarios.baselines.settings import FEDERATED, FIRST_ORDER
 from fedkseed.scenarios.bench import Bench
 from fedkseed.scenarios.settings import RunSettings
+from fedkseed.scenarios.wording import counted
 from fedkseed.simulation.run_folder import BASELINE, BEST, LEDGER, METRICS
 from fedkseed.simulation.simulation import RoundResult
 from fedkseed.storage import StorageOptions
@@ -70,7 +71,7 @@ def start_text(settings: RunSettings, bench: Bench) -> str:
     """What the run is made of."""
     kernels, federation = fedkseed_kernels.info(), settings.federation
     epochs = settings.baseline.local_epochs
-    steps = f"{epochs} epoch(s)" if epochs else f"{federation.num_local_steps} steps"
+    steps = counted(epochs, "epoch") if epochs else counted(federation.num_local_steps, "step")
     forward = "" if settings.autocast == "off" else ", forward passes in bfloat16 by autocast"
     if forward and not has_amx():
         forward += " (this processor has no AMX: fp32 may be faster)"
@@ -78,12 +79,12 @@ def start_text(settings: RunSettings, bench: Bench) -> str:
         forward += " (AMX)"
     lines = [
         f"{Manifest.of(bench.model).numel:,} parameters in {settings.dtype}{forward}; kernels: "
-        f"{kernels['cpu_backend']} ({kernels['cpu_isa']}), {settings.workers} worker(s) of "
-        f"{torch.get_num_threads()} threads",
-        f"{federation.num_rounds} rounds of {federation.clients_per_round} out of {len(bench.names)} "
-        f"clients, {steps} each; batch {federation.batch_size}, "
+        f"{kernels['cpu_backend']} ({kernels['cpu_isa']}), {counted(settings.workers, 'worker')} of "
+        f"{counted(torch.get_num_threads(), 'thread')}",
+        f"{counted(federation.num_rounds, 'round')} of {federation.clients_per_round} out of "
+        f"{counted(len(bench.names), 'client')}, {steps} each; batch {federation.batch_size}, "
         f"lr {federation.lr:g}{_noise(settings)}",
-        f"Held-out loss of a round: on {settings.round_rows} row(s) of each client",
+        f"Held-out loss of a round: on {counted(settings.round_rows, 'row')} of each client",
     ]
     return "\n".join([*lines, *bench.notes])
 
@@ -96,8 +97,8 @@ def _noise(settings: RunSettings) -> str:
     noise = f", eps {federation.eps:g}, {federation.family} noise of"
     if method != "fedkseed":
         return (
-            f"{noise} new seeds from base seed {federation.seed}, {settings.baseline.directions} "
-            f"direction(s) a step; method {method}"
+            f"{noise} new seeds from base seed {federation.seed}, "
+            f"{counted(settings.baseline.directions, 'direction')} a step; method {method}"
         )
     drawn = "uniformly" if federation.sampling == "uniform" else "by significance"
     return f"{noise} K = {federation.num_seeds} seeds from base seed {federation.seed}, drawn {drawn}"

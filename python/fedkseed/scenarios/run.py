@@ -52,6 +52,7 @@ from fedkseed.scenarios.report import (
 )
 from fedkseed.scenarios.settings import RunSettings, SettingsError
 from fedkseed.scenarios.untuned_prompt import UntunedPrompt, best_untuned_prompt
+from fedkseed.scenarios.wording import counted
 from fedkseed.simulation.devices import choose_device, device_name
 from fedkseed.simulation.run_folder import PICTURE, RunFolder
 from fedkseed.simulation.simulation import Simulation
@@ -196,7 +197,7 @@ def run(
             if folder.notice:
                 print(folder.notice)
             if opened.num_complete:
-                print(f"Resuming {folder.path} after {opened.num_complete} rounds")
+                print(f"Resuming {folder.path} after {counted(opened.num_complete, 'round')}")
             bar.reset(costs.steps_left(settings, num_rows, opened.num_complete))
             print(f"{method_text(settings, opened.storage)}\n\n{round_header()}", flush=True)
             for result in opened.rounds():

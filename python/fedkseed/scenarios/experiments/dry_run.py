@@ -29,6 +29,7 @@ from fedkseed.scenarios.launch import with_data
 from fedkseed.scenarios.model_source import ModelSource
 from fedkseed.scenarios.run import make_bench
 from fedkseed.scenarios.settings import RunSettings
+from fedkseed.scenarios.wording import amount, counted, duration
 from fedkseed.seeds import SeedPool
 from fedkseed.simulation.devices import choose_device, device_name
 from fedkseed.simulation.memory_plan import BatchShape, largest_batch
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 #: Characters that a token stands for where there is no tokenizer: usual for English text.
 CHARACTERS_A_TOKEN = 4
 
+#: How much slower than float32 the products of another dtype are where it is said.
+_FAR_SLOWER = 2
 #: Rows whose lengths stand for those of all.
 _SAMPLE = 256
 #: Seconds and sizes of a measurement: long enough to be steady, short beside reading the rows.
@@ -49,19 +52,28 @@ _TERMS = 64
 
 
 def describe(scenario: Scenario) -> Iterator[str]:
-    """Lines about one run of each variant, with the scenario's first seed.
+    """Lines about one run of each variant, with the scenario's first seed, and about all runs together.
 
     Raises:
         SettingsError, DataError, FetchError, ModelError, MissingExtraError: settings, rows or shapes cannot
             be had.
     """
-    runs = scenario.runs()
-    yield f"{scenario.title}: {len(runs)} run(s); nothing is run now"
+    num_runs, num_seeds = counted(len(scenario.runs()), "run"), len(scenario.seeds)
+    yield f"{scenario.title}: {num_runs}; nothing is run now; a block is one run, of seed {scenario.seeds[0]}"
+    seconds, num_bytes = 0.0, 0
     for planned in scenario.limited(seeds=scenario.seeds[:1]).runs():
         settings, data = with_data(planned.values)
         yield ""
         yield f"{planned.variant} ({scenario.variants[planned.variant].title})"
-        yield from (f"  {line}" for line in _Outlook.of(scenario, settings, data).lines())
+        outlook = _Outlook.of(scenario, settings, data)
+        yield from (f"  {line}" for line in outlook.lines())
+        seconds += num_seeds * sum(outlook.seconds.values())
+        num_bytes += num_seeds * outlook.num_bytes
+    yield ""
+    yield (
+        f"In all, {num_runs} one after the other: about {duration(seconds)}; {num_bytes:,} bytes between "
+        "server and clients"
+    )
 
 
 @dataclass(frozen=True)
@@ -110,19 +122,22 @@ class _Outlook:
         """All that is foreseen."""
         yield from self._clients()
         down, up = self.bytes_of_client()
-        yield f"bytes of a client and round: {down:,} down and {up:,} up"
+        is_of_files = down and self.settings.baseline.method != "fedkseed"
+        apart = ", without the header of a file" if is_of_files else ""
+        yield f"bytes of a client and round: {down:,} down and {up:,} up{apart}"
         by_shape = "" if self.tokenizer else ", by the scenario's [shape]"
         numel = Manifest.of(self.model).numel
         yield f"{numel:,} parameters in {self.settings.dtype}, {type(self.model).__name__}{by_shape}"
         yield from self._memory()
-        yield from self._time(numel)
+        yield from self._time()
 
     def _clients(self) -> Iterator[str]:
         data, rows = self.data, self.num_rows
+        least, most = min(rows), max(rows)
+        spread = f"{least:,} at least, {statistics.median(rows):,g} the median, {most:,} at most"
         yield (
-            f"{len(rows):,} clients, {self.settings.federation.clients_per_round:,} a round; training rows "
-            f"of a client: {min(rows):,} at least, {statistics.median(rows):,g} in the middle, "
-            f"{max(rows):,} at most"
+            f"{counted(len(rows), 'client')}, {self.settings.federation.clients_per_round:,} a round; "
+            f"training rows of a client: {f'{most:,} each' if least == most else spread}"
         )
         held_out, unseen = (
             sum(min(len(client.held_out), self.settings.final_rows) for client in part)
@@ -145,6 +160,12 @@ class _Outlook:
             size = sum(weight.numel() * weight.itemsize for weight in self.model.parameters())
         return size, size
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all clients in all rounds."""
+        config = self.settings.federation
+        return sum(self.bytes_of_client()) * config.clients_per_round * config.num_rounds
+
     def _memory(self) -> Iterator[str]:
         settings = self.settings
         source = ModelSource.of(settings, self.data).name
@@ -158,25 +179,15 @@ class _Outlook:
         )
         yield from planned.lines()
 
-    def _time(self, numel: int) -> Iterator[str]:
-        settings = self.settings
+    @functools.cached_property
+    def seconds(self) -> dict[str, float]:
+        """The parts of a run's time."""
+        settings, rates = self.settings, self._rates(self.settings.torch_dtype)
         config, baseline = settings.federation, settings.baseline
-        pool = SeedPool(config.seed, config.num_seeds)
-        rows = [
-            {"clients": pool.sample_clients(number, len(self.num_rows), config.clients_per_round)}
-            for number in range(config.num_rounds)
-        ]
-        tokens = self._mean_tokens()
-        rates = measured_rates(
-            settings.torch_dtype,
-            settings.autocast,
-            self.device,
-            config.family,
-            min(math.ceil(config.batch_size * tokens), 4096),
-        )
-        flops = 2 * numel * tokens  # of a row's forward pass: a product and a sum for each weight and token
-        passes = sum(costs.forward_passes(settings, self.num_rows, rows))
-        parts = {"local steps": passes * config.batch_size * flops / rates.products}
+        numel = Manifest.of(self.model).numel
+        # Of a row's forward pass: a product and a sum for each weight and token.
+        flops = 2 * numel * self.mean_tokens
+        parts = {"local steps": self._num_passes() * config.batch_size * flops / rates.products}
         if baseline.method not in FIRST_ORDER:
             directions = 1 if baseline.method == "fedkseed" else baseline.directions
             draws = 3 * directions * costs.steps_left(settings, self.num_rows, 0)  # two sides, the update
@@ -184,14 +195,42 @@ class _Outlook:
         if baseline.method == "fedkseed":
             parts["rebuilding"] = config.num_rounds * config.num_seeds * numel / rates.rebuilt
         parts["losses of scored rows"] = self._num_scored() * flops / rates.products
-        named = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in parts.items())
-        yield f"Time on {device_name(self.device)}: about {_duration(sum(parts.values()))} ({named})"
+        return parts
+
+    def _num_passes(self) -> int:
+        config = self.settings.federation
+        pool = SeedPool(config.seed, config.num_seeds)
+        rounds = [
+            {"clients": pool.sample_clients(number, len(self.num_rows), config.clients_per_round)}
+            for number in range(config.num_rounds)
+        ]
+        return sum(costs.forward_passes(self.settings, self.num_rows, rounds))
+
+    def _rates(self, dtype: torch.dtype) -> Rates:
+        """What the device does with weights of a dtype."""
+        config = self.settings.federation
+        num_tokens = min(math.ceil(config.batch_size * self.mean_tokens), 4096)
+        return measured_rates(dtype, self.settings.autocast, self.device, config.family, num_tokens)
+
+    def _time(self) -> Iterator[str]:
+        settings, parts = self.settings, self.seconds
+        rates = self._rates(settings.torch_dtype)
+        named = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
+        yield f"Time on {device_name(self.device)}: about {duration(sum(parts.values()))} ({named})"
         yield (
-            f"  an estimate by arithmetic, answers left out: {passes:,} forward passes of "
-            f"{config.batch_size} row(s) of {tokens:,.0f} tokens; measured just now, a second: "
-            f"{rates.products / 1e9:,.0f} GFLOP of matrix products, {rates.perturbed / 1e9:,.2f} G weights "
-            f"perturbed, {rates.rebuilt / 1e9:,.2f} G weights times seeds rebuilt"
+            f"  an estimate by arithmetic, answers left out: {self._num_passes():,} forward passes of "
+            f"{settings.federation.batch_size} row(s) of {self.mean_tokens:,.0f} tokens; measured just now, "
+            f"a second: {amount(rates.products / 1e9)} GFLOP of matrix products, "
+            f"{amount(rates.perturbed / 1e9)} G weights perturbed, {amount(rates.rebuilt / 1e9)} G weights "
+            "times seeds rebuilt"
         )
+        if self.device.type == "cpu" and settings.torch_dtype != torch.float32:
+            faster = self._rates(torch.float32).products / rates.products
+            if faster > _FAR_SLOWER:
+                yield (
+                    f"  {settings.dtype} is slow on this processor: --set dtype=float32 has {amount(faster)} "
+                    "times as many matrix products a second, and takes more memory"
+                )
         if self.tokenizer is None:
             yield f"  tokens by {CHARACTERS_A_TOKEN} characters each: the tokenizer is not here"
 
@@ -209,7 +248,8 @@ class _Outlook:
         at_an_end = rows(data.clients, settings.final_rows) + rows(data.unseen, settings.final_rows)
         return settings.federation.num_rounds // settings.eval_every * in_round + 2 * at_an_end
 
-    def _mean_tokens(self) -> float:
+    @functools.cached_property
+    def mean_tokens(self) -> float:
         """Tokens of a training row, by some of them."""
         rows = [row for client in self.data.clients for row in client.train]
         some = rows[:: max(1, len(rows) // _SAMPLE)]
@@ -294,10 +334,3 @@ def _per_second(call: Callable[[], object], amount: int, device: torch.device) -
         wait()
         number += 1
     return amount * number / elapsed
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.2g} s"

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from fedkseed.scenarios import run as scenario_run
 from fedkseed.scenarios.experiments.scenario import Planned, Scenario, Variant
 from fedkseed.scenarios.launch import FREE, kept_values, with_data
 from fedkseed.scenarios.options import SettingsError
+from fedkseed.scenarios.wording import duration
+from fedkseed.simulation.devices import choose_device
 from fedkseed.simulation.run_folder import SETTINGS, RunFolder
 
 SCENARIO = "scenario.toml"
@@ -51,34 +55,49 @@ class Sweep:
         A run that fails, of its data or later, is told and left as it is: the next one begins.
 
         Returns:
-            What failed, a line each.
+            The runs that failed, by variant and seed.
 
         Raises:
             SettingsError: the folder has another scenario.
+            DeviceError: the device of all runs is not there.
             FolderInUseError: another process works in it.
             MissingExtraError: a package of an extra is not installed.
             OSError: the folder cannot be written.
         """
+        if "device" in self.scenario.settings and self._unfinished():
+            choose_device(self.scenario.settings["device"])  # refused once, not by each run
         self.out.mkdir(parents=True, exist_ok=True)
         with FolderLock(self.out):
             remove_leftovers(self.out)
             self._keep_scenario()
             return list(self._run_all())
 
+    def _unfinished(self) -> list[Planned]:
+        return [planned for planned in self.scenario.runs() if not is_finished(self.folder_of(planned))]
+
     def _run_all(self) -> Iterator[str]:
-        runs = self.scenario.runs()
+        runs, left = self.scenario.runs(), self._unfinished()
+        took: dict[str, float] = {}
+        told: dict[str, str] = {}
         for number, planned in enumerate(runs, 1):
             name = f"{planned.variant}, seed {planned.seed}"
-            folder = self.folder_of(planned)
-            done = " (finished)" if is_finished(folder) else ""
-            print(f"\n== run {number} of {len(runs)}: {name}{done}", flush=True)
-            if done:
+            head = f"\n== run {number} of {len(runs)}: {name}"
+            if planned not in left:
+                print(f"{head} (finished)", flush=True)
                 continue
+            print(head + _time_left(took, left), flush=True)
+            left.remove(planned)
+            start = perf_counter()
             try:
-                _run(planned.values, folder)
+                _run(planned.values, self.folder_of(planned))
             except (ValueError, RuntimeError, OSError) as error:
-                print(f"{name} failed: {error}", file=sys.stderr, flush=True)
-                yield f"{name}: {error}"
+                first = told.setdefault(str(error), name)
+                why = f": {error}" if first == name else f" as {first} did"
+                print(f"{name} failed{why}", file=sys.stderr, flush=True)
+                yield name
+            else:
+                took[planned.variant] = perf_counter() - start
+                print(f"\n{name} took {duration(took[planned.variant])}", flush=True)
             _release_memory()
 
     def _keep_scenario(self) -> None:
@@ -107,6 +126,19 @@ def _merged(kept: Mapping[str, Variant], given: Mapping[str, Variant]) -> dict[s
     """All variants, in the order of whoever has them all; as given now where both have one."""
     first, second = (given, kept) if kept.keys() <= given.keys() else (kept, given)
     return {**first, **second, **given}
+
+
+def _time_left(took: Mapping[str, float], left: Sequence[Planned]) -> str:
+    """What a heading says of the time that is left.
+
+    Args:
+        took: seconds of a run of each variant that this call has run.
+        left: the runs that are to come; a variant that has not run yet may take as long as the others' mean.
+    """
+    if not took:
+        return ""
+    usual = statistics.fmean(took.values())
+    return f"; about {duration(sum(took.get(planned.variant, usual) for planned in left))} left"
 
 
 def is_finished(folder: Path) -> bool:

@@ -126,13 +126,18 @@ class Scenario:
         """
         try:
             found = read_toml(path)
-        except (OSError, DocumentError) as error:
-            raise SettingsError(f"expected a scenario, got: {error}") from error
+        except DocumentError as error:
+            raise SettingsError(str(error)) from error
+        except OSError as error:
+            raise SettingsError(
+                f"expected a scenario's file at {path}, got: {error.strerror}; a path is looked for from the "
+                "current folder"
+            ) from error
         where = path.name
         if unknown := [key for key in found if key not in _KEYS]:
             raise SettingsError(
-                f"expected only the keys {', '.join(_KEYS)} in {where}, got {unknown[0][:80]!r}"
-                f"{nearest(unknown[0], _KEYS)}; settings of runs stand under [settings]"
+                f"expected only the keys {', '.join(_KEYS)} in {where}, got {unknown[0][:80]!r}; "
+                f"settings of runs stand under [settings]{nearest(unknown[0], _KEYS)}"
             )
         texts = {key: _text(found.get(key, ""), key, where) for key in _TEXTS}
         if not texts["title"]:
@@ -144,7 +149,7 @@ class Scenario:
             name=path.stem,
             settings=_settings(found.get("settings", {}), "settings", where),
             variants={name: _variant(name, table, where) for name, table in tables.items()},
-            seeds=_seeds(found.get("seeds", [0]), where),
+            seeds=_seeds(found.get("seeds", [0]), f"seeds in {where}"),
             shape=_shape(found.get("shape"), where),
             **texts,
         )
@@ -239,12 +244,13 @@ def _settings(table: Any, key: str, where: str) -> dict[str, Any]:
     return checked_values(found, OPTIONS, f"[{key}] of {where}")
 
 
-def _seeds(found: Any, where: str) -> tuple[int, ...]:
-    is_list = isinstance(found, list) and bool(found) and all(type(seed) is int for seed in found)
-    if not is_list or len(set(found)) < len(found) or not all(0 <= seed < 2**63 for seed in found):
-        raise SettingsError(
-            f"expected seeds as different integers in [0, 2^63) in {where}, got {str(found)[:80]}"
-        )
+def _seeds(found: Any, name: str) -> tuple[int, ...]:
+    got = f"got {str(found)[:80]}"
+    if not isinstance(found, list) or not found:
+        raise SettingsError(f"expected {name} as a list of one integer or more, {got}")
+    is_of_seeds = all(type(seed) is int and 0 <= seed < 2**63 for seed in found)
+    if not is_of_seeds or len(set(found)) < len(found):
+        raise SettingsError(f"expected {name} as different integers in [0, 2^63), {got}")
     return tuple(found)
 
 
