@@ -22,7 +22,7 @@ from fedkseed.data.architectures import ModelError
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.scenarios.baselines import costs, kept, rounds, tensor_files
 from fedkseed.scenarios.baselines.lora import PROJECTIONS, num_adapter_weights
-from fedkseed.scenarios.baselines.settings import BaselineSettings
+from fedkseed.scenarios.baselines.settings import SEVERAL_DIRECTIONS, BaselineSettings
 from fedkseed.scenarios.settings import RunSettings, SettingsError
 from fedkseed.seeds import SeedPool
 from fedkseed.simulation.run_folder import BASELINE, CLIENTS, METRICS, RunFolder
@@ -53,11 +53,13 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.few(5)
-@pytest.mark.parametrize("options", [{}, {"baseline": {"local_epochs": 2, "directions": 2}}])
+@pytest.mark.parametrize("epochs", [0, 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_is_cut_off_in_mid_round_goes_on_to_the_same_bytes(
-    method: str, options: dict[str, Any], tmp_path: Path
+    method: str, epochs: int, tmp_path: Path
 ) -> None:
+    directions = 2 if epochs and method in SEVERAL_DIRECTIONS else 1
+    options = {"baseline": {"local_epochs": epochs, "directions": directions}}
     whole = run(tmp_path / "whole", method, **options)
     assert len(whole) == federation.CONFIG["num_rounds"]
     # In the first round, in the second, and in the second again.
@@ -329,7 +331,8 @@ def test_steps_and_forward_passes_are_those_that_are_made(method: str, epochs: i
 
     task = make_task(method)
     object.__setattr__(task, "loss", loss)
-    baseline = {"local_epochs": epochs, "directions": 3}
+    directions = 3 if method in SEVERAL_DIRECTIONS else 1
+    baseline = {"local_epochs": epochs, "directions": directions}
     results = run(tmp_path / "run", method, task=task, baseline=baseline, gradient_loss=loss, on_step=count)
     settings = run_settings(method, **baseline)
     num_rows = [len(rows) for rows in task.datasets]

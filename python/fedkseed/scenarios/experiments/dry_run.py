@@ -246,7 +246,7 @@ class _Outlook:
         if settings.round_unseen or not in_round:
             in_round += rows(data.unseen, min(settings.round_rows, settings.final_rows))
         at_an_end = rows(data.clients, settings.final_rows) + rows(data.unseen, settings.final_rows)
-        return settings.federation.num_rounds // settings.eval_every * in_round + 2 * at_an_end
+        return -(-settings.federation.num_rounds // settings.eval_every) * in_round + 2 * at_an_end
 
     @functools.cached_property
     def mean_tokens(self) -> float:
