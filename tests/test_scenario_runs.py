@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.running import wait_for
 from support.tiny_runs import SHORT, dolly_rows, leave_out_pictures, write_lines, write_llama
 
 from fedkseed import cli
@@ -111,17 +110,34 @@ def test_a_sweep_that_is_interrupted_goes_on_to_the_same_bytes(
     assert before == {path: path.stat().st_mtime_ns for path in before}, "nothing is written anew"
 
 
+#: The command, which kills itself as the fifth round of all is to be kept: the second of the second run.
+_KILLED_IN_ROUND_5 = """
+import os, signal, sys
+from fedkseed import cli
+from fedkseed.simulation.kept_run import KeptRun
+
+add, rounds = KeptRun.add, iter(range(5))
+
+def add_or_die(self, *arguments):
+    if next(rounds) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, *arguments)
+
+KeptRun.add = add_or_die
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on_to_the_same_bytes(here: Path) -> None:
-    # More steps, so that the kill finds the second run at work.
-    longer = ("--set", "num_rounds=4", "--set", "num_local_steps=20")
+    longer = ("--set", "num_rounds=3")
     assert sweep("--out", "whole", *longer) == 0
-    command = [sys.executable, "-m", "fedkseed.cli", "scenarios", "run", "tiny.toml", "--out", "cut"]
+    command = [sys.executable, "-c", _KILLED_IN_ROUND_5, "scenarios", "run", "tiny.toml", "--out", "cut"]
     command += ["--model", "model", "--data", "dolly.jsonl", *longer]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        metrics = here / "cut" / RUNS[1] / METRICS
-        wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n"))
-        process.send_signal(signal.SIGKILL)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert (here / "cut" / RUNS[0] / "summary.json").exists()
+    assert (here / "cut" / RUNS[1] / METRICS).read_bytes().count(b"\n") == 1
     assert not (here / "cut" / RUNS[1] / "summary.json").exists()
     assert sweep("--out", "cut", *longer) == 0
     assert content(here / "cut") == content(here / "whole")
