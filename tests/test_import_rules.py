@@ -50,6 +50,8 @@ FEDKSEED = {
     "federation": (*GROUND, "model", "storage", "optim", "ledger"),
     "simulation": (*GROUND, "model", "storage", "optim", "ledger", "federation"),
     "scenarios": (*GROUND, "data", "model", "storage", "optim", "ledger", "federation", "simulation"),
+    "resident": (*GROUND, "model", "storage", "optim", "ledger", "federation", "simulation"),
+    "adapters": (*GROUND, "model", "storage", "optim", "ledger", "federation", "simulation", "resident"),
     "__init__": (*GROUND, "model", "storage", "optim", "ledger", "federation", "simulation"),
     "cli": ("*",),
 }

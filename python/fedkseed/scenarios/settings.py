@@ -17,7 +17,7 @@ from fedkseed.scenarios.autocast import Autocast, resolved_autocast
 from fedkseed.scenarios.baselines.settings import FIRST_ORDER, LEARNING_RATES, BaselineSettings
 from fedkseed.scenarios.options import Option, SettingsError, checked_values, options_of
 from fedkseed.scenarios.presets import DEFAULT_DATA, completed, preset_of, quick_of
-from fedkseed.simulation.simulation import SimulationConfig
+from fedkseed.simulation.config import SimulationConfig
 from fedkseed.simulation.worker_pool import DEFAULT_TIMEOUT
 from fedkseed.storage import PAIRED_STORAGE_MODES, STORAGE_MODES, storage_mode
 

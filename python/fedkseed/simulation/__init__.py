@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from fedkseed.simulation.config import SimulationConfig
 from fedkseed.simulation.run_folder import RunFolderError
-from fedkseed.simulation.simulation import RoundFailedError, RoundResult, Simulation, SimulationConfig
+from fedkseed.simulation.simulation import RoundFailedError, RoundResult, Simulation
 from fedkseed.simulation.task import Task
 from fedkseed.simulation.worker_pool import WorkerError
 

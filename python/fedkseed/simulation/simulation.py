@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -14,35 +14,31 @@ from typing import Any, Generic
 
 import torch
 
-from fedkseed._checks import check_bound, check_count, check_real
+from fedkseed._checks import check_count
 from fedkseed._means import mean
 from fedkseed.federation.client import BatchT
-from fedkseed.federation.config import RoundConfig, ServerConfig
 from fedkseed.federation.server import Server
 from fedkseed.federation.state import StateError
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.model.identity import frozen_indices
 from fedkseed.model.placement import input_device
+from fedkseed.model.threads import threads
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.fedkseed_sgd import FedKSeedSGD
-from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS, SeedPool
+from fedkseed.seeds import SeedPool
+from fedkseed.simulation.config import SimulationConfig
 from fedkseed.simulation.devices import worker_devices
 from fedkseed.simulation.host import ClientRun, Host, InProcessHost
 from fedkseed.simulation.kept_run import KeptRun
 from fedkseed.simulation.modes import Modes, buffers_by_name
 from fedkseed.simulation.run_folder import CLIENTS, RunFolder, check_task_settings, kept_storage
 from fedkseed.simulation.task import ExampleT, Task
-from fedkseed.simulation.threads import threads
 from fedkseed.simulation.worker_pool import DEFAULT_TIMEOUT, SharedWeights, WorkerPool, check_timeout
 from fedkseed.storage import (
-    DEFAULT_STORAGE,
-    PAIRED_STORAGE_MODES,
-    STORAGE_MODES,
     Inplace,
     StorageChoice,
     StorageOptions,
     Tentative,
-    check_choice,
 )
 
 logger = logging.getLogger("fedkseed")
@@ -50,59 +46,6 @@ logger = logging.getLogger("fedkseed")
 
 class RoundFailedError(RuntimeError):
     """No client of a round came through; the round is not merged, and resuming tries it again."""
-
-
-@dataclass(frozen=True)
-class SimulationConfig(RoundConfig):
-    """One run; every random choice in it derives from ``seed``.
-
-    Two runs of one config on one machine give the same bytes, however many workers they have. The numbers of
-    a round are the fields of `RoundConfig`, given by name.
-
-    Attributes:
-        num_rounds: rounds to run.
-        batch_size: rows of a step's batch (all rows of a client that has fewer).
-        num_seeds: K, size of the seed pool.
-        seed: base seed of the pool, the schedules, the client samples and the order of the data; taken mod
-            2^64.
-        num_threads: CPU threads of each worker and of the evaluation; they change the bits of a loss.
-        storage: how a step visits both sides of the weights (`fedkseed.storage`); it changes the bits of a
-            loss too. "auto": as suits their dtype and device, see `FedKSeedSGD`.
-        max_loss_gap: of the clients: a step with |L+ - L-| above it is skipped; 0 for no bound.
-
-    Raises:
-        TypeError, ValueError: a field of another type or out of range.
-    """
-
-    num_rounds: int
-    batch_size: int
-    num_seeds: int = 4096
-    seed: int = 0
-    num_threads: int = 1
-    storage: StorageChoice = field(
-        default=DEFAULT_STORAGE, metadata={"choices": (*STORAGE_MODES, *PAIRED_STORAGE_MODES)}
-    )
-    max_loss_gap: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count("num_rounds", self.num_rounds, 0, MAX_ROUNDS - 1)
-        check_count("batch_size", self.batch_size, 1, 2**31)
-        check_count("num_seeds", self.num_seeds, 1, MAX_SEEDS)
-        check_count("num_threads", self.num_threads, 1, 2**15)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"expected an integer seed, got {self.seed!r}")
-        check_choice(self.storage)
-        gap = check_real("max_loss_gap", self.max_loss_gap)
-        object.__setattr__(self, "max_loss_gap", check_bound("max_loss_gap", gap) if gap else gap)
-
-    def server_config(self, num_clients: int) -> ServerConfig:
-        """The server's part, for this many registered clients.
-
-        Raises:
-            ValueError: fewer clients than a round invites.
-        """
-        return ServerConfig(num_clients=num_clients, **self.round_numbers())
 
 
 @dataclass(frozen=True)

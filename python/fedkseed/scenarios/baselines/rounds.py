@@ -21,6 +21,7 @@ from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import manifest_parameters
 from fedkseed.model.placement import input_device
 from fedkseed.model.randomness import seeded
+from fedkseed.model.threads import threads
 from fedkseed.scenarios.baselines.first_order import FirstOrder
 from fedkseed.scenarios.baselines.kept import KeptBaseline
 from fedkseed.scenarios.baselines.lora import add_adapters
@@ -30,10 +31,10 @@ from fedkseed.scenarios.baselines.trainer import Trainer
 from fedkseed.scenarios.baselines.zeroth_order import ZerothOrder
 from fedkseed.seeds import SeedPool
 from fedkseed.simulation.batches import LocalBatches
+from fedkseed.simulation.config import SimulationConfig
 from fedkseed.simulation.run_folder import RunFolder
-from fedkseed.simulation.simulation import RoundFailedError, RoundResult, SimulationConfig
+from fedkseed.simulation.simulation import RoundFailedError, RoundResult
 from fedkseed.simulation.task import Task
-from fedkseed.simulation.threads import threads
 from fedkseed.storage import StorageOptions
 
 logger = logging.getLogger("fedkseed")

@@ -12,7 +12,7 @@ from torch import nn
 from fedkseed.optim.evaluation import Losses
 from fedkseed.optim.zosgd import ZOSGD
 from fedkseed.scenarios.baselines.trainer import Step
-from fedkseed.simulation.simulation import SimulationConfig
+from fedkseed.simulation.config import SimulationConfig
 from fedkseed.storage import StorageOptions
 
 
