@@ -76,7 +76,7 @@ def scenarios_part(results: Mapping[str, Document], titles: Mapping[str, str]) -
 
 def _section(name: str, document: Document, title: str) -> str:
     environment, settings = document["environment"], document["settings"]
-    shared = [f"`{key}` {shown(settings[key])}" for key in _SHOWN_SETTINGS if key in settings]
+    shared = [f"`{key}` {_value_text(settings[key])}" for key in _SHOWN_SETTINGS if key in settings]
     parts = [
         f"### {name}",
         f"{title or 'A scenario of its own file'}. Model: {settings.get('model', 'several')}, "
@@ -97,10 +97,15 @@ def _section(name: str, document: Document, title: str) -> str:
 def _variant_line(entry: Mapping[str, Any]) -> str:
     """A variant with the settings in which it differs from others."""
     differing = ", ".join(
-        f"`{key}` {shown(value)}" for key, value in entry["settings"].items() if value != ""
+        f"`{key}` {_value_text(value)}" for key, value in entry["settings"].items() if value != ""
     )
     said = [text for text in (entry["title"], differing) if text]
     return f"* `{entry['name']}`: {'; '.join(said) or 'as above'}"
+
+
+def _value_text(value: Any) -> str:
+    """A setting for a reader: what is rounded to fp32 has no digits beyond it."""
+    return shown(float(f"{value:.7g}") if isinstance(value, float) else value)
 
 
 def traffic_part(traffic: Mapping[str, Any]) -> str:

@@ -1,1 +1,1 @@
-"""A federation over other people's transports: a module each, which imports its framework when it is asked."""
+"""A federation over other people's transports: a module each, which imports its framework lazily."""

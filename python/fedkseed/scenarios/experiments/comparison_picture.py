@@ -39,6 +39,8 @@ _HEIGHT, _WIDTH = 3.1, 4.2
 _LEGEND_COLUMNS = 4
 #: Numbers of passes are long.
 _MOST_TICKS = {"round": 10, "forward_passes": 6}
+#: Parts of a decade of bytes that are marked; the locator leaves some out where decades are many.
+_LOG_TICKS = (1.0, 2.0, 5.0)
 #: Characters of a line above a panel.
 _NOTE_WIDTH = 60
 
@@ -137,6 +139,12 @@ def _set_axes(axes: Axes, axis: str) -> None:
     axes.ticklabel_format(axis="y", style="plain", useOffset=False)
     if axis == "bytes":
         axes.set_xscale("log")
+        from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+        axes.xaxis.set_major_locator(LogLocator(subs=_LOG_TICKS))
+        axes.xaxis.set_major_formatter(EngFormatter("B"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.tick_params(axis="x", labelrotation=30)
     else:
         axes.locator_params(axis="x", nbins=_MOST_TICKS[axis], integer=True, min_n_ticks=1)
         axes.xaxis.set_major_formatter("{x:,.0f}")
