@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -18,6 +19,7 @@ import torch
 from support.small_model import same_bytes
 
 from fedkseed import ZOSGD, Broadcast, Ledger, LedgerError, ModelIdentity, Reply, Server, load
+from fedkseed.federation.state import derived_run_id
 from fedkseed.scenarios import autocast
 from fedkseed.scenarios.settings import OLD_NAMES, OPTIONS, RunSettings, checked_values
 from fedkseed.simulation.run_folder import CLIENTS, LEDGER, METRICS
@@ -78,19 +80,24 @@ def test_messages(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FIELDS["servers"])
-def test_server_states(name: str, tmp_path: Path) -> None:
+def test_server_states(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The sums, who is invited, and the open round's messages; also of a server made anew."""
     saved = (FOLDER / "servers" / name / STATE).read_bytes()
     (tmp_path / STATE).write_bytes(saved)
     with Server.resume(tmp_path, write.IDENTITY, write.POOL, write.server_config(name)) as server:
         fields = write.server_fields(server)
-        since = {setting: fields["config"].pop(setting) for setting in ("pro_clip", "pro_start")}
-        assert since == {"pro_clip": write.plain(1000.0), "pro_start": write.plain(0.0)}
+        since = {"pro_clip": 1000.0, "pro_start": 0.0, "median_clip": 0.0, "share_cap": 0.0}
+        found = {setting: fields["config"].pop(setting) for setting in since}
+        assert found == {setting: write.plain(value) for setting, value in since.items()}
         assert fields == FIELDS["servers"][name]
         (tmp_path / STATE).unlink()
         server.save(tmp_path)
     assert (tmp_path / STATE).read_bytes() == saved
     (tmp_path / "anew").mkdir()
+    # Without a run id 0.1 took the one that derives from the configuration.
+    config = write.server_config(name)
+    derived = dataclasses.replace(config, run_id=derived_run_id(write.IDENTITY, write.POOL, config))
+    monkeypatch.setattr(write, "server_config", lambda _: derived)
     with write.server_after_three_rounds(name) as server:
         server.save(tmp_path / "anew")
     assert (tmp_path / "anew" / STATE).read_bytes() == saved

@@ -32,6 +32,8 @@ OTHERS: dict[str, Any] = {
     "family": "rademacher",
     "pro_clip": 2.5,
     "pro_start": 0.5,
+    "median_clip": 4.0,
+    "share_cap": 2.0,
 }
 NOT_SET = {"num_clients", "run_id"}
 

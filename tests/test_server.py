@@ -21,6 +21,7 @@ from fedkseed import (
     Server,
     ServerConfig,
 )
+from fedkseed.federation.messages import RUN_ID_BYTES
 from fedkseed.seeds import MAX_ROUNDS
 
 
@@ -49,17 +50,35 @@ def test_a_broadcast_says_what_the_round_is() -> None:
     assert np.array_equal(server.wire_coefficients, message.coefficients)
 
 
-def test_the_run_id_tells_configurations_apart_and_can_be_given() -> None:
+def test_every_new_server_has_a_run_id_of_its_own_unless_one_is_given() -> None:
+    config = ServerConfig(**CONFIG)
+    drawn = [Server(IDENTITY, POOL, config).config.run_id for _ in range(3)]
+    assert len({*drawn}) == 3
+    assert all(run_id is not None and len(run_id) == RUN_ID_BYTES for run_id in drawn)
+    given = make_server(run_id=b"another run here")
+    assert Broadcast.from_bytes(given.broadcast(given.clients[0])).run_id == b"another run here"
+
+
+def test_replies_recorded_in_an_earlier_run_of_equal_configuration_are_refused() -> None:
+    config = ServerConfig(**CONFIG)
+    earlier, later = Server(IDENTITY, POOL, config), Server(IDENTITY, POOL, config)
+    assert earlier.clients == later.clients
+    for client, reply in make_replies(earlier):
+        with pytest.raises(ProtocolError, match="answer to another: of another run"):
+            later.open().add(client, reply)
+    assert later.open().replied == ()
+
+
+def test_a_derived_run_id_tells_configurations_apart() -> None:
     ids = [
         make_server().config.run_id,
         make_server(lr=0.2).config.run_id,
+        make_server(median_clip=5.0).config.run_id,
         make_server(pool=SeedPool(6, 16)).config.run_id,
         make_server(ModelIdentity(bytes(32), bytes(32), "bfloat16")).config.run_id,
     ]
-    assert len(set(ids)) == 4
+    assert len(set(ids)) == 5
     assert make_server().config.run_id == ids[0]
-    given = make_server(run_id=b"another run here")
-    assert Broadcast.from_bytes(given.broadcast(given.clients[0])).run_id == b"another run here"
 
 
 @pytest.mark.parametrize("weighting", ["data_size", "equal"])
@@ -84,7 +103,7 @@ def test_merge_adds_what_the_formula_says(weighting: str) -> None:
 def test_merge_has_the_bits_of_the_formula_one_addition_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fedkseed.federation.round._SCALARS_AT_ONCE", 100)  # many passes
+    monkeypatch.setattr("fedkseed.federation.messages._SCALARS_AT_ONCE", 100)  # many passes
     server = make_server(num_clients=90, clients_per_round=90, num_local_steps=3)
     sizes = [10 + client for client in server.clients]
     sums = [0.0] * 16
@@ -201,7 +220,7 @@ BAD: dict[str, tuple[Callable[[Server, int], bytes], type[Exception], str]] = {
     ),
     "damaged": (lambda s, c: make_reply(s, c)[:-1] + b"x", MessageError, "client .: .* it was damaged"),
     "a broadcast": (lambda s, c: s.broadcast(c), MessageError, "begins with b'FKSR'"),
-    "no bytes": (lambda s, c: None, MessageError, "as bytes, got NoneType"),  # type: ignore[arg-type, return-value]
+    "no bytes": (lambda s, c: None, MessageError, "as bytes, bytearray or memoryview, got NoneType"),  # type: ignore[arg-type, return-value]
 }
 
 
@@ -240,8 +259,9 @@ def test_repeated_and_uninvited_replies_are_refused() -> None:
     before, good = state_of(server), make_replies(server)
     outsider = next(client for client in range(7) if client not in server.clients)
     message = make_reply(server, outsider, digest=bytes(32))
-    with pytest.raises(ProtocolError, match=f"one reply of client {good[0][0]}, got two"):
-        server.merge([*good, good[0]])
+    other = (good[0][0], make_reply(server, good[0][0], data_size=99))
+    with pytest.raises(ProtocolError, match=f"one reply of client {good[0][0]}, got two that differ"):
+        server.merge([*good, good[0], other])
     for call in (
         lambda: server.merge([*good, (outsider, message)]),
         lambda: server.check(outsider, message),

@@ -10,6 +10,7 @@ import resource
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(tmp_path: Path, sampl
 @pytest.mark.parametrize(
     ("position", "field", "message"),
     [
-        (4, struct.pack("<H", 3), "format version 1 or 2, got 3"),
+        (4, struct.pack("<H", 4), "format version 1, 2, 3, got 4"),
+        (4, struct.pack("<H", 3), "pro_clip"),
         (4, struct.pack("<H", 2), "pro_clip"),
         (6, struct.pack("<H", 2), "contract version 1, got 2"),
         (8, b"\2", "noise family below 2, got 2"),
@@ -158,7 +160,9 @@ def test_another_model_or_configuration_is_named(tmp_path: Path) -> None:
     cases: list[tuple[dict[str, Any], str]] = [
         ({"pool": SeedPool(6, 16)}, "base_seed 6, got one with 5"),
         ({"pool": SeedPool(5, 32)}, "num_seeds 32, got one with 16"),
-        ({"num_clients": 8}, "num_clients 8, got one with 7"),
+        ({"num_clients": 6}, "num_clients 6, got one with 7"),
+        ({"median_clip": 5.0}, r"median_clip 5\.0, got one with 0\.0"),
+        ({"share_cap": 2.0}, r"share_cap 2\.0, got one with 0\.0"),
         ({"clients_per_round": 2}, "clients_per_round 2, got one with 3"),
         ({"num_local_steps": 21}, "num_local_steps 21, got one with 20"),
         ({"lr": 0.2}, "lr 0.2, got one with 0.3"),
@@ -177,6 +181,55 @@ def test_another_model_or_configuration_is_named(tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="the same shapes, other numbers"):
         resume(tmp_path, other)
     assert (tmp_path / StateFolder.FILE).read_bytes() == data
+
+
+def test_a_resumed_server_keeps_its_run_id_and_takes_new_clients(tmp_path: Path) -> None:
+    config = ServerConfig(**CONFIG)
+    with Server(IDENTITY, POOL, config) as server:
+        server.merge(make_replies(server))
+        server.save(tmp_path)
+        run_id, answered = server.config.run_id, make_replies(server)
+    with Server.resume(tmp_path, IDENTITY, POOL, config) as same:
+        assert same.config.run_id == run_id
+        same.merge(answered)  # replies to what was sent before the interruption
+    with Server.resume(tmp_path, IDENTITY, POOL, replace(config, num_clients=40)) as grown:
+        assert (grown.config.run_id, grown.round) == (run_id, 1)
+        assert grown.open(range(7)).clients == server.clients
+        seen: set[int] = set()
+        for _ in range(20):
+            seen.update(grown.open().clients)
+            grown.merge(make_replies(grown))
+        assert max(seen) >= 7
+        grown.save(tmp_path)
+    with pytest.raises(StateError, match="num_clients 7, got one with 40"):
+        Server.resume(tmp_path, IDENTITY, POOL, config)
+
+
+@pytest.mark.parametrize("changes", [{"median_clip": 5.0}, {"share_cap": 2.4, "pro_clip": 7.0}])
+@SAMPLINGS
+def test_bounds_stand_in_format_3_and_go_on_over_a_resume(
+    tmp_path: Path, sampling: str, changes: dict[str, float]
+) -> None:
+    data = saved(tmp_path, sampling=sampling, **changes)
+    assert struct.unpack_from("<H", data, 4) == (3,)
+    stated = {**{"pro_clip": 1000.0, "pro_start": 0.0, "median_clip": 0.0, "share_cap": 0.0}, **changes}
+    assert struct.unpack_from("<dddd", data, HEADER) == tuple(stated.values())
+    straight = make_server(sampling=sampling, **changes)
+    for _ in range(2):
+        straight.merge(make_replies(straight))
+    with resume(tmp_path, sampling=sampling, run_id=straight.config.run_id, **changes) as server:
+        server.merge(make_replies(straight))
+        straight.merge(make_replies(straight))
+        assert server.coefficients.tobytes() == straight.coefficients.tobytes()
+    for version in (1, 2):
+        damaged = bytearray(data)
+        damaged[4] = version
+        with pytest.raises(StateError):
+            ServerState.from_bytes(sealed(bytes(damaged)))
+    # Bounds of 0, or Pro's numbers alone, are another format's.
+    none = struct.pack("<dd", 0.0, 0.0)
+    with pytest.raises(StateError, match="the numbers that format 3 is for"):
+        ServerState.from_bytes(sealed(data[: HEADER + 16] + none + data[HEADER + 32 :]))
 
 
 def test_a_folder_without_a_state_and_one_with_another_s(tmp_path: Path) -> None:
@@ -332,7 +385,7 @@ def test_a_state_of_another_format_or_configuration_is_not_taken_for_damage(tmp_
     data = bytearray((tmp_path / StateFolder.FILE).read_bytes())
     with pytest.raises(StateError, match="lr"):
         resume(tmp_path, lr=0.5)
-    data[4] += 2
+    data[4] += 3
     (tmp_path / StateFolder.FILE).write_bytes(sealed(bytes(data)))
     with pytest.raises(StateError, match="format version"):
         resume(tmp_path)
@@ -420,7 +473,7 @@ def test_another_clip_or_start_stands_in_format_2_and_the_defaults_in_format_1(
         resume(tmp_path / "other", sampling=sampling, pro_clip=0.5)
     pro = struct.Struct("<dd")
     for values, message in (
-        ((1000.0, 0.0), "other than those of format 1"),
+        ((1000.0, 0.0), "the numbers that format 2 is for"),
         ((0.0, 0.25), "expected pro_clip in"),
         ((np.inf, 0.25), "expected pro_clip in"),
         ((0.5, np.nan), "expected pro_start in"),

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 from fedkseed._extras import MissingExtraError
 from fedkseed.federation import (
+    RECOMMENDED_BOUNDS,
+    Bounds,
     Broadcast,
     Client,
+    EvaluationSummary,
     LocalRun,
     MessageError,
     ProtocolError,
     Reply,
+    Round,
+    RoundSummary,
     SeedSignificance,
     Server,
     ServerConfig,
     StateError,
+    TooFewRepliesError,
 )
 from fedkseed.files import FolderInUseError
 from fedkseed.ledger import Ledger, LedgerError, SigningKeyError, load
@@ -35,9 +41,12 @@ from fedkseed.simulation import (
 from fedkseed.storage import Inplace, NotStreamableError, Streamed
 
 __all__ = [
+    "RECOMMENDED_BOUNDS",
     "ZOSGD",
+    "Bounds",
     "Broadcast",
     "Client",
+    "EvaluationSummary",
     "FedKSeedSGD",
     "FolderInUseError",
     "IdentityError",
@@ -52,8 +61,10 @@ __all__ = [
     "NotStreamableError",
     "ProtocolError",
     "Reply",
+    "Round",
     "RoundFailedError",
     "RoundResult",
+    "RoundSummary",
     "RunFolderError",
     "SeedPool",
     "SeedSignificance",
@@ -65,6 +76,7 @@ __all__ = [
     "StateError",
     "Streamed",
     "Task",
+    "TooFewRepliesError",
     "WorkerError",
     "WorkingCopy",
     "decay_groups",

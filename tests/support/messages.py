@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import struct
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fedkseed import Broadcast, ModelIdentity, Reply, SeedPool, Server, ServerConfig
 from fedkseed.federation.messages import broadcast_digest
+from fedkseed.federation.state import derived_run_id
 
 IDENTITY = ModelIdentity(bytes(range(32)), bytes(range(32, 64)), "bfloat16")
 CONFIG: dict[str, Any] = {
@@ -26,7 +28,11 @@ BROADCAST_HEADER, REPLY_HEADER = 124, 56
 
 
 def make_server(identity: ModelIdentity = IDENTITY, pool: SeedPool = POOL, **changes: Any) -> Server:
-    return Server(identity, pool, ServerConfig(**{**CONFIG, **changes}))
+    """A server whose run id follows from its arguments, unless one is among them."""
+    config = ServerConfig(**{**CONFIG, **changes})
+    if "run_id" not in changes:
+        config = replace(config, run_id=derived_run_id(identity, pool, config))
+    return Server(identity, pool, config)
 
 
 def make_broadcast(**changes: Any) -> Broadcast:

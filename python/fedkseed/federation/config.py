@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from fedkseed._checks import check_count, check_eps, check_learning_rate, check_max_abs_g, check_real
+from fedkseed.federation.bounds import Bounds
 from fedkseed.federation.messages import RUN_ID_BYTES, moves_within_fp32
 from fedkseed.federation.significance import DEFAULT_CLIP, DEFAULT_START
 from fedkseed.seeds import MAX_CLIENTS, MAX_STEPS
@@ -18,6 +19,8 @@ Sampling = Literal["uniform", "pro"]
 
 #: No |g| is larger: it travels in fp32.
 _LARGEST_G = float(np.finfo(np.float32).max)
+#: A smaller multiple of a median could round to 0, which means off.
+_LEAST_MULTIPLE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ class RoundConfig:
         family: of the noise, "gaussian" or "rademacher" (signs, the cheaper to make).
         pro_clip: what a |g| counts at most for the probabilities of sampling "pro".
         pro_start: the |g| that the history of every seed begins with, for sampling "pro".
+        median_clip: a |g| counts up to this multiple of the median |g| of its round; 0 for no such clip.
+        share_cap: a reply weighs at most this multiple of 1 / n among n replies, at least 1; 0 for no cap.
 
     Raises:
         TypeError, ValueError: a field of another type or out of range.
@@ -51,6 +56,8 @@ class RoundConfig:
     family: str = field(default="gaussian", metadata={"choices": FAMILIES})
     pro_clip: float = DEFAULT_CLIP
     pro_start: float = DEFAULT_START
+    median_clip: float = 0.0
+    share_cap: float = 0.0
 
     def __post_init__(self) -> None:
         check_count("clients_per_round", self.clients_per_round, 1, MAX_CLIENTS)
@@ -63,6 +70,8 @@ class RoundConfig:
             if not low <= g <= _LARGEST_G:
                 raise ValueError(f"expected {name} in [{low:.3g}, {_LARGEST_G:.3g}], got {g}")
             object.__setattr__(self, name, g)
+        for name, least in (("median_clip", 0.0), ("share_cap", 1.0)):
+            object.__setattr__(self, name, _check_multiple(name, getattr(self, name), least))
         if not moves_within_fp32(self.lr, self.eps, self.max_abs_g):
             raise ValueError(
                 f"expected lr, eps and max_abs_g whose steps lie within fp32 (2 eps + lr max_abs_g), "
@@ -87,8 +96,8 @@ class ServerConfig(RoundConfig):
 
     Attributes:
         num_clients: registered clients, 0 .. num_clients - 1.
-        run_id: 16 bytes that tell this run from others; if None, `Server` puts a hash of the configuration,
-            the model and the pool there, so equal runs have equal ids.
+        run_id: 16 bytes that tell this run from others, so that replies recorded in an earlier run are
+            refused; if None, a new `Server` draws them from the system, and a resumed one keeps its run's.
 
     The other fields are those of `RoundConfig`, given by name.
 
@@ -107,3 +116,21 @@ class ServerConfig(RoundConfig):
             not isinstance(self.run_id, bytes) or len(self.run_id) != RUN_ID_BYTES
         ):
             raise ValueError(f"expected a run_id of {RUN_ID_BYTES} bytes or None, got {self.run_id!r}")
+
+    def with_bounds(self, bounds: Bounds) -> ServerConfig:
+        """This with the two bounds where it has 0 for them."""
+        return replace(
+            self,
+            median_clip=self.median_clip or bounds.median_clip,
+            share_cap=self.share_cap or bounds.share_cap,
+        )
+
+
+def _check_multiple(name: str, given: float, least: float) -> float:
+    multiple = check_real(name, given)
+    if multiple and not max(least, _LEAST_MULTIPLE) <= multiple <= _LARGEST_G:
+        raise ValueError(
+            f"expected {name} of 0 (off) or in [{max(least, _LEAST_MULTIPLE):.3g}, {_LARGEST_G:.3g}], "
+            f"got {multiple}"
+        )
+    return multiple

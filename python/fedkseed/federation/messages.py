@@ -10,8 +10,9 @@ import hashlib
 import math
 import struct
 import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,9 @@ _VERSIONS = struct.Struct("<4sHH")
 _CHECKSUM = struct.Struct("<I")
 _FP32_TINY, _FP32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
+#: Scalars that are read in one pass: bounds the memory beside the replies themselves.
+_SCALARS_AT_ONCE = 1 << 18
+
 BROADCAST_OVERHEAD = _BROADCAST.size + _CLIENT.size + _CHECKSUM.size
 REPLY_OVERHEAD = _REPLY.size + _CHECKSUM.size
 
@@ -50,6 +54,9 @@ def reply_bytes(num_steps: int) -> int:
     """Bytes of a reply of so many scalars."""
     return REPLY_OVERHEAD + 4 * num_steps
 
+
+#: A message as it comes in; what is sent is always bytes.
+MessageBytes: TypeAlias = bytes | bytearray | memoryview
 
 #: No message is longer; what is longer is refused by its length alone.
 MAX_BROADCAST_BYTES = broadcast_bytes(MAX_SEEDS, MAX_STEPS - 1)
@@ -103,14 +110,15 @@ class Broadcast:
         return BroadcastWriter(self).message(self.client, self.schedule)
 
     @classmethod
-    def from_bytes(cls, message: bytes) -> Broadcast:
+    def from_bytes(cls, message: MessageBytes) -> Broadcast:
         """The message that `to_bytes` wrote.
 
         Raises:
             MessageError: truncated, too long, damaged, of another format or contract version, or a field out
                 of range; constant memory whatever the length.
         """
-        _check_frame("broadcast", _BROADCAST_MAGIC, message, BROADCAST_OVERHEAD, MAX_BROADCAST_BYTES)
+        message = as_bytes("broadcast", message, BROADCAST_OVERHEAD, MAX_BROADCAST_BYTES)
+        _check_versions("broadcast", _BROADCAST_MAGIC, message)
         header = _BROADCAST.unpack_from(message)
         family, dtype, num_steps, num_seeds, round, eps, lr, base_seed, run_id = header[3:12]
         structure, content, max_abs_g = header[12:]
@@ -262,13 +270,14 @@ class Reply:
         return message + _CHECKSUM.pack(zlib.crc32(message))
 
     @classmethod
-    def from_bytes(cls, message: bytes) -> Reply:
+    def from_bytes(cls, message: MessageBytes) -> Reply:
         """The message that `to_bytes` wrote.
 
         Raises:
             MessageError: truncated, too long, damaged, of another format or contract version, or a field out
                 of range; constant memory whatever the length.
         """
+        message = reply_as_bytes(message)
         header = read_reply_header(message)
         scalars = np.frombuffer(message, "<f4", header.num_steps, _REPLY.size).astype(np.float32)
         _require(bool(np.isfinite(scalars).all()), "finite scalars", "NaN or infinity")
@@ -291,7 +300,8 @@ def read_reply_header(message: bytes) -> ReplyHeader:
     Raises:
         MessageError: as `Reply.from_bytes`, but for scalars that are not finite.
     """
-    _check_frame("reply", _REPLY_MAGIC, message, REPLY_OVERHEAD, MAX_REPLY_BYTES)
+    message = reply_as_bytes(message)
+    _check_versions("reply", _REPLY_MAGIC, message)
     header = ReplyHeader._make(_REPLY.unpack_from(message)[3:])
     _check_length("reply", message, reply_bytes(header.num_steps))
     _check_checksum("reply", message)
@@ -300,17 +310,48 @@ def read_reply_header(message: bytes) -> ReplyHeader:
     return header
 
 
+def scalars_in_parts(
+    messages: Sequence[bytes], num_steps: int
+) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """`read_scalars` of a few messages at a time: which of them, and their scalars."""
+    at_once = max(1, _SCALARS_AT_ONCE // num_steps)
+    for start in range(0, len(messages), at_once):
+        part = slice(start, start + at_once)
+        yield part, read_scalars(list(messages[part]))
+
+
 def read_scalars(messages: list[bytes]) -> NDArray[np.float32]:
     """The scalars of replies that `read_reply_header` took, all of one tau: fp32 [len(messages), tau]."""
     bodies = b"".join([message[_REPLY.size : -_CHECKSUM.size] for message in messages])
     return np.frombuffer(bodies, "<f4").astype(np.float32, copy=False).reshape(len(messages), -1)
 
 
-def _check_frame(kind: str, magic: bytes, message: bytes, shortest: int, longest: int) -> None:
-    if not isinstance(message, bytes):
-        raise MessageError(f"expected a {kind} as bytes, got {type(message).__name__}")
-    if not shortest <= len(message) <= longest:
-        raise MessageError(f"expected a {kind} of {shortest} to {longest} bytes, got {len(message)}")
+def as_bytes(kind: str, message: MessageBytes, shortest: int, longest: int) -> bytes:
+    """A message that came in, if its length is possible; a copy is made of what is not bytes.
+
+    Raises:
+        MessageError: of another type or length; no byte is read.
+    """
+    if not isinstance(message, (bytes, bytearray, memoryview)):
+        raise MessageError(
+            f"expected a {kind} as bytes, bytearray or memoryview, got {type(message).__name__}"
+        )
+    num_bytes = message.nbytes if isinstance(message, memoryview) else len(message)
+    if not shortest <= num_bytes <= longest:
+        raise MessageError(f"expected a {kind} of {shortest} to {longest} bytes, got {num_bytes}")
+    return bytes(message)
+
+
+def reply_as_bytes(message: MessageBytes) -> bytes:
+    """`as_bytes` of a reply.
+
+    Raises:
+        MessageError: of another type or length.
+    """
+    return as_bytes("reply", message, REPLY_OVERHEAD, MAX_REPLY_BYTES)
+
+
+def _check_versions(kind: str, magic: bytes, message: bytes) -> None:
     found: tuple[Any, ...] = _VERSIONS.unpack_from(message)
     if found != (magic, MESSAGE_FORMAT, CONTRACT_VERSION):
         if found[0] != magic:

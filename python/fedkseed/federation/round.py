@@ -1,99 +1,202 @@
-"""One open round: its clients, what they are sent, and what their replies add up to."""
+"""One open round as an object: what is sent, which replies have come, what they came to.
+
+An adapter is transport around it:
+
+    round = server.open()
+    for client, message in round.messages.items(): ...  # send
+    round.add(client, reply)                            # as they come, in any order
+    summary = round.close(min_replies=...)              # the server is in the next round
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedkseed._checks import check_count
 from fedkseed.federation.config import ServerConfig
 from fedkseed.federation.messages import (
-    Broadcast,
-    BroadcastWriter,
+    MessageBytes,
     MessageError,
     ProtocolError,
     ReplyHeader,
     read_reply_header,
-    read_scalars,
+    reply_as_bytes,
+    scalars_in_parts,
 )
-from fedkseed.federation.significance import SeedSignificance
-from fedkseed.model.identity import ModelIdentity
-from fedkseed.seeds import SeedPool
+from fedkseed.federation.round_messages import RoundMessages
+from fedkseed.federation.summary import RoundSummary
 
-#: Scalars that are widened and added in one pass: bounds the memory beside the replies themselves.
-_SCALARS_AT_ONCE = 1 << 18
+logger = logging.getLogger("fedkseed")
+
+
+class TooFewRepliesError(ProtocolError):
+    """A round that is to be closed with fewer replies than asked for; it stays open and takes more."""
 
 
 class Round:
-    """A round between its opening and its merge. Nothing here changes the server's sums.
+    """A round between its opening and its merge; made by `fedkseed.Server.open`.
 
-    Schedules and messages are made when they are first needed.
+    Nothing here changes the server's sums but `close`. No method changes anything when it raises.
 
     Args:
-        number: of the round.
-        identity: of the model w0.
-        pool: the candidate seeds; schedules and the sample of clients derive from its base seed too.
-        config: the federation's fixed numbers, with its run id.
-        coefficients: fp32 [K], the round's model as it travels.
-        significance: what FedKSeed-Pro draws the schedules from; None with uniform sampling. Not changed.
+        sent: who is invited, and with what.
+        config: the federation's fixed numbers.
+        close: merges a round; the server's part of `close`.
 
     Attributes:
-        number: as given.
+        number: of the round, from 0.
         clients: who is invited, ascending.
+        messages: the broadcast to each client, made when it is asked for.
     """
 
     def __init__(
-        self,
-        number: int,
-        identity: ModelIdentity,
-        pool: SeedPool,
-        config: ServerConfig,
-        coefficients: NDArray[np.float32],
-        significance: SeedSignificance | None,
+        self, sent: RoundMessages, config: ServerConfig, close: Callable[[Round], RoundSummary]
     ) -> None:
-        self.number = number
-        self.clients = pool.sample_clients(number, config.num_clients, config.clients_per_round)
-        self._rows = {client: row for row, client in enumerate(self.clients)}
-        self._identity = identity
-        self._pool = pool
+        self.number = sent.number
+        self.clients = sent.clients
+        self._sent = sent
         self._config = config
-        self._coefficients = coefficients
-        self._significance = significance
-        self._made_schedules: NDArray[np.uint16] | None = None
-        self._made_writer: BroadcastWriter | None = None
+        self._close = close
+        self._is_over = False
+        self._replies: dict[int, bytes] = {}
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def messages(self) -> Mapping[int, bytes]:
+        """The broadcast to each client, ascending; made when asked for, the same bytes at every call."""
+        return self._sent
+
+    @property
+    def replies(self) -> Mapping[int, bytes]:
+        """The replies that were added, by client."""
+        return dict(self._replies)
+
+    @property
+    def sizes(self) -> Mapping[int, int]:
+        """The data sizes that the replies state, by client."""
+        return dict(self._sizes)
+
+    @property
+    def replied(self) -> tuple[int, ...]:
+        """Whose reply was added, ascending."""
+        return tuple(sorted(self._replies))
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Whose reply was not, ascending."""
+        return tuple(client for client in self.clients if client not in self._replies)
+
+    @property
+    def num_bytes_down(self) -> int:
+        """Bytes of all broadcasts of the round."""
+        return self._sent.num_bytes
+
+    def schedules(self, clients: Sequence[int]) -> NDArray[np.uint16]:
+        """`schedule` of several, [len(clients), tau]."""
+        return self._sent.schedules(clients)
 
     def schedule(self, client: int) -> NDArray[np.uint16]:
         """See `fedkseed.Server.schedule`."""
-        schedule: NDArray[np.uint16] = self._schedules()[self.row(client)]
-        return schedule
+        return self._sent.schedule(self._sent.require(client))
 
     def message(self, client: int) -> bytes:
         """See `fedkseed.Server.broadcast`."""
-        return self._writer().message(client, self.schedule(client))
+        return self._sent[self._sent.require(client)]
 
-    def row(self, client: int) -> int:
-        """The client's place among those invited.
+    def add(self, client: int, reply: MessageBytes) -> None:
+        """Takes the reply of one client; the very same bytes again count once.
 
-        Raises:
-            ProtocolError: it is not invited.
-        """
-        row = self._rows.get(client)
-        if row is None:
-            raise ProtocolError(
-                f"expected one of the {len(self.clients)} clients of round {self.number}, got {client!r}"
-            )
-        return row
-
-    def read(self, client: int, message: bytes) -> ReplyHeader:
-        """The header of a client's reply to this round's broadcast; its scalars are not looked at.
+        Every refusal is logged as a warning of the logger "fedkseed".
 
         Raises:
-            MessageError, ProtocolError: as `fedkseed.Server.check`.
+            MessageError, ProtocolError: as `check`; another reply of this client than the one added before;
+                a round that is over.
         """
-        row = self.row(client)
+        self.add_all([(client, reply)])
+
+    def add_all(self, replies: Iterable[tuple[int, MessageBytes]]) -> None:
+        """As `add` for each of (client, reply), in any order; all of them, or none where it raises.
+
+        Raises:
+            MessageError, ProtocolError: as `add`.
+        """
+        taken: dict[int, bytes] = {}
+        sizes: dict[int, int] = {}
         try:
-            header = read_reply_header(message)
+            self._require_open()
+            for client, reply in replies:
+                raw, header = self._read(client, reply)
+                known = taken.get(client, self._replies.get(client))
+                if known is not None and known != raw:
+                    raise ProtocolError(
+                        f"expected one reply of client {client}, got two that differ; the first one counts"
+                    )
+                taken[client], sizes[client] = raw, header.data_size
+            if taken:
+                self._check_scalars(taken)
+        except (MessageError, ProtocolError) as error:
+            logger.warning("round %d: a reply was refused: %s", self.number, error)
+            raise
+        self._replies.update(taken)
+        self._sizes.update(sizes)
+
+    def check(self, client: int, reply: MessageBytes) -> bytes:
+        """The reply as bytes, if `add` would take it as the client's first.
+
+        Raises:
+            MessageError: the message is damaged, of another format or contract version, or not a reply.
+            ProtocolError: a client that is not invited; a reply of another round, client or number of steps,
+                or to another broadcast; a scalar that is NaN, infinite or beyond the bound.
+        """
+        raw, _ = self._read(client, reply)
+        self._check_scalars({client: raw})
+        return raw
+
+    def close(self, min_replies: int = 1) -> RoundSummary:
+        """Merges the replies that were added and opens the server's next round; this one is over.
+
+        Those that are missing leave their weight to the others. Without any reply, which ``min_replies=0``
+        allows, the model stays as it is and the next round invites others.
+
+        Raises:
+            TooFewRepliesError: fewer replies than ``min_replies``; the round stays open and takes more.
+            ProtocolError: sums beyond fp32, no further round has a number, or a round that is over.
+            TypeError, ValueError: ``min_replies`` is no count of its clients.
+        """
+        self._require_open()
+        check_count("min_replies", min_replies, 0, len(self.clients))
+        if len(self._replies) < min_replies:
+            raise TooFewRepliesError(
+                f"expected at least {min_replies} replies of round {self.number}, got {len(self._replies)}; "
+                f"missing are clients {some(self.missing)}: add more, or close with a smaller min_replies"
+            )
+        return self._close(self)
+
+    def anew(self) -> Round:
+        """This round with the same messages and no replies."""
+        return Round(self._sent, self._config, self._close)
+
+    def end(self) -> None:
+        """Makes `add` and `close` raise from now on: the server has gone on."""
+        self._is_over = True
+
+    def _require_open(self) -> None:
+        if self._is_over:
+            raise ProtocolError(
+                f"expected the round that is open, got round {self.number}, which is over; "
+                "server.open() gives the one that is"
+            )
+
+    def _read(self, client: int, reply: MessageBytes) -> tuple[bytes, ReplyHeader]:
+        """A client's reply to this round's broadcast and its header; its scalars are not looked at."""
+        self._sent.require(client)
+        try:
+            raw = reply_as_bytes(reply)
+            header = read_reply_header(raw)
         except MessageError as error:
             raise MessageError(f"client {client}: {error}") from error
         found = (header.round, header.client, header.num_steps)
@@ -102,82 +205,34 @@ class Round:
             raise ProtocolError(
                 f"expected a reply of (round, client, number of steps) {wanted}, got one of {found}"
             )
-        if header.digest != self._writer().digest(client, self._schedules()[row]):
+        if header.digest != self._sent.digest(client):
             raise ProtocolError(
                 f"expected client {client} to answer this run's broadcast of round {self.number}, got an "
                 "answer to another: of another run, model or configuration"
             )
-        return header
+        return raw, header
 
-    def check_scalars(self, clients: Sequence[int], scalars: NDArray[np.float32]) -> None:
-        """Raises unless |g| is within the bound for all of [len(clients), tau]; a NaN is not.
-
-        Raises:
-            ProtocolError: names the first client and step.
-        """
-        bound = np.float32(self._config.max_abs_g)
-        # A NaN stays NaN in both reductions, and then the comparison is false.
-        if scalars.max() <= bound and scalars.min() >= -bound:
-            return
-        rows, steps = np.nonzero(~(np.abs(scalars) <= bound))
-        raise ProtocolError(
-            f"expected |g| of at most {bound} from client {clients[rows[0]]}, "
-            f"got {scalars[rows[0], steps[0]]} at step {steps[0]}"
-        )
-
-    def add(self, replies: Mapping[int, bytes]) -> tuple[NDArray[np.float64], SeedSignificance | None]:
-        """b of the formula in `fedkseed.Server`, fp64 [K], and the significance after the round.
-
-        Args:
-            replies: at least one, of clients of this round.
-
-        Raises:
-            MessageError, ProtocolError: as `fedkseed.Server.check`, for any of them.
-        """
+    def _check_scalars(self, replies: Mapping[int, bytes]) -> None:
+        """Raises unless |g| is within the bound everywhere; a NaN is not."""
         clients = sorted(replies)
-        sizes = [self.read(client, replies[client]).data_size for client in clients]
-        sums = np.zeros(self._pool.num_seeds)
-        significance = None if self._significance is None else self._significance.copy()
-        shares = np.array(
-            sizes if self._config.weighting == "data_size" else [1] * len(sizes), dtype=np.float64
-        )
-        weights = shares / shares.sum()
-        rows = [self._rows[client] for client in clients]
-        at_once = max(1, _SCALARS_AT_ONCE // self._config.num_local_steps)
-        for start in range(0, len(clients), at_once):
-            part = slice(start, start + at_once)
-            scalars = read_scalars([replies[client] for client in clients[part]])
-            self.check_scalars(clients[part], scalars)
-            wide = scalars.astype(np.float64)
-            indices = self._schedules()[rows[part]].reshape(-1).astype(np.intp)
-            if significance is not None:
-                significance.record_(indices, wide.reshape(-1))
-            # One after the other, unlike a bincount of each part.
-            np.add.at(sums, indices, (weights[part, None] * wide).reshape(-1))
-        return sums, significance
-
-    def _schedules(self) -> NDArray[np.uint16]:
-        if self._made_schedules is None:
-            probabilities = None if self._significance is None else self._significance.probabilities()
-            steps = self._config.num_local_steps
-            self._made_schedules = self._pool.schedules(self.number, self.clients, steps, probabilities)
-        return self._made_schedules
-
-    def _writer(self) -> BroadcastWriter:
-        if self._made_writer is None:
-            assert self._config.run_id is not None, "the server's constructor sets one"
-            template = Broadcast(
-                round=self.number,
-                client=self.clients[0],
-                run_id=self._config.run_id,
-                identity=self._identity,
-                base_seed=self._pool.base_seed,
-                lr=self._config.lr,
-                eps=self._config.eps,
-                max_abs_g=self._config.max_abs_g,
-                coefficients=self._coefficients,
-                schedule=self._schedules()[0],
-                family=self._config.family,
+        bound = np.float32(self._config.max_abs_g)
+        raw = [replies[client] for client in clients]
+        for part, scalars in scalars_in_parts(raw, self._config.num_local_steps):
+            # A NaN stays NaN in both reductions, and then the comparison is false.
+            if scalars.max() <= bound and scalars.min() >= -bound:
+                continue
+            rows, steps = np.nonzero(~(np.abs(scalars) <= bound))
+            raise ProtocolError(
+                f"expected |g| of at most {bound} from client {clients[part][rows[0]]}, "
+                f"got {scalars[rows[0], steps[0]]} at step {steps[0]}"
             )
-            self._made_writer = BroadcastWriter(template)
-        return self._made_writer
+
+
+#: Clients that an error names.
+_MOST_NAMED = 8
+
+
+def some(clients: tuple[int, ...]) -> str:
+    """Numbers of clients for a line of text, the first few of many."""
+    named = ", ".join(map(str, clients[:_MOST_NAMED]))
+    return named if len(clients) <= _MOST_NAMED else f"{named} and {len(clients) - _MOST_NAMED} others"

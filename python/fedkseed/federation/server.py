@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import logging
 import os
-from collections.abc import Iterable
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from fedkseed.federation.config import ServerConfig
-from fedkseed.federation.messages import RUN_ID_BYTES, ProtocolError, Reply, read_scalars
-from fedkseed.federation.round import Round
+from fedkseed.federation.merging import merged
+from fedkseed.federation.messages import RUN_ID_BYTES, MessageBytes, ProtocolError, Reply
+from fedkseed.federation.round import Round, some
+from fedkseed.federation.round_messages import RoundMessages
 from fedkseed.federation.significance import SeedSignificance
-from fedkseed.federation.state import ServerState, StateError, StateFolder
+from fedkseed.federation.state import ServerState, StateError, StateFolder, require_dtype_code
+from fedkseed.federation.summary import RoundSummary
 from fedkseed.files import FolderLock
-from fedkseed.model.identity import DTYPE_CODES, ModelIdentity
+from fedkseed.ledger.ledger import Ledger
+from fedkseed.model.identity import ModelIdentity, frozen_indices
 from fedkseed.seeds import MAX_ROUNDS, SeedPool
 
+logger = logging.getLogger("fedkseed")
+
 _FP32_MAX = float(np.finfo(np.float32).max)
+#: A weight above this, among more than two replies, is told: the others hardly count.
+_OUTSIZED_WEIGHT = 0.5
 
 
 class Server:
@@ -37,13 +47,16 @@ class Server:
 
         w_i = n_i / (sum of all n);    b = 0;    b[j_it] += w_i g_it  one after the other;    a <- a - lr b
 
-    So the order of arrival does not matter, and a reply that is missing leaves its weight to the others. No
-    method changes anything when it raises.
+    with |g| clipped and w capped first where the config asks for it (`fedkseed.federation.bounds`). So the
+    order of arrival does not matter, and a reply that is missing leaves its weight to the others. No method
+    changes anything when it raises. What is refused, clipped or capped, and a reply that outweighs all others
+    are told as warnings of the logger "fedkseed".
 
     Args:
         identity: of the model w0.
         pool: the candidate seeds; schedules and client samples derive from its base seed too.
         config: the federation's fixed numbers.
+        frozen: manifest indices of the parameters that are not tuned (`frozen_indices`), for `ledger`.
 
     Attributes:
         identity, pool: as given.
@@ -56,24 +69,32 @@ class Server:
         ValueError: a model whose weights have a dtype that no message can name.
     """
 
-    def __init__(self, identity: ModelIdentity, pool: SeedPool, config: ServerConfig) -> None:
-        if identity.dtype not in DTYPE_CODES:
-            raise ValueError(
-                f"expected weights with a dtype out of {list(DTYPE_CODES)}, got {identity.dtype}"
-            )
+    def __init__(
+        self, identity: ModelIdentity, pool: SeedPool, config: ServerConfig, *, frozen: Sequence[int] = ()
+    ) -> None:
+        require_dtype_code(identity)
         self.identity = identity
         self.pool = pool
         self.config = config
+        if config.run_id is None:
+            self.config = dataclasses.replace(config, run_id=secrets.token_bytes(RUN_ID_BYTES))
+        self._frozen = tuple(frozen)
         self.coefficients: NDArray[np.float64] = np.zeros(pool.num_seeds)
         is_pro = config.sampling == "pro"
         empty = SeedSignificance.empty(pool.num_seeds, config.pro_clip, config.pro_start)
         self.significance = empty if is_pro else None
         self.notice = ""
         self._folder: StateFolder | None = None
-        if config.run_id is None:
-            run_id = hashlib.sha256(self._state(0).to_bytes()).digest()[:RUN_ID_BYTES]
-            self.config = dataclasses.replace(config, run_id=run_id)
-        self._open_round(0)
+        self._open = self._round(0)
+
+    @classmethod
+    def of(cls, model: nn.Module, pool: SeedPool, config: ServerConfig) -> Server:
+        """A server of a model whose weights are w0 as they stand now; the model is not kept.
+
+        Raises:
+            TypeError, ValueError: as `ModelIdentity.of`.
+        """
+        return cls(ModelIdentity.of(model), pool, config, frozen=frozen_indices(model))
 
     @classmethod
     def resume(
@@ -83,14 +104,18 @@ class Server:
         pool: SeedPool,
         config: ServerConfig,
         *,
+        frozen: Sequence[int] = (),
         lock: FolderLock | None = None,
     ) -> Server:
         """The server whose state was saved in ``folder``, bit for bit; it goes on saving there.
 
         Replies to broadcasts that were sent before the interruption still count: the open round's messages
-        come out the same. If the state saved last is damaged or gone, it is the one before: ``notice``.
+        come out the same, unless more clients are registered by now, from which they are drawn. If the state
+        saved last is damaged or gone, it is the one before: ``notice``.
 
         Args:
+            config: that of the run, but that more clients may be registered; its run id is the run's if None.
+            frozen: as of the constructor.
             lock: of the folder, if the caller holds it; else it is taken as by `save`.
 
         Raises:
@@ -99,11 +124,12 @@ class Server:
             FolderInUseError: another server has the folder.
             OSError: the file cannot be read.
         """
-        server = cls(identity, pool, config)
         opened = StateFolder(folder, lock)
         try:
             state = opened.read()
-            state.require(identity, pool, server.config)
+            state.require(identity, pool, config)
+            resumed = dataclasses.replace(config, run_id=state.config.run_id)
+            server = cls(identity, pool, resumed, frozen=frozen)
         except BaseException:
             opened.close()
             raise
@@ -167,6 +193,22 @@ class Server:
             return np.full(self.pool.num_seeds, 1.0 / self.pool.num_seeds)
         return self.significance.probabilities()
 
+    def open(self, available: Iterable[int] | None = None) -> Round:
+        """The open round as an object: its messages go out, replies come in, `Round.close` merges them.
+
+        Args:
+            available: clients that can be reached, from which those of the round are drawn, as many as
+                ``clients_per_round`` or all of them; if None, and no others were named for this round before,
+                from all that are registered. Naming them begins the round anew: replies that were added to it
+                are dropped, and its object before is over.
+
+        Raises:
+            ProtocolError: none available, or one that is not registered.
+        """
+        if available is not None:
+            self._open_round(self.round, self._drawn(self.round, available))
+        return self._open
+
     def schedule(self, client: int) -> NDArray[np.uint16]:
         """The indices into the pool that a client's steps of the open round use, uint16 [tau].
 
@@ -183,7 +225,7 @@ class Server:
         """
         return self._open.message(client)
 
-    def check(self, client: int, message: bytes) -> Reply:
+    def check(self, client: int, message: MessageBytes) -> Reply:
         """The reply of one client, if `merge` would take it: to drop a bad one as it arrives.
 
         Raises:
@@ -191,50 +233,89 @@ class Server:
             ProtocolError: a client that is not invited; a reply of another round, client or number of steps,
                 or to another broadcast; a scalar that is NaN, infinite or beyond the bound.
         """
-        self._open.read(client, message)
-        self._open.check_scalars([client], read_scalars([message]))
-        return Reply.from_bytes(message)
+        return Reply.from_bytes(self._open.check(client, message))
 
-    def merge(self, replies: Iterable[tuple[int, bytes]]) -> None:
+    def merge(self, replies: Iterable[tuple[int, MessageBytes]]) -> RoundSummary:
         """Adds the replies of the open round, (client, message) in any order, and opens the next round.
 
-        Either all replies count or nothing changes: `check` each one as it arrives, and leave out the bad.
+        `open`, `Round.add_all` and `Round.close` in one call: either all replies count or nothing changes.
+        `check` each one as it arrives, and leave out the bad. Replies that were added to the open round do
+        not count.
 
         Raises:
-            MessageError, ProtocolError: as `check`, for any of them; no replies (see `skip_round`), two of
-                one client, or sums beyond fp32.
+            MessageError, ProtocolError: as `Round.add_all`, for any of them; no replies (see `skip_round`),
+                or sums beyond fp32.
         """
-        given: dict[int, bytes] = {}
-        for client, message in replies:
-            self._open.row(client)
-            if client in given:
-                raise ProtocolError(f"expected one reply of client {client}, got two")
-            given[client] = message
-        if not given:
+        trial = self._open.anew()
+        trial.add_all(replies)
+        if not trial.replied:
             raise ProtocolError(
                 f"expected at least one reply of round {self.round}, got none; skip_round() goes on without"
             )
-        self._check_rounds_left()
-        sums, significance = self._open.add(given)
-        coefficients = self.coefficients - self.config.lr * sums
-        if not (np.abs(coefficients) <= _FP32_MAX).all():
-            raise ProtocolError("expected sums within fp32, got some beyond it; lr or max_abs_g is too large")
-        self.coefficients, self.significance = coefficients, significance
-        self._open_round(self.round + 1)
+        return trial.close()
 
-    def skip_round(self) -> None:
+    def skip_round(self) -> RoundSummary:
         """Opens the next round, with other clients, and leaves the model as it is: no client replied.
 
         Raises:
             ProtocolError: no further round has a number.
         """
-        self._check_rounds_left()
-        self._open_round(self.round + 1)
+        return self._open.anew().close(min_replies=0)
 
-    def _open_round(self, number: int) -> None:
-        self._open = Round(
-            number, self.identity, self.pool, self.config, self.wire_coefficients, self.significance
+    def ledger(self, notes: Mapping[str, str] | None = None) -> Ledger:
+        """The model after the rounds that are complete, as a ledger; their number is among its notes."""
+        return Ledger(
+            self.pool.base_seed,
+            self.wire_coefficients,
+            self.identity,
+            frozen=self._frozen,
+            notes={**(notes or {}), "num_rounds": str(self.round)},
+            family=self.config.family,
         )
+
+    def _open_round(self, number: int, clients: Sequence[int] | None = None) -> None:
+        self._open.end()
+        self._open = self._round(number, clients)
+
+    def _round(self, number: int, clients: Sequence[int] | None = None) -> Round:
+        if clients is None:
+            config = self.config
+            clients = self.pool.sample_clients(number, config.num_clients, config.clients_per_round)
+        sent = RoundMessages(
+            number,
+            clients,
+            self.identity,
+            self.pool,
+            self.config,
+            self.wire_coefficients,
+            self.significance,
+        )
+        return Round(sent, self.config, self._close_round)
+
+    def _drawn(self, number: int, available: Iterable[int]) -> tuple[int, ...]:
+        """The clients of a round out of those available: places in their ascending order are drawn."""
+        found = sorted(set(available))
+        strange = [client for client in found if not 0 <= client < self.config.num_clients]
+        if strange or not found:
+            raise ProtocolError(
+                f"expected available clients out of 0 .. {self.config.num_clients - 1}, at least one, got "
+                f"{strange[0] if strange else 'none'}"
+            )
+        places = self.pool.sample_clients(number, len(found), min(self.config.clients_per_round, len(found)))
+        return tuple(found[place] for place in places)
+
+    def _close_round(self, round: Round) -> RoundSummary:
+        """The server's part of `Round.close`."""
+        if self.round + 1 == MAX_ROUNDS:
+            raise ProtocolError(f"expected at most {MAX_ROUNDS - 1} rounds, got one more")
+        found = merged(round, self.pool.num_seeds, self.config, self.significance)
+        coefficients = self.coefficients - self.config.lr * found.sums
+        if not (np.abs(coefficients) <= _FP32_MAX).all():
+            raise ProtocolError("expected sums within fp32, got some beyond it; lr or max_abs_g is too large")
+        self.coefficients, self.significance = coefficients, found.significance
+        self._open_round(self.round + 1)
+        _tell(found.summary, self.config)
+        return found.summary
 
     def _state(self, round: int) -> ServerState:
         return ServerState(
@@ -258,6 +339,32 @@ class Server:
         self.close()
         self._folder = opened
 
-    def _check_rounds_left(self) -> None:
-        if self.round + 1 == MAX_ROUNDS:
-            raise ProtocolError(f"expected at most {MAX_ROUNDS - 1} rounds, got one more")
+
+def _tell(summary: RoundSummary, config: ServerConfig) -> None:
+    """Logs what a round's bounds cut, and a reply that outweighs all others together."""
+    if summary.clipped:
+        logger.warning(
+            "round %d: clipped %d g of clients %s to %g times the median |g| of %.4g",
+            summary.round,
+            sum(summary.clipped.values()),
+            some(tuple(summary.clipped)),
+            config.median_clip,
+            summary.median_abs_g,
+        )
+    if summary.capped:
+        logger.warning(
+            "round %d: cut the weights of clients %s to %g / %d",
+            summary.round,
+            some(summary.capped),
+            config.share_cap,
+            len(summary.replied),
+        )
+    for client, weight in summary.weights.items():
+        if weight > _OUTSIZED_WEIGHT and len(summary.replied) > 2:
+            logger.warning(
+                "round %d: client %d weighs %.3f (by its data size), more than the %d others together",
+                summary.round,
+                client,
+                weight,
+                len(summary.replied) - 1,
+            )

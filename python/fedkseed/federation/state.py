@@ -8,7 +8,7 @@ import math
 import os
 import struct
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed.federation.config import Sampling, ServerConfig, Weighting
+from fedkseed.federation.messages import RUN_ID_BYTES
 from fedkseed.federation.significance import DEFAULT_CLIP, DEFAULT_START, SeedSignificance
 from fedkseed.files import FileTooLargeError, FolderLock, read_bounded, remove_leftovers, write_atomically
 from fedkseed.model.identity import DTYPE_CODES, DTYPES_BY_CODE, ModelIdentity
@@ -24,9 +25,9 @@ from fedkseed_kernels import CONTRACT_VERSION, FAMILIES
 
 logger = logging.getLogger("fedkseed")
 
-#: Version of the bytes of a server's state; and of one whose clip or start of FedKSeed-Pro is not the
-#: default: that says them after the header.
-STATE_FORMAT, STATE_FORMAT_PRO = 1, 2
+#: Versions of the bytes of a server's state. 2 is that of a run whose clip or start of FedKSeed-Pro is not
+#: the default, 3 that of one with a bound (median_clip, share_cap): they say these numbers after the header.
+STATE_FORMAT, STATE_FORMAT_PRO, STATE_FORMAT_BOUNDS = 1, 2, 3
 
 _MAGIC = b"FKSS"
 _WEIGHTINGS: tuple[Weighting, ...] = get_args(Weighting)
@@ -34,11 +35,17 @@ _SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
 #: Magic, format version, contract version, family, dtype, weighting, sampling, K, round, clients, clients per
 #: round, tau, base seed, lr, eps, bound of |g|, run id, structure hash, content hash; the sums follow.
 _HEADER = struct.Struct("<4sHHBBBBIIIIIQdff16s32s32s")
-#: Clip and start of FedKSeed-Pro.
-_PRO = struct.Struct("<dd")
+#: After the header, by format: nothing; clip and start of FedKSeed-Pro; these, median_clip and share_cap.
+_EXTRAS = {
+    STATE_FORMAT: struct.Struct("<"),
+    STATE_FORMAT_PRO: struct.Struct("<dd"),
+    STATE_FORMAT_BOUNDS: struct.Struct("<dddd"),
+}
+_F64_BYTES = 8
 _PRO_DEFAULTS = (DEFAULT_CLIP, DEFAULT_START)
+_NO_BOUNDS = (0.0, 0.0)
 _DIGEST_BYTES = 32
-_MAX_BYTES = _HEADER.size + _PRO.size + 3 * 8 * MAX_SEEDS + _DIGEST_BYTES
+_MAX_BYTES = _HEADER.size + _EXTRAS[STATE_FORMAT_BOUNDS].size + 3 * 8 * MAX_SEEDS + _DIGEST_BYTES
 _FP32_MAX = float(np.finfo(np.float32).max)
 #: Observations of a seed: as far as fp64 counts, which leaves all rounds room to add to it.
 _MAX_COUNT = 2**53
@@ -72,10 +79,11 @@ class ServerState:
     def to_bytes(self) -> bytes:
         """The file: docs/protocol.md shows every byte."""
         config = self.config
-        pro = (config.pro_clip, config.pro_start)
+        extras = _extras_of(config)
+        version = _format_of(extras)
         header = _HEADER.pack(
             _MAGIC,
-            STATE_FORMAT if pro == _PRO_DEFAULTS else STATE_FORMAT_PRO,
+            version,
             CONTRACT_VERSION,
             FAMILIES.index(config.family),
             DTYPE_CODES[self.identity.dtype],
@@ -94,8 +102,7 @@ class ServerState:
             self.identity.structure,
             self.identity.content,
         )
-        if pro != _PRO_DEFAULTS:
-            header += _PRO.pack(*pro)
+        header += _EXTRAS[version].pack(*extras[: _EXTRAS[version].size // _F64_BYTES])
         body = header + self.coefficients.astype("<f8").tobytes()
         if self.significance is not None:
             body += self.significance.sums.astype("<f8").tobytes()
@@ -115,8 +122,7 @@ class ServerState:
             )
         found, version, contract, family, dtype, weighting, sampling, *rest = _HEADER.unpack_from(data)
         _require(found == _MAGIC, f"a file that begins with {_MAGIC!r}", found)
-        formats = (STATE_FORMAT, STATE_FORMAT_PRO)
-        _require(version in formats, f"format version {formats[0]} or {formats[1]}", version)
+        _require(version in _EXTRAS, f"format version {', '.join(map(str, _EXTRAS))}", version)
         _require(contract == CONTRACT_VERSION, f"contract version {CONTRACT_VERSION}", contract)
         body = data[:-_DIGEST_BYTES]
         _require(hashlib.sha256(body).digest() == data[-_DIGEST_BYTES:], "the checksum stated", "another one")
@@ -124,13 +130,11 @@ class ServerState:
         _require(dtype in DTYPES_BY_CODE, f"a dtype code out of {sorted(DTYPES_BY_CODE)}", dtype)
         _require(weighting < len(_WEIGHTINGS), f"a weighting below {len(_WEIGHTINGS)}", weighting)
         _require(sampling < len(_SAMPLINGS), f"a sampling below {len(_SAMPLINGS)}", sampling)
-        start = _HEADER.size
-        pro = _PRO_DEFAULTS
-        if version == STATE_FORMAT_PRO:
-            start += _PRO.size
-            _require(len(body) >= start, f"at least {start} bytes before the checksum", len(body))
-            pro = _PRO.unpack_from(data, _HEADER.size)
-            _require(pro != _PRO_DEFAULTS, f"clip and start other than those of format {STATE_FORMAT}", pro)
+        start = _HEADER.size + _EXTRAS[version].size
+        _require(len(body) >= start, f"at least {start} bytes before the checksum", len(body))
+        told = _EXTRAS[version].unpack_from(data, _HEADER.size)
+        extras = (*told, *(*_PRO_DEFAULTS, *_NO_BOUNDS)[len(told) :])
+        _require(_format_of(extras) == version, f"the numbers that format {version} is for", extras)
         num_seeds, round, clients, invited, steps, base_seed, lr, eps, max_abs_g, run_id = rest[:-2]
         _require(1 <= num_seeds <= MAX_SEEDS, f"a number of seeds in [1, {MAX_SEEDS}]", num_seeds)
         _require(round < MAX_ROUNDS, f"a round below {MAX_ROUNDS}", round)
@@ -146,8 +150,10 @@ class ServerState:
                 sampling=_SAMPLINGS[sampling],
                 family=FAMILIES[family],
                 run_id=run_id,
-                pro_clip=pro[0],
-                pro_start=pro[1],
+                pro_clip=extras[0],
+                pro_start=extras[1],
+                median_clip=extras[2],
+                share_cap=extras[3],
             )
         except ValueError as error:
             raise StateError(f"expected a configuration in range, got one that says: {error}") from error
@@ -158,6 +164,8 @@ class ServerState:
     def require(self, identity: ModelIdentity, pool: SeedPool, config: ServerConfig) -> None:
         """Raises unless this is a state of that model, pool and configuration.
 
+        More clients may be registered than in the state; a run id of None is any.
+
         Raises:
             IdentityError: of another model.
             StateError: of another pool or configuration; says in which field.
@@ -165,12 +173,60 @@ class ServerState:
         self.identity.require(identity)
         wanted = {"base_seed": pool.base_seed, "num_seeds": pool.num_seeds, **vars(config)}
         found = {"base_seed": self.base_seed, "num_seeds": self.num_seeds, **vars(self.config)}
+        if config.run_id is None:
+            del wanted["run_id"]
+        if config.num_clients > self.config.num_clients:
+            del wanted["num_clients"]
         for name, value in wanted.items():
             if found[name] != value:
                 raise StateError(
                     f"expected the state of a run with {name} {value}, got one with {found[name]}; "
                     "resume with the configuration that the run began with"
                 )
+
+
+def require_dtype_code(identity: ModelIdentity) -> None:
+    """Raises unless messages and states can name the dtype of the weights.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if identity.dtype not in DTYPE_CODES:
+        raise ValueError(f"expected weights with a dtype out of {list(DTYPE_CODES)}, got {identity.dtype}")
+
+
+def derived_run_id(identity: ModelIdentity, pool: SeedPool, config: ServerConfig) -> bytes:
+    """A run id, 16 bytes, that equal runs of one model, pool and configuration share: a hash of them.
+
+    For runs in which nobody sends replies from elsewhere, a simulation: whoever has recorded the replies of
+    an equal run could send them again.
+
+    Raises:
+        ValueError: as `require_dtype_code`.
+    """
+    require_dtype_code(identity)
+    empty = SeedSignificance.empty(pool.num_seeds, config.pro_clip, config.pro_start)
+    state = ServerState(
+        identity,
+        pool.base_seed,
+        pool.num_seeds,
+        replace(config, run_id=None),
+        0,
+        np.zeros(pool.num_seeds),
+        empty if config.sampling == "pro" else None,
+    )
+    return hashlib.sha256(state.to_bytes()).digest()[:RUN_ID_BYTES]
+
+
+def _extras_of(config: ServerConfig) -> tuple[float, ...]:
+    return (config.pro_clip, config.pro_start, config.median_clip, config.share_cap)
+
+
+def _format_of(extras: tuple[float, ...]) -> int:
+    """The oldest format that can say these."""
+    if extras[2:] != _NO_BOUNDS:
+        return STATE_FORMAT_BOUNDS
+    return STATE_FORMAT if extras[:2] == _PRO_DEFAULTS else STATE_FORMAT_PRO
 
 
 def _read_arrays(

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -18,7 +18,7 @@ from fedkseed._checks import check_count
 from fedkseed._means import mean
 from fedkseed.federation.client import BatchT
 from fedkseed.federation.server import Server
-from fedkseed.federation.state import StateError
+from fedkseed.federation.state import StateError, derived_run_id
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.model.identity import frozen_indices
 from fedkseed.model.placement import input_device
@@ -185,7 +185,6 @@ class Simulation(Generic[ExampleT, BatchT]):
     ) -> None:
         task, config = self.task, self.config
         pool = SeedPool(config.seed, config.num_seeds)
-        self._frozen = frozen_indices(task.model)
         shared: SharedWeights | None = None
         device = input_device(task.model)
         devices = list(devices or worker_devices(device, num_workers))
@@ -236,10 +235,14 @@ class Simulation(Generic[ExampleT, BatchT]):
     def _open_server(self, pool: SeedPool, resume: bool) -> None:
         server_config = self.config.server_config(len(self.task.datasets))
         identity, folder = self.working.identity, self._folder
+        frozen = frozen_indices(self.task.model)
         if resume and folder is not None:
-            self.server = Server.resume(folder.path, identity, pool, server_config, lock=folder.lock)
+            self.server = Server.resume(
+                folder.path, identity, pool, server_config, frozen=frozen, lock=folder.lock
+            )
         else:
-            self.server = Server(identity, pool, server_config)
+            run_id = derived_run_id(identity, pool, server_config)
+            self.server = Server(identity, pool, replace(server_config, run_id=run_id), frozen=frozen)
         self._exit.callback(self.server.close)
         self._choice = self._resolved(resume)
         if folder is not None:
@@ -316,16 +319,7 @@ class Simulation(Generic[ExampleT, BatchT]):
 
     def ledger(self) -> Ledger:
         """The model after the last round that is complete, as a ledger."""
-        server = self.server
-        notes = {**self._notes, "num_rounds": str(server.round)}
-        return Ledger(
-            server.pool.base_seed,
-            server.wire_coefficients,
-            server.identity,
-            frozen=self._frozen,
-            notes=notes,
-            family=server.config.family,
-        )
+        return self.server.ledger(self._notes)
 
     @property
     def num_complete(self) -> int:
@@ -362,9 +356,10 @@ class Simulation(Generic[ExampleT, BatchT]):
     def _run_round(self) -> RoundResult:
         start = perf_counter()
         server, working = self.server, self.working
-        round, members = server.round, server.clients
+        opened = server.open()
+        round, members = opened.number, opened.clients
         rebuild, reset = working.seconds_rebuild, working.seconds_reset
-        messages = {client: server.broadcast(client) for client in members}
+        messages = dict(opened.messages)
         runs = self._host.run(messages, self._on_step)
         replies = [(client, run.reply) for client, run in runs.items() if run.reply is not None]
         if not replies:
@@ -374,7 +369,8 @@ class Simulation(Generic[ExampleT, BatchT]):
                 f"({reasons[0]}); the round was not merged, resuming tries it again"
             )
         self._settle(runs)
-        server.merge(replies)
+        opened.add_all(replies)
+        opened.close()
         with working.exclusive():
             working.load(server.pool, server.wire_coefficients, server.config.family)
             begin = perf_counter()
