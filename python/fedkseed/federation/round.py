@@ -119,7 +119,7 @@ class Round:
         self.add_all([(client, reply)])
 
     def add_all(self, replies: Iterable[tuple[int, MessageBytes]]) -> None:
-        """As `add` for each of (client, reply), in any order; all of them, or none where it raises.
+        """Several replies as `add` takes them, (client, reply) in any order; all or, where it raises, none.
 
         Raises:
             MessageError, ProtocolError: as `add`.
