@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from fedkseed.federation.bounds import RECOMMENDED_BOUNDS, Bounds
 from fedkseed.federation.client import Client, LocalRun
+from fedkseed.federation.collecting import TooFewRepliesError
 from fedkseed.federation.config import ServerConfig
+from fedkseed.federation.evaluation_messages import EvaluationReply
+from fedkseed.federation.evaluation_round import EvaluationRound
+from fedkseed.federation.limits import ClientLimits
 from fedkseed.federation.messages import Broadcast, MessageError, ProtocolError, Reply
-from fedkseed.federation.round import Round, TooFewRepliesError
+from fedkseed.federation.round import Round
 from fedkseed.federation.server import Server
 from fedkseed.federation.significance import SeedSignificance
 from fedkseed.federation.state import StateError
@@ -17,6 +21,9 @@ __all__ = [
     "Bounds",
     "Broadcast",
     "Client",
+    "ClientLimits",
+    "EvaluationReply",
+    "EvaluationRound",
     "EvaluationSummary",
     "LocalRun",
     "MessageError",

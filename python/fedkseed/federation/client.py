@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from time import perf_counter
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from fedkseed._checks import check_bound, check_count
-from fedkseed.federation.messages import Broadcast, ProtocolError, Reply, broadcast_digest
+from fedkseed._means import mean
+from fedkseed.federation.evaluation_messages import EvaluationReply
+from fedkseed.federation.limits import ClientLimits
+from fedkseed.federation.messages import (
+    Broadcast,
+    MessageBytes,
+    MessageError,
+    ProtocolError,
+    Reply,
+    broadcast_digest,
+)
+from fedkseed.model.modes import Modes
+from fedkseed.model.randomness import seeded
+from fedkseed.model.threads import threads
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.evaluation import Losses
 from fedkseed.optim.fedkseed_sgd import FedKSeedSGD
@@ -40,6 +57,13 @@ class LocalRun:
     storage: StorageOptions
     refusal: str | None
 
+    def metrics(self) -> dict[str, float]:
+        """Numbers by name, for a framework's records; the loss is left out if every step was skipped."""
+        finite = [loss for loss in self.losses if math.isfinite(loss)]
+        loss = {"train_loss": mean(finite)} if finite else {}
+        counts = {"num_steps": float(len(self.losses)), "num_skipped": float(self.num_skipped)}
+        return {**loss, **counts, "seconds": self.seconds}
+
 
 class Client(Generic[BatchT]):
     """Rebuilds the round's model from w0 and coefficients, runs the schedule it is sent, returns scalars.
@@ -49,13 +73,14 @@ class Client(Generic[BatchT]):
     (`WorkingCopy.exclusive`).
 
     Args:
-        client: its number at the server.
+        client: its number at the server; None: it answers as whoever is addressed.
         working: the model that the local steps tune.
         pool: the candidate seeds; if None, those of each broadcast.
         loss: of a model on a batch, a number or a tensor of one element. With a paired storage mode
             (``Streamed(paired=True)``) it runs the batch twice in one forward pass and returns both losses,
             (plus, minus), as `fedkseed.paired_losses` does.
-        batches: the batches of a round, one for each local step, from (round, number of steps).
+        batches: the batches of a round, one for each local step, from (round, number of steps); what comes
+            after them is not asked for, so they may be endless.
         data_size: of the training data, in rows or whatever all clients count: the weight of the reply.
         run_id: 16 bytes; if given, broadcasts of another run are refused.
         on_step: called after each local step.
@@ -64,6 +89,14 @@ class Client(Generic[BatchT]):
             does, and stays.
         max_loss_gap: a step with |L+ - L-| above it is skipped; None for no bound. The client's own: no
             message says it, and the server sees a skipped step.
+        seed: if given, what a step draws (dropout) is drawn from (seed, round, client), and the generators of
+            the process are put back afterwards.
+        num_threads: of torch during a step or an evaluation; None: as the process has it. They change the
+            bits of a loss.
+        limits: what is done at most, whatever a message asks for.
+        evaluate: named scores of the model, from (model, round), for evaluation messages; called without
+            gradients. Those that are not finite are left out.
+        num_examples: behind the scores, their weight in a mean over clients; ``data_size`` if None.
 
     Attributes:
         last_run: of the last round, None before the first.
@@ -74,7 +107,7 @@ class Client(Generic[BatchT]):
 
     def __init__(
         self,
-        client: int,
+        client: int | None,
         working: WorkingCopy,
         pool: SeedPool | None = None,
         *,
@@ -85,8 +118,13 @@ class Client(Generic[BatchT]):
         on_step: Callable[[], None] | None = None,
         storage: StorageChoice = DEFAULT_STORAGE,
         max_loss_gap: float | None = None,
+        seed: int | None = None,
+        num_threads: int | None = None,
+        limits: ClientLimits | None = None,
+        evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
+        num_examples: int | None = None,
     ) -> None:
-        self.client = check_count("client", client, 0, MAX_CLIENTS - 1)
+        self.client = None if client is None else check_count("client", client, 0, MAX_CLIENTS - 1)
         self.data_size = check_count("data_size", data_size, 1, 2**32 - 1)
         self.working = working
         self.run_id = run_id
@@ -98,8 +136,22 @@ class Client(Generic[BatchT]):
         check_choice(storage)
         self._storage = storage
         self._max_loss_gap = None if max_loss_gap is None else check_bound("max_loss_gap", max_loss_gap)
+        self._seed = seed
+        self._num_threads = None if num_threads is None else check_count("num_threads", num_threads, 1, 2**15)
+        self._limits = limits or ClientLimits()
+        self._evaluate = evaluate
+        examples = data_size if num_examples is None else num_examples
+        self._num_examples = check_count("num_examples", examples, 1, 2**32 - 1)
 
-    def step(self, message: bytes) -> bytes:
+    def handle(self, message: MessageBytes) -> bytes:
+        """The answer to any message of the server: `step` or `evaluate`, as it asks for.
+
+        Raises:
+            MessageError, ProtocolError, IdentityError, ValueError: as they do.
+        """
+        return self.step(message) if Broadcast.peek(message).kind == "train" else self.evaluate(message)
+
+    def step(self, message: MessageBytes) -> bytes:
         """One round: the reply to a broadcast.
 
         A step whose loss is NaN or infinite, or whose losses lie further apart than ``max_loss_gap``, is
@@ -112,16 +164,79 @@ class Client(Generic[BatchT]):
             IdentityError: it is for another w0: other structure, dtype or weights.
             ValueError: fewer batches than local steps.
         """
-        broadcast = Broadcast.from_bytes(message)
-        pool = self._pool_for(broadcast)
-        with self.working.exclusive():
+        raw, broadcast, pool = self._read(message, "train")
+        with self._at_work(broadcast):
+            self.working.load(pool, broadcast.coefficients, broadcast.family)
             scalars = self._walk(broadcast, pool)
-        digest = broadcast_digest(message)
-        return Reply(broadcast.round, self.client, self.data_size, digest, scalars).to_bytes()
+        reply = Reply(broadcast.round, broadcast.client, self.data_size, broadcast_digest(raw), scalars)
+        return reply.to_bytes()
+
+    def evaluate(self, message: MessageBytes) -> bytes:
+        """The scores of a round's model: the answer to an evaluation message.
+
+        Nothing has changed when one of the first three errors is raised. The modules' modes (train, eval) are
+        put back afterwards.
+
+        Raises:
+            MessageError: the message is damaged, or not an evaluation message, see `step`; or scores that no
+                message can carry.
+            ProtocolError: it is for another client, pool or run, or this client has nothing to evaluate with.
+            IdentityError: it is for another w0.
+        """
+        raw, broadcast, pool = self._read(message, "evaluate")
+        if self._evaluate is None:
+            raise ProtocolError(
+                f"expected client {broadcast.client} to have an evaluation, got none; make it with one"
+            )
+        with self._at_work(broadcast), torch.no_grad():
+            self.working.load(pool, broadcast.coefficients, broadcast.family)
+            modes = Modes(self.working.model)
+            try:
+                found = self._evaluate(self.working.model, broadcast.round)
+            finally:
+                modes.restore(self.working.model)
+        scores = {name: float(value) for name, value in found.items() if value is not None}
+        finite = {name: value for name, value in scores.items() if math.isfinite(value)}
+        digest = broadcast_digest(raw)
+        return EvaluationReply(
+            broadcast.round, broadcast.client, self._num_examples, digest, finite
+        ).to_bytes()
+
+    def load(self, message: MessageBytes) -> None:
+        """Sets the working model to that of a message's round, to look at it or to save it.
+
+        Raises:
+            MessageError, ProtocolError, IdentityError: as `step`; nothing has changed then.
+        """
+        _, broadcast, pool = self._read(message, None)
+        with self._at_work(broadcast):
+            self.working.load(pool, broadcast.coefficients, broadcast.family)
+
+    @contextmanager
+    def _at_work(self, broadcast: Broadcast) -> Iterator[None]:
+        """The model for this client alone, with its threads and its random numbers."""
+        with ExitStack() as stack:
+            stack.enter_context(self.working.exclusive())
+            if self._num_threads is not None:
+                stack.enter_context(threads(self._num_threads))
+            if self._seed is not None:
+                numbers = (self._seed % 2**64, broadcast.round, broadcast.client)
+                stack.enter_context(seeded(self.working.model, *numbers))
+            yield
+
+    def _read(
+        self, message: MessageBytes, kind: Literal["train", "evaluate"] | None
+    ) -> tuple[bytes, Broadcast, SeedPool]:
+        """A message that is meant for this client, and the seeds that it is of."""
+        broadcast = Broadcast.from_bytes(message)
+        if kind not in (None, broadcast.kind):
+            what = {"train": "a broadcast with local steps", "evaluate": "an evaluation message"}
+            raise MessageError(f"expected {what[kind]}, got {what[broadcast.kind]}; handle() takes both")
+        self._limits.require(broadcast)
+        return bytes(message), broadcast, self._pool_for(broadcast)
 
     def _walk(self, broadcast: Broadcast, pool: SeedPool) -> NDArray[np.float32]:
         """g of each step of the schedule, from the round's model on."""
-        self.working.load(pool, broadcast.coefficients, broadcast.family)
         start = perf_counter()
         optimizer = FedKSeedSGD(
             self.working.model,
@@ -139,7 +254,7 @@ class Client(Generic[BatchT]):
         num_steps = len(broadcast.schedule)
         losses = []
         try:
-            for batch in self._batches(broadcast.round, num_steps):
+            for batch in islice(self._batches(broadcast.round, num_steps), num_steps):
                 losses.append(optimizer.step(lambda batch=batch: self._loss(self.working.model, batch)))  # type: ignore[misc]
                 if self._on_step is not None:
                     self._on_step()
@@ -157,7 +272,7 @@ class Client(Generic[BatchT]):
 
     def _pool_for(self, broadcast: Broadcast) -> SeedPool:
         """The seeds of a broadcast that is meant for this client and its model."""
-        if broadcast.client != self.client:
+        if self.client not in (None, broadcast.client):
             raise ProtocolError(
                 f"expected a broadcast for client {self.client}, got one for {broadcast.client}"
             )

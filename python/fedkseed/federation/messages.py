@@ -10,9 +10,9 @@ import hashlib
 import math
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,10 @@ MESSAGE_FORMAT = 2
 #: Bytes of a run's name, and of the digest that binds a reply to its broadcast (SHA-256).
 RUN_ID_BYTES, DIGEST_BYTES = 16, 32
 
-_BROADCAST_MAGIC, _REPLY_MAGIC = b"FKSB", b"FKSR"
+#: What a message of the server asks for, by its first bytes.
+_KINDS: Mapping[bytes, Literal["train", "evaluate"]] = {b"FKSB": "train", b"FKSE": "evaluate"}
+_MAGICS = {kind: magic for magic, kind in _KINDS.items()}
+_REPLY_MAGIC = b"FKSR"
 #: Magic, format version, contract version, family, dtype, tau, K, round, eps, lr, base seed, run id,
 #: structure hash, content hash, bound of |g|; the coefficients follow, then client, schedule and checksum.
 _BROADCAST = struct.Struct("<4sHHBBHIIfdQ16s32s32sf")
@@ -36,6 +39,7 @@ _CLIENT = struct.Struct("<I")
 _REPLY = struct.Struct("<4sHHIIII32s")
 _VERSIONS = struct.Struct("<4sHH")
 _CHECKSUM = struct.Struct("<I")
+CHECKSUM_BYTES = _CHECKSUM.size
 _FP32_TINY, _FP32_MAX = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 #: Scalars that are read in one pass: bounds the memory beside the replies themselves.
@@ -71,9 +75,22 @@ class ProtocolError(ValueError):
     """A message that is well formed and does not belong here: of another round, client, pool or run."""
 
 
+class Peeked(NamedTuple):
+    """The first fields of a message of the server; see `Broadcast`."""
+
+    kind: Literal["train", "evaluate"]
+    round: int
+    client: int
+    num_steps: int
+    num_seeds: int
+    run_id: bytes
+
+
 @dataclass(frozen=True, eq=False)
 class Broadcast:
     """What the server sends to one client: the round's model and what to do with it.
+
+    Without a schedule it asks for an evaluation of that model.
 
     Attributes:
         round: in [0, 2^24).
@@ -85,7 +102,7 @@ class Broadcast:
         eps: fp32.
         max_abs_g: fp32, the bound to which the client clips its g.
         coefficients: fp32 [K]; the round's model is w0 + sum_k coefficients_k z(seed_k).
-        schedule: uint16 [tau], indices into the pool, one for each local step.
+        schedule: uint16 [tau], indices into the pool, one for each local step; empty: evaluate.
         family: of the noise.
     """
 
@@ -100,6 +117,11 @@ class Broadcast:
     coefficients: NDArray[np.float32]
     schedule: NDArray[np.uint16]
     family: str = "gaussian"
+
+    @property
+    def kind(self) -> Literal["train", "evaluate"]:
+        """What is asked for: local steps, or scores of the model."""
+        return "train" if len(self.schedule) else "evaluate"
 
     def to_bytes(self) -> bytes:
         """The message on the wire.
@@ -117,13 +139,10 @@ class Broadcast:
             MessageError: truncated, too long, damaged, of another format or contract version, or a field out
                 of range; constant memory whatever the length.
         """
-        message = as_bytes("broadcast", message, BROADCAST_OVERHEAD, MAX_BROADCAST_BYTES)
-        _check_versions("broadcast", _BROADCAST_MAGIC, message)
-        header = _BROADCAST.unpack_from(message)
+        message, header = _read_header(message)
         family, dtype, num_steps, num_seeds, round, eps, lr, base_seed, run_id = header[3:12]
         structure, content, max_abs_g = header[12:]
-        _check_length("broadcast", message, broadcast_bytes(num_seeds, num_steps))
-        _check_checksum("broadcast", message)
+        check_checksum("broadcast", message)
         _require(family < len(FAMILIES), f"a noise family below {len(FAMILIES)}", family)
         _require(dtype in DTYPES_BY_CODE, f"a dtype code out of {sorted(DTYPES_BY_CODE)}", dtype)
         after = _BROADCAST.size + 4 * num_seeds
@@ -144,6 +163,20 @@ class Broadcast:
         broadcast.check()
         return broadcast
 
+    @staticmethod
+    def peek(message: MessageBytes) -> Peeked:
+        """What the message is, for whom and of which run, without reading coefficients and schedule.
+
+        Neither the checksum nor the ranges of fields are looked at: for choosing who answers, not for trust.
+
+        Raises:
+            MessageError: truncated, too long, or of another format or contract version.
+        """
+        message, header = _read_header(message)
+        num_steps, num_seeds, round = header[5:8]
+        (client,) = _CLIENT.unpack_from(message, _BROADCAST.size + 4 * num_seeds)
+        return Peeked(_KINDS[header[0]], round, client, num_steps, num_seeds, header[11])
+
     def check(self) -> None:
         """Raises unless every field is in its range.
 
@@ -152,7 +185,8 @@ class Broadcast:
         """
         num_seeds, num_steps = len(self.coefficients), len(self.schedule)
         _require(1 <= num_seeds <= MAX_SEEDS, f"a number of seeds in [1, {MAX_SEEDS}]", num_seeds)
-        _check_common(self.round, self.client, num_steps)
+        check_round_and_client(self.round, self.client)
+        _require(num_steps < MAX_STEPS, f"fewer than {MAX_STEPS} local steps", num_steps)
         _require(len(self.run_id) == RUN_ID_BYTES, f"a run id of {RUN_ID_BYTES} bytes", len(self.run_id))
         _require(
             self.identity.dtype in DTYPE_CODES, f"a dtype out of {list(DTYPE_CODES)}", self.identity.dtype
@@ -170,8 +204,23 @@ class Broadcast:
         )
         _require(self.family in FAMILIES, f"a noise family out of {list(FAMILIES)}", self.family)
         _require(bool(np.isfinite(self.coefficients).all()), "finite coefficients", "NaN or infinity")
-        largest = int(self.schedule.max())
+        largest = int(self.schedule.max(initial=0))
         _require(largest < num_seeds, f"schedule indices below {num_seeds}", largest)
+
+
+def _read_header(message: MessageBytes) -> tuple[bytes, tuple[Any, ...]]:
+    """A message of the server as bytes, of the length that it states, and its first fields."""
+    raw = as_bytes("broadcast", message, BROADCAST_OVERHEAD, MAX_BROADCAST_BYTES)
+    kind = _KINDS.get(raw[:4], "train")
+    check_versions("broadcast", _MAGICS[kind], raw)
+    header = _BROADCAST.unpack_from(raw)
+    num_steps, num_seeds = header[5:7]
+    _check_length("broadcast", raw, broadcast_bytes(num_seeds, num_steps))
+    if (num_steps == 0) != (kind == "evaluate"):
+        raise MessageError(
+            f"expected at least one local step to train and none to evaluate, got {num_steps} to {kind}"
+        )
+    return raw, header
 
 
 def moves_within_fp32(lr: float, eps: float, max_abs_g: float) -> bool:
@@ -195,7 +244,7 @@ class BroadcastWriter:
         template.check()
         self._prefix = (
             _BROADCAST.pack(
-                _BROADCAST_MAGIC,
+                _MAGICS[template.kind],
                 MESSAGE_FORMAT,
                 CONTRACT_VERSION,
                 FAMILIES.index(template.family),
@@ -301,10 +350,10 @@ def read_reply_header(message: bytes) -> ReplyHeader:
         MessageError: as `Reply.from_bytes`, but for scalars that are not finite.
     """
     message = reply_as_bytes(message)
-    _check_versions("reply", _REPLY_MAGIC, message)
+    check_versions("reply", _REPLY_MAGIC, message)
     header = ReplyHeader._make(_REPLY.unpack_from(message)[3:])
     _check_length("reply", message, reply_bytes(header.num_steps))
-    _check_checksum("reply", message)
+    check_checksum("reply", message)
     _check_common(header.round, header.client, header.num_steps)
     _require(header.data_size >= 1, "a data size of at least 1", header.data_size)
     return header
@@ -351,7 +400,12 @@ def reply_as_bytes(message: MessageBytes) -> bytes:
     return as_bytes("reply", message, REPLY_OVERHEAD, MAX_REPLY_BYTES)
 
 
-def _check_versions(kind: str, magic: bytes, message: bytes) -> None:
+def check_versions(kind: str, magic: bytes, message: bytes) -> None:
+    """Raises unless a message begins with these bytes and the versions of this release.
+
+    Raises:
+        MessageError: it does not; says in what.
+    """
     found: tuple[Any, ...] = _VERSIONS.unpack_from(message)
     if found != (magic, MESSAGE_FORMAT, CONTRACT_VERSION):
         if found[0] != magic:
@@ -366,7 +420,12 @@ def _check_length(kind: str, message: bytes, expected: int) -> None:
         raise MessageError(f"expected a {kind} of {expected} bytes, got {len(message)}")
 
 
-def _check_checksum(kind: str, message: bytes) -> None:
+def check_checksum(kind: str, message: bytes) -> None:
+    """Raises unless a message ends in the CRC-32 of all before.
+
+    Raises:
+        MessageError: it does not.
+    """
     computed = zlib.crc32(memoryview(message)[: -_CHECKSUM.size])
     (stated,) = _CHECKSUM.unpack_from(message, len(message) - _CHECKSUM.size)
     if computed != stated:
@@ -375,10 +434,20 @@ def _check_checksum(kind: str, message: bytes) -> None:
         )
 
 
-def _check_common(round: int, client: int, num_steps: int) -> None:
-    if not (0 <= round < MAX_ROUNDS and 0 <= client < MAX_CLIENTS and 1 <= num_steps < MAX_STEPS):
+def check_round_and_client(round: int, client: int) -> None:
+    """Raises unless both numbers are in their range.
+
+    Raises:
+        MessageError: one is not.
+    """
+    if not (0 <= round < MAX_ROUNDS and 0 <= client < MAX_CLIENTS):
         _require(0 <= round < MAX_ROUNDS, f"a round below {MAX_ROUNDS}", round)
         _require(0 <= client < MAX_CLIENTS, f"a client below {MAX_CLIENTS}", client)
+
+
+def _check_common(round: int, client: int, num_steps: int) -> None:
+    check_round_and_client(round, client)
+    if not 1 <= num_steps < MAX_STEPS:
         _require(num_steps >= 1, "at least one local step", num_steps)
         _require(num_steps < MAX_STEPS, f"fewer than {MAX_STEPS} local steps", num_steps)
 

@@ -10,13 +10,12 @@ An adapter is transport around it:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedkseed._checks import check_count
+from fedkseed.federation.collecting import Collecting
 from fedkseed.federation.config import ServerConfig
 from fedkseed.federation.messages import (
     MessageBytes,
@@ -30,14 +29,8 @@ from fedkseed.federation.messages import (
 from fedkseed.federation.round_messages import RoundMessages
 from fedkseed.federation.summary import RoundSummary
 
-logger = logging.getLogger("fedkseed")
 
-
-class TooFewRepliesError(ProtocolError):
-    """A round that is to be closed with fewer replies than asked for; it stays open and takes more."""
-
-
-class Round:
+class Round(Collecting):
     """A round between its opening and its merge; made by `fedkseed.Server.open`.
 
     Nothing here changes the server's sums but `close`. No method changes anything when it raises.
@@ -51,49 +44,21 @@ class Round:
         number: of the round, from 0.
         clients: who is invited, ascending.
         messages: the broadcast to each client, made when it is asked for.
+        replied, missing: whose reply was added, and whose was not, ascending.
     """
 
     def __init__(
         self, sent: RoundMessages, config: ServerConfig, close: Callable[[Round], RoundSummary]
     ) -> None:
-        self.number = sent.number
-        self.clients = sent.clients
-        self._sent = sent
+        super().__init__(sent, "replies")
         self._config = config
         self._close = close
-        self._is_over = False
-        self._replies: dict[int, bytes] = {}
         self._sizes: dict[int, int] = {}
-
-    @property
-    def messages(self) -> Mapping[int, bytes]:
-        """The broadcast to each client, ascending; made when asked for, the same bytes at every call."""
-        return self._sent
-
-    @property
-    def replies(self) -> Mapping[int, bytes]:
-        """The replies that were added, by client."""
-        return dict(self._replies)
 
     @property
     def sizes(self) -> Mapping[int, int]:
         """The data sizes that the replies state, by client."""
         return dict(self._sizes)
-
-    @property
-    def replied(self) -> tuple[int, ...]:
-        """Whose reply was added, ascending."""
-        return tuple(sorted(self._replies))
-
-    @property
-    def missing(self) -> tuple[int, ...]:
-        """Whose reply was not, ascending."""
-        return tuple(client for client in self.clients if client not in self._replies)
-
-    @property
-    def num_bytes_down(self) -> int:
-        """Bytes of all broadcasts of the round."""
-        return self._sent.num_bytes
 
     def schedules(self, clients: Sequence[int]) -> NDArray[np.uint16]:
         """`schedule` of several, [len(clients), tau]."""
@@ -102,10 +67,6 @@ class Round:
     def schedule(self, client: int) -> NDArray[np.uint16]:
         """See `fedkseed.Server.schedule`."""
         return self._sent.schedule(self._sent.require(client))
-
-    def message(self, client: int) -> bytes:
-        """See `fedkseed.Server.broadcast`."""
-        return self._sent[self._sent.require(client)]
 
     def add(self, client: int, reply: MessageBytes) -> None:
         """Takes the reply of one client; the very same bytes again count once.
@@ -130,16 +91,12 @@ class Round:
             self._require_open()
             for client, reply in replies:
                 raw, header = self._read(client, reply)
-                known = taken.get(client, self._replies.get(client))
-                if known is not None and known != raw:
-                    raise ProtocolError(
-                        f"expected one reply of client {client}, got two that differ; the first one counts"
-                    )
+                self._require_first(client, raw, taken.get(client, self._replies.get(client)))
                 taken[client], sizes[client] = raw, header.data_size
             if taken:
                 self._check_scalars(taken)
         except (MessageError, ProtocolError) as error:
-            logger.warning("round %d: a reply was refused: %s", self.number, error)
+            self._tell_refusal(error)
             raise
         self._replies.update(taken)
         self._sizes.update(sizes)
@@ -168,28 +125,12 @@ class Round:
             TypeError, ValueError: ``min_replies`` is no count of its clients.
         """
         self._require_open()
-        check_count("min_replies", min_replies, 0, len(self.clients))
-        if len(self._replies) < min_replies:
-            raise TooFewRepliesError(
-                f"expected at least {min_replies} replies of round {self.number}, got {len(self._replies)}; "
-                f"missing are clients {some(self.missing)}: add more, or close with a smaller min_replies"
-            )
+        self._require_replies(min_replies)
         return self._close(self)
 
     def anew(self) -> Round:
         """This round with the same messages and no replies."""
         return Round(self._sent, self._config, self._close)
-
-    def end(self) -> None:
-        """Makes `add` and `close` raise from now on: the server has gone on."""
-        self._is_over = True
-
-    def _require_open(self) -> None:
-        if self._is_over:
-            raise ProtocolError(
-                f"expected the round that is open, got round {self.number}, which is over; "
-                "server.open() gives the one that is"
-            )
 
     def _read(self, client: int, reply: MessageBytes) -> tuple[bytes, ReplyHeader]:
         """A client's reply to this round's broadcast and its header; its scalars are not looked at."""
@@ -226,13 +167,3 @@ class Round:
                 f"expected |g| of at most {bound} from client {clients[part][rows[0]]}, "
                 f"got {scalars[rows[0], steps[0]]} at step {steps[0]}"
             )
-
-
-#: Clients that an error names.
-_MOST_NAMED = 8
-
-
-def some(clients: tuple[int, ...]) -> str:
-    """Numbers of clients for a line of text, the first few of many."""
-    named = ", ".join(map(str, clients[:_MOST_NAMED]))
-    return named if len(clients) <= _MOST_NAMED else f"{named} and {len(clients) - _MOST_NAMED} others"

@@ -26,6 +26,7 @@ class RoundMessages(Mapping[int, bytes]):
         pool: the candidate seeds; schedules derive from its base seed too.
         config: the federation's fixed numbers, with its run id.
         coefficients: fp32 [K], the round's model as it travels.
+        num_steps: of each schedule; 0: the messages ask for an evaluation.
         significance: what FedKSeed-Pro draws the schedules from; None with uniform sampling. Not changed.
 
     Attributes:
@@ -40,6 +41,7 @@ class RoundMessages(Mapping[int, bytes]):
         pool: SeedPool,
         config: ServerConfig,
         coefficients: NDArray[np.float32],
+        num_steps: int,
         significance: SeedSignificance | None,
     ) -> None:
         self.number = number
@@ -49,6 +51,7 @@ class RoundMessages(Mapping[int, bytes]):
         self._pool = pool
         self._config = config
         self._coefficients = coefficients
+        self._num_steps = num_steps
         self._significance = significance
         self._made_schedules: NDArray[np.uint16] | None = None
         self._made_writer: BroadcastWriter | None = None
@@ -97,14 +100,15 @@ class RoundMessages(Mapping[int, bytes]):
     @property
     def num_bytes(self) -> int:
         """Of all messages."""
-        each = broadcast_bytes(self._pool.num_seeds, self._config.num_local_steps)
+        each = broadcast_bytes(self._pool.num_seeds, self._num_steps)
         return len(self.clients) * each
 
     def _schedules(self) -> NDArray[np.uint16]:
         if self._made_schedules is None:
             probabilities = None if self._significance is None else self._significance.probabilities()
-            steps = self._config.num_local_steps
-            self._made_schedules = self._pool.schedules(self.number, self.clients, steps, probabilities)
+            self._made_schedules = self._pool.schedules(
+                self.number, self.clients, self._num_steps, probabilities
+            )
         return self._made_schedules
 
     def _writer(self) -> BroadcastWriter:

@@ -14,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from fedkseed._checks import check_count
+from fedkseed.federation.collecting import some
 from fedkseed.federation.config import ServerConfig
+from fedkseed.federation.evaluation_round import EvaluationRound
 from fedkseed.federation.merging import merged
 from fedkseed.federation.messages import RUN_ID_BYTES, MessageBytes, ProtocolError, Reply
-from fedkseed.federation.round import Round, some
+from fedkseed.federation.round import Round
 from fedkseed.federation.round_messages import RoundMessages
 from fedkseed.federation.significance import SeedSignificance
 from fedkseed.federation.state import ServerState, StateError, StateFolder, require_dtype_code
@@ -25,7 +28,7 @@ from fedkseed.federation.summary import RoundSummary
 from fedkseed.files import FolderLock
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.model.identity import ModelIdentity, frozen_indices
-from fedkseed.seeds import MAX_ROUNDS, SeedPool
+from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, SeedPool
 
 logger = logging.getLogger("fedkseed")
 
@@ -206,8 +209,29 @@ class Server:
             ProtocolError: none available, or one that is not registered.
         """
         if available is not None:
-            self._open_round(self.round, self._drawn(self.round, available))
+            clients = self._drawn(self.round, available, self.config.clients_per_round)
+            self._open_round(self.round, clients)
         return self._open
+
+    def open_evaluation(
+        self, available: Iterable[int] | None = None, num_clients: int | None = None
+    ) -> EvaluationRound:
+        """An evaluation of the open round's model by clients: messages go out, scores come in.
+
+        Nothing of the server changes by it.
+
+        Args:
+            available: clients that can be reached; all that are registered if None.
+            num_clients: how many of them are asked, drawn as a round's clients are; all if None.
+
+        Raises:
+            ProtocolError: none available, or one that is not registered.
+            TypeError, ValueError: ``num_clients`` is no positive number.
+        """
+        found = range(self.config.num_clients) if available is None else available
+        count = self.config.num_clients if num_clients is None else num_clients
+        clients = self._drawn(self.round, found, check_count("num_clients", count, 1, MAX_CLIENTS))
+        return EvaluationRound(self._sent(self.round, clients, 0, None))
 
     def schedule(self, client: int) -> NDArray[np.uint16]:
         """The indices into the pool that a client's steps of the open round use, uint16 [tau].
@@ -281,19 +305,25 @@ class Server:
         if clients is None:
             config = self.config
             clients = self.pool.sample_clients(number, config.num_clients, config.clients_per_round)
-        sent = RoundMessages(
+        sent = self._sent(number, clients, self.config.num_local_steps, self.significance)
+        return Round(sent, self.config, self._close_round)
+
+    def _sent(
+        self, number: int, clients: Sequence[int], num_steps: int, significance: SeedSignificance | None
+    ) -> RoundMessages:
+        return RoundMessages(
             number,
             clients,
             self.identity,
             self.pool,
             self.config,
             self.wire_coefficients,
-            self.significance,
+            num_steps,
+            significance,
         )
-        return Round(sent, self.config, self._close_round)
 
-    def _drawn(self, number: int, available: Iterable[int]) -> tuple[int, ...]:
-        """The clients of a round out of those available: places in their ascending order are drawn."""
+    def _drawn(self, number: int, available: Iterable[int], count: int) -> tuple[int, ...]:
+        """So many of those available, or all of them: places in their ascending order are drawn."""
         found = sorted(set(available))
         strange = [client for client in found if not 0 <= client < self.config.num_clients]
         if strange or not found:
@@ -301,7 +331,7 @@ class Server:
                 f"expected available clients out of 0 .. {self.config.num_clients - 1}, at least one, got "
                 f"{strange[0] if strange else 'none'}"
             )
-        places = self.pool.sample_clients(number, len(found), min(self.config.clients_per_round, len(found)))
+        places = self.pool.sample_clients(number, len(found), min(count, len(found)))
         return tuple(found[place] for place in places)
 
     def _close_round(self, round: Round) -> RoundSummary:

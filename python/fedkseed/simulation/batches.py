@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
 from fedkseed.federation.client import BatchT
-from fedkseed.simulation.task import ExampleT
+
+ExampleT = TypeVar("ExampleT")
 
 _CPU = torch.device("cpu")
 

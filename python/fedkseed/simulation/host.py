@@ -9,14 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Generic, Protocol
 
-from fedkseed.federation.client import BatchT, Client, LocalRun
-from fedkseed.federation.messages import Broadcast
-from fedkseed.model.placement import input_device
-from fedkseed.model.randomness import seeded
+from fedkseed.federation.client import BatchT, LocalRun
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.seeds import SeedPool
-from fedkseed.simulation.batches import LocalBatches
-from fedkseed.simulation.task import ExampleT, Task
+from fedkseed.simulation.batches import ExampleT
+from fedkseed.simulation.config import SimulationConfig
+from fedkseed.simulation.task import Task
 from fedkseed.storage import DEFAULT_STORAGE, StorageChoice
 
 
@@ -64,18 +62,15 @@ class InProcessHost(Generic[ExampleT, BatchT]):
         task: what they train.
         pool: the candidate seeds.
         working: the model that they tune, where its parameters are; batches are moved there.
-        seed, batch_size: of the order of each client's rows and its batches.
+        config: of the run.
         storage: how clients visit both sides of the weights.
-        max_loss_gap: a step with |L+ - L-| above it is skipped; 0 for no bound.
     """
 
     task: Task[ExampleT, BatchT]
     pool: SeedPool
     working: WorkingCopy
-    seed: int
-    batch_size: int
+    config: SimulationConfig
     storage: StorageChoice = DEFAULT_STORAGE
-    max_loss_gap: float = 0.0
 
     def run(self, messages: Mapping[int, bytes], on_step: Callable[[], None]) -> dict[int, ClientRun]:
         """See `Host.run`."""
@@ -85,30 +80,11 @@ class InProcessHost(Generic[ExampleT, BatchT]):
         """One client's round."""
         reset = self.working.seconds_reset
         reply, local, error = None, None, None
-        rows = self.task.datasets[client]
         try:
-            party = Client(
-                client,
-                self.working,
-                self.pool,
-                loss=self.task.loss,
-                batches=LocalBatches(
-                    rows,
-                    client,
-                    self.seed,
-                    self.batch_size,
-                    self.task.collate,
-                    input_device(self.working.model),
-                    self.task.to_device,
-                ),
-                data_size=self.task.data_size(client),
-                on_step=on_step,
-                storage=self.storage,
-                max_loss_gap=self.max_loss_gap or None,
+            party = self.task.client(
+                client, self.working, self.config, pool=self.pool, storage=self.storage, on_step=on_step
             )
-            round = Broadcast.from_bytes(message).round
-            with seeded(self.working.model, self.seed % 2**64, round, client):
-                reply = party.step(message)
+            reply = party.step(message)
             local = party.last_run
         except Exception as failure:
             error = f"{type(failure).__name__}: {failure}".splitlines()[0]

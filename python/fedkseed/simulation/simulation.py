@@ -21,18 +21,19 @@ from fedkseed.federation.server import Server
 from fedkseed.federation.state import StateError, derived_run_id
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.model.identity import frozen_indices
+from fedkseed.model.modes import Modes, buffers_by_name
 from fedkseed.model.placement import input_device
 from fedkseed.model.threads import threads
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.fedkseed_sgd import FedKSeedSGD
 from fedkseed.seeds import SeedPool
+from fedkseed.simulation.batches import ExampleT
 from fedkseed.simulation.config import SimulationConfig
 from fedkseed.simulation.devices import worker_devices
 from fedkseed.simulation.host import ClientRun, Host, InProcessHost
 from fedkseed.simulation.kept_run import KeptRun
-from fedkseed.simulation.modes import Modes, buffers_by_name
 from fedkseed.simulation.run_folder import CLIENTS, RunFolder, check_task_settings, kept_storage
-from fedkseed.simulation.task import ExampleT, Task
+from fedkseed.simulation.task import Task
 from fedkseed.simulation.worker_pool import DEFAULT_TIMEOUT, SharedWeights, WorkerPool, check_timeout
 from fedkseed.storage import (
     Inplace,
@@ -196,12 +197,7 @@ class Simulation(Generic[ExampleT, BatchT]):
             is_shared = device.type == "cpu"
             self.working = shared.working_copy(task.model, device) if is_shared else WorkingCopy(task.model)
         self._open_server(pool, resume)
-        host_options: dict[str, Any] = {
-            "pool": pool,
-            "seed": config.seed,
-            "batch_size": config.batch_size,
-            "max_loss_gap": config.max_loss_gap,
-        }
+        host_options: dict[str, Any] = {"pool": pool, "config": config}
         self._host: Host
         if shared is None:
             self._host = InProcessHost(task, working=self.working, storage=self._choice, **host_options)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic
 
 import torch
 from torch import nn
 
-from fedkseed.federation.client import BatchT
+from fedkseed.federation.client import BatchT, Client
+from fedkseed.federation.limits import ClientLimits
+from fedkseed.model.modes import Modes
+from fedkseed.model.placement import input_device
+from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.evaluation import Losses
-from fedkseed.simulation.modes import Modes
-
-ExampleT = TypeVar("ExampleT")
+from fedkseed.seeds import SeedPool
+from fedkseed.simulation.batches import ExampleT, LocalBatches
+from fedkseed.simulation.config import SimulationConfig
+from fedkseed.storage import StorageChoice
 
 
 @dataclass(frozen=True)
@@ -72,3 +77,55 @@ class Task(Generic[ExampleT, BatchT]):
     def data_size(self, client: int) -> int:
         """What the client's reply weighs."""
         return len(self.datasets[client]) if self.data_sizes is None else self.data_sizes[client]
+
+    def client(
+        self,
+        number: int,
+        working: WorkingCopy,
+        config: SimulationConfig,
+        *,
+        pool: SeedPool | None = None,
+        storage: StorageChoice | None = None,
+        on_step: Callable[[], None] | None = None,
+        limits: ClientLimits | None = None,
+    ) -> Client[BatchT]:
+        """Exactly the client of that number of a `Simulation` of this task: its replies have the same bytes.
+
+        Whatever carries the messages, a federation over these clients ends with the simulation's ledger.
+
+        Args:
+            number: of the client.
+            working: the model that it tunes; clients of one process may share it.
+            config: of the run; server and clients take the same one.
+            pool: the candidate seeds; those of the config if None.
+            storage: in place of the config's.
+            on_step: called after each local step.
+            limits: see `fedkseed.Client`.
+
+        Raises:
+            IndexError: the task has no such client.
+        """
+        batches = LocalBatches(
+            self.datasets[number],
+            number,
+            config.seed,
+            config.batch_size,
+            self.collate,
+            input_device(working.model),
+            self.to_device,
+        )
+        return Client(
+            number,
+            working,
+            pool or SeedPool(config.seed, config.num_seeds),
+            loss=self.loss,
+            batches=batches,
+            data_size=self.data_size(number),
+            on_step=on_step,
+            storage=config.storage if storage is None else storage,
+            max_loss_gap=config.max_loss_gap or None,
+            seed=config.seed,
+            num_threads=config.num_threads,
+            limits=limits,
+            evaluate=self.evaluate,
+        )

@@ -24,12 +24,12 @@ from torch import multiprocessing, nn
 
 from fedkseed.federation.messages import Broadcast
 from fedkseed.model.manifest import manifest_parameters
+from fedkseed.model.modes import Modes, set_buffers
 from fedkseed.model.packed import SharedTensors
 from fedkseed.model.placement import input_device
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.simulation.host import ClientRun, InProcessHost
-from fedkseed.simulation.modes import Modes, set_buffers
 from fedkseed.simulation.task import Task
 from fedkseed.storage import StorageChoice
 

@@ -1,0 +1,108 @@
+"""What a round of training and one of evaluation have in common: messages out, answers in, who is missing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from fedkseed._checks import check_count
+from fedkseed.federation.messages import ProtocolError
+from fedkseed.federation.round_messages import RoundMessages
+
+logger = logging.getLogger("fedkseed")
+
+#: Clients that a line of text names.
+_MOST_NAMED = 8
+
+
+class TooFewRepliesError(ProtocolError):
+    """A round that is to be closed with fewer replies than asked for; it stays open and takes more."""
+
+
+class Collecting:
+    """Messages that went out, and the answers to them that have come.
+
+    Args:
+        sent: who is asked, and with what.
+        what: the answers are called that in errors.
+
+    Attributes:
+        number: of the round whose model the messages carry, from 0.
+        clients: who is asked, ascending.
+    """
+
+    def __init__(self, sent: RoundMessages, what: str) -> None:
+        self.number = sent.number
+        self.clients = sent.clients
+        self._sent = sent
+        self._what = what
+        self._is_over = False
+        self._replies: dict[int, bytes] = {}
+
+    @property
+    def messages(self) -> Mapping[int, bytes]:
+        """The message to each client, ascending; made when asked for, the same bytes at every call."""
+        return self._sent
+
+    @property
+    def replies(self) -> Mapping[int, bytes]:
+        """The answers that were added, by client."""
+        return dict(self._replies)
+
+    @property
+    def replied(self) -> tuple[int, ...]:
+        """Whose answer was added, ascending."""
+        return tuple(sorted(self._replies))
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Whose answer was not, ascending."""
+        return tuple(client for client in self.clients if client not in self._replies)
+
+    @property
+    def num_bytes_down(self) -> int:
+        """Bytes of all messages."""
+        return self._sent.num_bytes
+
+    def message(self, client: int) -> bytes:
+        """The message to one client.
+
+        Raises:
+            ProtocolError: it is not asked.
+        """
+        return self._sent[self._sent.require(client)]
+
+    def end(self) -> None:
+        """Makes adding and closing raise from now on: the server has gone on."""
+        self._is_over = True
+
+    def _require_open(self) -> None:
+        if self._is_over:
+            raise ProtocolError(
+                f"expected the round that is open, got round {self.number}, which is over; "
+                "server.open() gives the one that is"
+            )
+
+    def _require_first(self, client: int, reply: bytes, known: bytes | None) -> None:
+        if known is not None and known != reply:
+            raise ProtocolError(
+                f"expected one reply of client {client}, got two that differ; the first one counts"
+            )
+
+    def _require_replies(self, min_replies: int) -> None:
+        check_count("min_replies", min_replies, 0, len(self.clients))
+        if len(self._replies) < min_replies:
+            raise TooFewRepliesError(
+                f"expected at least {min_replies} {self._what} of round {self.number}, got "
+                f"{len(self._replies)}; missing are clients {some(self.missing)}: add more, or close with a "
+                "smaller min_replies"
+            )
+
+    def _tell_refusal(self, error: Exception) -> None:
+        logger.warning("round %d: a reply was refused: %s", self.number, error)
+
+
+def some(clients: tuple[int, ...]) -> str:
+    """Numbers of clients for a line of text, the first few of many."""
+    named = ", ".join(map(str, clients[:_MOST_NAMED]))
+    return named if len(clients) <= _MOST_NAMED else f"{named} and {len(clients) - _MOST_NAMED} others"

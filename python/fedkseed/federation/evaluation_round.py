@@ -1,0 +1,85 @@
+"""Clients' scores of a round's model: what is sent, which answers have come, their means."""
+
+from __future__ import annotations
+
+import math
+
+from fedkseed.federation.collecting import Collecting
+from fedkseed.federation.evaluation_messages import EvaluationReply
+from fedkseed.federation.messages import MessageBytes, MessageError, ProtocolError
+from fedkseed.federation.round_messages import RoundMessages
+from fedkseed.federation.summary import EvaluationSummary
+
+
+class EvaluationRound(Collecting):
+    """An evaluation of the model that a round starts from; made by `fedkseed.Server.open_evaluation`.
+
+    It changes nothing of the server, and goes on being valid when the round is closed.
+
+    Args:
+        sent: who is asked, and with what.
+
+    Attributes:
+        number: of the round that starts from this model.
+        clients: who is asked, ascending.
+    """
+
+    def __init__(self, sent: RoundMessages) -> None:
+        super().__init__(sent, "answers to the evaluation")
+        self._found: dict[int, EvaluationReply] = {}
+
+    def add(self, client: int, reply: MessageBytes) -> None:
+        """Takes the answer of one client; the very same bytes again count once.
+
+        Every refusal is logged as a warning of the logger "fedkseed".
+
+        Raises:
+            MessageError: the answer is damaged, of another format, or no answer to an evaluation.
+            ProtocolError: a client that is not asked, an answer to another message, or another one than was
+                added before.
+        """
+        try:
+            self._sent.require(client)
+            try:
+                found = EvaluationReply.from_bytes(reply)
+            except MessageError as error:
+                raise MessageError(f"client {client}: {error}") from error
+            wanted = (self.number, client, self._sent.digest(client))
+            if (found.round, found.client, found.digest) != wanted:
+                raise ProtocolError(
+                    f"expected client {client} to answer this run's evaluation of round {self.number}, got "
+                    "an answer to another message"
+                )
+            raw = bytes(reply)
+            self._require_first(client, raw, self._replies.get(client))
+        except (MessageError, ProtocolError) as error:
+            self._tell_refusal(error)
+            raise
+        self._replies[client], self._found[client] = raw, found
+
+    def close(self, min_replies: int = 1) -> EvaluationSummary:
+        """The means of the scores, weighted by the clients' numbers of examples; more may be added after it.
+
+        Raises:
+            TooFewRepliesError: fewer answers than ``min_replies``.
+            TypeError, ValueError: ``min_replies`` is no count of its clients.
+        """
+        self._require_replies(min_replies)
+        found = [self._found[client] for client in self.replied]
+        names = sorted({name for reply in found for name in reply.scores})
+        return EvaluationSummary(
+            round=self.number,
+            clients=self.clients,
+            replied=self.replied,
+            missing=self.missing,
+            num_examples=sum(reply.num_examples for reply in found),
+            scores={name: _mean(name, found) for name in names},
+            by_client={reply.client: dict(reply.scores) for reply in found},
+        )
+
+
+def _mean(name: str, replies: list[EvaluationReply]) -> float:
+    """The weighted mean of a score over the answers that have it; exact sums, so in any order the same."""
+    having = [reply for reply in replies if name in reply.scores]
+    weights = [reply.num_examples / sum(other.num_examples for other in having) for reply in having]
+    return math.fsum(weight * reply.scores[name] for weight, reply in zip(weights, having, strict=True))
