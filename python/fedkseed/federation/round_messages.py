@@ -99,7 +99,7 @@ class RoundMessages(Mapping[int, bytes]):
 
     @property
     def num_bytes(self) -> int:
-        """Of all messages."""
+        """Bytes of all messages."""
         each = broadcast_bytes(self._pool.num_seeds, self._num_steps)
         return len(self.clients) * each
 
