@@ -1,0 +1,272 @@
+"""The caller's side of a resident worker: found by its socket, or started."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import pickle
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedkseed._checks import check_real
+from fedkseed.federation.messages import MessageBytes
+from fedkseed.resident import worker
+from fedkseed.resident.frames import (
+    KEY_BYTES,
+    Answered,
+    Asked,
+    ResidentError,
+    error_of,
+    is_own,
+    receive,
+    receive_exactly,
+    send,
+)
+from fedkseed_kernels import __version__
+
+#: Of a socket's name on Linux (sun_path), its end included.
+_MAX_PATH = 108
+_SECONDS_BETWEEN_LOOKS = 0.05
+_SECONDS_TO_CONNECT = 20.0
+#: The longest wait that a socket takes, about.
+_MOST_SECONDS = 1e9
+
+
+class Resident:
+    """A worker of this user on this machine that holds what ``make_client`` makes; see `connect`.
+
+    Args: as of `connect`.
+
+    Attributes:
+        path: of its socket; a log is beside it.
+    """
+
+    def __init__(
+        self,
+        make_client: Callable[[], worker.Handler],
+        folder: Path,
+        idle_timeout: float,
+        start_timeout: float,
+        name: str,
+    ) -> None:
+        try:
+            self._pickled = pickle.dumps(make_client)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ResidentError(
+                "expected a function at the top level of a module, or a functools.partial of one, got "
+                f"{make_client!r}, which another process cannot find: {error}"
+            ) from error
+        self._idle_timeout = idle_timeout
+        self._start_timeout = start_timeout
+        parts = (__version__, sys.executable, name, _source_stamp(make_client))
+        self._key = hashlib.sha256("\0".join(parts).encode() + self._pickled).digest()
+        self.path = folder / f"{self._key.hex()[:16]}.socket"
+        if len(os.fsencode(self.path)) >= _MAX_PATH:
+            raise ResidentError(
+                f"expected a folder for sockets whose names stay below {_MAX_PATH} bytes, got {folder}; "
+                "name a shorter one"
+            )
+
+    def handle(self, message: MessageBytes) -> bytes:
+        """The client's answer to a message of the server.
+
+        Where no worker is there, or it dies over the message, one is started, once.
+
+        Raises:
+            MessageError, ProtocolError, IdentityError: as `fedkseed.Client.handle`; the worker lives on.
+            ResidentError: the client raised another error, or no worker could be started or lived.
+        """
+        for is_last in (False, True):
+            self.start()
+            try:
+                return self._ask(Asked.HANDLE, bytes(message), None)
+            except (ConnectionError, FileNotFoundError) as error:
+                if is_last:
+                    raise ResidentError(
+                        f"expected the worker to live through a message, got its end twice ({error}), often "
+                        f"for want of memory; its log is {self._log}"
+                    ) from error
+        raise AssertionError("one of the two attempts returns or raises")
+
+    def start(self) -> None:
+        """Starts the worker if none answers; returns when one does.
+
+        Raises:
+            ResidentError: it could not be started; says why.
+        """
+        if self._is_there():
+            return
+        with self._alone():
+            if self._is_there():  # somebody else started it meanwhile
+                return
+            self.path.unlink(missing_ok=True)  # of a worker that was killed
+            process = self._started()
+            end = time.monotonic() + self._start_timeout
+            while not self._is_there():
+                if process.poll() is not None:
+                    raise ResidentError(
+                        f"expected a worker to start, got its end with exit status {process.returncode}: "
+                        f"{self._last_words()}; its log is {self._log}"
+                    )
+                if time.monotonic() > end:
+                    process.kill()
+                    process.wait()
+                    raise ResidentError(
+                        f"expected a worker to be ready within {self._start_timeout:g} s, got none; its "
+                        f"log is {self._log}"
+                    )
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def info(self) -> dict[str, Any]:
+        """What the running worker has done, `worker.Trace` by name.
+
+        Raises:
+            ResidentError: none runs.
+        """
+        try:
+            found: dict[str, Any] = json.loads(self._ask(Asked.INFO, b"", _SECONDS_TO_CONNECT))
+        except OSError as error:
+            raise ResidentError(f"expected a running worker at {self.path}, got none: {error}") from error
+        return found
+
+    def stop(self) -> None:
+        """Ends the worker when it has answered what came before; harmless where none runs."""
+        try:
+            pid = json.loads(self._ask(Asked.STOP, b"", None))["pid"]
+        except OSError:
+            return
+        end = time.monotonic() + _SECONDS_TO_CONNECT
+        while self.path.exists() and Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    @property
+    def _log(self) -> Path:
+        return self.path.with_suffix(".log")
+
+    def _ask(self, asked: Asked, message: bytes, timeout: float | None) -> bytes:
+        """One request and its answer; without a time limit once the worker has greeted."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout)
+            connection.connect(str(self.path))
+            self._greeted(connection)
+            send(connection, asked, message)
+            answered, data = receive(connection)
+        if answered == Answered.FAILED:
+            raise error_of(data)
+        return data
+
+    def _greeted(self, connection: socket.socket) -> None:
+        if not is_own(connection):
+            raise ResidentError(
+                f"expected a worker of this user at {self.path}, got one of another; remove it"
+            )
+        if receive_exactly(connection, KEY_BYTES) != self._key:
+            raise ResidentError(f"expected this client's worker at {self.path}, got another one's; remove it")
+
+    def _is_there(self) -> bool:
+        """Whether somebody accepts connections; busy with a message counts."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            try:
+                connection.connect(str(self.path))
+            except (FileNotFoundError, ConnectionRefusedError):
+                return False
+        return True
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        orders = worker.Orders(str(self.path), self._key, self._idle_timeout, self._pickled, tuple(sys.path))
+        descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", worker.__name__],
+                stdin=subprocess.PIPE,
+                stdout=descriptor,
+                stderr=descriptor,
+                start_new_session=True,  # it outlives the caller
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        finally:
+            os.close(descriptor)
+        assert process.stdin is not None, "it is a pipe"
+        with process.stdin:
+            process.stdin.write(pickle.dumps(orders))
+        return process
+
+    def _last_words(self) -> str:
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A context that one caller at a time is in: two that start a worker end with one."""
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+
+def connect(
+    make_client: Callable[[], worker.Handler],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    idle_timeout: float = 600.0,
+    start_timeout: float = 600.0,
+    name: str = "",
+) -> Resident:
+    """The worker that holds the client of ``make_client``; it runs already, or the first message starts it.
+
+    It is the same one for every process of this user on this machine that asks for the same ``make_client``
+    (with the same arguments, from an unchanged file), with the same Python and release of this package. It
+    goes on when the caller ends, and ends when no message came for a while. Its socket has mode 0600, in a
+    folder of mode 0700.
+
+    Args:
+        make_client: makes the client, with its model; at the top level of a module, or a functools.partial of
+            such a function. A client whose working copy has ``round_model="own"`` keeps the round's model.
+        folder: for socket, lock and log; None: one of this user's below XDG_RUNTIME_DIR or the temporary one.
+        idle_timeout: seconds without a message after which the worker ends.
+        start_timeout: seconds that loading the model may take.
+        name: tells workers of one ``make_client`` apart.
+
+    Raises:
+        ResidentError: a ``make_client`` that no other process can find, or a folder that is not this user's
+            alone.
+        TypeError, ValueError: a time that is no positive number.
+        OSError: the folder cannot be made.
+    """
+    for what, seconds in (("idle_timeout", idle_timeout), ("start_timeout", start_timeout)):
+        if not 0 < check_real(what, seconds) < _MOST_SECONDS:
+            raise ValueError(f"expected {what} in seconds above 0, got {seconds}")
+    place = _default_folder() if folder is None else Path(folder).absolute()
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = place.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ResidentError(
+            f"expected a folder of this user alone (mode 0700), got {place} with mode "
+            f"{stat.S_IMODE(found.st_mode):04o} of user {found.st_uid}; name another one"
+        )
+    return Resident(make_client, place, float(idle_timeout), float(start_timeout), name)
+
+
+def _source_stamp(make_client: object) -> str:
+    """When the file that makes the client was changed last: a worker that holds older code is another one."""
+    while isinstance(make_client, functools.partial):
+        make_client = make_client.func
+    file = getattr(sys.modules.get(getattr(make_client, "__module__", "")), "__file__", None)
+    return f"{file} {os.stat(file).st_mtime_ns}" if file and os.path.exists(file) else ""
+
+
+def _default_folder() -> Path:
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.path.isdir(runtime):
+        return Path(runtime) / "fedkseed"
+    return Path(tempfile.gettempdir()) / f"fedkseed-{os.getuid()}"

@@ -1,0 +1,179 @@
+"""A resident worker: found again, started once, alive after failed messages, replaced when it was killed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import federation
+from support.resident_clients import make_client, make_echo, make_none
+from support.running import is_running, wait_for
+
+from fedkseed import IdentityError, MessageError, ProtocolError, Server, Simulation, SimulationConfig
+from fedkseed.resident import Resident, ResidentError, connect
+
+SECONDS = 60.0
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder for sockets; workers that are left in it are ended by id."""
+    place = tmp_path / "sockets"
+    yield place
+    for log in place.glob("*.log"):
+        for line in log.read_text().splitlines():
+            if "model loaded" in line:
+                pid = int(line.rpartition(" ")[2])
+                if is_running(pid):
+                    os.kill(pid, signal.SIGKILL)
+                wait_for(lambda pid=pid: not is_running(pid))  # type: ignore[misc]
+
+
+def echo(folder: Path, **options: object) -> Resident:
+    folder.mkdir(exist_ok=True, mode=0o700)
+    return connect(functools.partial(make_echo, folder), folder, start_timeout=SECONDS, **options)  # type: ignore[arg-type]
+
+
+def made(folder: Path) -> int:
+    return len(list(folder.glob("made-*")))
+
+
+def test_it_is_started_by_the_first_message_and_found_again(folder: Path) -> None:
+    resident = echo(folder)
+    with pytest.raises(ResidentError, match="expected a running worker"):
+        resident.info()
+    assert resident.handle(b"one") == b"answer to one"
+    again = echo(folder)
+    assert again.handle(bytearray(b"two")) == b"answer to two"
+    script = (
+        "import sys; from pathlib import Path; from test_resident import echo;"
+        "sys.stdout.buffer.write(echo(Path(sys.argv[1])).handle(b'three'))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    found = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], env=environment, capture_output=True, timeout=SECONDS
+    )
+    assert found.stdout == b"answer to three", found.stderr
+    assert resident.info()["messages"] == 3
+    assert made(folder) == 1
+    assert stat.S_IMODE(resident.path.stat().st_mode) == 0o600
+    resident.stop()
+    assert not resident.path.exists()
+    resident.stop()
+
+
+def test_a_failed_message_comes_back_as_what_it_is_and_the_worker_lives(folder: Path) -> None:
+    resident = echo(folder)
+    for message, kind in (
+        (b"message", MessageError),
+        (b"protocol", ProtocolError),
+        (b"identity", IdentityError),
+    ):
+        with pytest.raises(kind, match=f"expected another one than b'{message.decode()}'"):
+            resident.handle(message)
+    with pytest.raises(ResidentError, match="RuntimeError: expected room, got none"):
+        resident.handle(b"other")
+    assert resident.handle(b"good") == b"answer to good"
+    info = resident.info()
+    assert (info["messages"], info["failed"], info["loads"]) == (5, 4, 1)
+    resident.stop()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced(folder: Path) -> None:
+    resident = echo(folder)
+    resident.handle(b"one")
+    pid = resident.info()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not is_running(pid))
+    assert resident.path.exists()
+    assert resident.handle(b"two") == b"answer to two"
+    assert resident.info()["pid"] != pid
+    assert resident.handle(b"die once") == b"answer to die once"
+    with pytest.raises(ResidentError, match="got its end twice"):
+        resident.handle(b"die")
+    resident.stop()
+
+
+@pytest.mark.slow
+def test_callers_that_start_at_once_end_with_one_worker(folder: Path) -> None:
+    folder.mkdir(mode=0o700)
+    script = (
+        "import sys; from pathlib import Path; from test_resident import echo;"
+        "echo(Path(sys.argv[1])).handle(b'x')"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    callers = [
+        subprocess.Popen([sys.executable, "-c", script, str(folder)], env=environment) for _ in range(4)
+    ]
+    assert [caller.wait(timeout=2 * SECONDS) for caller in callers] == [0] * 4
+    assert made(folder) == 1
+    echo(folder).stop()
+
+
+@pytest.mark.slow
+def test_an_idle_worker_ends(folder: Path) -> None:
+    resident = echo(folder, idle_timeout=0.2)
+    resident.handle(b"one")
+    wait_for(lambda: not resident.path.exists())
+    assert resident.handle(b"two") == b"answer to two"
+    wait_for(lambda: not resident.path.exists())
+
+
+def test_a_worker_that_cannot_start_says_why(folder: Path) -> None:
+    resident = connect(make_none, folder, start_timeout=SECONDS)
+    with pytest.raises(ResidentError, match="FileNotFoundError: expected a model, got no such folder"):
+        resident.handle(b"one")
+    with pytest.raises(ResidentError, match="at the top level of a module"):
+        connect(lambda: make_echo(folder), folder)
+
+
+def test_folders_that_others_may_enter_are_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with pytest.raises(ResidentError, match=r"this user alone \(mode 0700\), got .* with mode 0755"):
+        connect(make_none, tmp_path)
+    with pytest.raises(ResidentError, match="stay below 108 bytes"):
+        connect(make_none, tmp_path / ("long" * 25))
+    with pytest.raises(ValueError, match="idle_timeout in seconds above 0"):
+        connect(make_none, tmp_path / "sockets", idle_timeout=0)
+
+
+def test_other_clients_have_other_workers(folder: Path) -> None:
+    one, other = connect(make_none, folder), connect(make_none, folder, name="second")
+    third = connect(functools.partial(make_client, 3), folder)
+    assert len({one.path, other.path, third.path}) == 3
+    assert connect(make_none, folder).path == one.path
+
+
+@pytest.mark.slow
+def test_a_federation_over_resident_workers_has_the_simulation_s_ledger(folder: Path) -> None:
+    config = SimulationConfig(**{**federation.CONFIG, "num_rounds": 2})
+    with Simulation(federation.make_task(), config) as simulation:
+        list(simulation.rounds())
+        expected = simulation.ledger().to_bytes()
+    task = federation.make_task()
+    server = Server.of(task.model, simulation.server.pool, config.server_config(5))
+    workers = {
+        number: connect(functools.partial(make_client, number), folder, start_timeout=SECONDS)
+        for number in range(5)
+    }
+    rebuilds = []
+    for _ in range(2):
+        opened = server.open()
+        for number, message in opened.messages.items():
+            opened.add(number, workers[number].handle(message))
+            assert workers[number].handle(message) == opened.replies[number]
+            rebuilds.append(workers[number].info()["rebuilds"])
+        opened.close()
+    assert server.ledger().to_bytes() == expected
+    # The second message of a round finds its model.
+    assert all(count <= number for count, number in zip(rebuilds, (1, 1, 2, 2), strict=True))
+    for worker in workers.values():
+        worker.stop()
