@@ -1,7 +1,7 @@
 """What passes through a resident worker's socket: a request, an answer, a connection each.
 
 The worker greets with the key that says what it holds. Then comes one request: what is asked (u8), length
-(u32), bytes; and one answer: how it went (u8), length (u32), bytes. Integers are little-endian. Errors are JSON.
+(u32), bytes; and one answer: how it went (u8), length (u32), bytes. Integers are little-endian, errors JSON.
 """
 
 from __future__ import annotations
