@@ -19,10 +19,44 @@ def scalars(seed: int, scale: float = 1.0) -> np.ndarray:
     return (scale * np.random.default_rng(seed).normal(size=STEPS)).astype(np.float32)
 
 
+def test_the_median_is_that_of_the_replies_medians() -> None:
+    given = [[5, -1, 2, 900], [-3, 4, 4, 5], [8, 9, -7, 6]]  # medians 3.5, 4, 7.5
+    assert median_magnitude(np.array(given, np.float32)) == 4.0
+    assert median_magnitude(np.array(given[:2], np.float32)) == 3.75
+    assert median_magnitude(np.array(given[1:2], np.float32)) == 4.0
+
+
 def test_the_median_leaves_out_skipped_steps() -> None:
-    assert median_magnitude(np.array([[0, -3, 1], [0, 0, 8]], np.float32)) == 3.0
-    assert median_magnitude(np.array([-1, 2, 0, 4, 3], np.float32)) == 2.5
-    assert median_magnitude(np.zeros(4, np.float32)) is None
+    given = np.array([[0, -3, 1], [0, 0, 8], [0, 0, 0], [7, 2, -2]], np.float32)  # medians 2, 8, none, 2
+    assert median_magnitude(given) == 2.0
+    assert median_magnitude(np.zeros((3, 4), np.float32)) is None
+
+
+@pytest.mark.parametrize(("num_clients", "num_steps"), [(1, 1), (2, 3), (7, 20), (16, 21)])
+def test_the_median_is_numpys_whatever_the_order(num_clients: int, num_steps: int) -> None:
+    generator = np.random.default_rng([num_clients, num_steps])
+    given = generator.normal(size=(num_clients, num_steps)).astype(np.float32)
+    given[generator.random(given.shape) < 0.2] = 0
+    given[0, 0] = 1.5
+    medians = [np.median(np.abs(row[row != 0]).astype(np.float64)) for row in given if row.any()]
+    assert median_magnitude(given) == np.median(medians)
+    shuffled = generator.permuted(generator.permutation(given), axis=1)
+    assert median_magnitude(shuffled) == median_magnitude(given)
+
+
+def test_the_largest_finite_g_have_a_finite_median() -> None:
+    largest = float(np.finfo(np.float32).max)
+    assert median_magnitude(np.full((2, 2), -largest, np.float32)) == largest
+
+
+def test_four_liars_of_sixteen_leave_a_median_of_honest_replies() -> None:
+    honest = np.stack([scalars(client) for client in range(12)])
+    highest = max(float(np.median(np.abs(row))) for row in honest)
+    for lie in (100.0, 1e-6):
+        everyone = np.concatenate((honest, np.full((4, STEPS), lie, np.float32)))
+        found = median_magnitude(everyone)
+        assert found is not None
+        assert 0.4 < found < highest < 1.2
 
 
 def test_a_clip_keeps_signs_and_what_is_within() -> None:
@@ -91,7 +125,7 @@ def test_a_liar_is_clipped_and_capped() -> None:
     assert held.weights[0] == pytest.approx(2.4 / 7)
     assert held.capped == (0,)
     assert held.clipped[0] == STEPS
-    everyone = np.concatenate([np.full(STEPS, 100.0, np.float32), *(scalars(c) for c in range(1, 7))])
+    everyone = np.stack([np.full(STEPS, 100.0, np.float32), *(scalars(c) for c in range(1, 7))])
     assert held.median_abs_g == median_magnitude(everyone)
     limit = 5.0 * held.median_abs_g
     expected = np.zeros(16)
@@ -132,8 +166,8 @@ def test_a_message_does_not_tell_the_bounds() -> None:
 
 
 def test_what_is_cut_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    round_of({"median_clip": 5.0, "share_cap": 2.4}, liars=1)
-    assert "round 0: clipped 20 g of clients 0 to 5 times the median |g| of " in caplog.text
+    round_of({"median_clip": 6.0, "share_cap": 2.4}, liars=1)
+    assert "round 0: clipped 20 g of clients 0 to 6 times the median |g| of " in caplog.text
     assert "round 0: cut the weights of clients 0 to 2.4 / 7" in caplog.text
     caplog.clear()
     round_of({}, liars=1)
@@ -162,6 +196,6 @@ def test_recommended_bounds_are_put_where_none_are() -> None:
         ({"median_clip": float("inf")}, "median_clip of 0"),
     ],
 )
-def test_bounds_out_of_range_are_refused(changes: dict[str, float], message: str) -> None:
+def test_bounds_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_server(**changes)

@@ -19,8 +19,8 @@ class RoundSummary:
         capped: whose weights were cut to ``share_cap`` / n.
         clipped: how many g of a client were clipped to ``median_clip`` times the median; clients without one
             are left out.
-        median_abs_g: the median |g| over those that are not 0; None if all are, if nobody replied, or if
-            ``median_clip`` is off, which alone asks for it.
+        median_abs_g: the median over the replies of each one's median |g|, without skipped steps; None if all
+            were, if nobody replied, or if ``median_clip`` is off, which alone asks for it.
         num_skipped: steps that clients skipped (g = 0).
         bytes_down: of the broadcasts to all that were invited.
         bytes_up: of the replies that were merged.
