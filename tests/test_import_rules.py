@@ -72,6 +72,7 @@ BENCHMARKS = {
     "sentiment_prompts": SHARED,
     "speed_page": (*SHARED, "kernels", "step"),
     "traffic": SHARED,
+    "liars": SHARED,
 }
 RULES = {"fedkseed_kernels": KERNELS, "fedkseed": FEDKSEED, "benchmarks": BENCHMARKS}
 # What a package may take of the others: fedkseed_kernels by its public names alone.
