@@ -1,4 +1,4 @@
-"""How far liars move a round's weights, and what the bounds cost honest clients: `python -m benchmarks.liars`.
+"""How far liars move a round's weights, and what the bounds cost: `python -m benchmarks.liars`.
 
 A liar states the largest data size, 2^32 - 1, and the largest |g| that a server takes, 1000, in every step;
 honest clients state 1000 rows, and their g are normal with a standard deviation of 20. Sixteen clients, 20
