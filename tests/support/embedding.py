@@ -20,12 +20,10 @@ from torch import nn
 from fedkseed import (
     RECOMMENDED_BOUNDS,
     Client,
-    SeedPool,
     Server,
     Simulation,
     SimulationConfig,
     Task,
-    WorkingCopy,
 )
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -87,14 +85,12 @@ def make_task() -> Task[Row, Batch]:
 
 
 def make_server() -> Server:
-    pool = SeedPool(CONFIG.seed, CONFIG.num_seeds)
-    return Server.of(make_model(), pool, CONFIG.server_config(len(SIZES)))
+    return make_task().server(CONFIG)
 
 
 def make_client(number: int) -> Client[Batch]:
-    """A client of a process of its own."""
-    task = make_task()
-    return task.client(number, WorkingCopy(task.model), CONFIG)
+    """A client with a model of its own."""
+    return make_task().client(number, None, CONFIG)
 
 
 def simulated_ledger(num_workers: int = 1) -> bytes:

@@ -12,6 +12,7 @@ from torch import nn
 
 from fedkseed.federation.client import BatchT, Client
 from fedkseed.federation.limits import ClientLimits
+from fedkseed.federation.server import Server
 from fedkseed.model.modes import Modes
 from fedkseed.model.placement import input_device
 from fedkseed.model.working_copy import WorkingCopy
@@ -78,10 +79,21 @@ class Task(Generic[ExampleT, BatchT]):
         """What the client's reply weighs."""
         return len(self.datasets[client]) if self.data_sizes is None else self.data_sizes[client]
 
+    def server(self, config: SimulationConfig) -> Server:
+        """Exactly the server of a `Simulation` of this task, but that it draws its run id from the system.
+
+        The model's weights have to be w0 as yet; the model is not kept.
+
+        Raises:
+            TypeError, ValueError: as `ModelIdentity.of`, and as `SimulationConfig.server_config`.
+        """
+        pool = SeedPool(config.seed, config.num_seeds)
+        return Server.of(self.model, pool, config.server_config(len(self.datasets)))
+
     def client(
         self,
         number: int,
-        working: WorkingCopy,
+        working: WorkingCopy | None,
         config: SimulationConfig,
         *,
         pool: SeedPool | None = None,
@@ -95,7 +107,8 @@ class Task(Generic[ExampleT, BatchT]):
 
         Args:
             number: of the client.
-            working: the model that it tunes; clients of one process may share it.
+            working: the model that it tunes; clients of one process may share it. None: the task's model,
+                in a working copy made here.
             config: of the run; server and clients take the same one.
             pool: the candidate seeds; those of the config if None.
             storage: in place of the config's.
@@ -105,8 +118,10 @@ class Task(Generic[ExampleT, BatchT]):
         Raises:
             IndexError: the task has no such client.
         """
+        rows = self.datasets[number]
+        working = working or WorkingCopy(self.model)
         batches = LocalBatches(
-            self.datasets[number],
+            rows,
             number,
             config.seed,
             config.batch_size,
