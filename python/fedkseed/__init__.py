@@ -29,7 +29,14 @@ from fedkseed.federation import (
 )
 from fedkseed.files import FolderInUseError
 from fedkseed.ledger import Ledger, LedgerError, SigningKeyError, load
-from fedkseed.model import IdentityError, Manifest, ModelIdentity, WorkingCopy, manifest_parameters
+from fedkseed.model import (
+    IdentityError,
+    Manifest,
+    ModelIdentity,
+    RoundModelFile,
+    WorkingCopy,
+    manifest_parameters,
+)
 from fedkseed.optim import ZOSGD, FedKSeedSGD, decay_groups, paired_losses
 from fedkseed.seeds import SeedPool
 from fedkseed.simulation import (
@@ -69,6 +76,7 @@ __all__ = [
     "Reply",
     "Round",
     "RoundFailedError",
+    "RoundModelFile",
     "RoundResult",
     "RoundSummary",
     "RunFolderError",

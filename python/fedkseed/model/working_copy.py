@@ -24,6 +24,7 @@ from fedkseed.model.named_errors import errors_named
 from fedkseed.model.overlaps import check_overlaps, refuse_overlap
 from fedkseed.model.placement import PreparedTensors, by_device
 from fedkseed.model.randomness import GivenGenerators, OwnGenerators
+from fedkseed.model.round_model_file import RoundModelFile
 from fedkseed.model.tunable import check_buffers, check_tunable
 from fedkseed.model.waiting import flush_waiting
 from fedkseed.seeds import SeedPool
@@ -52,7 +53,8 @@ class WorkingCopy:
         round_model: room for what was rebuilt last, in tensors like w0's, so that loading the same
             coefficients again copies instead of rebuilding; "own" to make room here (one more model of
             memory), None to always rebuild. Working copies of several processes may share it: one of them
-            rebuilds, the others are told by `adopt_round_model`.
+            rebuilds, the others are told by `adopt_round_model`. A `RoundModelFile`: in a file, which
+            processes that are started for one message find.
 
     Attributes:
         model: the model given.
@@ -71,7 +73,7 @@ class WorkingCopy:
         model: nn.Module,
         *,
         w0: Sequence[torch.Tensor] | None = None,
-        round_model: Sequence[torch.Tensor] | Literal["own"] | None = None,
+        round_model: Sequence[torch.Tensor] | RoundModelFile | Literal["own"] | None = None,
     ) -> None:
         self.model = model
         self.manifest = Manifest.of(model)
@@ -99,9 +101,10 @@ class WorkingCopy:
             self._states = self._generators.states()
         self._check_like_weights("w0", self.w0)
         self._round_model: list[torch.Tensor] | None = None
+        self._round_file = round_model if isinstance(round_model, RoundModelFile) else None
         if round_model == "own":
             self._round_model = [torch.empty_like(weight) for weight in self.w0]
-        elif round_model is not None:
+        elif round_model is not None and not isinstance(round_model, RoundModelFile):
             self._round_model = list(round_model)
             self._check_like_weights("round_model", self._round_model)
         refuse_overlap(
@@ -180,8 +183,13 @@ class WorkingCopy:
                     weight.copy_(kept)
                 self.seconds_reset += perf_counter() - start
                 return
+            if self._round_file is not None and self._is_loaded_from(self._round_file, wanted):
+                self.seconds_reset += perf_counter() - start
+                return
             self._rebuild(pool, coefficients, family)
             self.seconds_rebuild += perf_counter() - start
+            if self._round_file is not None:
+                self._round_file.save(self.identity.content, _parts(wanted), self._weights)
             if self._round_model is not None:
                 start = perf_counter()
                 self._kept = None
@@ -189,6 +197,10 @@ class WorkingCopy:
                     kept.copy_(weight)
                 self._kept = wanted
                 self.seconds_reset += perf_counter() - start
+
+    def _is_loaded_from(self, file: RoundModelFile, wanted: tuple[SeedPool, bytes, str]) -> bool:
+        """Whether a file held the round's model; then the working weights are set to it."""
+        return file.load(self.identity.content, _parts(wanted), self._weights)
 
     def adopt_round_model(
         self,
@@ -234,6 +246,13 @@ class WorkingCopy:
                 f"expected {name} with the shapes and dtypes of the model's {len(self._weights)} tuned "
                 f"parameters, got {len(tensors)} tensors, {len(others)} others{''.join(others[:1])}"
             )
+
+
+def _parts(wanted: tuple[SeedPool, bytes, str]) -> tuple[bytes, ...]:
+    """What a round's model follows from, beside w0, as bytes."""
+    pool, coefficients, family = wanted
+    numbers = f"{fedkseed_kernels.CONTRACT_VERSION} {pool.base_seed} {pool.num_seeds} {family}"
+    return numbers.encode(), coefficients
 
 
 def _kind(tensor: torch.Tensor) -> str:

@@ -94,8 +94,8 @@ class Resident:
             except (ConnectionError, FileNotFoundError) as error:
                 if is_last:
                     raise ResidentError(
-                        f"expected the worker to live through a message, got its end twice ({error}), often "
-                        f"for want of memory; its log is {self._log}"
+                        f"expected the worker to live through a message, got its end twice ({error}), as "
+                        f"where memory runs out; its log is {self._log}"
                     ) from error
         raise AssertionError("one of the two attempts returns or raises")
 

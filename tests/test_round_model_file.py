@@ -1,0 +1,129 @@
+"""The round's model in a file: the next process finds it; half a model is none; without room it is rebuilt."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.small_model import make_model, same_bytes, weights_of
+from torch import nn
+
+from fedkseed import RoundModelFile, SeedPool, WorkingCopy
+
+POOL = SeedPool(21, 32)
+COEFFICIENTS = np.random.default_rng(1).normal(scale=0.01, size=32).astype(np.float32)
+
+
+def mixed_model() -> nn.Module:
+    """Weights of two dtypes and odd sizes, one of them frozen."""
+    model = make_model(torch.float32)
+    model.append(nn.Linear(1, 3, dtype=torch.bfloat16))
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+def copy(folder: Path, model: nn.Module | None = None) -> WorkingCopy:
+    """A working copy as a new process has it."""
+    return WorkingCopy(model or mixed_model(), round_model=RoundModelFile(folder))
+
+
+def load(
+    working: WorkingCopy, coefficients: Any = COEFFICIENTS, pool: SeedPool = POOL, **options: Any
+) -> bool:
+    """Loads a round's model; says whether it was rebuilt."""
+    before = working.seconds_rebuild
+    working.load(pool, coefficients, **options)
+    return working.seconds_rebuild > before
+
+
+def expected(coefficients: Any = COEFFICIENTS, pool: SeedPool = POOL, **options: Any) -> list[torch.Tensor]:
+    working = WorkingCopy(mixed_model())
+    working.load(pool, coefficients, **options)
+    return weights_of(working.model)
+
+
+def test_the_next_process_finds_the_model_and_its_bits(tmp_path: Path) -> None:
+    assert load(copy(tmp_path))
+    again = copy(tmp_path)
+    assert not load(again)
+    assert same_bytes(weights_of(again.model), expected())
+    (file,) = tmp_path.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"coefficients": COEFFICIENTS * 2},
+        {"pool": SeedPool(22, 32)},
+        {"family": "rademacher"},
+    ],
+)
+def test_another_model_is_rebuilt_and_takes_the_place(tmp_path: Path, changes: dict[str, Any]) -> None:
+    load(copy(tmp_path))
+    other = copy(tmp_path)
+    assert load(other, **changes)
+    assert same_bytes(weights_of(other.model), expected(**changes))
+    assert len(list(tmp_path.iterdir())) == 1
+    assert load(copy(tmp_path))
+    assert not load(copy(tmp_path))
+
+
+def test_models_of_another_w0_have_files_of_their_own(tmp_path: Path) -> None:
+    load(copy(tmp_path))
+    other = mixed_model()
+    with torch.no_grad():
+        other[0].weight += 1
+    assert load(copy(tmp_path, other))
+    assert len(list(tmp_path.iterdir())) == 2
+    assert not load(copy(tmp_path))
+
+
+def test_a_part_of_a_file_or_another_one_is_no_model(tmp_path: Path) -> None:
+    load(copy(tmp_path))
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-1], whole[: len(whole) // 2], whole + b"\0", bytes(len(whole))):
+        file.write_bytes(damaged)
+        working = copy(tmp_path)
+        assert load(working)
+        assert same_bytes(weights_of(working.model), expected())
+        assert file.read_bytes() == whole
+    # As after a crash of the machine: the name is there, and the end of the content is not.
+    file.write_bytes(whole[:-64] + bytes(64))
+    assert load(copy(tmp_path))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(whole)
+    file.unlink()
+    file.symlink_to(elsewhere)
+    assert load(copy(tmp_path))
+
+
+def test_without_room_it_is_rebuilt_and_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    working = copy(tmp_path / "new")
+    for scale in (1, 2):
+        assert load(working, COEFFICIENTS * scale)
+        assert same_bytes(weights_of(working.model), expected(COEFFICIENTS * scale))
+    assert caplog.text.count("rebuilt for every message, as it cannot be kept in") == 1
+    assert "No space left" in caplog.text
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    working = copy(tmp_path / "file" / "below")
+    assert load(working)
+    assert same_bytes(weights_of(working.model), expected())
+    assert "cannot be kept in" in caplog.text
