@@ -1,4 +1,4 @@
-"""The round's model in a file: the next process finds it; half a model is none; without room it is rebuilt."""
+"""The round's model in a file: the next process finds it, half a model is none, no room means rebuilding."""
 
 from __future__ import annotations
 
