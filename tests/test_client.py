@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support.messages import patched
+from support.small_client import (
+    COEFFICIENTS,
+    POOL,
+    RUN,
+    batches,
+    loss,
+    make_broadcast,
+    make_client,
+    make_model,
+    same_bytes,
+    weights_of,
+)
 from torch import nn
 
 import fedkseed_kernels
@@ -26,55 +37,6 @@ from fedkseed import (
     SeedPool,
     WorkingCopy,
 )
-
-POOL = SeedPool(21, 32)
-RUN = b"one of many runs"
-COEFFICIENTS = np.random.default_rng(1).normal(scale=0.01, size=32).astype(np.float32)
-
-
-def make_model(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
-
-
-def loss(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
-    return (model(batch) - 2).square().mean()
-
-
-def batches(round: int, num_steps: int) -> Iterable[torch.Tensor]:
-    generator = torch.Generator().manual_seed(round)
-    return [torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(num_steps)]
-
-
-def make_client(working: WorkingCopy, **changes: Any) -> Client[torch.Tensor]:
-    arguments: dict[str, Any] = {"loss": loss, "batches": batches, "data_size": 9}
-    return Client(4, working, **{"pool": POOL, **arguments, **changes})
-
-
-def make_broadcast(**changes: Any) -> bytes:
-    fields: dict[str, Any] = {
-        "round": 2,
-        "client": 4,
-        "run_id": RUN,
-        "identity": ModelIdentity.of(make_model()),
-        "base_seed": 21,
-        "lr": 0.05,
-        "eps": 1e-3,
-        "max_abs_g": 1e3,
-        "coefficients": COEFFICIENTS,
-        "schedule": np.array([3, 31, 3, 0], dtype=np.uint16),
-    }
-    return Broadcast(**{**fields, **changes}).to_bytes()
-
-
-def weights_of(model: nn.Module) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def same_bytes(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> bool:
-    return all(
-        torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(left, right, strict=True)
-    )
 
 
 def rebuilt(dtype: torch.dtype = torch.float64) -> nn.Sequential:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedkseed._checks import check_bound, check_count
+from fedkseed._checks import check_bound, check_count, check_seed
 from fedkseed._means import mean
 from fedkseed.federation.evaluation_messages import EvaluationReply
 from fedkseed.federation.limits import ClientLimits
@@ -25,6 +25,7 @@ from fedkseed.federation.messages import (
     MessageError,
     ProtocolError,
     Reply,
+    broadcast_as_bytes,
     broadcast_digest,
 )
 from fedkseed.model.modes import Modes
@@ -136,7 +137,7 @@ class Client(Generic[BatchT]):
         check_choice(storage)
         self._storage = storage
         self._max_loss_gap = None if max_loss_gap is None else check_bound("max_loss_gap", max_loss_gap)
-        self._seed = seed
+        self._seed = None if seed is None else check_seed(seed)
         self._num_threads = None if num_threads is None else check_count("num_threads", num_threads, 1, 2**15)
         self._limits = limits or ClientLimits()
         self._evaluate = evaluate
@@ -149,7 +150,8 @@ class Client(Generic[BatchT]):
         Raises:
             MessageError, ProtocolError, IdentityError, ValueError: as they do.
         """
-        return self.step(message) if Broadcast.peek(message).kind == "train" else self.evaluate(message)
+        raw = broadcast_as_bytes(message)
+        return self.step(raw) if Broadcast.peek(raw).kind == "train" else self.evaluate(raw)
 
     def step(self, message: MessageBytes) -> bytes:
         """One round: the reply to a broadcast.
@@ -160,7 +162,7 @@ class Client(Generic[BatchT]):
         Raises:
             MessageError: the message is damaged, of another format or contract version, of an unknown noise
                 family, or not a broadcast.
-            ProtocolError: it is for another client, pool or run.
+            ProtocolError: it is for another client, pool or run, or beyond this client's limits.
             IdentityError: it is for another w0: other structure, dtype or weights.
             ValueError: fewer batches than local steps.
         """
@@ -220,7 +222,7 @@ class Client(Generic[BatchT]):
             if self._num_threads is not None:
                 stack.enter_context(threads(self._num_threads))
             if self._seed is not None:
-                numbers = (self._seed % 2**64, broadcast.round, broadcast.client)
+                numbers = (self._seed, broadcast.round, broadcast.client)
                 stack.enter_context(seeded(self.working.model, *numbers))
             yield
 
@@ -228,12 +230,13 @@ class Client(Generic[BatchT]):
         self, message: MessageBytes, kind: Literal["train", "evaluate"] | None
     ) -> tuple[bytes, Broadcast, SeedPool]:
         """A message that is meant for this client, and the seeds that it is of."""
-        broadcast = Broadcast.from_bytes(message)
+        raw = broadcast_as_bytes(message)  # once: a transport may write into its buffer again
+        broadcast = Broadcast.from_bytes(raw)
         if kind not in (None, broadcast.kind):
             what = {"train": "a broadcast with local steps", "evaluate": "an evaluation message"}
             raise MessageError(f"expected {what[kind]}, got {what[broadcast.kind]}; handle() takes both")
         self._limits.require(broadcast)
-        return bytes(message), broadcast, self._pool_for(broadcast)
+        return raw, broadcast, self._pool_for(broadcast)
 
     def _walk(self, broadcast: Broadcast, pool: SeedPool) -> NDArray[np.float32]:
         """g of each step of the schedule, from the round's model on."""

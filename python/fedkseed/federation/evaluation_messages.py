@@ -6,6 +6,7 @@ The message itself is a `Broadcast` without a schedule.
 from __future__ import annotations
 
 import math
+import re
 import struct
 import zlib
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ _NAME_LENGTH = struct.Struct("<B")
 _VALUE = struct.Struct("<d")
 
 MAX_SCORES, MAX_NAME = 32, 64
+_NAME = re.compile(rf"[ -~]{{1,{MAX_NAME}}}")
 #: No answer is longer.
 MAX_EVALUATION_BYTES = (
     _HEADER.size + MAX_SCORES * (_NAME_LENGTH.size + MAX_NAME + _VALUE.size) + CHECKSUM_BYTES
@@ -115,9 +117,9 @@ class EvaluationReply:
         if len(self.scores) > MAX_SCORES:
             raise MessageError(f"expected at most {MAX_SCORES} scores, got {len(self.scores)}")
         for name, value in self.scores.items():
-            if not (1 <= len(name) <= MAX_NAME and name.isascii() and name.isprintable()):
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise MessageError(
-                    f"expected names of 1 to {MAX_NAME} printable ASCII characters, got {name[:MAX_NAME]!r}"
+                    f"expected names of 1 to {MAX_NAME} printable ASCII characters, got {repr(name)[:99]}"
                 )
             if not math.isfinite(value):
                 raise MessageError(f"expected finite scores, got {name} = {value}")

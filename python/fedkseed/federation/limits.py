@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from fedkseed._checks import check_real
+from fedkseed._checks import check_count, check_eps, check_learning_rate, check_max_abs_g
 from fedkseed.federation.messages import Broadcast, ProtocolError
+from fedkseed.seeds import MAX_SEEDS, MAX_STEPS
+
+_CHECKS: Mapping[str, Callable[[Any], float]] = {
+    "lr": check_learning_rate,
+    "eps": check_eps,
+    "max_abs_g": check_max_abs_g,
+    "num_local_steps": lambda limit: check_count("num_local_steps", limit, 1, MAX_STEPS - 1),
+    "num_seeds": lambda limit: check_count("num_seeds", limit, 1, MAX_SEEDS),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +28,13 @@ class ClientLimits:
 
     Attributes:
         lr: largest learning rate.
-        eps: largest scale of the perturbation.
-        max_abs_g: largest bound of |g|.
+        eps: largest scale of the perturbation, rounded to fp32, as it travels.
+        max_abs_g: largest bound of |g|, rounded to fp32 too.
         num_local_steps: most local steps of a round.
         num_seeds: most seeds of a pool.
 
     Raises:
-        TypeError, ValueError: a limit that is no positive number.
+        TypeError, ValueError: a limit that is no such number itself, as where a server is told it.
     """
 
     lr: float | None = None
@@ -33,10 +44,10 @@ class ClientLimits:
     num_seeds: int | None = None
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            limit = getattr(self, entry.name)
-            if limit is not None and not check_real(entry.name, limit) > 0:
-                raise ValueError(f"expected a limit of {entry.name} above 0, got {limit}; None for none")
+        for name, check in _CHECKS.items():
+            limit = getattr(self, name)
+            if limit is not None:
+                object.__setattr__(self, name, check(limit))
 
     def require(self, broadcast: Broadcast) -> None:
         """Raises unless a message is within the limits.

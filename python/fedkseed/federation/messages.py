@@ -210,7 +210,7 @@ class Broadcast:
 
 def _read_header(message: MessageBytes) -> tuple[bytes, tuple[Any, ...]]:
     """A message of the server as bytes, of the length that it states, and its first fields."""
-    raw = as_bytes("broadcast", message, BROADCAST_OVERHEAD, MAX_BROADCAST_BYTES)
+    raw = broadcast_as_bytes(message)
     kind = _KINDS.get(raw[:4], "train")
     check_versions("broadcast", _MAGICS[kind], raw)
     header = _BROADCAST.unpack_from(raw)
@@ -385,10 +385,22 @@ def as_bytes(kind: str, message: MessageBytes, shortest: int, longest: int) -> b
         raise MessageError(
             f"expected a {kind} as bytes, bytearray or memoryview, got {type(message).__name__}"
         )
-    num_bytes = message.nbytes if isinstance(message, memoryview) else len(message)
+    try:
+        num_bytes = memoryview(message).nbytes
+    except ValueError as error:  # a memoryview that its owner has released
+        raise MessageError(f"expected a {kind} as bytes, got a buffer without any: {error}") from error
     if not shortest <= num_bytes <= longest:
         raise MessageError(f"expected a {kind} of {shortest} to {longest} bytes, got {num_bytes}")
     return bytes(message)
+
+
+def broadcast_as_bytes(message: MessageBytes) -> bytes:
+    """`as_bytes` of a message of the server.
+
+    Raises:
+        MessageError: of another type or length.
+    """
+    return as_bytes("broadcast", message, BROADCAST_OVERHEAD, MAX_BROADCAST_BYTES)
 
 
 def reply_as_bytes(message: MessageBytes) -> bytes:
