@@ -24,7 +24,7 @@ NUM_ROUNDS = 150
 
 def play(folder: str, progress: int | None = None) -> None:
     """Goes on until the last round is saved; writes a byte to ``progress`` after each."""
-    config = ServerConfig(**{**CONFIG, "sampling": "pro"})
+    config = ServerConfig(**{**CONFIG, "sampling": "pro", "run_id": b"one of many runs"})
     if (Path(folder) / StateFolder.FILE).exists():
         server = Server.resume(folder, IDENTITY, POOL, config)
     else:
