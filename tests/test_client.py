@@ -19,10 +19,10 @@ from support.small_client import (
     make_broadcast,
     make_client,
     make_model,
+    rebuilt,
     same_bytes,
     weights_of,
 )
-from torch import nn
 
 import fedkseed_kernels
 from fedkseed import (
@@ -37,14 +37,6 @@ from fedkseed import (
     SeedPool,
     WorkingCopy,
 )
-
-
-def rebuilt(dtype: torch.dtype = torch.float64) -> nn.Sequential:
-    model = make_model(dtype)
-    seeds = POOL.seeds.view(np.int64).tolist()
-    with torch.no_grad():
-        fedkseed_kernels.seed_axpy_(list(model.parameters()), seeds, COEFFICIENTS.tolist())
-    return model
 
 
 def test_a_step_walks_the_schedule_from_the_round_s_model() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import resource
 import struct
 import tracemalloc
 import zlib
 from collections.abc import Callable
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +23,12 @@ from support.messages import (
     patched,
     sealed,
 )
+from support.protocol_page import read_by_the_page
 
 from fedkseed import Broadcast, MessageError, ModelIdentity, Reply, SeedPool
 from fedkseed.federation.messages import MAX_BROADCAST_BYTES, MAX_REPLY_BYTES, broadcast_digest
 from fedkseed_kernels import CONTRACT_VERSION
 
-PAGE = Path(__file__).parent.parent / "docs" / "protocol.md"
 Read = Callable[[Any], Any]
 REPLY = Reply(258, 3, 77, bytes(range(100, 132)), np.array([0.25, -3.0], dtype=np.float32))
 MESSAGES: dict[str, tuple[bytes, Read]] = {
@@ -38,29 +36,6 @@ MESSAGES: dict[str, tuple[bytes, Read]] = {
     "reply": (REPLY.to_bytes(), Reply.from_bytes),
 }
 BOTH = pytest.mark.parametrize("kind", list(MESSAGES))
-
-
-def fields_of_the_page(title: str, sizes: dict[str, int]) -> list[tuple[str, str, int]]:
-    """(name, struct code, offset) of each row of the page's table under a heading."""
-    section = PAGE.read_text().split(f"## {title}\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| ([^|]+) \| `([^`]+)` \| ([^|]+) \|", section, re.MULTILINE)
-    assert len(rows) > 5
-    return [
-        (name.strip(), code, int(eval(offset, {"__builtins__": {}}, sizes))) for offset, code, name in rows
-    ]
-
-
-def read_by_the_page(title: str, message: bytes, sizes: dict[str, int]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    end = 0
-    for name, code, offset in fields_of_the_page(title, sizes):
-        whole = "<" + re.sub(r"\b(K|tau)\b", lambda match: str(sizes[match[1]]), code).replace(" ", "")
-        assert offset == end, f"{name} begins where the field before it ends"
-        value = struct.unpack_from(whole, message, offset)
-        found[name] = value[0] if len(value) == 1 else value
-        end = offset + struct.calcsize(whole)
-    assert end == len(message)
-    return found
 
 
 def test_the_page_shows_every_byte_of_a_broadcast() -> None:

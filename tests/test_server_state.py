@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from support.killed_server import NUM_ROUNDS, play
 from support.messages import CONFIG, IDENTITY, POOL, make_replies, make_server
-from test_protocol import fields_of_the_page
+from support.protocol_page import fields_of_the_page
 
 from fedkseed import IdentityError, ModelIdentity, SeedPool, Server, ServerConfig, StateError
 from fedkseed.federation.state import ServerState, StateFolder

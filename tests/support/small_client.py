@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import fedkseed_kernels
 from fedkseed import Broadcast, Client, ModelIdentity, SeedPool, WorkingCopy
 
 POOL = SeedPool(21, 32)
@@ -59,3 +60,12 @@ def same_bytes(left: Iterable[torch.Tensor], right: Iterable[torch.Tensor]) -> b
     return all(
         torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(left, right, strict=True)
     )
+
+
+def rebuilt(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """The round's model of `make_broadcast`."""
+    model = make_model(dtype)
+    seeds = POOL.seeds.view(np.int64).tolist()
+    with torch.no_grad():
+        fedkseed_kernels.seed_axpy_(list(model.parameters()), seeds, COEFFICIENTS.tolist())
+    return model
