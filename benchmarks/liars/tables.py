@@ -28,7 +28,7 @@ def _attacks(document: Mapping[str, Any]) -> str:
         "their g",
         "rms of the move",
         "times the honest one",
-        "at most",
+        "19 of 20 draws below",
         "cosine",
     )
     return _table(heads, rows)
@@ -39,7 +39,7 @@ def _told(row: Row) -> str:
 
 
 def _moved(row: Row) -> tuple[str, ...]:
-    times = (f"{row[name]:.3g}" for name in ("times_honest", "most_times_honest"))
+    times = (f"{row[name]:.3g}" for name in ("times_honest", "p95_times_honest"))
     return (f"{row['rms']:.3g}", *times, f"{row['cosine']:.2f}")
 
 
@@ -48,13 +48,12 @@ def _window(document: Mapping[str, Any]) -> str:
         (
             f"{row['median_clip']:g}",
             f"{row['share_cap']:g}",
-            f"{row['times_honest_1']:.2f}",
-            f"{row['times_honest_4']:.2f}",
+            *(f"{row[f'times_honest_{n}']:.2f} ({row[f'p95_times_honest_{n}']:.2f})" for n in (1, 4)),
             *_lost(row),
         )
         for row in document["window"]
     ]
-    return _table(("median_clip", "share_cap", "one liar: times", "four", *_LOST), rows)
+    return _table(("median_clip", "share_cap", "one liar: times (19 of 20 below)", "four", *_LOST), rows)
 
 
 def _honest(document: Mapping[str, Any]) -> str:
