@@ -73,6 +73,7 @@ BENCHMARKS = {
     "speed_page": (*SHARED, "kernels", "step"),
     "traffic": SHARED,
     "liars": SHARED,
+    "resident": SHARED,
 }
 RULES = {"fedkseed_kernels": KERNELS, "fedkseed": FEDKSEED, "benchmarks": BENCHMARKS}
 # What a package may take of the others: fedkseed_kernels by its public names alone.

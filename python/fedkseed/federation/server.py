@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedkseed._checks import check_count
+from fedkseed.federation.bounds import Bounds
 from fedkseed.federation.collecting import some
 from fedkseed.federation.config import ServerConfig
 from fedkseed.federation.evaluation_round import EvaluationRound
@@ -212,6 +213,10 @@ class Server:
             clients = self._drawn(self.round, available, self.config.clients_per_round)
             self._open_round(self.round, clients)
         return self._open
+
+    def put_bounds(self, bounds: Bounds) -> None:
+        """Puts ``median_clip`` and ``share_cap`` where the config has 0 for them; messages stay as they are."""
+        self.config = self.config.with_bounds(bounds)
 
     def open_evaluation(
         self, available: Iterable[int] | None = None, num_clients: int | None = None
