@@ -1,0 +1,41 @@
+"""What a Flower message holds: one ConfigRecord with one value, a message's bytes or a client's number."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+logger = logging.getLogger("fedkseed")
+
+_RECORD, _KEY = "fedkseed", "message"
+
+
+def content(value: bytes | int) -> RecordDict:
+    """The content of a message."""
+    return RecordDict({_RECORD: ConfigRecord({_KEY: value})})
+
+
+def value(message: Message) -> Any:
+    """What a message holds; of any type, None if it is not one of ours."""
+    if not message.has_content():
+        return None
+    return message.content.config_records.get(_RECORD, {}).get(_KEY)
+
+
+def answers(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterator[tuple[int, Any]]:
+    """Addressee and value of each reply, in their order; None for one that failed, which is logged.
+
+    Args:
+        sent: by addressee. A reply is told by the message that it answers: of a node that was lost, Flower
+            itself replies, in its own name.
+        replies: to them.
+    """
+    addressees = {message.metadata.message_id: to for to, message in sent.items()}
+    for reply in replies:
+        to = addressees[reply.metadata.reply_to_message_id]
+        if reply.has_error():
+            logger.warning("no answer of %d: %.80r", to, reply.error.reason)
+        yield to, value(reply)

@@ -1,0 +1,153 @@
+"""The app of a server and its strategy: rounds and evaluations over the nodes that are there."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
+
+from fedkseed.adapters.flower.records import answers, content
+from fedkseed.federation import (
+    RECOMMENDED_BOUNDS,
+    EvaluationRound,
+    MessageError,
+    ProtocolError,
+    Round,
+    Server,
+    TooFewRepliesError,
+)
+
+logger = logging.getLogger("fedkseed")
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+def server_app(make_server: Callable[[Context], Server], **options: Any) -> ServerApp:
+    """The app of a server: rounds until "num-rounds" of the run config are complete in all.
+
+    Then it saves the ledger as "ledger" of the run config.
+
+    Args:
+        make_server: a new one or one that was resumed.
+        options: of `FedKSeedStrategy`.
+    """
+
+    def main(grid: Grid, context: Context) -> None:
+        server = make_server(context)
+        strategy = FedKSeedStrategy(server, **options)
+        while (left := int(context.run_config["num-rounds"]) - server.round) > 0:
+            strategy.start(grid, ArrayRecord(), left, strategy.timeout)
+        server.ledger().save(str(context.run_config["ledger"]))
+
+    app = ServerApp()
+    app.main()(main)
+    return app
+
+
+class FedKSeedStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any where Flower is not installed
+    """A server's rounds, each over the nodes that are there; no weights travel, so arrays are left alone.
+
+    Args:
+        server: gets the recommended bounds where its config has none.
+        min_replies: of a round or evaluation; with fewer a round is tried again.
+        max_lost: rounds in succession that are tried again; one more ends the run.
+        min_nodes: clients that have to be there for the first round; for later ones ``min_replies``.
+        num_evaluators: clients that evaluate the model after each round.
+        timeout: seconds that a message and its answer may take, and that nodes are waited for.
+        on_round: called with the server after each complete round: to save its state, for instance.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        *,
+        min_replies: int = 1,
+        max_lost: int = 3,
+        min_nodes: int = 1,
+        num_evaluators: int = 0,
+        timeout: float = 3600.0,
+        on_round: Callable[[Server], object] = lambda server: None,
+    ) -> None:
+        server.config = server.config.with_bounds(RECOMMENDED_BOUNDS)
+        self.server, self.timeout, self.on_round = server, timeout, on_round
+        self.min_replies, self.min_nodes = min_replies, max(min_nodes, min_replies)
+        self.max_lost, self.num_evaluators = max_lost, num_evaluators
+        self._num_lost = 0
+        self._numbers: dict[int, int] = {}  # of the client, as each node says; -1: it cannot
+        self._nodes: dict[int, int] = {}  # that are there, by client
+
+    def summary(self) -> None:
+        """See Strategy."""
+        logger.info("from round %d on: %s", self.server.round, self.server.config)
+
+    def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Grid) -> list[Message]:
+        """See Strategy."""
+        self._nodes = self._reachable(grid)
+        return self._messages(self.server.open(self._nodes), "train")
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, Any]:
+        """See Strategy."""
+        metrics = self._metrics(replies)
+        self._num_lost = 0 if metrics else self._num_lost + 1
+        if self._num_lost > self.max_lost:
+            raise TooFewRepliesError(f"expected {self.min_replies} replies, got fewer {self._num_lost} times")
+        if metrics:
+            self.on_round(self.server)
+        return None, metrics
+
+    def configure_evaluate(self, server_round: int, arrays: Any, config: Any, grid: Grid) -> list[Message]:
+        """See Strategy."""
+        if not self.num_evaluators:
+            return []
+        return self._messages(self.server.open_evaluation(self._nodes, self.num_evaluators), "evaluate")
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """See Strategy."""
+        return self._metrics(replies) if self.num_evaluators else None
+
+    def _messages(self, asked: Round | EvaluationRound, kind: str) -> list[Message]:
+        self._asked = asked
+        self._sent = {
+            client: Message(content(message), self._nodes[client], kind, ttl=self.timeout)
+            for client, message in asked.messages.items()
+        }
+        return list(self._sent.values())
+
+    def _metrics(self, replies: Iterable[Message]) -> MetricRecord | None:
+        """The summary of what was asked last; None if too few replied."""
+        for client, reply in answers(self._sent, replies):
+            if reply is not None:
+                with suppress(MessageError, ProtocolError):  # which are logged there
+                    self._asked.add(client, reply)
+        try:
+            return MetricRecord(self._asked.close(min(self.min_replies, len(self._sent))).metrics())
+        except TooFewRepliesError as error:
+            logger.warning("%s", error)
+            return None
+
+    def _reachable(self, grid: Grid) -> dict[int, int]:
+        """The node of each client that is there; new nodes are asked who they are."""
+        enough = self.min_replies if self._nodes else self.min_nodes
+        end = time.monotonic() + self.timeout
+        while True:
+            there = set(grid.get_node_ids())
+            new = sorted(there - self._numbers.keys())
+            asked = {node: Message(RecordDict(), node, "query", ttl=self.timeout) for node in new}
+            replies = grid.send_and_receive(list(asked.values()), timeout=self.timeout)
+            for node, number in answers(asked, replies):
+                self._numbers[node] = number if isinstance(number, int) else -1
+            known = range(self.server.config.num_clients)
+            found = {n: node for node, n in self._numbers.items() if node in there and n in known}
+            if len(found) >= enough:
+                return found
+            if time.monotonic() > end:
+                raise TooFewRepliesError(
+                    f"expected {enough} clients to be there in time, got {sorted(found)}"
+                )
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
