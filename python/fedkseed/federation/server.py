@@ -215,7 +215,7 @@ class Server:
         return self._open
 
     def put_bounds(self, bounds: Bounds) -> None:
-        """Puts ``median_clip`` and ``share_cap`` where the config has 0 for them; messages stay as they are."""
+        """Puts both bounds where the config has 0 for them; messages, which do not say them, stay."""
         self.config = self.config.with_bounds(bounds)
 
     def open_evaluation(
