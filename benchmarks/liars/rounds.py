@@ -126,7 +126,7 @@ def rms(move: NDArray[np.float64]) -> float:
 
 
 def cosine(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """Of the angle between two moves."""
+    """Cosine of the angle between two moves."""
     return float(one @ other / np.sqrt((one @ one) * (other @ other)))
 
 
