@@ -141,19 +141,6 @@ def test_messages_go_out_side_by_side(flare: SimpleNamespace) -> None:
     assert run().ledger().to_bytes() == embedding.reference_ledger()
 
 
-def without_client(number: int) -> bytes:
-    """The ledger of the rounds without one client's replies."""
-    server = embedding.make_server()
-    clients = [embedding.make_client(other) for other in range(len(embedding.SIZES))]
-    for _ in range(embedding.CONFIG.num_rounds):
-        opened = server.open()
-        for client, message in opened.messages.items():
-            if client != number:
-                opened.add(client, clients[client].step(message))
-        opened.close()
-    return server.ledger().to_bytes()
-
-
 def fails(message: bytes) -> bytes:
     raise CollabCallError("call to site-3.handle failed: timed out\nafter 600 seconds")
 
@@ -164,7 +151,7 @@ def test_a_site_that_fails_leaves_its_weight_to_the_others(
 ) -> None:
     flare.clients[2].answer = answer
     with caplog.at_level(logging.WARNING, "fedkseed"):
-        assert run().ledger().to_bytes() == without_client(2)
+        assert run().ledger().to_bytes() == embedding.ledger_without(2)
     told = [record.getMessage() for record in caplog.records if "client 2" in record.getMessage()]
     assert told
     assert not any("\n" in line for line in told)

@@ -108,6 +108,19 @@ def reference_ledger() -> bytes:
     return simulated_ledger()
 
 
+def ledger_without(number: int) -> bytes:
+    """The ledger of the rounds without one client's replies: its weight goes to the others."""
+    server = make_server()
+    clients = [make_client(other) for other in range(len(SIZES))]
+    for _ in range(CONFIG.num_rounds):
+        opened = server.open()
+        for client, message in opened.messages.items():
+            if client != number:
+                opened.add(client, clients[client].handle(message))
+        opened.close()
+    return server.ledger().to_bytes()
+
+
 def environment() -> dict[str, str]:
     """Of a process that imports ``support.embedding``; with two threads, where a client takes one."""
     root = TESTS.parent
