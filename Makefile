@@ -46,7 +46,7 @@ ptx: install ## run the GPU kernels' PTX on an emulator, all cases without a rec
 	PYTHONPATH=tests:. $(PY) -m ptx $(PTX_ARGS)
 
 .PHONY: chaos
-chaos: install ## kill fedkseed simulate at 60 instants and before every write, start it twice at once 40 times; an hour
+chaos: install ## kill server, nodes and workers of a federation, and fedkseed simulate at 60 instants; an hour
 	PYTHONPATH=tests:. $(PY) -m support.chaos $(CHAOS_ARGS)
 
 .PHONY: bench

@@ -23,6 +23,17 @@ def chaos(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
+def test_a_federation_whose_server_node_and_worker_are_killed_ends_with_the_ledger_of_none() -> None:
+    said = chaos("--federation", "2")
+    found = re.search(r"undisturbed one: .*num_between=(\d+), num_rounds=(\d+).*num_refused=(\d+)", said)
+    assert found is not None, said
+    num_between, num_rounds, num_refused = map(int, found.groups())
+    assert num_between > 0
+    assert num_rounds > 6
+    assert num_refused > 0
+
+
 def test_one_of_two_processes_takes_a_folder() -> None:
     assert "20 pairs took a folder: one winner each" in chaos("--folders", "20")
 

@@ -1,6 +1,7 @@
 """`fedkseed simulate` killed at many instants and resumed, and started twice at once on one folder.
 
 `make chaos` runs it, tests/test_chaos.py a part; it prints a line for each instant and each pair of starts.
+Before that it disturbs a federation over a socket (`federation_chaos`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fedkseed.data import asking
 from fedkseed.files import FolderInUseError, FolderNotEmptyError
 from fedkseed.simulation.run_folder import BEST, CLIENTS, LEDGER, METRICS, SETTINGS, TIMINGS, RunFolder
 from support.data_samples import save_model
+from support.federation_chaos import disturb
 
 STATE, OLDER_STATE = "server.state", "server.state.1"
 #: The same bytes in every run of one command.
@@ -354,12 +356,20 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=0, help="pairs of starts on one folder", metavar="N")
     parser.add_argument("--folders", type=int, default=0, help="pairs that take a folder", metavar="N")
     parser.add_argument("--every", type=int, default=0, help="of the writes it is killed before", metavar="N")
+    parser.add_argument(
+        "--federation", type=int, default=0, help="kills of server, nodes and workers each", metavar="N"
+    )
     chosen = parser.parse_args()
     if not any(vars(chosen).values()):
-        chosen = argparse.Namespace(folders=200, starts=40, every=1, instants=60)
+        chosen = argparse.Namespace(federation=10, folders=200, starts=40, every=1, instants=60)
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}  # processes are forked
     with tempfile.TemporaryDirectory(prefix="fedkseed-chaos-") as name:
         folder = Path(name)
+        if chosen.federation:
+            outcome = disturb(folder / "federation", chosen.federation)
+            print(
+                f"a disturbed federation ended with the ledger of an undisturbed one: {outcome}", flush=True
+            )
         if chosen.folders:
             take_twice_often(folder, chosen.folders)
         write_inputs(folder)
