@@ -20,9 +20,8 @@ def content(value: bytes | int) -> RecordDict:
 
 def value(message: Message) -> Any:
     """What a message holds; of any type, None if it is not one of ours."""
-    if not message.has_content():
-        return None
-    return message.content.config_records.get(_RECORD, {}).get(_KEY)
+    record = message.content.config_records.get(_RECORD) if message.has_content() else None
+    return None if record is None else record.get(_KEY)
 
 
 def answers(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterator[tuple[int, Any]]:

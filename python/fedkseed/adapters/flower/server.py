@@ -9,8 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp import Grid, ServerApp, strategy
 
 from fedkseed.adapters.flower.records import answers, content
 from fedkseed.federation import (
@@ -40,9 +39,9 @@ def server_app(make_server: Callable[[Context], Server], **options: Any) -> Serv
 
     def main(grid: Grid, context: Context) -> None:
         server = make_server(context)
-        strategy = FedKSeedStrategy(server, **options)
+        rounds = FedKSeedStrategy(server, **options)
         while (left := int(context.run_config["num-rounds"]) - server.round) > 0:
-            strategy.start(grid, ArrayRecord(), left, strategy.timeout)
+            rounds.start(grid, ArrayRecord(), left, rounds.timeout)
         server.ledger().save(str(context.run_config["ledger"]))
 
     app = ServerApp()
@@ -50,7 +49,7 @@ def server_app(make_server: Callable[[Context], Server], **options: Any) -> Serv
     return app
 
 
-class FedKSeedStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any where Flower is not installed
+class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore]  # Any where Flower is not installed
     """A server's rounds, each over the nodes that are there; no weights travel, so arrays are left alone.
 
     Args:
@@ -112,11 +111,9 @@ class FedKSeedStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any wh
         return self._metrics(replies) if self.num_evaluators else None
 
     def _messages(self, asked: Round | EvaluationRound, kind: str) -> list[Message]:
-        self._asked = asked
-        self._sent = {
-            client: Message(content(message), self._nodes[client], kind, ttl=self.timeout)
-            for client, message in asked.messages.items()
-        }
+        self._asked, self._sent = asked, {}
+        for client, message in asked.messages.items():
+            self._sent[client] = Message(content(message), self._nodes[client], kind, ttl=self.timeout)
         return list(self._sent.values())
 
     def _metrics(self, replies: Iterable[Message]) -> MetricRecord | None:
@@ -126,7 +123,7 @@ class FedKSeedStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any wh
                 with suppress(MessageError, ProtocolError):  # which are logged there
                     self._asked.add(client, reply)
         try:
-            return MetricRecord(self._asked.close(min(self.min_replies, len(self._sent))).metrics())
+            return MetricRecord({**self._asked.close(min(self.min_replies, len(self._sent))).metrics()})
         except TooFewRepliesError as error:
             logger.warning("%s", error)
             return None
@@ -147,7 +144,5 @@ class FedKSeedStrategy(Strategy):  # type: ignore[misc, unused-ignore]  # Any wh
             if len(found) >= enough:
                 return found
             if time.monotonic() > end:
-                raise TooFewRepliesError(
-                    f"expected {enough} clients to be there in time, got {sorted(found)}"
-                )
+                raise TooFewRepliesError(f"expected {enough} clients to be there, got {sorted(found)}")
             time.sleep(_SECONDS_BETWEEN_LOOKS)
