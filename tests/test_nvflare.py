@@ -121,7 +121,7 @@ def test_every_call_has_a_time_out_and_one_message_a_round(flare: SimpleNamespac
 
 
 def test_no_message_holds_a_weight(flare: SimpleNamespace) -> None:
-    """Of 67,331 weights: a message is as long as K and tau say, some hundred bytes beside them."""
+    """67,331 weights stay at home: a message is as long as K and tau say, some hundred bytes beside them."""
     config, answers = embedding.CONFIG, []
     for site in flare.clients:
         inner = site.answer

@@ -122,7 +122,7 @@ def ledger_without(number: int) -> bytes:
 
 
 def environment() -> dict[str, str]:
-    """Of a process that imports ``support.embedding``; with two threads, where a client takes one."""
+    """Variables of a process that imports ``support.embedding``: two threads, where a client takes one."""
     root = TESTS.parent
     paths = [str(path) for path in (TESTS, root, root / "python")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "2"}

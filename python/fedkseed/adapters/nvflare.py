@@ -101,7 +101,7 @@ def server_side(
 
     def run() -> None:
         server, proxies = make_server(), numbered(collab.clients, sites)
-        server.config = server.config.with_bounds(bounds)
+        server.put_bounds(bounds)
         while server.round < num_rounds:
             if evaluate_every and server.round % evaluate_every == 0:
                 evaluation = exchange(server.open_evaluation(proxies), proxies, timeout)

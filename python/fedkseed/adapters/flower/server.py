@@ -73,7 +73,7 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
         timeout: float = 3600.0,
         on_round: Callable[[Server], object] = lambda server: None,
     ) -> None:
-        server.config = server.config.with_bounds(RECOMMENDED_BOUNDS)
+        server.put_bounds(RECOMMENDED_BOUNDS)
         self.server, self.timeout, self.on_round = server, timeout, on_round
         self.min_replies, self.min_nodes = min_replies, max(min_nodes, min_replies)
         self.max_lost, self.num_evaluators = max_lost, num_evaluators
