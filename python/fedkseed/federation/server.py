@@ -28,7 +28,8 @@ from fedkseed.federation.state import ServerState, StateError, StateFolder, requ
 from fedkseed.federation.summary import RoundSummary
 from fedkseed.files import FolderLock
 from fedkseed.ledger.ledger import Ledger
-from fedkseed.model.identity import ModelIdentity, frozen_indices
+from fedkseed.model.identity import ModelIdentity
+from fedkseed.model.manifest import ModelParameters
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, SeedPool
 
 logger = logging.getLogger("fedkseed")
@@ -98,7 +99,8 @@ class Server:
         Raises:
             TypeError, ValueError: as `ModelIdentity.of`.
         """
-        return cls(ModelIdentity.of(model), pool, config, frozen=frozen_indices(model))
+        known = ModelParameters.of(model)
+        return cls(ModelIdentity.of_parameters(known), pool, config, frozen=known.frozen)
 
     @classmethod
     def resume(

@@ -25,8 +25,8 @@ from fedkseed.ledger.format import (
     LedgerUnsignedError,
 )
 from fedkseed.ledger.signature import PrivateKey, PublicKey, Signature
-from fedkseed.model.identity import IdentityError, ModelIdentity, frozen_indices
-from fedkseed.model.manifest import manifest_parameters
+from fedkseed.model.identity import IdentityError, ModelIdentity
+from fedkseed.model.manifest import ModelParameters
 from fedkseed.model.overlaps import check_overlaps
 from fedkseed.model.placement import PreparedTensors
 from fedkseed.seeds import SeedPool
@@ -107,8 +107,9 @@ class Ledger:
         rounded = ledger_fields.check_coefficients(coefficients)
         if len(rounded) != seed_pool.num_seeds:
             raise LedgerError(f"expected {seed_pool.num_seeds} coefficients, got {len(rounded)}")
-        identity = ModelIdentity.of(w0)
-        return cls(seed_pool.base_seed, rounded, identity, frozen_indices(w0), dict(notes or {}), family)
+        known = ModelParameters.of(w0)
+        identity = ModelIdentity.of_parameters(known)
+        return cls(seed_pool.base_seed, rounded, identity, known.frozen, dict(notes or {}), family)
 
     @property
     def num_seeds(self) -> int:
@@ -244,18 +245,19 @@ class Ledger:
         """
         if public_key is not None:
             self.verify(public_key)
-        parameters = manifest_parameters(model)
+        known = ModelParameters.of(model)
+        parameters = known.named
         if self.frozen and self.frozen[-1] >= len(parameters):
             raise IdentityError(
                 f"expected a model of more than {self.frozen[-1]} parameters, got {len(parameters)}; "
                 "use the model this was made from"
             )
-        self.identity.require(ModelIdentity.of(model, self.frozen))
+        self.identity.require(ModelIdentity.of_parameters(known, self.frozen))
         frozen = frozenset(self.frozen)
         streams = [stream for stream in range(len(parameters)) if stream not in frozen]
         names = [parameters[stream][0] for stream in streams]
         tensors = [parameters[stream][1] for stream in streams]
-        check_overlaps(names, tensors, model)
+        check_overlaps(names, tensors, model, known)
         PreparedTensors(tensors, streams, self.family, names=names)  # all of them, or it raises
         for piece in pieces([tensor.numel() for tensor in tensors], "rebuilding the model"):
             weights = PreparedTensors(

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedkseed._progress import pieces
-from fedkseed.model.manifest import Manifest, manifest_parameters
+from fedkseed.model.manifest import Manifest, ModelParameters
 from fedkseed.model.waiting import flush_waiting
 
 #: The dtypes that weights may have, "mixed" if they have several: their codes in messages and states.
@@ -53,12 +53,19 @@ class ModelIdentity:
         Raises:
             TypeError, ValueError: as `Manifest.of`; a parameter that is sharded or on the meta device.
         """
-        if frozen is None:
-            frozen = frozen_indices(model)
-        parameters = [parameter for _, parameter in manifest_parameters(model)]
-        flush_waiting(parameters)
-        tuned = [index not in frozen for index in range(len(parameters))]
-        return cls.of_weights(Manifest.of(model), tuned, [parameter.detach() for parameter in parameters])
+        return cls.of_parameters(ModelParameters.of(model), frozen)
+
+    @classmethod
+    def of_parameters(cls, known: ModelParameters, frozen: Collection[int] | None = None) -> ModelIdentity:
+        """`of` the model whose parameters these are.
+
+        Raises:
+            ValueError: a parameter that is sharded or on the meta device.
+        """
+        left_alone = frozenset(known.frozen if frozen is None else frozen)
+        flush_waiting(known.parameters)
+        tuned = [index not in left_alone for index in range(len(known.parameters))]
+        return cls.of_weights(known.manifest, tuned, [weight.detach() for weight in known.parameters])
 
     @classmethod
     def of_weights(cls, manifest: Manifest, tuned: list[bool], weights: list[torch.Tensor]) -> ModelIdentity:
@@ -108,8 +115,7 @@ def frozen_indices(model: nn.Module) -> tuple[int, ...]:
     Raises:
         TypeError, ValueError: as `Manifest.of`.
     """
-    parameters = manifest_parameters(model)
-    return tuple(index for index, (_, parameter) in enumerate(parameters) if not parameter.requires_grad)
+    return ModelParameters.of(model).frozen
 
 
 def structure_hash(manifest: Manifest, tuned: list[bool]) -> bytes:

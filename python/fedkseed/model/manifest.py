@@ -54,8 +54,7 @@ class Manifest:
             ValueError: a model without parameters, or one of which a parameter's full shape cannot be told
                 (named).
         """
-        entries = _Traversal(model).entries
-        return cls(tuple(name for name, _, _ in entries), tuple(shape for _, _, shape in entries))
+        return ModelParameters.of(model).manifest
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.shapes):
@@ -87,13 +86,46 @@ class Manifest:
         return self.names.index(name)
 
 
+@dataclass(frozen=True, eq=False)
+class ModelParameters:
+    """The parameters of a model as one traversal of its modules finds them.
+
+    Attributes:
+        manifest: of the model.
+        parameters: in manifest order: the one at position i has stream i.
+    """
+
+    manifest: Manifest
+    parameters: tuple[nn.Parameter, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelParameters:
+        """What the model holds now.
+
+        Raises:
+            TypeError, ValueError: as `Manifest.of`.
+        """
+        names, parameters, shapes = zip(*_Traversal(model).entries, strict=True)
+        return cls(Manifest(names, shapes), parameters)
+
+    @property
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """(name, parameter) of each."""
+        return list(zip(self.manifest.names, self.parameters, strict=True))
+
+    @property
+    def frozen(self) -> tuple[int, ...]:
+        """Manifest indices of those with ``requires_grad=False`` now, ascending."""
+        return tuple(index for index, parameter in enumerate(self.parameters) if not parameter.requires_grad)
+
+
 def manifest_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """(name, parameter) of every parameter in manifest order: the entry at position i has stream i.
 
     Raises:
         TypeError, ValueError: as `Manifest.of`.
     """
-    return [(name, parameter) for name, parameter, _ in _Traversal(model).entries]
+    return ModelParameters.of(model).named
 
 
 def types_if_imported(table: Iterable[tuple[str, str, str]]) -> list[tuple[type, str]]:

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import fedkseed_kernels
-from fedkseed.model.manifest import manifest_parameters
+from fedkseed.model.manifest import ModelParameters
 from fedkseed.model.named_errors import TIE
 from fedkseed.model.placement import by_device
 
@@ -18,7 +18,12 @@ from fedkseed.model.placement import by_device
 _Named = tuple[str, torch.Tensor]
 
 
-def check_overlaps(names: Sequence[str], tensors: Sequence[torch.Tensor], model: nn.Module | None) -> None:
+def check_overlaps(
+    names: Sequence[str],
+    tensors: Sequence[torch.Tensor],
+    model: nn.Module | None,
+    known: ModelParameters | None = None,
+) -> None:
     """Refuses tuned weights that share memory with each other, or with anything else that the model holds.
 
     A frozen parameter would move along, seen by no ledger, in one storage mode and not in another. Modules
@@ -32,6 +37,7 @@ def check_overlaps(names: Sequence[str], tensors: Sequence[torch.Tensor], model:
         names: of the tensors.
         tensors: the tuned weights.
         model: None if there are only the tensors.
+        known: the model's parameters, of a caller who has them.
 
     Raises:
         ValueError: names both.
@@ -39,7 +45,8 @@ def check_overlaps(names: Sequence[str], tensors: Sequence[torch.Tensor], model:
     tuned = {id(tensor) for tensor in tensors}
     others: list[_Named] = []
     if model is not None:
-        others = [(f"{name} (not tuned)", parameter) for name, parameter in manifest_parameters(model)]
+        held = ModelParameters.of(model) if known is None else known
+        others = [(f"{name} (not tuned)", parameter) for name, parameter in held.named]
         others += [(f"{name} (a buffer)", buffer) for name, buffer in model.named_buffers()]
     refuse_overlap(
         list(zip(names, tensors, strict=True)),

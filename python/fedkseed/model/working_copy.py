@@ -19,7 +19,7 @@ from fedkseed._progress import pieces
 from fedkseed.model.buffers import Buffers
 from fedkseed.model.held import HeldParameters
 from fedkseed.model.identity import ModelIdentity
-from fedkseed.model.manifest import Manifest, manifest_parameters
+from fedkseed.model.manifest import ModelParameters
 from fedkseed.model.named_errors import errors_named
 from fedkseed.model.overlaps import check_overlaps, refuse_overlap
 from fedkseed.model.placement import PreparedTensors, by_device
@@ -76,11 +76,12 @@ class WorkingCopy:
         round_model: Sequence[torch.Tensor] | RoundModelFile | Literal["own"] | None = None,
     ) -> None:
         self.model = model
-        self.manifest = Manifest.of(model)
+        known = ModelParameters.of(model)
+        self.manifest = known.manifest
         self._identity: ModelIdentity | None = None
         tuned = [
             (stream, parameter)
-            for stream, (_, parameter) in enumerate(manifest_parameters(model))
+            for stream, parameter in enumerate(known.parameters)
             if parameter.requires_grad
         ]
         if not tuned:
@@ -92,7 +93,7 @@ class WorkingCopy:
         with self.exclusive():
             check_tunable(self._names, self._weights)
             check_buffers(model)
-            check_overlaps(self._names, self._weights, model)
+            check_overlaps(self._names, self._weights, model, known)
             PreparedTensors(self._weights, self._streams, "gaussian", names=self._names)  # or it raises
             flush_waiting(self._weights)
             self.w0 = [weight.detach().clone() for weight in self._weights] if w0 is None else list(w0)
@@ -144,7 +145,7 @@ class WorkingCopy:
         tuned = dict(zip(self._streams, self.w0, strict=True))
         weights = [
             tuned.get(stream, parameter.detach())
-            for stream, (_, parameter) in enumerate(manifest_parameters(self.model))
+            for stream, parameter in enumerate(ModelParameters.of(self.model).parameters)
         ]
         flags = [stream in tuned for stream in range(len(weights))]
         return ModelIdentity.of_weights(self.manifest, flags, weights)
