@@ -316,3 +316,48 @@ def test_private_keys_of_any_length_are_typed_errors(tmp_path: Path, name: str, 
     else:
         with pytest.raises(SigningKeyError, match="expected a private key"):
             sign(b"", path)
+
+
+def test_damaged_and_foreign_private_keys_are_typed_errors(tmp_path: Path) -> None:
+    """Cut off, changed and shortened at random, in the text and in the DER within it: a key or an error."""
+    generator, path = np.random.default_rng(6), tmp_path / "key.pem"
+    key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+    elliptic = ec.derive_private_key(7, ec.SECP256R1())
+    texts = [private_pem(key), private_pem(elliptic), public_pem(key.public_key())]
+    bodies = [
+        (text.splitlines(), bytearray(base64.b64decode(b"".join(text.splitlines()[1:-1])))) for text in texts
+    ]
+    num_refused = 0
+    for number in range(600):
+        if number % 2:
+            damaged = bytearray(texts[number % 3])
+            start = int(generator.integers(len(damaged)))
+            damaged[start : start + int(generator.integers(1, 9))] = generator.bytes(number % 4)
+        else:
+            lines, body = bodies[number % 3]
+            changed = bytearray(body)
+            changed[int(generator.integers(len(body)))] = int(generator.integers(256))
+            damaged = lines[0] + b"\n" + base64.encodebytes(changed[: len(body) - number % 5]) + lines[-1]
+        path.write_bytes(damaged)
+        try:
+            sign(b"x", path)
+        except SigningKeyError:
+            num_refused += 1
+    assert 300 < num_refused < 600  # some places do not matter to the library
+
+
+@pytest.mark.parametrize(
+    "key", [None, 1, bytes(32), bytearray(32), memoryview(bytes(32)), [], object, "a\0b"]
+)
+def test_what_is_neither_file_nor_key_is_a_typed_error(key: Any) -> None:
+    with pytest.raises(SigningKeyError, match="expected a private key"):
+        sign(b"x", key)
+    if not isinstance(key, bytes):
+        with pytest.raises(SigningKeyError, match="expected a public key"):
+            public_key_bytes(key)
+
+
+def test_a_folder_as_a_key_is_an_error_of_the_system(tmp_path: Path) -> None:
+    for read in (lambda: sign(b"x", tmp_path), lambda: public_key_bytes(tmp_path)):
+        with pytest.raises(IsADirectoryError):
+            read()
