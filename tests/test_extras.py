@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -84,6 +85,7 @@ USES = {
     "event files": Use("tensorboard", "tensorboard", lambda: Events(Path("run"))),
     "kernel suite": Use("bench", "pytest_benchmark", lambda: kernels.run_suite([])),
     "gate": Use("bench", "triton", lambda: gate.count_triton("sm_90")),
+    "flower": Use("flower", "flwr", lambda: runpy.run_module("fedkseed.adapters.flower.records")),
     "machine code": Use("bench", "triton", lambda: list(sass.triton_rows(["sm_90"]))),
 }
 
@@ -149,7 +151,7 @@ def test_every_optional_import_is_in_the_table() -> None:
     """Imports of the extras' packages anywhere in fedkseed and benchmarks, types apart; and their extras."""
     extras = {
         extra: packages_of(extra)
-        for extra in ("data", "hf", "sign", "plot", "scenarios", "tensorboard", "bench")
+        for extra in ("data", "hf", "sign", "plot", "scenarios", "tensorboard", "bench", "flower")
     }
     for use in USES.values():
         assert INDEX_NAMES.get(use.package, use.package) in extras[use.extra], use

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from fedkseed._extras import require_extra
-
-require_extra("flower", "flwr")
-
-from fedkseed.adapters.flower.client import client_app  # noqa: E402
-from fedkseed.adapters.flower.server import FedKSeedStrategy, server_app  # noqa: E402
+from fedkseed.adapters.flower.client import client_app
+from fedkseed.adapters.flower.server import FedKSeedStrategy, server_app
 
 __all__ = ["FedKSeedStrategy", "client_app", "server_app"]

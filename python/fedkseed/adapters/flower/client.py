@@ -8,13 +8,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.common.constant import ErrorCode
-
+from fedkseed._extras import require_extra
 from fedkseed.adapters.flower.records import content, value
 from fedkseed.federation import Client
 from fedkseed.resident import connect
+
+require_extra("flower", "flwr")
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 
 logger = logging.getLogger("fedkseed")
 

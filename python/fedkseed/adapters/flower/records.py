@@ -6,6 +6,10 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from fedkseed._extras import require_extra
+
+require_extra("flower", "flwr")
+
 from flwr.app import ConfigRecord, Message, RecordDict
 
 logger = logging.getLogger("fedkseed")

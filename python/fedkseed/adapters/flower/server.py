@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid, ServerApp, strategy
-
+from fedkseed._extras import require_extra
 from fedkseed.adapters.flower.records import answers, content
 from fedkseed.federation import (
     RECOMMENDED_BOUNDS,
@@ -22,9 +20,12 @@ from fedkseed.federation import (
     TooFewRepliesError,
 )
 
-logger = logging.getLogger("fedkseed")
+require_extra("flower", "flwr")
 
-_SECONDS_BETWEEN_LOOKS = 1.0
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp, strategy
+
+logger = logging.getLogger("fedkseed")
 
 
 def server_app(make_server: Callable[[Context], Server], **options: Any) -> ServerApp:
@@ -145,4 +146,4 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
                 return found
             if time.monotonic() > end:
                 raise TooFewRepliesError(f"expected {enough} clients to be there, got {sorted(found)}")
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            time.sleep(1.0)
