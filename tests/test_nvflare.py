@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import logging
+import os
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,6 +19,7 @@ from typing import Any
 
 import pytest
 from support import embedding
+from support.embedding_pages import write
 
 from fedkseed import (
     RECOMMENDED_BOUNDS,
@@ -28,6 +34,8 @@ from fedkseed import (
 from fedkseed.adapters.nvflare import SiteError, client_side, server_side
 
 pytestmark = pytest.mark.filterwarnings("ignore:the model is in train mode with dropout:UserWarning")
+
+SECONDS = 300  # of what takes one minute on two busy cores: then something hangs
 
 
 class CollabCallError(Exception):
@@ -121,7 +129,7 @@ def test_every_call_has_a_time_out_and_one_message_a_round(flare: SimpleNamespac
 
 
 def test_no_message_holds_a_weight(flare: SimpleNamespace) -> None:
-    """67,331 weights stay at home: a message is as long as K and tau say, some hundred bytes beside them."""
+    """A message is as long as K and tau say and some hundred bytes, where the model has 67,587 weights."""
     config, answers = embedding.CONFIG, []
     for site in flare.clients:
         inner = site.answer
@@ -272,3 +280,30 @@ def test_the_client_is_made_at_the_first_message_and_once(flare: SimpleNamespace
         handle(server.broadcast(1))
     assert handle(server.broadcast(1)) == handle(server.broadcast(1))
     assert made == [1, 1]
+
+
+@pytest.mark.slow
+def test_the_job_of_the_page_in_the_simulator(tmp_path: Path) -> None:
+    """FLARE's server, and a process for each of four sites, all ended by the end of the test."""
+    if importlib.util.find_spec("nvflare") is None:
+        pytest.skip("needs NVIDIA FLARE: the extra nvflare")
+    write("nvflare", tmp_path, task="my_federation/task.py")
+    (tmp_path / "my_federation" / "__init__.py").touch()
+    environment = {**embedding.environment(), "NVFLARE_SIMULATOR_WORKSPACE_ROOT": str(tmp_path / "flare")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "my_federation.job"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            text, _ = process.communicate(timeout=SECONDS)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, text
+    folder = Path(text.splitlines()[-1])
+    assert (folder / "server" / "simulate_job" / "model.ledger").read_bytes() == embedding.reference_ledger()

@@ -18,11 +18,7 @@ def files(page: str) -> dict[str, str]:
 
 
 def write(page: str, folder: Path, *, task: str) -> None:
-    """Writes a page's files into a folder, with `TASK` as the one of that name.
-
-    Raises:
-        KeyError: the page shows no such file, or does not import it.
-    """
+    """Writes a page's files into a folder, and `TASK` as the one of that name."""
     for name, text in {**files(page), task: TASK}.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

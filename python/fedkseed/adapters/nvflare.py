@@ -1,7 +1,6 @@
 """A federation over NVIDIA FLARE's Collab API: one message a site and round, bytes there and bytes back.
 
-A job is a module with two functions: `client_side` makes what its sites run, `server_side` what its server
-runs. They carry and call; all else is `fedkseed.Client` and `fedkseed.Server`.
+A job is a module with two functions: `client_side` makes what its sites run, `server_side` its server's.
 """
 
 from __future__ import annotations
@@ -132,6 +131,7 @@ def numbered(proxies: Iterable[Any], sites: Sequence[str] | None) -> dict[int, A
 
 def exchange(opened: OpenT, proxies: Mapping[int, Any], timeout: float) -> OpenT:
     """Sends each message, all side by side, and adds the replies; a site that fails is logged and missing."""
+    require_extra("nvflare", "nvflare")
     from nvflare.collab import CollabCallError
 
     with ThreadPoolExecutor(max_workers=len(opened.clients)) as threads:
