@@ -139,6 +139,7 @@ def _set_axes(axes: Axes, axis: str) -> None:
     axes.ticklabel_format(axis="y", style="plain", useOffset=False)
     if axis == "bytes":
         axes.set_xscale("log")
+        require_extra("plot", "matplotlib")
         from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
         axes.xaxis.set_major_locator(LogLocator(subs=_LOG_TICKS))
