@@ -19,6 +19,7 @@ from benchmarks.kernels import __main__ as kernels
 from benchmarks.machine_code import gate, sass
 from benchmarks.models import workloads
 from fedkseed import MissingExtraError, cli
+from fedkseed.adapters import nvflare
 from fedkseed.data import architectures, models, paper_rouge, sources, verified
 from fedkseed.data.__main__ import main as fetch_all
 from fedkseed.ledger import signature
@@ -82,6 +83,12 @@ USES = {
     "adapters": Use("scenarios", "peft", lambda: add_adapters(projections(), BaselineSettings(), 1)),
     "rouge of the paper": Use("scenarios", "rouge", lambda: paper_rouge.paper_rouge_l("a", "b")),
     "rouge of the paper, before it": Use("scenarios", "rouge", paper_rouge.require_paper_rouge),
+    "sites of NVIDIA FLARE": Use("nvflare", "nvflare", lambda: nvflare.client_side(lambda number: None)),  # type: ignore[arg-type, return-value]
+    "server of NVIDIA FLARE": Use(
+        "nvflare",
+        "nvflare",
+        lambda: nvflare.server_side(lambda: None, 1, timeout=1),  # type: ignore[arg-type, return-value]
+    ),
     "event files": Use("tensorboard", "tensorboard", lambda: Events(Path("run"))),
     "kernel suite": Use("bench", "pytest_benchmark", lambda: kernels.run_suite([])),
     "gate": Use("bench", "triton", lambda: gate.count_triton("sm_90")),
@@ -151,7 +158,7 @@ def test_every_optional_import_is_in_the_table() -> None:
     """Imports of the extras' packages anywhere in fedkseed and benchmarks, types apart; and their extras."""
     extras = {
         extra: packages_of(extra)
-        for extra in ("data", "hf", "sign", "plot", "scenarios", "tensorboard", "bench", "flower")
+        for extra in ("data", "hf", "sign", "plot", "scenarios", "tensorboard", "flower", "nvflare", "bench")
     }
     for use in USES.values():
         assert INDEX_NAMES.get(use.package, use.package) in extras[use.extra], use
