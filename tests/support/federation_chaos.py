@@ -1,7 +1,7 @@
 """A federation over a socket whose server, nodes and workers are killed in mid-round, with hostile guests.
 
-A node asks the server for messages of its clients and hands them to its worker, a process that holds the
-model; whoever was killed is started again, the server from its saved state. Guests send what no server takes.
+A node asks the server for messages of its clients and hands them to its resident worker; whoever was killed
+is started again, a worker by its node, the server from its saved state. Guests send what no server takes.
 A node that stays away longer than the others wait is left out of the round. In the end the ledger has to be
 that of a run that nobody disturbed, over the clients that took part.
 
@@ -24,13 +24,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedkseed import (
     Broadcast,
-    Client,
     IdentityError,
     MessageError,
     ProtocolError,
@@ -40,6 +38,7 @@ from fedkseed import (
     WorkingCopy,
 )
 from fedkseed.federation.messages import broadcast_digest
+from fedkseed.resident import Resident, ResidentError, connect
 from support import embedding
 from support.hostile import forged_reply, hostile
 
@@ -151,61 +150,33 @@ def ask(folder: Path, kind: bytes, client: int, body: bytes = b"") -> bytes:
     return b""
 
 
-@dataclass
-class Worker:
-    """A process that holds a node's model; started again when it is gone."""
+class NodeClients:
+    """What a worker holds: the clients of its node, which share a model."""
 
-    tell: Callable[[str], None]
-    started: Callable[[int], str]
-    connection: socket.socket | None = None
+    def __init__(self) -> None:
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")  # the model has dropout
+        self.task = embedding.make_task()
+        self.working = WorkingCopy(self.task.model, round_model="own")
 
     def handle(self, message: bytes) -> bytes:
-        while True:
-            if self.connection is None:
-                self.start()
-            assert self.connection is not None
-            try:
-                send(self.connection, message)
-                return receive(self.connection)
-            except (OSError, EOFError):
-                self.connection.close()
-                self.connection = None
-                with suppress(ChildProcessError):
-                    os.waitpid(-1, 0)
-
-    def start(self) -> None:
-        self.connection, other = socket.socketpair()
-        child = forked(lambda: work(other))
-        other.close()
-        self.tell(self.started(child))
+        client = Broadcast.peek(message).client
+        return self.task.client(client, self.working, CONFIG).handle(message)
 
 
-def work(connection: socket.socket) -> None:
-    """The worker: answers messages to any of its node's clients until the node is gone."""
-    for number in list(map(int, os.listdir("/proc/self/fd"))):
-        if number > 2 and number != connection.fileno():
-            with suppress(OSError):
-                os.close(number)  # or the node's end of the pair would outlive the node
-    task = embedding.make_task()
-    working = WorkingCopy(task.model)
-    clients: dict[int, Client[Any]] = {}
-    with suppress(OSError, EOFError):
-        while True:
-            message = receive(connection)
-            number = Broadcast.peek(message).client
-            client = clients.setdefault(number, task.client(number, working, CONFIG))
-            send(connection, client.handle(message))
+def worker(folder: Path, number: int) -> Resident:
+    """The resident worker of a node, which outlives it."""
+    return connect(NodeClients, folder / "workers", idle_timeout=SECONDS, name=str(number))
 
 
-def node(folder: Path, number: int, tell: Callable[[str], None]) -> None:
+def node(folder: Path, number: int) -> None:
     """A node: asks for its clients, one after the other, for ever."""
-    worker = Worker(tell, lambda child: f"worker {number} {child}")
-    worker.start()
+    resident = worker(folder, number)
     while True:
         for client in NODES[number]:
             if message := ask(folder, b"G", client):
-                with suppress(IdentityError, MessageError, ProtocolError):
-                    ask(folder, b"P", client, worker.handle(message))
+                with suppress(ResidentError, IdentityError, MessageError, ProtocolError):
+                    ask(folder, b"P", client, resident.handle(message))
         time.sleep(_PAUSE)
 
 
@@ -252,11 +223,10 @@ def forked(run: Callable[[], None]) -> int:
 
 @dataclass
 class Told:
-    """What server and nodes say about themselves, in lines of a pipe."""
+    """What the server says about itself, in lines of a pipe."""
 
     ends: tuple[int, int] = field(default_factory=os.pipe)
     rest: bytes = b""
-    workers: dict[int, int] = field(default_factory=dict)
     num_refused: int = 0
 
     def tell(self, line: str) -> None:
@@ -274,8 +244,6 @@ class Told:
             self.rest += os.read(self.ends[0], 4096)
         line, self.rest = self.rest.split(b"\n", 1)
         words = line.decode().split()
-        if words[0] == "worker":
-            self.workers[int(words[1])] = int(words[2])
         if words[0] == "closed":
             self.num_refused += int(words[2])
         return words
@@ -316,20 +284,21 @@ def disturb(folder: Path, num_kills: int, seed: int = 16) -> Outcome:
         TimeoutError: it does not go on.
     """
     folder.mkdir()
-    task = embedding.make_task()
-    (client, message), *_ = task.server(CONFIG).open().messages.items()
-    task.client(client, None, CONFIG).handle(message)  # imports what the first step of every worker would
     draw = random.Random(seed)
     told = Told()
     starts = {"server": lambda: forked(lambda: serve(folder, told.tell))}
     for number in range(len(NODES)):
-        starts[f"node {number}"] = lambda number=number: forked(lambda: node(folder, number, told.tell))
-    children = {name: start() for name, start in starts.items()}
-    guest = forked(lambda: visit(folder, seed))
+        starts[f"node {number}"] = lambda number=number: forked(lambda: node(folder, number))
+    starts["guest"] = lambda: forked(lambda: visit(folder, seed))
+    residents = [worker(folder, number) for number in range(len(NODES))]
+    children: dict[str, int] = {}
     num_between = 0
     victims = [kind for kind in ("server", "node", "worker") for _ in range(num_kills)]
     draw.shuffle(victims)
     try:
+        for resident in residents:
+            resident.start()  # or the first rounds would have nobody
+        children |= {name: start() for name, start in starts.items()}
         for count, kind in enumerate(victims):
             told.wait("closed")
             told.wait("reply")
@@ -337,7 +306,8 @@ def disturb(folder: Path, num_kills: int, seed: int = 16) -> Outcome:
             number = draw.randrange(len(NODES))
             name = kind if kind == "server" else f"node {number}"
             if kind == "worker":
-                os.kill(told.workers[number], signal.SIGKILL)  # its node starts another
+                residents[number].start()  # it may be killed just now
+                os.kill(residents[number].info()["pid"], signal.SIGKILL)  # its node starts another
             else:
                 end(children.pop(name))
             lines = []
@@ -354,8 +324,10 @@ def disturb(folder: Path, num_kills: int, seed: int = 16) -> Outcome:
         _, status = os.waitpid(children.pop("server"), 0)
         assert status == 0, f"the server ended with {status}"
     finally:
-        for child in (*children.values(), guest):
+        for child in children.values():
             end(child)
+        for resident in residents:
+            resident.stop()
         for number in told.ends:
             os.close(number)
     rounds = dict(json.loads(line) for line in (folder / _RECORD).read_text().splitlines())
