@@ -188,7 +188,7 @@ def main() -> None:
         prog="python -m benchmarks.liars", description=(__doc__ or "").splitlines()[0]
     ).parse_args()
     logging.getLogger("fedkseed").setLevel(logging.ERROR)  # every liar is told of
-    sizes = {"num_weights": 1 << 15, "num_attacks": 200, "num_honest": 1000}
+    sizes = {"num_weights": 1 << 14, "num_attacks": 100, "num_honest": 500}
     document = {
         "command": "python -m benchmarks.liars",
         "environment": environment.describe(torch.get_num_threads()),
