@@ -175,7 +175,7 @@ def test_a_server_that_asks_for_large_numbers_is_refused(
     reply, before = client.handle(message), federation.weights()
     last = client.last_run
     with pytest.raises(
-        ProtocolError, match=f"with {name} of at most {limit}, the limit of client {number}, got"
+        ProtocolError, match=f"with {name} of at most {limit:g}, the limit of client {number}, got"
     ):
         client.handle(patched(message, offset, asked))
     assert (federation.weights(), client.last_run) == (before, last)

@@ -1,4 +1,4 @@
-"""Flower's processes over loopback, in a home of their own; all that they start is ended by its id (Linux)."""
+"""Flower's processes over loopback, in a home of their own; all that they start is ended by id (Linux)."""
 
 from __future__ import annotations
 

@@ -66,6 +66,6 @@ class ClientLimits:
             limit = getattr(self, name)
             if limit is not None and value > limit:
                 raise ProtocolError(
-                    f"expected a broadcast with {name} of at most {limit}, the limit of client "
-                    f"{broadcast.client}, got {value}; raise the limit if that server is trusted"
+                    f"expected a broadcast with {name} of at most {limit:.7g}, the limit of client "
+                    f"{broadcast.client}, got {value:.7g}; raise the limit if that server is trusted"
                 )
