@@ -6,7 +6,7 @@ What it touches of Flower's inside (the identity of a task, the id of a message,
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -25,8 +25,12 @@ class DirectGrid(Grid):
     Attributes:
         numbers: client by node, of the nodes that are there.
         silent: clients that never answer; broken: clients whose messages Flower itself answers.
+        falsified: what becomes of the content of a client's reply.
+        run_config: of the run.
         seen: (client, type) of the messages that were sent, in order.
-        sizes: serialised content of the messages down and of the replies up, in bytes, by type.
+        records: contents of all messages and replies; down, up: they as they travel.
+        replies: content of the last reply of each client.
+        sizes: serialised content of each message and its reply, in bytes, by type.
     """
 
     def __init__(self, app: ClientApp, num_nodes: int) -> None:
@@ -36,7 +40,12 @@ class DirectGrid(Grid):
         self.broken: set[int] = set()
         self.seen: list[tuple[int | None, str]] = []
         self.sizes: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        self.falsified: Callable[[RecordDict, int | None], RecordDict] = lambda record, number: record
         self.run_config: dict[str, bool | float | int | str] = {}
+        self.records: list[RecordDict] = []
+        self.down: list[bytes] = []
+        self.up: list[bytes] = []
+        self.replies: dict[int | None, bytes] = {}
         TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = RUN_ID, 1, 1
 
     def send_and_receive(
@@ -61,7 +70,15 @@ class DirectGrid(Grid):
         config = {} if number is None else {"partition-id": number, "num-partitions": len(self.numbers)}
         down = message_to_proto(message)
         context = Context(RUN_ID, node, config, RecordDict(), self.run_config)
-        up = message_to_proto(self.app(message_from_proto(down), context))
+        reply = self.app(message_from_proto(down), context)
+        if reply.has_content():
+            self.records += [message.content, reply.content]
+            if message.metadata.message_type == "train":
+                self.replies[number] = reply.content.config_records["fedkseed"]["message"]
+                reply.content = self.falsified(reply.content, number)
+        up = message_to_proto(reply)
+        self.down.append(down.SerializeToString())
+        self.up.append(up.SerializeToString())
         self.sizes[message.metadata.message_type].append((down.content.ByteSize(), up.content.ByteSize()))
         return [message_from_proto(up)]
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fedkseed._extras import require_extra
+from fedkseed.federation import EvaluationSummary, RoundSummary
 
 require_extra("flower", "flwr")
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 logger = logging.getLogger("fedkseed")
 
@@ -26,6 +27,11 @@ def value(message: Message) -> Any:
     """What a message holds; of any type, None if it is not one of ours."""
     record = message.content.config_records.get(_RECORD) if message.has_content() else None
     return None if record is None else record.get(_KEY)
+
+
+def metrics(summary: RoundSummary | EvaluationSummary | None) -> MetricRecord | None:
+    """What a round or an evaluation came to, if it was complete, for Flower's own report."""
+    return None if summary is None else MetricRecord({**summary.metrics()})
 
 
 def answers(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterator[tuple[int, Any]]:

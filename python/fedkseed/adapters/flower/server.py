@@ -9,13 +9,16 @@ from contextlib import suppress
 from typing import Any
 
 from fedkseed._extras import require_extra
-from fedkseed.adapters.flower.records import answers, content
+from fedkseed.adapters.flower.records import answers, content, metrics
 from fedkseed.federation import (
     RECOMMENDED_BOUNDS,
+    Bounds,
     EvaluationRound,
+    EvaluationSummary,
     MessageError,
     ProtocolError,
     Round,
+    RoundSummary,
     Server,
     TooFewRepliesError,
 )
@@ -54,13 +57,14 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
     """A server's rounds, each over the nodes that are there; no weights travel, so arrays are left alone.
 
     Args:
-        server: gets the recommended bounds where its config has none.
+        server: whose rounds they are.
         min_replies: of a round or evaluation; with fewer a round is tried again.
         max_lost: rounds in succession that are tried again; one more ends the run.
         min_nodes: clients that have to be there for the first round; for later ones ``min_replies``.
         num_evaluators: clients that evaluate the model after each round.
         timeout: seconds that a message and its answer may take, and that nodes are waited for.
-        on_round: called with the server after each complete round: to save its state, for instance.
+        bounds: put in where the server's config has none; ``Bounds(0, 0)`` for none.
+        on_round: called after each complete round, to save the server for instance.
     """
 
     def __init__(
@@ -72,9 +76,10 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
         min_nodes: int = 1,
         num_evaluators: int = 0,
         timeout: float = 3600.0,
-        on_round: Callable[[Server], object] = lambda server: None,
+        bounds: Bounds = RECOMMENDED_BOUNDS,
+        on_round: Callable[[Server, RoundSummary], object] = lambda server, summary: None,
     ) -> None:
-        server.put_bounds(RECOMMENDED_BOUNDS)
+        server.put_bounds(bounds)
         self.server, self.timeout, self.on_round = server, timeout, on_round
         self.min_replies, self.min_nodes = min_replies, max(min_nodes, min_replies)
         self.max_lost, self.num_evaluators = max_lost, num_evaluators
@@ -83,33 +88,28 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
         self._nodes: dict[int, int] = {}  # that are there, by client
 
     def summary(self) -> None:
-        """See Strategy."""
         logger.info("from round %d on: %s", self.server.round, self.server.config)
 
     def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Grid) -> list[Message]:
-        """See Strategy."""
         self._nodes = self._reachable(grid)
         return self._messages(self.server.open(self._nodes), "train")
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, Any]:
-        """See Strategy."""
-        metrics = self._metrics(replies)
-        self._num_lost = 0 if metrics else self._num_lost + 1
+        summary = self._summary(replies)
+        self._num_lost = 0 if summary else self._num_lost + 1
         if self._num_lost > self.max_lost:
             raise TooFewRepliesError(f"expected {self.min_replies} replies, got fewer {self._num_lost} times")
-        if metrics:
-            self.on_round(self.server)
-        return None, metrics
+        if isinstance(summary, RoundSummary):
+            self.on_round(self.server, summary)
+        return None, metrics(summary)
 
     def configure_evaluate(self, server_round: int, arrays: Any, config: Any, grid: Grid) -> list[Message]:
-        """See Strategy."""
         if not self.num_evaluators:
             return []
         return self._messages(self.server.open_evaluation(self._nodes, self.num_evaluators), "evaluate")
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """See Strategy."""
-        return self._metrics(replies) if self.num_evaluators else None
+        return metrics(self._summary(replies)) if self.num_evaluators else None
 
     def _messages(self, asked: Round | EvaluationRound, kind: str) -> list[Message]:
         self._asked, self._sent = asked, {}
@@ -117,14 +117,14 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
             self._sent[client] = Message(content(message), self._nodes[client], kind, ttl=self.timeout)
         return list(self._sent.values())
 
-    def _metrics(self, replies: Iterable[Message]) -> MetricRecord | None:
+    def _summary(self, replies: Iterable[Message]) -> RoundSummary | EvaluationSummary | None:
         """The summary of what was asked last; None if too few replied."""
         for client, reply in answers(self._sent, replies):
             if reply is not None:
                 with suppress(MessageError, ProtocolError):  # which are logged there
                     self._asked.add(client, reply)
         try:
-            return MetricRecord({**self._asked.close(min(self.min_replies, len(self._sent))).metrics()})
+            return self._asked.close(min(self.min_replies, len(self._sent)))
         except TooFewRepliesError as error:
             logger.warning("%s", error)
             return None
