@@ -77,7 +77,11 @@ def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 def evaluate(model: nn.Module, round: int) -> Mapping[str, float]:
     """The loss on the rows of all clients, without dropout."""
     model.eval()
-    return {"held_out_loss": float(loss(model, collate([row for rows in make_datasets() for row in rows])))}
+    return {
+        "held_out_loss": float(
+            loss(model, collate([row for rows in make_datasets() for row in rows])).detach()
+        )
+    }
 
 
 def make_task() -> Task[Row, Batch]:
