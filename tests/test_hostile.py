@@ -165,6 +165,7 @@ def test_a_thousand_bad_messages_to_clients_leave_the_run_of_none() -> None:
         ("eps", 0.01, 20, struct.pack("<f", 1e30)),
         ("max_abs_g", 1000.0, 120, struct.pack("<f", 3e37)),
     ],
+    ids=["lr", "eps", "max_abs_g"],
 )
 def test_a_server_that_asks_for_large_numbers_is_refused(
     name: str, limit: float, offset: int, asked: bytes

@@ -306,8 +306,7 @@ def disturb(folder: Path, num_kills: int, seed: int = 16) -> Outcome:
             number = draw.randrange(len(NODES))
             name = kind if kind == "server" else f"node {number}"
             if kind == "worker":
-                residents[number].start()  # it may be killed just now
-                os.kill(residents[number].info()["pid"], signal.SIGKILL)  # its node starts another
+                os.kill(pid_of(residents[number]), signal.SIGKILL)  # its node starts another
             else:
                 end(children.pop(name))
             lines = []
@@ -351,6 +350,16 @@ def compare(folder: Path, rounds: dict[int, list[int]]) -> None:
     kept = replace(server.config, run_id=None)
     with Server.resume(folder / _STATE, server.identity, server.pool, kept) as resumed:
         assert resumed.coefficients.tobytes() == server.coefficients.tobytes()
+
+
+def pid_of(resident: Resident) -> int:
+    """The running worker's process; one that was killed a moment ago may still be found, and is waited for."""
+    for _ in range(int(SECONDS / _PAUSE)):
+        with suppress(ResidentError):
+            resident.start()
+            return int(resident.info()["pid"])
+        time.sleep(_PAUSE)
+    raise TimeoutError(f"expected a worker at {resident.path} within {SECONDS} s, got none")
 
 
 def end(child: int) -> None:

@@ -17,8 +17,7 @@ def forged(generator: np.random.Generator, message: bytes, start: int = 0, stop:
     """The message with some bytes between ``start`` and ``stop`` replaced, under a right checksum."""
     raw = bytearray(message)
     stop = len(raw) - 4 if stop is None else stop
-    for _ in range(generator.integers(1, 4)):
-        position = int(generator.integers(start, stop))
+    for position in generator.choice(np.arange(start, stop), generator.integers(1, 4), replace=False):
         raw[position] ^= int(generator.integers(1, 256))
     return sealed(bytes(raw))
 
