@@ -10,7 +10,6 @@ import resource
 import struct
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,55 +180,6 @@ def test_another_model_or_configuration_is_named(tmp_path: Path) -> None:
     with pytest.raises(IdentityError, match="the same shapes, other numbers"):
         resume(tmp_path, other)
     assert (tmp_path / StateFolder.FILE).read_bytes() == data
-
-
-def test_a_resumed_server_keeps_its_run_id_and_takes_new_clients(tmp_path: Path) -> None:
-    config = ServerConfig(**CONFIG)
-    with Server(IDENTITY, POOL, config) as server:
-        server.merge(make_replies(server))
-        server.save(tmp_path)
-        run_id, answered = server.config.run_id, make_replies(server)
-    with Server.resume(tmp_path, IDENTITY, POOL, config) as same:
-        assert same.config.run_id == run_id
-        same.merge(answered)  # replies to what was sent before the interruption
-    with Server.resume(tmp_path, IDENTITY, POOL, replace(config, num_clients=40)) as grown:
-        assert (grown.config.run_id, grown.round) == (run_id, 1)
-        assert grown.open(range(7)).clients == server.clients
-        seen: set[int] = set()
-        for _ in range(20):
-            seen.update(grown.open().clients)
-            grown.merge(make_replies(grown))
-        assert max(seen) >= 7
-        grown.save(tmp_path)
-    with pytest.raises(StateError, match="num_clients 7, got one with 40"):
-        Server.resume(tmp_path, IDENTITY, POOL, config)
-
-
-@pytest.mark.parametrize("changes", [{"median_clip": 5.0}, {"share_cap": 2.4, "pro_clip": 7.0}])
-@SAMPLINGS
-def test_bounds_stand_in_format_3_and_go_on_over_a_resume(
-    tmp_path: Path, sampling: str, changes: dict[str, float]
-) -> None:
-    data = saved(tmp_path, sampling=sampling, **changes)
-    assert struct.unpack_from("<H", data, 4) == (3,)
-    stated = {**{"pro_clip": 1000.0, "pro_start": 0.0, "median_clip": 0.0, "share_cap": 0.0}, **changes}
-    assert struct.unpack_from("<dddd", data, HEADER) == tuple(stated.values())
-    straight = make_server(sampling=sampling, **changes)
-    for _ in range(2):
-        straight.merge(make_replies(straight))
-    with resume(tmp_path, sampling=sampling, run_id=straight.config.run_id, **changes) as server:
-        server.merge(make_replies(straight))
-        straight.merge(make_replies(straight))
-        assert server.coefficients.tobytes() == straight.coefficients.tobytes()
-    for version in (1, 2):
-        damaged = bytearray(data)
-        damaged[4] = version
-        with pytest.raises(StateError):
-            ServerState.from_bytes(sealed(bytes(damaged)))
-    # Bounds of 0, or Pro's numbers alone, are another format's.
-    none = struct.pack("<dd", 0.0, 0.0)
-    with pytest.raises(StateError, match="the numbers that format 3 is for"):
-        ServerState.from_bytes(sealed(data[: HEADER + 16] + none + data[HEADER + 32 :]))
 
 
 def test_a_folder_without_a_state_and_one_with_another_s(tmp_path: Path) -> None:
