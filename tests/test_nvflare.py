@@ -25,12 +25,16 @@ from support.embedding_pages import DOCS, write
 from fedkseed import (
     RECOMMENDED_BOUNDS,
     Bounds,
+    Broadcast,
     Client,
     Ledger,
+    ModelIdentity,
     ProtocolError,
     Reply,
     RoundSummary,
+    SeedPool,
     Server,
+    StateError,
     TooFewRepliesError,
 )
 from fedkseed.adapters.nvflare import SiteError, client_side, server_side
@@ -202,12 +206,50 @@ def test_the_end_of_a_job_goes_through(flare: SimpleNamespace) -> None:
     assert all(2 not in summary.clients for summary in rounds)
 
 
+def test_a_job_goes_on_where_another_ended(
+    flare: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is ended in its second round; the next one resumes with the bounds that were put in."""
+    reference, folder, inner = embedding.reference_ledger(), tmp_path / "state", flare.clients[3].answer
+    config = dataclasses.replace(embedding.CONFIG, median_clip=0.0, share_cap=0.0)
+    monkeypatch.setattr(embedding, "CONFIG", config)
+
+    def abort(message: bytes) -> bytes:
+        if Broadcast.peek(message).round == 1:
+            raise RunEndedError
+        reply: bytes = inner(message)
+        return reply
+
+    def resumed(bounds: Bounds = RECOMMENDED_BOUNDS) -> Server:
+        identity, pool = ModelIdentity.of(embedding.make_model()), SeedPool(config.seed, config.num_seeds)
+        return Server.resume(folder, identity, pool, config.server_config(4).with_bounds(bounds))
+
+    flare.clients[3].answer = abort
+    ended: list[Server] = []
+
+    def save(server: Server, summary: RoundSummary) -> None:
+        server.save(folder)
+        ended.append(server)
+
+    with pytest.raises(RunEndedError):
+        run(on_round=save)
+    ended[0].close()  # as the end of its process does
+    flare.clients[3].answer = inner
+    with pytest.raises(StateError, match="median_clip"):
+        resumed(Bounds(0, 0))
+    server_side(resumed, config.num_rounds, timeout=600, ledger="model.ledger", on_round=save)()
+    ended[-1].close()
+    assert [server.round for server in (ended[0], ended[-1])] == [1, 3]
+    assert (tmp_path / "job-1" / "model.ledger").read_bytes() == reference
+
+
 def test_bounds_are_put_in_where_the_config_has_none(
     flare: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reference = embedding.reference_ledger()
     off = dataclasses.replace(embedding.CONFIG, median_clip=0.0, share_cap=0.0)
     monkeypatch.setattr(embedding, "CONFIG", off)
-    assert run().ledger().to_bytes() == embedding.reference_ledger()
+    assert run().ledger().to_bytes() == reference
     assert run(bounds=Bounds(0, 0)).ledger().to_bytes() == embedding.simulated_ledger()
     monkeypatch.setattr(embedding, "CONFIG", dataclasses.replace(off, median_clip=3.0))
     config = run().config
