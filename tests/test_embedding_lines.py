@@ -10,8 +10,9 @@ from support.embedding_pages import DOCS, files
 
 ROOT = Path(__file__).parent.parent
 ADAPTERS = ROOT / "python" / "fedkseed" / "adapters"
-#: Most lines of a page's files of one program, but for those of model and data.
+#: Most lines of the files of one program, those that its page shows and others, but for model and data.
 LIMITS = {
+    ("flower", "my_federation.py", "apps/flower-fedkseed/pyproject.toml"): 25,
     ("nvflare", "my_federation/job.py"): 20,
     ("embedding", "pipe_client.py", "pipe_server.py"): 15,
     ("embedding", "http_client.py", "http_server.py"): 30,
@@ -22,7 +23,9 @@ FRAMEWORKS = {"flwr", "nvflare", "ray"}
 
 def num_lines(page: str, *names: str) -> int:
     """Lines that are not blank."""
-    return sum(bool(line.strip()) for name in names for line in files(page)[name].splitlines())
+    shown = files(page)
+    texts = [shown[name] if name in shown else (ROOT / name).read_text("utf-8") for name in names]
+    return sum(bool(line.strip()) for text in texts for line in text.splitlines())
 
 
 @pytest.mark.parametrize("program", LIMITS, ids="/".join)
@@ -33,7 +36,7 @@ def test_a_user_writes_few_lines(program: tuple[str, ...]) -> None:
 
 def test_every_file_of_these_pages_is_counted() -> None:
     counted = {(page, name) for page, *names in LIMITS for name in names} | MODEL_AND_DATA
-    assert counted == {(page, name) for page in {page for page, *_ in LIMITS} for name in files(page)}
+    assert {(page, name) for page in {page for page, *_ in LIMITS} for name in files(page)} <= counted
 
 
 def test_the_pages_state_the_limits() -> None:
