@@ -6,14 +6,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import httpx
 
 from support.embedding import environment
 from support.ports import free_port
@@ -49,20 +47,17 @@ class Flower:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
             "XDG_RUNTIME_DIR": str(runtime),  # of resident workers
+            "FEDKSEED_TEST_FOLDER": str(folder),
         }
-        link = {"address": f"127.0.0.1:{self.port}"}
+        self.environment["PYTHONPATH"] += f"{os.pathsep}{folder}"  # of a page's files
         security = "insecure = true" if tls is None else f'root-certificates = "{tls / "ca.pem"}"'
-        (self.home / "config.toml").write_text(
-            f'[superlink]\ndefault = "test"\n\n[superlink.test]\naddress = "{link["address"]}"\n{security}\n'
-        )
+        link = f'[superlink.test]\naddress = "127.0.0.1:{self.port}"\n{security}\n'
+        (self.home / "config.toml").write_text(f'[superlink]\ndefault = "test"\n\n{link}')
 
-    def app(self, module: str) -> Path:
-        """The folder of the app, for another module than the one that a user writes."""
-        copy = self.folder / "flower-fedkseed"
-        shutil.copytree(APP, copy)
-        path = copy / "pyproject.toml"
-        path.write_text(path.read_text().replace("my_federation:", f"{module}:"))
-        return copy
+    @property
+    def workers(self) -> list[str]:
+        """What the resident workers have logged."""
+        return [path.read_text() for path in self.folder.glob("runtime/fedkseed/*.log")]
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """A process in the background; what it says goes to a file of its name."""
@@ -80,14 +75,14 @@ class Flower:
             security += ["--ssl-keyfile", str(self.tls / "server.key")]
         place = ("--host", "127.0.0.1", "--port", str(self.port))
         process = self.start("superlink", "flower-superlink", *security, *place, *options)
-        scheme, verify = ("http", True) if self.tls is None else ("https", str(self.tls / "ca.pem"))
 
         def answers() -> bool:
             assert process.poll() is None, (self.folder / "superlink.log").read_text()
             try:
-                return httpx.get(f"{scheme}://127.0.0.1:{self.port}/health", verify=verify).is_success
-            except httpx.HTTPError:
+                socket.create_connection(("127.0.0.1", self.port), timeout=SECONDS).close()
+            except OSError:
                 return False
+            return True
 
         wait_for(answers, SECONDS)
         return process
@@ -117,20 +112,17 @@ class Flower:
         assert found.returncode == 0, f"{found.stdout}\n{found.stderr}"
         return found.stdout
 
-    def run(self, app: Path, *options: str) -> dict[str, Any]:
-        """Runs an app to its end; its line of `flwr list`."""
-        self.cli("run", str(app), "test", "--stream", *options)
-
-        def is_over() -> bool:
-            return self.last_run()["status"].startswith("finished")
-
-        wait_for(is_over, SECONDS)
-        return self.last_run()
-
-    def last_run(self) -> dict[str, Any]:
-        runs = json.loads(self.cli("list", "test", "--format", "json"))["runs"]
-        found: dict[str, Any] = runs[0]
-        return found
+    def run(self, module: str, *options: str) -> tuple[bytes, str]:
+        """Three rounds of the apps of a module, or as the options say; the ledger, and what was logged."""
+        copy = self.folder / "flower-fedkseed"
+        shutil.copytree(APP, copy)
+        project = copy / "pyproject.toml"
+        project.write_text(project.read_text().replace("my_federation:", f"{module}:"))
+        ledger = self.folder / "ledger.safetensors"
+        text = self.cli("run", str(copy), "test", "--stream", "-c", f'ledger="{ledger}"', *options)
+        (run,) = json.loads(self.cli("list", "test", "--format", "json"))["runs"]
+        assert run["status"] == "finished:completed", text
+        return ledger.read_bytes(), text
 
     def processes(self) -> list[int]:
         """All that run in this home, whoever started them."""
