@@ -233,7 +233,7 @@ class TestWhatTravels:
     def test_no_message_holds_a_weight_and_records_are_as_small_as_the_page_says(
         self, grid: DirectGrid
     ) -> None:
-        """Of 4,096 seeds and 200 steps, as Flower serialises them."""
+        """Records of 4,096 seeds and 200 steps, as Flower serialises them."""
         config = replace(CONFIG, num_seeds=4096, num_local_steps=200)
         task = embedding.make_task()
         working = WorkingCopy(task.model)
