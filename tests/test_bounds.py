@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from itertools import permutations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.messages import make_replies, make_reply, make_server
 
+from benchmarks.liars import __main__ as liars
+from benchmarks.liars.tables import tables
 from fedkseed import RECOMMENDED_BOUNDS, Bounds, Broadcast, ServerConfig
 from fedkseed.federation.bounds import capped_weights, clipped, median_magnitude
 
@@ -199,3 +203,39 @@ def test_recommended_bounds_are_put_where_none_are() -> None:
 def test_bounds_out_of_range_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_server(**changes)
+
+
+PAGE = Path(__file__).parent.parent / "docs" / "protocol.md"
+
+
+def test_the_page_shows_the_tables_of_the_committed_figures() -> None:
+    page = PAGE.read_text()
+    for table in tables(json.loads(liars.RESULT.read_bytes())).split("\n\n"):
+        assert table in page
+
+
+def test_the_committed_figures_hold_what_the_recommended_bounds_promise() -> None:
+    document = json.loads(liars.RESULT.read_bytes())
+    recommended = RECOMMENDED_BOUNDS._asdict()
+    times = {
+        (row["weighting"], row["num_liars"], row["median_clip"], row["share_cap"]): row["times_honest"]
+        for row in document["attacks"]
+    }
+    for weighting in ("data_size", "equal"):
+        for num_liars, most in ((1, 3.0), (4, 6.0)):
+            assert times[weighting, num_liars, *recommended.values()] <= most
+    assert times["data_size", 1, 0.0, 0.0] > 200
+    (chosen,) = (row for row in document["window"] if recommended.items() <= row.items())
+    assert chosen["mean_change"] < 0.01
+    assert max(chosen["p95_times_honest_1"] / 3, chosen["p95_times_honest_4"] / 6) < 1
+    others = [row for row in document["window"] if row is not chosen]
+    assert any(row["times_honest_4"] > 6 for row in others)  # the window has two sides
+    assert any(row["mean_change"] > 0.01 for row in others)
+
+
+def test_the_command_measures_and_its_tables_have_every_row() -> None:
+    document = liars.measure(num_weights=256, num_attacks=1, num_honest=2)
+    lines = tables(document).splitlines()
+    num_rows = sum(len(rows) for rows in document.values())
+    assert len(lines) == num_rows - 2 + 3 * 2 + 2  # two rows are of nobody lying; heads and what separates
+    assert {row["num_clients"] for row in document["honest"]} == {4, 16}

@@ -50,7 +50,7 @@ NUM_CLIENTS = 16
 NUM_LIARS = (0, 1, 4, 8)
 #: Sizes of the honest clients whom the bounds have to leave alone.
 SIZES = (58, 17, 15, 10)
-CLIPS = (4.0, 4.5, 5.0, 5.5, 6.0, 8.0)
+CLIPS = (3.0, 4.0, 4.5, 5.0, 5.5, 6.0, 8.0, 12.0)
 CAPS = (2.0, 2.2, 2.4, 3.0, 4.0)
 #: What lies so low that the others are cut to it.
 TINY = 1e-6
@@ -95,12 +95,13 @@ def honest_row(
         bounds: of the server.
         weighting: of the replies.
     """
-    offs, wholes = [], []
+    offs, wholes, cosines = [], [], []
     for seed, replies in rounds:
         free = arena.move(replies, OFF, seed=seed, weighting=weighting)
         held = arena.move(replies, bounds, seed=seed, weighting=weighting)
         offs.append(rms(held - free))
         wholes.append(rms(free))
+        cosines.append(cosine(held, free))
     changes = np.array(offs) / np.array(wholes)
     return {
         **bounds._asdict(),
@@ -109,6 +110,7 @@ def honest_row(
         "rms_change": float(np.sqrt(np.square(offs).sum() / np.square(wholes).sum())),
         "most_change": float(changes.max()),
         "changed_rounds": float((changes > 0).mean()),
+        "cosine": _mean(cosines),
     }
 
 
@@ -123,10 +125,12 @@ def window_row(arena: Arena, seeds: Sequence[int], honest_seeds: Sequence[int], 
     for number in (1, 4):
         row = attack_row(arena, seeds, number, bounds, "data_size", lies_at_the_bound)
         found |= {f"{name}_{number}": row[name] for name in ("times_honest", "p95_times_honest")}
-    return {**found, **honest_row(arena, drawn_rounds(normal, honest_seeds, SIZES), bounds, "data_size")}
+    measured = {row["g"]: row["mean_change"] for row in measured_rows(arena, bounds)}
+    drawn = honest_row(arena, drawn_rounds(normal, honest_seeds, SIZES), bounds, "data_size")
+    return {**found, **drawn, "measured_mean_change": measured}
 
 
-def measured_rows(arena: Arena) -> list[Row]:
+def measured_rows(arena: Arena, bounds: Bounds) -> list[Row]:
     """What the bounds cost in the rounds of real models, a row for each of their runs."""
     rows = []
     for run in json.loads(honest_g.RESULT.read_bytes())["runs"]:
@@ -134,7 +138,7 @@ def measured_rows(arena: Arena) -> list[Row]:
             (seed, Replies(np.array(round["g"], np.float32), tuple(round["data_sizes"])))
             for seed, round in enumerate(run["rounds"])
         ]
-        row = honest_row(arena, rounds, RECOMMENDED_BOUNDS, run["weighting"])
+        row = honest_row(arena, rounds, bounds, run["weighting"])
         num_clients, num_steps = rounds[0][1].scalars.shape
         rows.append({"g": run["name"], "num_clients": num_clients, "num_local_steps": num_steps, **row})
     return rows
@@ -178,7 +182,7 @@ def measure(num_weights: int, num_attacks: int, num_honest: int) -> dict[str, li
         "attacks": attacks,
         "shrinking": shrinking,
         "window": window,
-        "honest": [*honest, *measured_rows(arena)],
+        "honest": [*honest, *measured_rows(arena, RECOMMENDED_BOUNDS)],
     }
 
 

@@ -40,7 +40,7 @@ def _told(row: Row) -> str:
 
 def _moved(row: Row) -> tuple[str, ...]:
     times = (f"{row[name]:.3g}" for name in ("times_honest", "p95_times_honest"))
-    return (f"{row['rms']:.3g}", *times, f"{row['cosine']:.2f}")
+    return (f"{row['rms']:.3g}", *times, f"{round(row['cosine'], 2) + 0.0:.2f}")  # no -0.00
 
 
 def _window(document: Mapping[str, Any]) -> str:
@@ -50,18 +50,29 @@ def _window(document: Mapping[str, Any]) -> str:
             f"{row['share_cap']:g}",
             *(f"{row[f'times_honest_{n}']:.2f} ({row[f'p95_times_honest_{n}']:.2f})" for n in (1, 4)),
             *_lost(row),
+            " / ".join(f"{100 * change:.1f} %" for change in row["measured_mean_change"].values()),
         )
         for row in document["window"]
     ]
-    return _table(("median_clip", "share_cap", "one liar: times (19 of 20 below)", "four", *_LOST), rows)
+    measured = "of real models, mean: " + " / ".join(document["window"][0]["measured_mean_change"])
+    return _table(
+        ("median_clip", "share_cap", "one liar: times (19 of 20 below)", "four", *_LOST, measured), rows
+    )
 
 
 def _honest(document: Mapping[str, Any]) -> str:
     rows = [
-        (row["g"], str(row["num_clients"]), str(row["num_local_steps"]), str(row["num_rounds"]), *_lost(row))
+        (
+            row["g"],
+            str(row["num_clients"]),
+            str(row["num_local_steps"]),
+            str(row["num_rounds"]),
+            *_lost(row),
+            f"{row['cosine']:.3f}",
+        )
         for row in document["honest"]
     ]
-    return _table(("g", "clients", "tau", "rounds", *_LOST), rows)
+    return _table(("g", "clients", "tau", "rounds", *_LOST, "cosine"), rows)
 
 
 _LOST = ("honest update changes by, mean", "rms", "at most", "rounds it changes in")

@@ -353,7 +353,7 @@ def compare(folder: Path, rounds: dict[int, list[int]]) -> None:
 
 
 def pid_of(resident: Resident) -> int:
-    """The running worker's process; one that was just killed may still be found, and is waited for."""
+    """The running worker's process; one that was killed just now may still be found."""
     for _ in range(int(SECONDS / _PAUSE)):
         with suppress(ResidentError):
             resident.start()
