@@ -17,7 +17,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 #: Pages whose Python blocks are one program, and how many they have.
 PAGES = {"quickstart": 4, "optimizer": 8, "data": 1}
 #: Pages with pieces of programs, or with programs that other tests run.
-PIECES = ("ledger", "reproducibility", "embedding", "nvflare")
+PIECES = ("ledger", "reproducibility", "embedding", "flower", "nvflare")
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -118,11 +118,10 @@ class Flower:
         shutil.copytree(APP, copy)
         project = copy / "pyproject.toml"
         project.write_text(project.read_text().replace("my_federation:", f"{module}:"))
-        ledger = self.folder / "ledger.safetensors"
-        text = self.cli("run", str(copy), "test", "--stream", "-c", f'ledger="{ledger}"', *options)
+        text = self.cli("run", str(copy), "test", "--stream", *options)
         (run,) = json.loads(self.cli("list", "test", "--format", "json"))["runs"]
         assert run["status"] == "finished:completed", text
-        return ledger.read_bytes(), text
+        return (self.folder / "ledger.safetensors").read_bytes(), text
 
     def processes(self) -> list[int]:
         """All that run in this home, whoever started them."""
