@@ -35,6 +35,8 @@ NUM_SEEDS, NUM_STEPS = 4096, 200
 NUM_ROUNDS = 5
 TARGET = 50_000
 _IDENTITY = ModelIdentity(bytes(32), bytes(32), "bfloat16")
+#: The same for every server, as one of them merges what was sent to another.
+_RUN_ID = b"benchmark merges"
 
 Replies = list[tuple[int, bytes]]
 
@@ -48,6 +50,7 @@ def make_server(num_invited: int, sampling: Sampling, num_clients: int = 1 << 24
         lr=LEARNING_RATE,
         eps=ZO_EPS,
         sampling=sampling,
+        run_id=_RUN_ID,
     )
     return Server(_IDENTITY, SeedPool(1, NUM_SEEDS), config)
 
