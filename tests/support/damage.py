@@ -132,9 +132,8 @@ def _read_state(folder: Path) -> object:
 def _make_states() -> list[bytes]:
     made = []
     for sampling in ("uniform", "pro"):
-        config = ServerConfig(
-            num_clients=5, clients_per_round=2, num_local_steps=4, lr=0.02, eps=1e-3, sampling=sampling
-        )
+        numbers = {"clients_per_round": 2, "num_local_steps": 4, "lr": 0.02, "eps": 1e-3}
+        config = ServerConfig(5, run_id=bytes(16), sampling=sampling, **numbers)
         made.append(Server(IDENTITY, SeedPool(8, 16), config)._state(3).to_bytes())
     return made
 
