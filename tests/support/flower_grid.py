@@ -24,6 +24,7 @@ class DirectGrid(Grid):
 
     Attributes:
         numbers: client by node, of the nodes that are there.
+        mute: clients that do not say who they are.
         silent: clients that never answer; broken: clients whose messages Flower itself answers.
         falsified: what becomes of the content of a client's reply.
         run_config: of the run.
@@ -36,6 +37,7 @@ class DirectGrid(Grid):
     def __init__(self, app: ClientApp, num_nodes: int) -> None:
         self.app = app
         self.numbers: dict[int, int | None] = {90 - 7 * number: number for number in range(num_nodes)}
+        self.mute: set[int] = set()
         self.silent: set[int] = set()
         self.broken: set[int] = set()
         self.seen: list[tuple[int | None, str]] = []
@@ -61,7 +63,7 @@ class DirectGrid(Grid):
     def _answers(self, message: Message) -> Iterable[Message]:
         node = message.metadata.dst_node_id
         number = self.numbers[node]
-        if message.metadata.message_type != "query" and number in self.silent:
+        if number in (self.mute if message.metadata.message_type == "query" else self.silent):
             return []
         if message.metadata.message_type != "query" and number in self.broken:
             reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), reply_to=message)

@@ -136,8 +136,9 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
         while True:
             there = set(grid.get_node_ids())
             new = sorted(there - self._numbers.keys())
-            asked = {node: Message(RecordDict(), node, "query", ttl=self.timeout) for node in new}
-            replies = grid.send_and_receive(list(asked.values()), timeout=self.timeout)
+            limit = min(self.timeout, 120.0)  # who is silent is asked again in the next round
+            asked = {node: Message(RecordDict(), node, "query", ttl=limit) for node in new}
+            replies = grid.send_and_receive(list(asked.values()), timeout=limit)
             for node, number in answers(asked, replies):
                 self._numbers[node] = number if isinstance(number, int) else -1
             known = range(self.server.config.num_clients)
