@@ -166,13 +166,15 @@ class NodeClients:
 
 def worker(folder: Path, number: int) -> Resident:
     """The resident worker of a node, which outlives it."""
-    return connect(NodeClients, folder / "workers", idle_timeout=SECONDS, name=str(number))
+    return connect(
+        NodeClients, folder / "workers", idle_timeout=SECONDS, start_timeout=SECONDS, name=str(number)
+    )
 
 
 def node(folder: Path, number: int) -> None:
-    """A node: asks for its clients, one after the other, for ever."""
+    """A node: asks for its clients, one after the other, until there is a ledger."""
     resident = worker(folder, number)
-    while True:
+    while not (folder / _LEDGER).exists():
         for client in NODES[number]:
             if message := ask(folder, b"G", client):
                 with suppress(ResidentError, IdentityError, MessageError, ProtocolError):
@@ -320,8 +322,12 @@ def disturb(folder: Path, num_kills: int, seed: int = 16) -> Outcome:
                 told.wait("closed")
             children[name] = starts[name]()
         (folder / _STOP).touch()
-        _, status = os.waitpid(children.pop("server"), 0)
-        assert status == 0, f"the server ended with {status}"
+        for name in (
+            "server",
+            *(name for name in starts if name.startswith("node")),
+        ):  # they end by themselves
+            _, status = os.waitpid(children.pop(name), 0)
+            assert status == 0, f"{name} ended with {status}"
     finally:
         for child in children.values():
             end(child)
