@@ -140,6 +140,19 @@ def test_a_liar_is_clipped_and_capped() -> None:
     assert server.coefficients == pytest.approx(-0.3 * expected, rel=1e-12)
 
 
+def test_what_is_clipped_counts_as_clipped_for_the_significance_of_seeds() -> None:
+    server, summary = round_of({"median_clip": 5.0, "sampling": "pro"}, liars=1)
+    assert server.significance is not None
+    assert summary.median_abs_g is not None
+    limit = 5.0 * summary.median_abs_g
+    expected = np.zeros(16)
+    fresh = make_server(clients_per_round=7, median_clip=5.0, sampling="pro")
+    for client in range(7):
+        g = np.full(STEPS, 100.0) if not client else scalars(client).astype(float)
+        np.add.at(expected, fresh.schedule(client).astype(int), np.minimum(np.abs(g), limit))
+    assert server.significance.sums == pytest.approx(expected, rel=1e-12)
+
+
 def test_bounds_that_cut_nothing_leave_the_bits_of_none() -> None:
     sizes = (58, 17, 15, 10, 20, 20, 20)
     free, _ = round_of({}, sizes=sizes)

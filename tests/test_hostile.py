@@ -134,11 +134,13 @@ def test_a_thousand_bad_messages_to_clients_leave_the_run_of_none() -> None:
     num_sent = num_taken = 0
     while federation.server.round < SIMULATED.num_rounds:
         opened = federation.server.open()
-        known = list(opened.messages.values()) + federation.messages
+        asked = federation.server.open_evaluation(range(5)).messages
+        known = [*opened.messages.values(), *asked.values(), *federation.messages]
         for number, message in opened.messages.items():
             client = federation.client(number)
             for _ in range(NUM_MESSAGES // (4 * SIMULATED.num_rounds) + 1):
-                bad = forged(generator, message) if generator.integers(2) else hostile(generator, known)
+                honest = message if generator.integers(2) else asked[number]
+                bad = forged(generator, honest) if generator.integers(2) else hostile(generator, known)
                 before = federation.weights(), client.last_run, torch.get_rng_state().numpy().tobytes()
                 num_sent += 1
                 try:
