@@ -160,6 +160,31 @@ def test_a_thousand_bad_messages_to_clients_leave_the_run_of_none() -> None:
     assert federation.server.ledger().to_bytes() == alone.server.ledger().to_bytes()
 
 
+def test_bad_answers_to_an_evaluation_leave_its_means_and_the_round(caplog: pytest.LogCaptureFixture) -> None:
+    federation = undisturbed()
+    asked = federation.server.open_evaluation(range(5))
+    alone = federation.server.open_evaluation(range(5))
+    answers = {
+        number: federation.client(number).handle(message) for number, message in asked.messages.items()
+    }
+    known = [*asked.messages.values(), *answers.values(), *federation.messages]
+    generator = np.random.default_rng(18)
+    before = federation.server_state()
+    for number, answer in answers.items():
+        for _ in range(100):
+            claimed = int(generator.integers(-1, 7))
+            bad = forged(generator, answer, 24, 56) if generator.integers(2) else hostile(generator, known)
+            with pytest.raises(TYPED):
+                asked.add(claimed, bad)
+        asked.add(number, answer)
+        with pytest.raises(ProtocolError, match="two that differ"):
+            asked.add(number, patched(answer, 20, struct.pack("<I", 2**32 - 1)))
+        alone.add(number, answer)
+    assert caplog.text.count("was refused") == 5 * 101
+    assert asked.close() == alone.close()
+    assert federation.server_state() == before
+
+
 @pytest.mark.parametrize(
     ("name", "limit", "offset", "asked"),
     [
