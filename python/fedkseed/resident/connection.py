@@ -188,7 +188,7 @@ class Resident:
         descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", worker.__name__],
+                [sys.executable, "-c", f"from {worker.__name__} import main; main()"],
                 stdin=subprocess.PIPE,
                 stdout=descriptor,
                 stderr=descriptor,

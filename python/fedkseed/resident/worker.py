@@ -1,7 +1,7 @@
 """A resident worker's life: make the client, answer messages until none comes for a while.
 
-Started by `fedkseed.resident.connect` as `python -m fedkseed.resident.worker`, which sends its `Orders`
-through stdin; what it says goes to a log file beside its socket.
+`fedkseed.resident.connect` starts a Python that calls `main`, and sends its `Orders` through stdin; what it
+says goes to a log file beside its socket.
 """
 
 from __future__ import annotations
@@ -151,7 +151,3 @@ def main() -> None:
             serve(listener, orders, client, trace)
         finally:
             path.unlink(missing_ok=True)
-
-
-if __name__ == "__main__":
-    main()
