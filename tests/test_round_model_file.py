@@ -85,6 +85,20 @@ def test_models_of_another_w0_have_files_of_their_own(tmp_path: Path) -> None:
     assert not load(copy(tmp_path))
 
 
+def test_other_tuned_parameters_of_the_same_w0_are_another_model(tmp_path: Path) -> None:
+    def halves(frozen: int) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+        model[frozen].requires_grad_(False)
+        return model
+
+    load(copy(tmp_path, halves(0)))
+    found, wanted = copy(tmp_path, halves(1)), WorkingCopy(halves(1))
+    assert load(found)
+    wanted.load(POOL, COEFFICIENTS)
+    assert same_bytes(weights_of(found.model), weights_of(wanted.model))
+
+
 def test_a_part_of_a_file_or_another_one_is_no_model(tmp_path: Path) -> None:
     load(copy(tmp_path))
     (file,) = tmp_path.iterdir()

@@ -49,7 +49,7 @@ class RoundModelFile:
         """Copies the file's weights into these, if it holds those wanted.
 
         Args:
-            w0: content hash of the model.
+            w0: hash of the model, and of which parameters are tuned.
             wanted: what the round's model follows from, beside w0.
             weights: of the shapes and dtypes of what was saved; written.
         """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -190,7 +191,7 @@ class WorkingCopy:
             self._rebuild(pool, coefficients, family)
             self.seconds_rebuild += perf_counter() - start
             if self._round_file is not None:
-                self._round_file.save(self.identity.content, _parts(wanted), self._weights)
+                self._round_file.save(self._w0_hash(), _parts(wanted), self._weights)
             if self._round_model is not None:
                 start = perf_counter()
                 self._kept = None
@@ -201,7 +202,11 @@ class WorkingCopy:
 
     def _is_loaded_from(self, file: RoundModelFile, wanted: tuple[SeedPool, bytes, str]) -> bool:
         """Whether a file held the round's model; then the working weights are set to it."""
-        return file.load(self.identity.content, _parts(wanted), self._weights)
+        return file.load(self._w0_hash(), _parts(wanted), self._weights)
+
+    def _w0_hash(self) -> bytes:
+        """A hash of w0 and of which parameters are tuned; that of the content does not tell the latter."""
+        return hashlib.sha256(self.identity.structure + self.identity.content).digest()
 
     def adopt_round_model(
         self,
