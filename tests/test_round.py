@@ -145,6 +145,20 @@ def test_a_round_that_is_over_takes_nothing() -> None:
     assert server.round == 1
 
 
+def test_a_round_made_anew_is_over_with_the_round_that_it_is_of() -> None:
+    server = make_server()
+    replies = make_replies(server)
+    late, trial = server.open().anew(), server.open().anew()
+    for copy in (late, trial):
+        copy.add_all(replies)
+    trial.close()
+    before = bytes_of(server)
+    for copy in (late, trial):
+        with pytest.raises(ProtocolError, match="round 0, which is over"):
+            copy.close()
+    assert bytes_of(server) == before
+
+
 def test_clients_are_drawn_from_those_available() -> None:
     server = make_server()
     everyone = server.clients

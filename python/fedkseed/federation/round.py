@@ -129,8 +129,12 @@ class Round(Collecting):
         return self._close(self)
 
     def anew(self) -> Round:
-        """This round with the same messages and no replies."""
+        """This round with the same messages and no replies; over as soon as a round of them is merged."""
         return Round(self._sent, self._config, self._close)
+
+    def is_of(self, other: Round) -> bool:
+        """Whether both ask with the same messages: one of them is the other or `anew` of it."""
+        return self._sent is other._sent
 
     def _read(self, client: int, reply: MessageBytes) -> tuple[bytes, ReplyHeader]:
         """A client's reply to this round's broadcast and its header; its scalars are not looked at."""

@@ -235,9 +235,12 @@ class Server:
             ProtocolError: none available, or one that is not registered.
             TypeError, ValueError: ``num_clients`` is no positive number.
         """
-        found = range(self.config.num_clients) if available is None else available
-        count = self.config.num_clients if num_clients is None else num_clients
-        clients = self._drawn(self.round, found, check_count("num_clients", count, 1, MAX_CLIENTS))
+        known = self.config.num_clients
+        count = check_count("num_clients", known if num_clients is None else num_clients, 1, MAX_CLIENTS)
+        if available is None:
+            clients = self.pool.sample_clients(self.round, known, min(count, known))
+        else:
+            clients = self._drawn(self.round, available, count)
         return EvaluationRound(self._sent(self.round, clients, 0, None))
 
     def schedule(self, client: int) -> NDArray[np.uint16]:
@@ -343,6 +346,11 @@ class Server:
 
     def _close_round(self, round: Round) -> RoundSummary:
         """The server's part of `Round.close`."""
+        if not round.is_of(self._open):
+            raise ProtocolError(
+                f"expected the round that is open, got round {round.number}, which is over; "
+                "server.open() gives the one that is"
+            )
         if self.round + 1 == MAX_ROUNDS:
             raise ProtocolError(f"expected at most {MAX_ROUNDS - 1} rounds, got one more")
         found = merged(round, self.pool.num_seeds, self.config, self.significance)
