@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Mapping
 from hashlib import sha256
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.messages import make_broadcast, patched, sealed
+from support.messages import make_broadcast, make_server, patched, sealed
 from support.protocol_page import read_by_the_page
 from support.small_client import COEFFICIENTS, loss, make_client, make_model, rebuilt, same_bytes, weights_of
 from support.small_client import batches as make_batches
@@ -28,6 +29,8 @@ from fedkseed import (
     WorkingCopy,
 )
 from fedkseed.federation.evaluation_messages import MAX_EVALUATION_BYTES
+from fedkseed.federation.messages import broadcast_digest
+from fedkseed.seeds import MAX_CLIENTS
 from fedkseed_kernels import CONTRACT_VERSION
 
 NO_STEPS = np.zeros(0, np.uint16)
@@ -256,3 +259,27 @@ def test_a_message_to_evaluate_is_loaded_too() -> None:
         client.load(message)
         assert same_bytes(weights_of(client.working.model), weights_of(rebuilt()))
     assert Broadcast.from_bytes(question()).kind == "evaluate"
+
+
+def test_a_mean_of_scores_lies_between_them_however_large() -> None:
+    largest = float(np.finfo(np.float64).max)
+    server = make_server(num_clients=49)
+    asked = server.open_evaluation()
+    for client, message in asked.messages.items():
+        scores = {"same": 0.1, "most": largest, "least": -largest}
+        answer = EvaluationReply(0, client, 1 + client % 7, broadcast_digest(message), scores)
+        asked.add(client, answer.to_bytes())
+    assert asked.close().scores == {"same": 0.1, "most": largest, "least": -largest}
+
+
+def test_who_is_asked_is_drawn_without_a_list_of_all() -> None:
+    server = make_server(num_clients=MAX_CLIENTS)
+    tracemalloc.start()
+    try:
+        drawn = server.open_evaluation(num_clients=3).clients
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    small = make_server(num_clients=40)
+    assert small.open_evaluation(num_clients=3).clients == small.open_evaluation(range(40), 3).clients
+    assert len(drawn) == 3

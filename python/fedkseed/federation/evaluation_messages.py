@@ -86,8 +86,7 @@ class EvaluationReply:
             MessageError: truncated, too long, damaged, of another format or contract version, or a field out
                 of range; constant memory whatever the length.
         """
-        shortest = _HEADER.size + CHECKSUM_BYTES
-        raw = as_bytes("answer to an evaluation", message, shortest, MAX_EVALUATION_BYTES)
+        raw = evaluation_as_bytes(message)
         check_versions("answer to an evaluation", _MAGIC, raw)
         check_checksum("answer to an evaluation", raw)
         *_, num_scores, round, client, num_examples, digest = _HEADER.unpack_from(raw)
@@ -123,3 +122,13 @@ class EvaluationReply:
                 )
             if not math.isfinite(value):
                 raise MessageError(f"expected finite scores, got {name} = {value}")
+
+
+def evaluation_as_bytes(message: MessageBytes) -> bytes:
+    """`as_bytes` of an answer to an evaluation.
+
+    Raises:
+        MessageError: of another type or length.
+    """
+    shortest = _HEADER.size + CHECKSUM_BYTES
+    return as_bytes("answer to an evaluation", message, shortest, MAX_EVALUATION_BYTES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fedkseed.federation.collecting import Collecting
-from fedkseed.federation.evaluation_messages import EvaluationReply
+from fedkseed.federation.evaluation_messages import EvaluationReply, evaluation_as_bytes
 from fedkseed.federation.messages import MessageBytes, MessageError, ProtocolError
 from fedkseed.federation.round_messages import RoundMessages
 from fedkseed.federation.summary import EvaluationSummary
@@ -41,7 +41,8 @@ class EvaluationRound(Collecting):
         try:
             self._sent.require(client)
             try:
-                found = EvaluationReply.from_bytes(reply)
+                raw = evaluation_as_bytes(reply)
+                found = EvaluationReply.from_bytes(raw)
             except MessageError as error:
                 raise MessageError(f"client {client}: {error}") from error
             wanted = (self.number, client, self._sent.digest(client))
@@ -50,7 +51,6 @@ class EvaluationRound(Collecting):
                     f"expected client {client} to answer this run's evaluation of round {self.number}, got "
                     "an answer to another message"
                 )
-            raw = bytes(reply)
             self._require_first(client, raw, self._replies.get(client))
         except (MessageError, ProtocolError) as error:
             self._tell_refusal(error)
@@ -81,5 +81,8 @@ class EvaluationRound(Collecting):
 def _mean(name: str, replies: list[EvaluationReply]) -> float:
     """The weighted mean of a score over the answers that have it; exact sums, so in any order the same."""
     having = [reply for reply in replies if name in reply.scores]
-    weights = [reply.num_examples / sum(other.num_examples for other in having) for reply in having]
-    return math.fsum(weight * reply.scores[name] for weight, reply in zip(weights, having, strict=True))
+    num_examples = sum(reply.num_examples for reply in having)
+    scores = [reply.scores[name] for reply in having]
+    # Halves: the weights add up to 1 but for rounding, which would carry the largest number over the edge.
+    half = math.fsum(reply.num_examples / num_examples * (reply.scores[name] / 2) for reply in having)
+    return min(max(2 * half, min(scores)), max(scores))
