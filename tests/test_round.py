@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from itertools import permutations
 
+import numpy as np
 import pytest
 from support.messages import make_replies, make_reply, make_server, patched
 
@@ -91,6 +93,20 @@ def test_a_bad_reply_is_typed_logged_and_changes_nothing(caplog: pytest.LogCaptu
     assert opened.missing == (opened.clients[2],)
 
 
+def test_a_check_tells_what_it_refuses_too(caplog: pytest.LogCaptureFixture) -> None:
+    server = make_server()
+    good = make_reply(server, server.clients[0])
+    server.check(server.clients[0], good)
+    assert not caplog.records
+    for call in (lambda: server.check(server.clients[0], good[:-1]), lambda: server.merge([(9, good)])):
+        caplog.clear()
+        with pytest.raises((MessageError, ProtocolError)):
+            call()
+        assert [record.message.split(": ")[:2] for record in caplog.records] == [
+            ["round 0", "a reply was refused"]
+        ]
+
+
 def test_several_replies_are_added_all_or_none() -> None:
     server = make_server()
     opened = server.open()
@@ -107,15 +123,19 @@ def test_a_round_closes_with_as_many_replies_as_asked_for() -> None:
     opened = server.open()
     replies = make_replies(server)
     before = bytes_of(server)
-    with pytest.raises(TooFewRepliesError, match="at least 1 replies of round 0, got 0; missing are clients"):
+    with pytest.raises(
+        TooFewRepliesError, match="at least 1 replies of round 0, got 0 of 3; missing are clients"
+    ):
         opened.close()
     opened.add(*replies[0])
     with pytest.raises(TooFewRepliesError, match="at least 3 replies of round 0, got 1"):
         opened.close(min_replies=3)
     assert bytes_of(server) == before
-    for wrong in (-1, 4):
-        with pytest.raises(ValueError, match="min_replies"):
-            opened.close(min_replies=wrong)
+    with pytest.raises(TooFewRepliesError, match="at least 4 replies of round 0, got 1 of 3"):
+        opened.close(min_replies=4)
+    for wrong, error in ((-1, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="min_replies"):
+            opened.close(min_replies=wrong)  # type: ignore[arg-type]
     opened.add(*replies[2])
     summary = opened.close(min_replies=2)
     alone = make_server()
@@ -134,15 +154,28 @@ def test_a_round_without_replies_leaves_the_model_and_invites_others() -> None:
     assert "largest_weight" not in summary.metrics()
 
 
+def test_fewer_clients_than_a_round_needs_are_too_few_replies() -> None:
+    server = make_server()
+    opened = server.open([4])
+    opened.add_all(make_replies(server))
+    with pytest.raises(TooFewRepliesError, match="got 1 of 1; all replied, or close with a smaller"):
+        opened.close(min_replies=2)
+    assert server.round == 0
+    assert opened.close().replied == (4,)
+
+
 def test_a_round_that_is_over_takes_nothing() -> None:
     server = make_server()
     opened, replies = server.open(), make_replies(server)
+    twin = opened.anew()
+    twin.add_all(replies)
     opened.add_all(replies)
     opened.close()
-    for call in (lambda: opened.add(*replies[0]), opened.close):
+    after = server.coefficients.tobytes()
+    for call in (lambda: opened.add(*replies[0]), opened.close, twin.close):
         with pytest.raises(ProtocolError, match="round 0, which is over"):
             call()
-    assert server.round == 1
+    assert (server.round, server.coefficients.tobytes()) == (1, after)
 
 
 def test_a_round_made_anew_is_over_with_the_round_that_it_is_of() -> None:
@@ -169,10 +202,23 @@ def test_clients_are_drawn_from_those_available() -> None:
     assert make_server().open({0, 6, 5, 2}).clients == few.clients
     assert server.open() is few
     assert server.open([4]).clients == (4,)
-    for wrong in ([], [7], [-1, 2]):
+    for wrong in ([], [7], [-1, 2], [1.5, 2], ["1", 2], [None]):
         with pytest.raises(ProtocolError, match="available clients out of 0 .. 6"):
-            server.open(wrong)
+            server.open(wrong)  # type: ignore[arg-type]
     assert server.clients == (4,)
+
+
+def test_clients_are_plain_integers_however_they_are_named() -> None:
+    server = make_server()
+    opened = server.open(np.arange(3))
+    for client in opened.clients:
+        opened.add(np.int64(client), make_reply(server, client))  # type: ignore[arg-type]
+    for stranger in (1.0, "1", [], None):
+        with pytest.raises(ProtocolError, match="expected one of the 3 clients of round 0, got "):
+            opened.add(stranger, b"")  # type: ignore[arg-type]
+    summary = opened.close()
+    assert json.loads(json.dumps(summary.replied)) == [0, 1, 2]
+    assert {type(client) for client in (*summary.clients, *summary.replied, *summary.weights)} == {int}
 
 
 def test_another_availability_begins_the_round_anew() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from fedkseed._checks import check_count
 from fedkseed.federation.messages import ProtocolError
 from fedkseed.federation.round_messages import RoundMessages
+from fedkseed.seeds import MAX_CLIENTS
 
 logger = logging.getLogger("fedkseed")
 
@@ -20,7 +21,7 @@ class TooFewRepliesError(ProtocolError):
 
 
 class Collecting:
-    """Messages that went out, and the answers to them that have come.
+    """Messages that went out, and the answers to them that have come; for one thread at a time.
 
     Args:
         sent: who is asked, and with what.
@@ -78,10 +79,14 @@ class Collecting:
 
     def _require_open(self) -> None:
         if self._is_over:
-            raise ProtocolError(
-                f"expected the round that is open, got round {self.number}, which is over; "
-                "server.open() gives the one that is"
-            )
+            raise self.over()
+
+    def over(self) -> ProtocolError:
+        """What is raised when the server has gone on."""
+        return ProtocolError(
+            f"expected the round that is open, got round {self.number}, which is over; server.open() gives "
+            "the one that is"
+        )
 
     def _require_first(self, client: int, reply: bytes, known: bytes | None) -> None:
         if known is not None and known != reply:
@@ -90,12 +95,12 @@ class Collecting:
             )
 
     def _require_replies(self, min_replies: int) -> None:
-        check_count("min_replies", min_replies, 0, len(self.clients))
+        check_count("min_replies", min_replies, 0, MAX_CLIENTS)
         if len(self._replies) < min_replies:
+            missing = f"missing are clients {some(self.missing)}: add more" if self.missing else "all replied"
             raise TooFewRepliesError(
                 f"expected at least {min_replies} {self._what} of round {self.number}, got "
-                f"{len(self._replies)}; missing are clients {some(self.missing)}: add more, or close with a "
-                "smaller min_replies"
+                f"{len(self._replies)} of {len(self.clients)}; {missing}, or close with a smaller min_replies"
             )
 
     def _tell_refusal(self, error: Exception) -> None:

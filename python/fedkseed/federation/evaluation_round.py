@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from fractions import Fraction
 
 from fedkseed.federation.collecting import Collecting
 from fedkseed.federation.evaluation_messages import EvaluationReply, evaluation_as_bytes
@@ -39,7 +39,7 @@ class EvaluationRound(Collecting):
                 added before.
         """
         try:
-            self._sent.require(client)
+            client = self._sent.require(client)
             try:
                 raw = evaluation_as_bytes(reply)
                 found = EvaluationReply.from_bytes(raw)
@@ -62,7 +62,7 @@ class EvaluationRound(Collecting):
 
         Raises:
             TooFewRepliesError: fewer answers than ``min_replies``.
-            TypeError, ValueError: ``min_replies`` is no count of its clients.
+            TypeError, ValueError: ``min_replies`` is no count.
         """
         self._require_replies(min_replies)
         found = [self._found[client] for client in self.replied]
@@ -79,10 +79,8 @@ class EvaluationRound(Collecting):
 
 
 def _mean(name: str, replies: list[EvaluationReply]) -> float:
-    """The weighted mean of a score over the answers that have it; exact sums, so in any order the same."""
+    """The weighted mean of a score over the answers that have it, rounded once: in any order the same."""
     having = [reply for reply in replies if name in reply.scores]
-    num_examples = sum(reply.num_examples for reply in having)
-    scores = [reply.scores[name] for reply in having]
-    # Halves: the weights add up to 1 but for rounding, which would carry the largest number over the edge.
-    half = math.fsum(reply.num_examples / num_examples * (reply.scores[name] / 2) for reply in having)
-    return min(max(2 * half, min(scores)), max(scores))
+    # Exact numbers: floats could overflow under way, and leave the range of the scores.
+    total = sum((reply.num_examples * Fraction(reply.scores[name]) for reply in having), Fraction())
+    return float(total / sum(reply.num_examples for reply in having))

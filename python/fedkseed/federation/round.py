@@ -89,7 +89,8 @@ class Round(Collecting):
         sizes: dict[int, int] = {}
         try:
             self._require_open()
-            for client, reply in replies:
+            for given, reply in replies:
+                client = self._sent.require(given)
                 raw, header = self._read(client, reply)
                 self._require_first(client, raw, taken.get(client, self._replies.get(client)))
                 taken[client], sizes[client] = raw, header.data_size
@@ -102,15 +103,20 @@ class Round(Collecting):
         self._sizes.update(sizes)
 
     def check(self, client: int, reply: MessageBytes) -> bytes:
-        """The reply as bytes, if `add` would take it as the client's first.
+        """The reply as bytes, if `add` would take it as the client's first; a refusal is logged as there.
 
         Raises:
             MessageError: the message is damaged, of another format or contract version, or not a reply.
             ProtocolError: a client that is not invited; a reply of another round, client or number of steps,
                 or to another broadcast; a scalar that is NaN, infinite or beyond the bound.
         """
-        raw, _ = self._read(client, reply)
-        self._check_scalars({client: raw})
+        try:
+            client = self._sent.require(client)
+            raw, _ = self._read(client, reply)
+            self._check_scalars({client: raw})
+        except (MessageError, ProtocolError) as error:
+            self._tell_refusal(error)
+            raise
         return raw
 
     def close(self, min_replies: int = 1) -> RoundSummary:
@@ -122,7 +128,7 @@ class Round(Collecting):
         Raises:
             TooFewRepliesError: fewer replies than ``min_replies``; the round stays open and takes more.
             ProtocolError: sums beyond fp32, no further round has a number, or a round that is over.
-            TypeError, ValueError: ``min_replies`` is no count of its clients.
+            TypeError, ValueError: ``min_replies`` is no count.
         """
         self._require_open()
         self._require_replies(min_replies)
@@ -137,8 +143,7 @@ class Round(Collecting):
         return self._sent is other._sent
 
     def _read(self, client: int, reply: MessageBytes) -> tuple[bytes, ReplyHeader]:
-        """A client's reply to this round's broadcast and its header; its scalars are not looked at."""
-        self._sent.require(client)
+        """An invited client's reply to its broadcast and its header; its scalars are not looked at."""
         try:
             raw = reply_as_bytes(reply)
             header = read_reply_header(raw)

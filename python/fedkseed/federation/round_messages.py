@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -71,16 +72,18 @@ class RoundMessages(Mapping[int, bytes]):
         return client in self._rows
 
     def require(self, client: int) -> int:
-        """The client, if it is invited.
+        """The client as Python's integer, if it is invited.
 
         Raises:
             ProtocolError: it is not.
         """
-        if client not in self._rows:
+        row = self._rows.get(client) if isinstance(client, numbers.Integral) else None
+        if row is None:
             raise ProtocolError(
-                f"expected one of the {len(self.clients)} clients of round {self.number}, got {client!r}"
+                f"expected one of the {len(self.clients)} clients of round {self.number}, "
+                f"got {repr(client)[:99]}"
             )
-        return client
+        return self.clients[row]
 
     def schedule(self, client: int) -> NDArray[np.uint16]:
         """The indices into the pool of the steps of an invited client, uint16 [tau]."""

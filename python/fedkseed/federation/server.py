@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import numbers
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -334,23 +335,22 @@ class Server:
 
     def _drawn(self, number: int, available: Iterable[int], count: int) -> tuple[int, ...]:
         """So many of those available, or all of them: places in their ascending order are drawn."""
-        found = sorted(set(available))
-        strange = [client for client in found if not 0 <= client < self.config.num_clients]
-        if strange or not found:
+        named = list(available)
+        registered = range(self.config.num_clients)
+        strange = [n for n in named if not isinstance(n, numbers.Integral) or n not in registered]
+        if strange or not named:
             raise ProtocolError(
-                f"expected available clients out of 0 .. {self.config.num_clients - 1}, at least one, got "
-                f"{strange[0] if strange else 'none'}"
+                f"expected available clients out of 0 .. {registered[-1]}, at least one, got "
+                f"{repr(strange[0])[:99] if strange else 'none'}"
             )
+        found = sorted(set(map(int, named)))
         places = self.pool.sample_clients(number, len(found), min(count, len(found)))
         return tuple(found[place] for place in places)
 
     def _close_round(self, round: Round) -> RoundSummary:
         """The server's part of `Round.close`."""
         if not round.is_of(self._open):
-            raise ProtocolError(
-                f"expected the round that is open, got round {round.number}, which is over; "
-                "server.open() gives the one that is"
-            )
+            raise round.over()
         if self.round + 1 == MAX_ROUNDS:
             raise ProtocolError(f"expected at most {MAX_ROUNDS - 1} rounds, got one more")
         found = merged(round, self.pool.num_seeds, self.config, self.significance)
