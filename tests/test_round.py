@@ -202,7 +202,7 @@ def test_clients_are_drawn_from_those_available() -> None:
     assert make_server().open({0, 6, 5, 2}).clients == few.clients
     assert server.open() is few
     assert server.open([4]).clients == (4,)
-    for wrong in ([], [7], [-1, 2], [1.5, 2], ["1", 2], [None]):
+    for wrong in ([], [7], [-1, 2], [1.0, 2], ["1", 2], [None]):
         with pytest.raises(ProtocolError, match="available clients out of 0 .. 6"):
             server.open(wrong)  # type: ignore[arg-type]
     assert server.clients == (4,)
