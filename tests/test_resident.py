@@ -17,6 +17,7 @@ from support.resident_clients import make_client, make_echo, make_none
 from support.running import is_running, wait_for
 
 from fedkseed import IdentityError, MessageError, ProtocolError, Server, Simulation, SimulationConfig
+from fedkseed.federation.messages import MAX_BROADCAST_BYTES
 from fedkseed.resident import Resident, ResidentError, connect
 
 SECONDS = 60.0
@@ -143,6 +144,47 @@ def test_folders_that_others_may_enter_are_refused(tmp_path: Path) -> None:
         connect(make_none, tmp_path / ("long" * 25))
     with pytest.raises(ValueError, match="idle_timeout in seconds above 0"):
         connect(make_none, tmp_path / "sockets", idle_timeout=0)
+
+
+def test_what_is_no_message_is_refused_before_a_worker_is_started(folder: Path) -> None:
+    resident = echo(folder)
+    for message in (10**15, None, "text", [1], bytes(MAX_BROADCAST_BYTES + 1)):
+        with pytest.raises(MessageError, match="expected a broadcast"):
+            resident.handle(message)  # type: ignore[arg-type]
+    assert made(folder) == 0
+
+
+def test_a_worker_finds_modules_where_its_caller_does(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shadow = tmp_path / "shadow"
+    for name in ("fedkseed", "support"):
+        (shadow / name).mkdir(parents=True)
+        (shadow / name / "__init__.py").write_text("raise ImportError('not this one')")
+    monkeypatch.chdir(shadow)
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path, ""])
+    resident = echo(folder)
+    assert resident.handle(b"one") == b"answer to one"
+    resident.stop()
+
+
+def test_a_worker_whose_socket_was_removed_leaves_the_next_one_s(folder: Path) -> None:
+    first = echo(folder, idle_timeout=2.0)
+    first.start()
+    pid = first.info()["pid"]
+    first.path.unlink()
+    second = echo(folder)
+    second.start()
+    wait_for(lambda: not is_running(pid))
+    assert second.info()["pid"] != pid
+    second.stop()
+    assert not second.path.exists()
+
+
+def test_a_function_of_the_program_itself_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make_none, "__module__", "__main__")
+    with pytest.raises(ResidentError, match="of the program itself; move it to a file"):
+        connect(functools.partial(make_none), folder)
 
 
 def test_other_clients_have_other_workers(folder: Path) -> None:

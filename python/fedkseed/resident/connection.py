@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedkseed._checks import check_real
-from fedkseed.federation.messages import MessageBytes
+from fedkseed.federation.messages import MAX_BROADCAST_BYTES, MessageBytes, as_bytes
 from fedkseed.resident import worker
 from fedkseed.resident.frames import (
     KEY_BYTES,
@@ -60,6 +60,12 @@ class Resident:
         start_timeout: float,
         name: str,
     ) -> None:
+        function = _function_of(make_client)
+        if getattr(function, "__module__", None) == "__main__":
+            raise ResidentError(
+                f"expected a function of a module that another process can import, got {function!r} of the "
+                "program itself; move it to a file of its own"
+            )
         try:
             self._pickled = pickle.dumps(make_client)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -87,10 +93,13 @@ class Resident:
             MessageError, ProtocolError, IdentityError: as `fedkseed.Client.handle`; the worker lives on.
             ResidentError: the client raised another error, or no worker could be started or lived.
         """
+        raw = as_bytes(
+            "broadcast", message, 0, MAX_BROADCAST_BYTES
+        )  # of a number, bytes() makes so many zeros
         for is_last in (False, True):
             self.start()
             try:
-                return self._ask(Asked.HANDLE, bytes(message), None)
+                return self._ask(Asked.HANDLE, raw, None)
             except (ConnectionError, FileNotFoundError) as error:
                 if is_last:
                     raise ResidentError(
@@ -184,16 +193,21 @@ class Resident:
         return True
 
     def _started(self) -> subprocess.Popen[bytes]:
-        orders = worker.Orders(str(self.path), self._key, self._idle_timeout, self._pickled, tuple(sys.path))
+        # As in this process: what is no text is not looked at, and "" is the folder where it is.
+        python_path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
+        orders = worker.Orders(
+            str(self.path), self._key, self._idle_timeout, self._pickled, tuple(python_path)
+        )
         descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             process = subprocess.Popen(
-                [sys.executable, "-c", f"from {worker.__name__} import main; main()"],
+                # -P: not what lies where it is started.
+                [sys.executable, "-P", "-c", f"from {worker.__name__} import main; main()"],
                 stdin=subprocess.PIPE,
                 stdout=descriptor,
                 stderr=descriptor,
                 start_new_session=True,  # it outlives the caller
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(python_path)},
             )
         finally:
             os.close(descriptor)
@@ -259,10 +273,16 @@ def connect(
 
 def _source_stamp(make_client: object) -> str:
     """When the file that makes the client was changed last: a worker that holds older code is another one."""
+    module = getattr(_function_of(make_client), "__module__", "")
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return f"{file} {os.stat(file).st_mtime_ns}" if file and os.path.exists(file) else ""
+
+
+def _function_of(make_client: object) -> object:
+    """What a functools.partial calls in the end."""
     while isinstance(make_client, functools.partial):
         make_client = make_client.func
-    file = getattr(sys.modules.get(getattr(make_client, "__module__", "")), "__file__", None)
-    return f"{file} {os.stat(file).st_mtime_ns}" if file and os.path.exists(file) else ""
+    return make_client
 
 
 def _default_folder() -> Path:

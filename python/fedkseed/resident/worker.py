@@ -146,8 +146,12 @@ def main() -> None:
             listener.bind(str(path))
         finally:
             os.umask(before)
+        bound = path.stat()
         try:
             listener.listen(64)
             serve(listener, orders, client, trace)
         finally:
-            path.unlink(missing_ok=True)
+            # Where somebody removed this socket, another worker's may be there by now.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(bound, path.lstat()):
+                    path.unlink()
