@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -29,7 +30,7 @@ class RoundModelFile:
 
     A message whose model is in the file costs a copy instead of rebuilding. The file is named by w0 and by a
     hash of the coefficients and all that belongs to them; it is written beside its name and renamed, readable
-    by this user alone, and removes the file of the round before. It begins and ends with its own name's hash,
+    by this user alone, and removes the file of the round before and what killed processes left unfinished. It begins and ends with its own name's hash,
     so that a part of one is not taken for a model. Where it cannot be written (no space, a read-only folder)
     the model is rebuilt every time, which is said once, as a warning of the logger "fedkseed".
 
@@ -83,8 +84,8 @@ class RoundModelFile:
         temporary = self.folder / f".{target.name}.{os.getpid()}-{threading.get_native_id()}.tmp"
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _write(temporary, _MAGIC + key, weights)
-            os.replace(temporary, target)
+            _remove_unfinished(self.folder, w0)
+            _write(temporary, target, _MAGIC + key, weights)
             for other in self.folder.glob(f"{_prefix(w0)}-*{_SUFFIX}"):
                 if other != target:
                     other.unlink(missing_ok=True)
@@ -123,13 +124,31 @@ def _layout(weights: Sequence[Tensor]) -> tuple[list[int], int]:
     return ends, place + len(_MAGIC) + _KEY_BYTES
 
 
-def _write(path: Path, mark: bytes, weights: Sequence[Tensor]) -> None:
+def _write(path: Path, target: Path, mark: bytes, weights: Sequence[Tensor]) -> None:
+    """Writes a file, flushes it to the disk and renames it; it is locked until then."""
     ends, size = _layout(weights)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
+        with suppress(OSError):  # a file system without locks: nobody can tell, and nobody removes
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.posix_fallocate(file.fileno(), 0, size)  # no space is found out before anything is written
         file.write(mark)
         for weight, end in zip(weights, ends, strict=True):
             file.seek(end - weight.nbytes)
             file.write(weight.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
         file.write(mark)
+        file.flush()
+        os.fsync(file.fileno())  # else a crash of the machine may leave both marks and zeros between them
+        os.replace(path, target)
+
+
+def _remove_unfinished(folder: Path, w0: bytes) -> None:
+    """Removes what processes that were killed had begun to write: what nobody holds a lock of."""
+    for unfinished in folder.glob(f".{_prefix(w0)}-*{_SUFFIX}.*.tmp"):
+        with suppress(OSError):  # gone, locked, or not this user's
+            descriptor = os.open(unfinished, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                unfinished.unlink()
+            finally:
+                os.close(descriptor)
