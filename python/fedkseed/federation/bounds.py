@@ -7,6 +7,7 @@ honest clients, in figures of `benchmarks.liars`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -26,24 +27,34 @@ class Bounds(NamedTuple):
 RECOMMENDED_BOUNDS = Bounds(median_clip=5.0, share_cap=2.4)
 
 
-def median_magnitude(scalars: NDArray[np.float32]) -> float | None:
-    """The median over the replies of each one's median |g|; None if all are 0.
+def median_magnitudes(scalars: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The median |g| of each reply, without those of which all g are 0.
 
-    A g of 0 is a step that was skipped and does not count; a reply of nothing else does not either. So a
-    reply counts once whatever it holds: four liars of 16 shift this by as much as honest replies differ in
-    their medians, and not, as in a median of all g, into the tail of the honest ones.
+    A g of 0 is a step that was skipped and does not count; a reply of nothing else does not either.
 
     Args:
-        scalars: of all replies of a round, [n, tau], finite.
+        scalars: of some replies of a round, [n, tau], finite.
     """
     ordered = np.sort(np.abs(scalars), axis=1)
     counts = np.count_nonzero(ordered, axis=1)
     ordered, counts = ordered[counts > 0], counts[counts > 0, None]
-    if not counts.size:
-        return None
     # Zeros stand first; the two in the middle of the others are one and the same if their number is odd.
     middle = ordered.shape[1] - counts + np.hstack(((counts - 1) // 2, counts // 2))
-    return float(np.median(np.take_along_axis(ordered, middle, axis=1).astype(np.float64).mean(axis=1)))
+    found: NDArray[np.float64] = np.take_along_axis(ordered, middle, axis=1).astype(np.float64).mean(axis=1)
+    return found
+
+
+def median_magnitude(parts: Iterable[NDArray[np.float32]]) -> float | None:
+    """The median over the replies of each one's median |g|; None if all are 0.
+
+    So a reply counts once whatever it holds: four liars of 16 shift this by as much as honest replies differ
+    in their medians, and not, as in a median of all g, into the tail of the honest ones.
+
+    Args:
+        parts: the scalars of all replies of a round, some replies at a time.
+    """
+    medians = np.concatenate([median_magnitudes(scalars) for scalars in parts])
+    return float(np.median(medians)) if medians.size else None
 
 
 def clipped(scalars: NDArray[np.float64], limit: float) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedkseed.federation.bounds import capped_weights, clipped, median_magnitude
 from fedkseed.federation.config import ServerConfig
-from fedkseed.federation.messages import read_scalars, reply_bytes, scalars_in_parts
+from fedkseed.federation.messages import reply_bytes, scalars_in_parts
 from fedkseed.federation.round import Round
 from fedkseed.federation.significance import SeedSignificance
 from fedkseed.federation.summary import RoundSummary
@@ -61,7 +61,9 @@ def merged(
     shares = np.array([sizes[client] if config.weighting == "data_size" else 1 for client in clients], float)
     weights, is_cut = capped_weights(shares, config.share_cap)
     raw = [replies[client] for client in clients]
-    median = median_magnitude(read_scalars(raw)) if config.median_clip else None
+    median = None
+    if config.median_clip:
+        median = median_magnitude(part for _, part in scalars_in_parts(raw, config.num_local_steps))
     limit = None if median is None else config.median_clip * median
     beyond: dict[int, int] = {}
     num_skipped = 0
