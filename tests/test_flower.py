@@ -142,6 +142,12 @@ class TestNodes:
         assert server.ledger().to_bytes() == ledger_of(make_server(CONTEXT), [[1, 2, 3]] + [[0, 1, 2, 3]] * 2)
         assert [number for number, kind in grid.seen if kind == "query"] == [3, 2, 1, 0, 0]
 
+    def test_a_node_that_was_away_when_it_was_asked_is_asked_again(self, grid: DirectGrid) -> None:
+        grid.away = {0}
+        server = make_server(CONTEXT)
+        start(server, grid, min_nodes=3, on_round=lambda server, summary: grid.away.clear())
+        assert server.ledger().to_bytes() == ledger_of(make_server(CONTEXT), [[1, 2, 3]] + [[0, 1, 2, 3]] * 2)
+
     def test_nodes_without_a_number_or_with_a_strange_one_are_left_alone(
         self, grid: DirectGrid, caplog: pytest.LogCaptureFixture
     ) -> None:

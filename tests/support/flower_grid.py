@@ -24,7 +24,7 @@ class DirectGrid(Grid):
 
     Attributes:
         numbers: client by node, of the nodes that are there.
-        mute: clients that do not say who they are.
+        mute: clients that do not say who they are; away: clients of which Flower itself says so.
         silent: clients that never answer; broken: clients whose messages Flower itself answers.
         falsified: what becomes of the content of a client's reply.
         run_config: of the run.
@@ -38,6 +38,7 @@ class DirectGrid(Grid):
         self.app = app
         self.numbers: dict[int, int | None] = {90 - 7 * number: number for number in range(num_nodes)}
         self.mute: set[int] = set()
+        self.away: set[int] = set()
         self.silent: set[int] = set()
         self.broken: set[int] = set()
         self.seen: list[tuple[int | None, str]] = []
@@ -65,7 +66,7 @@ class DirectGrid(Grid):
         number = self.numbers[node]
         if number in (self.mute if message.metadata.message_type == "query" else self.silent):
             return []
-        if message.metadata.message_type != "query" and number in self.broken:
+        if number in (self.away if message.metadata.message_type == "query" else self.broken):
             reply = Message(Error(ErrorCode.NODE_UNAVAILABLE, "Node Unavailable"), reply_to=message)
             reply.metadata.__dict__["_src_node_id"] = 1
             return [reply]

@@ -12,6 +12,7 @@ from fedkseed.federation import EvaluationSummary, RoundSummary
 require_extra("flower", "flwr")
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 
 logger = logging.getLogger("fedkseed")
 
@@ -35,7 +36,9 @@ def metrics(summary: RoundSummary | EvaluationSummary | None) -> MetricRecord | 
 
 
 def answers(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterator[tuple[int, Any]]:
-    """Addressee and value of each reply, in their order; None for one that failed, which is logged.
+    """Addressee and value of each reply, in their order; None for an error of the client, which is logged.
+
+    So is an error of Flower's own, as of a node that is away for a while; it is no answer.
 
     Args:
         sent: by addressee. A reply is told by the message that it answers: of a node that was lost, Flower
@@ -47,4 +50,6 @@ def answers(sent: Mapping[int, Message], replies: Iterable[Message]) -> Iterator
         to = addressees[reply.metadata.reply_to_message_id]
         if reply.has_error():
             logger.warning("no answer of %d: %.80r", to, reply.error.reason)
+            if reply.error.code != ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
+                continue
         yield to, value(reply)
