@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+from collections.abc import Iterable
 from itertools import permutations
 
 import numpy as np
 import pytest
-from support.messages import make_replies, make_reply, make_server, patched
+from support.messages import POOL, make_replies, make_reply, make_server, patched
 
 from fedkseed import MessageError, ProtocolError, Server, TooFewRepliesError
+from fedkseed_kernels import derived
 
 
 def bytes_of(server: Server) -> tuple[int, tuple[int, ...], bytes]:
@@ -206,6 +209,19 @@ def test_clients_are_drawn_from_those_available() -> None:
         with pytest.raises(ProtocolError, match="available clients out of 0 .. 6"):
             server.open(wrong)  # type: ignore[arg-type]
     assert server.clients == (4,)
+
+
+@pytest.mark.parametrize("available", [range(7), [0, 2, 5, 6], {5, 3}, [6, 1, 4, 2, 0]])
+def test_the_draw_is_that_of_the_page(available: Iterable[int]) -> None:
+    server = make_server()
+    for number in range(3):
+        places = sorted(available)
+        first = np.arange(min(3, len(places)), dtype=np.uint64)
+        for i, u in enumerate(derived.uniforms(POOL.base_seed, 2, first + np.uint64(number << 40)).tolist()):
+            other = i + math.floor(u * (len(places) - i))
+            places[i], places[other] = places[other], places[i]
+        assert server.open(available).clients == tuple(sorted(places[: len(first)]))
+        server.skip_round()
 
 
 def test_clients_are_plain_integers_however_they_are_named() -> None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.federation import run
 from support.messages import CONFIG, IDENTITY, POOL, make_replies, make_server
 from test_server_state import HEADER, SAMPLINGS, resume, saved, sealed
 
 from fedkseed import Server, ServerConfig, StateError
-from fedkseed.federation.state import ServerState
+from fedkseed.federation.state import ServerState, StateFolder
+from fedkseed.simulation.run_folder import LEDGER, METRICS
 
 
 def test_a_resumed_server_keeps_its_run_id_and_takes_new_clients(tmp_path: Path) -> None:
@@ -32,7 +34,7 @@ def test_a_resumed_server_keeps_its_run_id_and_takes_new_clients(tmp_path: Path)
             grown.merge(make_replies(grown))
         assert max(seen) >= 7
         grown.save(tmp_path)
-    with pytest.raises(StateError, match="num_clients 7, got one with 40"):
+    with pytest.raises(StateError, match="num_clients of at least 40, .*, got 7; clients may be added"):
         Server.resume(tmp_path, IDENTITY, POOL, config)
 
 
@@ -61,3 +63,17 @@ def test_bounds_stand_in_format_3_and_go_on_over_a_resume(
     none = struct.pack("<dd", 0.0, 0.0)
     with pytest.raises(StateError, match="the numbers that format 3 is for"):
         ServerState.from_bytes(sealed(data[: HEADER + 16] + none + data[HEADER + 32 :]))
+
+
+def test_a_simulation_with_bounds_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    bounds = {"median_clip": 1.2, "share_cap": 1.1}
+    run(tmp_path / "free", 1, resume=False, num_rounds=4)
+    run(tmp_path / "whole", 1, resume=False, num_rounds=4, **bounds)
+    run(tmp_path / "halves", 1, resume=False, num_rounds=2, **bounds)
+    run(tmp_path / "halves", 1, resume=True, num_rounds=4, **bounds)
+    for name in (LEDGER, METRICS, StateFolder.FILE):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "halves" / name).read_bytes() == whole
+        assert (tmp_path / "free" / name).read_bytes() != whole, "the bounds cut nothing"
+    with pytest.raises(StateError, match="median_clip 0.0, got one with 1.2"):
+        run(tmp_path / "halves", 1, resume=True, num_rounds=5)

@@ -175,8 +175,11 @@ class ServerState:
         found = {"base_seed": self.base_seed, "num_seeds": self.num_seeds, **vars(self.config)}
         if config.run_id is None:
             del wanted["run_id"]
-        if config.num_clients > self.config.num_clients:
-            del wanted["num_clients"]
+        if wanted.pop("num_clients") < self.config.num_clients:
+            raise StateError(
+                f"expected num_clients of at least {self.config.num_clients}, which are registered in the "
+                f"saved run, got {config.num_clients}; clients may be added at a resume, not taken away"
+            )
         for name, value in wanted.items():
             if found[name] != value:
                 raise StateError(
