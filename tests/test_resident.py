@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +106,26 @@ def test_a_killed_worker_is_replaced(folder: Path) -> None:
     resident.stop()
 
 
+def test_workers_that_end_before_they_take_a_message_do_not_count(folder: Path) -> None:
+    """One that was killed over another caller's message accepts a moment longer, and says nothing."""
+    resident = echo(folder)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as dying:
+        dying.bind(str(resident.path))
+        dying.listen()
+
+        def accept() -> None:
+            for _ in range(6):
+                dying.accept()[0].close()
+            dying.close()
+
+        accepting = threading.Thread(target=accept, daemon=True)
+        accepting.start()
+        assert resident.handle(b"one") == b"answer to one"
+        accepting.join()
+    assert made(folder) == 1
+    resident.stop()
+
+
 @pytest.mark.slow
 def test_callers_that_start_at_once_end_with_one_worker(folder: Path) -> None:
     folder.mkdir(mode=0o700)
@@ -128,10 +151,16 @@ def test_an_idle_worker_ends(folder: Path) -> None:
     wait_for(lambda: not resident.path.exists())
 
 
-def test_a_worker_that_cannot_start_says_why(folder: Path) -> None:
+def test_a_worker_that_cannot_start_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     resident = connect(make_none, folder, start_timeout=SECONDS)
     with pytest.raises(ResidentError, match="FileNotFoundError: expected a model, got no such folder"):
         resident.handle(b"one")
+    # More than a pipe takes, for a process that reads nothing.
+    resident = connect(functools.partial(make_echo, bytes(1 << 20)), folder, name="false")  # type: ignore[arg-type]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", shutil.which("false"))
+        with pytest.raises(ResidentError, match="its end with exit status 1: it said nothing"):
+            resident.handle(b"one")
     with pytest.raises(ResidentError, match="at the top level of a module"):
         connect(lambda: make_echo(folder), folder)
 

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ from fedkseed_kernels import __version__
 _MAX_PATH = 108
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SECONDS_TO_CONNECT = 20.0
+#: Workers that may end, one after the other, before they take a message that waits for them.
+_MOST_WORKERS = 20
 #: The longest wait that a socket takes, about.
 _MOST_SECONDS = 1e9
 
@@ -93,19 +95,18 @@ class Resident:
             MessageError, ProtocolError, IdentityError: as `fedkseed.Client.handle`; the worker lives on.
             ResidentError: the client raised another error, or no worker could be started or lived.
         """
-        raw = as_bytes(
-            "broadcast", message, 0, MAX_BROADCAST_BYTES
-        )  # of a number, bytes() makes so many zeros
+        # Of a number, bytes() would make so many zeros.
+        request = as_bytes("broadcast", message, 0, MAX_BROADCAST_BYTES)
         for is_last in (False, True):
-            self.start()
-            try:
-                return self._ask(Asked.HANDLE, raw, None)
-            except (ConnectionError, FileNotFoundError) as error:
-                if is_last:
-                    raise ResidentError(
-                        f"expected the worker to live through a message, got its end twice ({error}), as "
-                        f"where memory runs out; its log is {self._log}"
-                    ) from error
+            with self._reached() as connection:
+                try:
+                    return _answer(connection, Asked.HANDLE, request)
+                except ConnectionError as error:
+                    if is_last:
+                        raise ResidentError(
+                            f"expected the worker to live through a message, got its end twice ({error}), "
+                            f"as where memory runs out; its log is {self._log}"
+                        ) from error
         raise AssertionError("one of the two attempts returns or raises")
 
     def start(self) -> None:
@@ -144,7 +145,8 @@ class Resident:
             ResidentError: none runs.
         """
         try:
-            found: dict[str, Any] = json.loads(self._ask(Asked.INFO, b"", _SECONDS_TO_CONNECT))
+            with self._connected(_SECONDS_TO_CONNECT) as connection:
+                found: dict[str, Any] = json.loads(_answer(connection, Asked.INFO, b""))
         except OSError as error:
             raise ResidentError(f"expected a running worker at {self.path}, got none: {error}") from error
         return found
@@ -152,7 +154,8 @@ class Resident:
     def stop(self) -> None:
         """Ends the worker when it has answered what came before; harmless where none runs."""
         try:
-            pid = json.loads(self._ask(Asked.STOP, b"", None))["pid"]
+            with self._connected(None) as connection:
+                pid = json.loads(_answer(connection, Asked.STOP, b""))["pid"]
         except OSError:
             return
         end = time.monotonic() + _SECONDS_TO_CONNECT
@@ -163,17 +166,41 @@ class Resident:
     def _log(self) -> Path:
         return self.path.with_suffix(".log")
 
-    def _ask(self, asked: Asked, message: bytes, timeout: float | None) -> bytes:
-        """One request and its answer; without a time limit once the worker has greeted."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+    def _reached(self) -> socket.socket:
+        """A connection to a worker that has greeted, and so takes a message; one is started if none is there.
+
+        Raises:
+            ResidentError: none could be started, or none lived so long.
+        """
+        for _ in range(_MOST_WORKERS):
+            self.start()
+            try:
+                return self._connected(None)
+            except (ConnectionError, FileNotFoundError) as error:
+                # It was idle for too long, or was killed over another caller's message.
+                ended = error
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        raise ResidentError(
+            f"expected a worker to take a message, got the end of {_MOST_WORKERS} before they did ({ended}); "
+            f"the log is {self._log}"
+        )
+
+    def _connected(self, timeout: float | None) -> socket.socket:
+        """A connection to the worker that runs; it has greeted.
+
+        Raises:
+            ResidentError: it is another one's.
+            OSError: none runs, or it ended meanwhile.
+        """
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
             connection.settimeout(timeout)
             connection.connect(str(self.path))
             self._greeted(connection)
-            send(connection, asked, message)
-            answered, data = receive(connection)
-        if answered == Answered.FAILED:
-            raise error_of(data)
-        return data
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _greeted(self, connection: socket.socket) -> None:
         if not is_own(connection):
@@ -212,7 +239,7 @@ class Resident:
         finally:
             os.close(descriptor)
         assert process.stdin is not None, "it is a pipe"
-        with process.stdin:
+        with suppress(BrokenPipeError), process.stdin:  # one that has ended already is seen in `start`
             process.stdin.write(pickle.dumps(orders))
         return process
 
@@ -269,6 +296,20 @@ def connect(
             f"{stat.S_IMODE(found.st_mode):04o} of user {found.st_uid}; name another one"
         )
     return Resident(make_client, place, float(idle_timeout), float(start_timeout), name)
+
+
+def _answer(connection: socket.socket, asked: Asked, message: bytes) -> bytes:
+    """What the worker answers to one request.
+
+    Raises:
+        MessageError, ProtocolError, IdentityError, ResidentError: it failed.
+        OSError: the worker ended, or takes longer than the connection's time limit.
+    """
+    send(connection, asked, message)
+    answered, data = receive(connection)
+    if answered == Answered.FAILED:
+        raise error_of(data)
+    return data
 
 
 def _source_stamp(make_client: object) -> str:
