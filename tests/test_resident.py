@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from support.running import is_running, wait_for
 
 from fedkseed import IdentityError, MessageError, ProtocolError, Server, Simulation, SimulationConfig
 from fedkseed.federation.messages import MAX_BROADCAST_BYTES
-from fedkseed.resident import Resident, ResidentError, connect
+from fedkseed.resident import Resident, ResidentError, connect, connection
 
 SECONDS = 60.0
 
@@ -178,7 +179,7 @@ def test_folders_that_others_may_enter_are_refused(tmp_path: Path) -> None:
 def test_what_is_no_message_is_refused_before_a_worker_is_started(folder: Path) -> None:
     resident = echo(folder)
     for message in (10**15, None, "text", [1], bytes(MAX_BROADCAST_BYTES + 1)):
-        with pytest.raises(MessageError, match="expected a broadcast"):
+        with pytest.raises(MessageError, match="expected a message"):
             resident.handle(message)  # type: ignore[arg-type]
     assert made(folder) == 0
 
@@ -214,6 +215,23 @@ def test_a_function_of_the_program_itself_is_refused(folder: Path, monkeypatch: 
     monkeypatch.setattr(make_none, "__module__", "__main__")
     with pytest.raises(ResidentError, match="of the program itself; move it to a file"):
         connect(functools.partial(make_none), folder)
+
+
+def test_the_folder_is_this_user_s_and_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, long = tmp_path / "run", tmp_path / ("long" * 25)
+    for place in (runtime, long):
+        place.mkdir()
+    user = os.getuid()
+    for seen_as, session, temporary, expected in (
+        (user, runtime, tmp_path, runtime / "fedkseed"),
+        (user + 1, runtime, tmp_path, tmp_path / f"fedkseed-{user + 1}"),
+        (user, long, tmp_path, tmp_path / f"fedkseed-{user}"),
+        (user, tmp_path / "none", long, Path("/tmp") / f"fedkseed-{user}"),
+    ):
+        monkeypatch.setattr(os, "getuid", lambda seen_as=seen_as: seen_as)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(session))
+        monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+        assert connection._default_folder() == expected
 
 
 def test_other_clients_have_other_workers(folder: Path) -> None:

@@ -37,6 +37,8 @@ from fedkseed_kernels import __version__
 
 #: Of a socket's name on Linux (sun_path), its end included.
 _MAX_PATH = 108
+_NAME_LENGTH = 16
+_SUFFIX = ".socket"
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SECONDS_TO_CONNECT = 20.0
 #: Workers that may end, one after the other, before they take a message that waits for them.
@@ -79,8 +81,8 @@ class Resident:
         self._start_timeout = start_timeout
         parts = (__version__, sys.executable, name, _source_stamp(make_client))
         self._key = hashlib.sha256("\0".join(parts).encode() + self._pickled).digest()
-        self.path = folder / f"{self._key.hex()[:16]}.socket"
-        if len(os.fsencode(self.path)) >= _MAX_PATH:
+        self.path = folder / (self._key.hex()[:_NAME_LENGTH] + _SUFFIX)
+        if not _is_short(folder):
             raise ResidentError(
                 f"expected a folder for sockets whose names stay below {_MAX_PATH} bytes, got {folder}; "
                 "name a shorter one"
@@ -95,8 +97,7 @@ class Resident:
             MessageError, ProtocolError, IdentityError: as `fedkseed.Client.handle`; the worker lives on.
             ResidentError: the client raised another error, or no worker could be started or lived.
         """
-        # Of a number, bytes() would make so many zeros.
-        request = as_bytes("broadcast", message, 0, MAX_BROADCAST_BYTES)
+        request = as_bytes("message", message, 0, MAX_BROADCAST_BYTES)
         for is_last in (False, True):
             with self._reached() as connection:
                 try:
@@ -328,6 +329,16 @@ def _function_of(make_client: object) -> object:
 
 def _default_folder() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and os.path.isdir(runtime):
-        return Path(runtime) / "fedkseed"
-    return Path(tempfile.gettempdir()) / f"fedkseed-{os.getuid()}"
+    # What another user's session is called is in the environment of a process that changed its user.
+    if runtime and os.path.isdir(runtime) and os.stat(runtime).st_uid == os.getuid():
+        place = Path(runtime) / "fedkseed"
+        if _is_short(place):
+            return place
+    name = f"fedkseed-{os.getuid()}"
+    place = Path(tempfile.gettempdir()) / name
+    return place if _is_short(place) else Path("/tmp") / name
+
+
+def _is_short(folder: Path) -> bool:
+    """Whether the name of a socket in a folder may be the name of one."""
+    return len(os.fsencode(folder)) + 1 + _NAME_LENGTH + len(_SUFFIX) < _MAX_PATH
