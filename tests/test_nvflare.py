@@ -327,6 +327,15 @@ def test_the_client_is_made_at_the_first_message_and_once(flare: SimpleNamespace
     assert made == [1, 1]
 
 
+def test_a_damaged_first_message_makes_no_client(flare: SimpleNamespace) -> None:
+    message = embedding.make_server().broadcast(1)
+    handle = client_side(embedding.make_client)
+    place = len(message) - 4 - 2 * Broadcast.peek(message).num_steps - 4  # of the client's number
+    with pytest.raises(SiteError, match="MessageError: expected a broadcast with checksum"):
+        handle(message[:place] + bytes([2]) + message[place + 1 :])
+    assert handle(message) == embedding.make_client(1).handle(message)
+
+
 def require_flare() -> None:
     if importlib.util.find_spec("nvflare") is None:
         pytest.skip("needs NVIDIA FLARE: the extra nvflare")

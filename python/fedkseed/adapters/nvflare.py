@@ -57,7 +57,7 @@ def client_side(make_client: Callable[[int], Client[Any]]) -> Callable[[bytes], 
         try:
             with lock:
                 if not made:
-                    made.append(make_client(Broadcast.peek(message).client))
+                    made.append(make_client(Broadcast.from_bytes(message).client))  # undamaged, or it stays
             return made[0].handle(message)
         except Exception as error:
             logger.exception("a message was not answered")
