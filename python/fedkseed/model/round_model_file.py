@@ -32,8 +32,8 @@ class RoundModelFile:
     of it is tuned, and by a hash of the coefficients and all that belongs to them. It is written beside its
     name, flushed and renamed, readable by this user alone, and removes the file of the round before and what
     killed processes left unfinished. It begins and ends with its own name's hash, so that a part of one is
-    not taken for a model. Where it cannot be written (no space, a read-only folder) the model is rebuilt every
-    time, which is said once, as a warning of the logger "fedkseed".
+    not taken for a model. Where it cannot be written (no space, a read-only folder) the model is rebuilt
+    every time, which is said once, as a warning of the logger "fedkseed".
 
     Args:
         folder: for the file, made if it is not there; on a memory disk (/dev/shm) it is read the fastest. It
