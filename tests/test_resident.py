@@ -217,16 +217,23 @@ def test_a_function_of_the_program_itself_is_refused(folder: Path, monkeypatch: 
         connect(functools.partial(make_none), folder)
 
 
-def test_the_folder_is_this_user_s_and_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime, long = tmp_path / "run", tmp_path / ("long" * 25)
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A folder whose name is short wherever tests run."""
+    with tempfile.TemporaryDirectory(prefix="fk-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_the_folder_is_this_user_s_and_short(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, long = short / "run", short / ("long" * 25)
     for place in (runtime, long):
         place.mkdir()
     user = os.getuid()
     for seen_as, session, temporary, expected in (
-        (user, runtime, tmp_path, runtime / "fedkseed"),
-        (user + 1, runtime, tmp_path, tmp_path / f"fedkseed-{user + 1}"),
-        (user, long, tmp_path, tmp_path / f"fedkseed-{user}"),
-        (user, tmp_path / "none", long, Path("/tmp") / f"fedkseed-{user}"),
+        (user, runtime, short, runtime / "fedkseed"),
+        (user + 1, runtime, short, short / f"fedkseed-{user + 1}"),
+        (user, long, short, short / f"fedkseed-{user}"),
+        (user, short / "none", long, Path("/tmp") / f"fedkseed-{user}"),
     ):
         monkeypatch.setattr(os, "getuid", lambda seen_as=seen_as: seen_as)
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(session))
