@@ -20,6 +20,8 @@ from support import federation
 from support.resident_clients import make_client, make_echo, make_none
 from support.running import is_running, wait_for
 
+import fedkseed
+import fedkseed_kernels
 from fedkseed import IdentityError, MessageError, ProtocolError, Server, Simulation, SimulationConfig
 from fedkseed.federation.messages import MAX_BROADCAST_BYTES
 from fedkseed.resident import Resident, ResidentError, connect, connection
@@ -192,7 +194,9 @@ def test_a_worker_finds_modules_where_its_caller_does(
         (shadow / name).mkdir(parents=True)
         (shadow / name / "__init__.py").write_text("raise ImportError('not this one')")
     monkeypatch.chdir(shadow)
-    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path, ""])
+    # An editable installation finds packages after sys.path, where "" would shadow them for the caller, too.
+    roots = [str(Path(package.__file__ or "").parents[1]) for package in (fedkseed, fedkseed_kernels)]
+    monkeypatch.setattr(sys, "path", [*roots, *sys.path, tmp_path, ""])
     resident = echo(folder)
     assert resident.handle(b"one") == b"answer to one"
     resident.stop()
