@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +37,8 @@ class Flower:
         self.port = free_port()
         self.home = folder / "home"
         self.home.mkdir()
-        runtime = folder / "runtime"
-        runtime.mkdir(mode=0o700)
+        # Short wherever tests run: names of sockets have an end.
+        self.runtime = Path(tempfile.mkdtemp(prefix="fk-", dir="/tmp"))
         self.environment = {
             **environment(),
             "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
@@ -46,7 +47,7 @@ class Flower:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "XDG_RUNTIME_DIR": str(runtime),  # of resident workers
+            "XDG_RUNTIME_DIR": str(self.runtime),  # of resident workers
             "FEDKSEED_TEST_FOLDER": str(folder),
         }
         self.environment["PYTHONPATH"] += f"{os.pathsep}{folder}"  # of a page's files
@@ -57,7 +58,7 @@ class Flower:
     @property
     def workers(self) -> list[str]:
         """What the resident workers have logged."""
-        return [path.read_text() for path in self.folder.glob("runtime/fedkseed/*.log")]
+        return [path.read_text() for path in self.runtime.glob("fedkseed/*.log")]
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
         """A process in the background; what it says goes to a file of its name."""
@@ -161,3 +162,4 @@ def flower(folder: Path, tls: Path | None = None) -> Iterator[Flower]:
         yield found
     finally:
         found.close()
+        shutil.rmtree(found.runtime)
