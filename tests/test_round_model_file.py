@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from support.small_model import make_model, same_bytes, weights_of
 from torch import nn
 
 from fedkseed import RoundModelFile, SeedPool, WorkingCopy
+from fedkseed.files import folder_for_a_while
 
 POOL = SeedPool(21, 32)
 COEFFICIENTS = np.random.default_rng(1).normal(scale=0.01, size=32).astype(np.float32)
@@ -100,6 +102,32 @@ def test_other_tuned_parameters_of_the_same_w0_are_another_model(tmp_path: Path)
     assert same_bytes(weights_of(found.model), weights_of(wanted.model))
 
 
+def test_what_others_left_is_removed_before_the_room_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The round before, and what a killed process began; not what another one is writing."""
+    load(copy(tmp_path))
+    (before,) = tmp_path.iterdir()
+    killed = tmp_path / f".{before.name}.1-1.tmp"
+    killed.mkdir()
+    (killed / before.name).touch()
+    elsewhere = tmp_path / ".other.1-1.tmp"
+    elsewhere.mkdir()
+    allocate, seen = os.posix_fallocate, []
+
+    def looked(descriptor: int, start: int, size: int) -> None:
+        seen.extend(path for path in (before, killed, writing) if path.exists())
+        allocate(descriptor, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", looked)
+    with folder_for_a_while(before) as writing:
+        assert load(copy(tmp_path), COEFFICIENTS * 2)
+        assert seen == [writing]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".round", ".tmp"]
+    assert elsewhere.exists()
+    assert not load(copy(tmp_path), COEFFICIENTS * 2)
+
+
 def test_a_part_of_a_file_or_another_one_is_no_model(tmp_path: Path) -> None:
     load(copy(tmp_path))
     (file,) = tmp_path.iterdir()
@@ -118,15 +146,44 @@ def test_a_part_of_a_file_or_another_one_is_no_model(tmp_path: Path) -> None:
     file.unlink()
     file.symlink_to(elsewhere)
     assert load(copy(tmp_path))
+    assert not file.is_symlink()
 
 
+def test_a_pipe_of_that_name_is_not_waited_for(tmp_path: Path) -> None:
+    load(copy(tmp_path))
+    (file,) = tmp_path.iterdir()
+    file.unlink()
+    os.mkfifo(file)
+    working = copy(tmp_path)
+    loading = threading.Thread(target=load, args=(working,), daemon=True)
+    loading.start()
+    loading.join(20)
+    assert not loading.is_alive()
+    assert same_bytes(weights_of(working.model), expected())
+
+
+def test_a_file_that_cannot_be_mapped_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load(copy(tmp_path))
+
+    def without_memory(*_: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(np, "memmap", without_memory)
+    working = copy(tmp_path)
+    assert load(working)
+    assert same_bytes(weights_of(working.model), expected())
+
+
+@pytest.mark.parametrize("failing", ["posix_fallocate", "fsync", "replace"])
 def test_without_room_it_is_rebuilt_and_said_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failing: str
 ) -> None:
+    """Nothing has the name of a model whose bytes may not be on the disk."""
+
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, failing, full)
     working = copy(tmp_path / "new")
     for scale in (1, 2):
         assert load(working, COEFFICIENTS * scale)
