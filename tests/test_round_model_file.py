@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
 import threading
@@ -201,25 +200,11 @@ def test_a_folder_that_cannot_be_made_is_no_error(tmp_path: Path, caplog: pytest
     assert "cannot be kept in" in caplog.text
 
 
-def test_what_killed_processes_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:
-    load(copy(tmp_path))
-    (file,) = tmp_path.iterdir()
-    left, held = (tmp_path / f".{file.name}.{process}-1.tmp" for process in (1, 2))
-    left.write_bytes(b"some")
-    with held.open("wb") as writing:
-        fcntl.flock(writing, fcntl.LOCK_EX)
-        load(copy(tmp_path), COEFFICIENTS * 2)
-        assert not left.exists()
-        assert held.exists()
-    load(copy(tmp_path))
-    assert not held.exists()
-
-
 def test_it_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
     for name in ("fsync", "replace"):
         call = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *given, name=name, call=call: (done.append(name), call(*given)))
     load(copy(tmp_path))
-    assert done == ["fsync", "replace"]
+    assert done == ["fsync", "replace", "fsync"]  # the file, its name, the folder that has the name
     assert not load(copy(tmp_path))
