@@ -37,7 +37,6 @@ class Collecting:
         self.clients = sent.clients
         self._sent = sent
         self._what = what
-        self._is_over = False
         self._replies: dict[int, bytes] = {}
 
     @property
@@ -72,21 +71,6 @@ class Collecting:
             ProtocolError: it is not asked.
         """
         return self._sent[self._sent.require(client)]
-
-    def end(self) -> None:
-        """Makes adding and closing raise from now on: the server has gone on."""
-        self._is_over = True
-
-    def _require_open(self) -> None:
-        if self._is_over:
-            raise self.over()
-
-    def over(self) -> ProtocolError:
-        """What is raised when the server has gone on."""
-        return ProtocolError(
-            f"expected the round that is open, got round {self.number}, which is over; server.open() gives "
-            "the one that is"
-        )
 
     def _require_first(self, client: int, reply: bytes, known: bytes | None) -> None:
         if known is not None and known != reply:

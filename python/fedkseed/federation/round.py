@@ -38,6 +38,7 @@ class Round(Collecting):
     Args:
         sent: who is invited, and with what.
         config: the federation's fixed numbers.
+        is_open: whether the server's open round is one of these messages.
         close: merges a round; the server's part of `close`.
 
     Attributes:
@@ -48,10 +49,15 @@ class Round(Collecting):
     """
 
     def __init__(
-        self, sent: RoundMessages, config: ServerConfig, close: Callable[[Round], RoundSummary]
+        self,
+        sent: RoundMessages,
+        config: ServerConfig,
+        is_open: Callable[[RoundMessages], bool],
+        close: Callable[[Round], RoundSummary],
     ) -> None:
         super().__init__(sent, "replies")
         self._config = config
+        self._is_open = is_open
         self._close = close
         self._sizes: dict[int, int] = {}
 
@@ -136,11 +142,14 @@ class Round(Collecting):
 
     def anew(self) -> Round:
         """This round with the same messages and no replies; over as soon as a round of them is merged."""
-        return Round(self._sent, self._config, self._close)
+        return Round(self._sent, self._config, self._is_open, self._close)
 
-    def is_of(self, other: Round) -> bool:
-        """Whether both ask with the same messages: one of them is the other or `anew` of it."""
-        return self._sent is other._sent
+    def _require_open(self) -> None:
+        if not self._is_open(self._sent):
+            raise ProtocolError(
+                f"expected the round that is open, got round {self.number}, which is over; server.open() "
+                "gives the one that is"
+            )
 
     def _read(self, client: int, reply: MessageBytes) -> tuple[bytes, ReplyHeader]:
         """An invited client's reply to its broadcast and its header; its scalars are not looked at."""

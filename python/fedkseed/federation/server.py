@@ -309,7 +309,6 @@ class Server:
         )
 
     def _open_round(self, number: int, clients: Sequence[int] | None = None) -> None:
-        self._open.end()
         self._open = self._round(number, clients)
 
     def _round(self, number: int, clients: Sequence[int] | None = None) -> Round:
@@ -317,7 +316,10 @@ class Server:
             config = self.config
             clients = self.pool.sample_clients(number, config.num_clients, config.clients_per_round)
         sent = self._sent(number, clients, self.config.num_local_steps, self.significance)
-        return Round(sent, self.config, self._close_round)
+        return Round(sent, self.config, self._is_open, self._close_round)
+
+    def _is_open(self, sent: RoundMessages) -> bool:
+        return self._open.messages is sent
 
     def _sent(
         self, number: int, clients: Sequence[int], num_steps: int, significance: SeedSignificance | None
@@ -349,8 +351,6 @@ class Server:
 
     def _close_round(self, round: Round) -> RoundSummary:
         """The server's part of `Round.close`."""
-        if not round.is_of(self._open):
-            raise round.over()
         if self.round + 1 == MAX_ROUNDS:
             raise ProtocolError(f"expected at most {MAX_ROUNDS - 1} rounds, got one more")
         found = merged(round, self.pool.num_seeds, self.config, self.significance)
