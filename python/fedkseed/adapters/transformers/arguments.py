@@ -1,0 +1,51 @@
+"""What becomes of each field of `transformers.TrainingArguments`: ``arguments.toml``, read and held to."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import tomllib
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+logger = logging.getLogger("fedkseed")
+
+SERVED, IGNORED, REFUSED = "served", "ignored", "refused"
+#: Fields whose noise is drawn in train mode.
+_OF_TRAIN_MODE = frozenset({"neftune_noise_alpha"})
+
+
+def table() -> dict[str, dict[str, Any]]:
+    """The tables of ``arguments.toml``: a text for each field, by what becomes of it; and "unset"."""
+    return tomllib.loads((files(__package__) / "arguments.toml").read_text("utf-8"))
+
+
+def check_arguments(args: Any, train_mode: bool) -> None:
+    """Refuses what a zeroth-order Trainer cannot do, and says in one line each what has no effect.
+
+    Args:
+        args: `transformers.TrainingArguments`, or what is derived from it.
+        train_mode: whether modules are in train mode during a step.
+
+    Raises:
+        ValueError: a field is set that is refused; names it and says what to do.
+    """
+    known = table()
+    given = _given(args, known["unset"])
+    for name, value in given.items():
+        if reason := known[REFUSED].get(name):
+            raise ValueError(f"expected no {name} in a zeroth-order Trainer, got {value!r}: {reason}")
+    for name, value in given.items():
+        if (reason := known[IGNORED].get(name)) and not (train_mode and name in _OF_TRAIN_MODE):
+            logger.warning("%s=%r has no effect in a zeroth-order Trainer: %s", name, value, reason)
+
+
+def _given(args: Any, unset: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """The fields that are neither what their class begins with, nor what it makes of that, nor empty."""
+    given = {}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if value and value != field.default and value not in unset.get(field.name, ()):
+            given[field.name] = value
+    return given
