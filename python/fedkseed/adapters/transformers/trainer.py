@@ -6,7 +6,6 @@ optimizer's `step`, that makes the step of what was measured. Malladi et al., ar
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from fedkseed.storage import StorageChoice, Streamed
 
 require_extra("hf", "transformers", "accelerate")
 
-from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import Trainer, TrainingArguments
 
-_OPTIMIZER_FILE = "optimizer.pt"
+from fedkseed.adapters.transformers.checkpoint import checkpoint_of
 
 
 class ZOTrainerMixin:
@@ -80,7 +78,9 @@ class ZOTrainerMixin:
         self._train_mode = train_mode
         self._walked: WalkedLedger | None = None
         self._resumed_from: Path | None = None
-        given = kwargs.get("args", args[1] if len(args) > 1 else None)
+        # The place of the arguments differs between Trainers.
+        of_training = (value for value in (*args, *kwargs.values()) if isinstance(value, TrainingArguments))
+        given = next(of_training, None)
         if given is not None:  # before the Trainer acts on them
             check_arguments(given, train_mode)
         super().__init__(*args, **kwargs)
@@ -102,11 +102,16 @@ class ZOTrainerMixin:
         Raises:
             TypeError, ValueError: as the optimizer; weight decay with a pool.
         """
+        tuned = self.model if model is None else model
         if self.optimizer is None:
-            tuned = self.model if model is None else model
             names = self.get_decay_parameter_names  # type: ignore[attr-defined]
             self.optimizer = self._settings.make(tuned, self.args, names, self.accelerator)
             if self._settings.seed_pool is not None and self.args.should_save:
+                self._walked = WalkedLedger(tuned, self._resumed_from)
+        elif self._resumed_from is not None:
+            # Where a smaller batch is tried, the weights have gone on and the optimizer's state comes again.
+            self._load_from_checkpoint(str(self._resumed_from))  # type: ignore[attr-defined]
+            if self._walked is not None:
                 self._walked = WalkedLedger(tuned, self._resumed_from)
         return self.optimizer  # type: ignore[no-any-return]
 
@@ -159,19 +164,23 @@ class ZOTrainerMixin:
 
         Raises:
             ValueError: a checkpoint without the optimizer's state, or with that of another optimizer: the
-                seeds of the steps before would come again.
+                seeds of the steps before would come again; no checkpoint, after a run along a pool that ended
+                with the best weights.
             LedgerError, OSError: a checkpoint without the ledger that a run along a pool goes on with.
         """
-        checkpoint = resume_from_checkpoint
-        if checkpoint is True:
-            checkpoint = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
-        self._resumed_from = Path(checkpoint) if isinstance(checkpoint, (str, os.PathLike)) else None
-        if self._resumed_from is not None and not (self._resumed_from / _OPTIMIZER_FILE).is_file():
+        self._resumed_from = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
+        goes_on = self._resumed_from is None and self.model_init is None  # type: ignore[attr-defined]
+        if goes_on and self._walked is not None and self._holds_best():
             raise ValueError(
-                f"expected {_OPTIMIZER_FILE} in the checkpoint {checkpoint}, got none: the noise of its "
-                "steps would come again; resume from a checkpoint that was saved without save_only_model"
+                "expected a checkpoint to resume from, got none after a run along a pool that ended with its "
+                "best weights: its ledger goes on after them; give train() the best checkpoint, "
+                f"{self.state.best_model_checkpoint}, or make a new Trainer"  # type: ignore[attr-defined]
             )
-        return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
+        finally:  # a callback may end the loop, or raise, amid a step
+            if self.optimizer is not None:
+                self.zeroth_order.discard()
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Saves as Trainer does; of a run along a pool the ledger too.
@@ -185,10 +194,9 @@ class ZOTrainerMixin:
         super().save_model(output_dir, *args, **kwargs)  # type: ignore[misc]
         if self._walked is None:
             return
-        folder, best = Path(output_dir or self.args.output_dir), self.state.best_model_checkpoint  # type: ignore[attr-defined]
-        is_over = not self.is_in_train and self.args.load_best_model_at_end  # type: ignore[attr-defined]
-        if is_over and best is not None:
-            copy_ledger(Path(best), folder)
+        folder = Path(output_dir or self.args.output_dir)
+        if self._holds_best():
+            copy_ledger(Path(self.state.best_model_checkpoint), folder)  # type: ignore[attr-defined]
             return
         optimizer = self.zeroth_order
         assert isinstance(optimizer, FedKSeedSGD)
@@ -222,9 +230,14 @@ class ZOTrainerMixin:
                 "CUDA_VISIBLE_DEVICES name one"
             )
 
+    def _holds_best(self) -> bool:
+        """Whether the weights are those of the best checkpoint, which Trainer loads when a run has ended."""
+        has_ended, best = not self.is_in_train, self.state.best_model_checkpoint  # type: ignore[attr-defined]
+        return bool(has_ended and self.args.load_best_model_at_end and best is not None)
+
     def _rows_a_step(self) -> int:
-        args = self.args
-        return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+        rows: int = self._train_batch_size  # type: ignore[attr-defined]
+        return rows * int(self.args.gradient_accumulation_steps * self.args.world_size)
 
     def _set_mode(self, model: nn.Module) -> None:
         if self._train_mode:
