@@ -1,0 +1,1 @@
+"""A zeroth-order Trainer beside Trainer's own fine-tuning: memory and time of a step."""
