@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import stand_ins
+import torch
+import transformers
+from support import data_samples
 from support.ports import free_port
 
+from fedkseed import ModelIdentity
 from fedkseed.scenarios.settings import values_of_file
 
 DOCS = Path(__file__).parent.parent / "docs"
 #: Pages whose Python blocks are one program, and how many they have.
-PAGES = {"quickstart": 4, "optimizer": 8, "data": 1}
+PAGES = {"quickstart": 4, "optimizer": 8, "data": 1, "transformers": 4}
 #: Pages with pieces of programs, or with programs that other tests run.
 PIECES = ("ledger", "reproducibility", "embedding", "flower", "nvflare")
 
@@ -45,27 +47,55 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.filterwarnings("error:.*:UserWarning:fedkseed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning", "ignore::FutureWarning:lightning")
 def test_the_page_of_the_optimizers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.distributed in a group of one, accelerate in one process; stand-ins for Lightning and peft."""
+    """torch.distributed in a group of one, accelerate in one process."""
     monkeypatch.chdir(tmp_path)
-    for name, module in stand_ins.modules().items():
-        monkeypatch.setitem(sys.modules, name, module)
     group = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for key, value in group.items():
         monkeypatch.setenv(key, str(value))
     names = run("optimizer")
     model, adapted, batches, loss_of = (names[name] for name in ("model", "adapted", "batches", "loss_of"))
-    assert {name for name, weight in adapted.named_parameters() if weight.requires_grad} == {
-        f"{layer}.lora_{part}.weight" for layer in (0, 2) for part in "AB"
-    }
-    assert adapted.get_parameter("0.lora_B.weight").any()
-    assert len(names["trainer"].module.logged) == len(batches) // 4
+    tuned = {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+    prefix = "base_model.model"
+    assert tuned == {f"{prefix}.{layer}.lora_{part}.default.weight" for layer in (0, 2) for part in "AB"}
+    assert adapted.get_parameter(f"{prefix}.0.lora_B.default.weight").any()
+    assert names["trainer"].global_step == len(batches) // 4
 
     def mean_loss(tuned: Any) -> float:
         return sum(loss_of(tuned, batch).item() for batch in batches) / len(batches)
 
     assert mean_loss(model) < mean_loss(names["rebuilt"]) < mean_loss(names["w0"])
     assert mean_loss(adapted) < mean_loss(names["rebuilt"])  # the base that it began at
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*is deprecated:FutureWarning")  # TRL's own
+def test_the_page_of_trainers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model of the same architecture and a tokenizer of characters stand for the hub's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data_samples.save_model(tmp_path / "base")
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+        load = auto.from_pretrained
+        monkeypatch.setattr(auto, "from_pretrained", lambda _, load=load: load(tmp_path / "base"))
+    load_tokenizer = transformers.AutoTokenizer.from_pretrained
+
+    def with_padding(name: str) -> Any:
+        tokenizer = load_tokenizer(name)
+        tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", with_padding)
+    names = run("transformers")
+    assert (tmp_path / "run" / "checkpoint-8" / "optimizer.pt").is_file()
+    walked, rebuilt = names["trainer"].model, names["rebuilt"]
+    start = transformers.AutoModelForCausalLM.from_pretrained("")
+    assert ModelIdentity.of(rebuilt).content != ModelIdentity.of(start).content
+    for left, right in zip(walked.parameters(), rebuilt.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-6)
+    tuned = {name for name, weight in names["adapted"].named_parameters() if weight.requires_grad}
+    assert tuned
+    assert all(name.endswith((".lora_A.default.weight", ".lora_B.default.weight")) for name in tuned)
 
 
 def test_the_settings_file_is_one(tmp_path: Path) -> None:
