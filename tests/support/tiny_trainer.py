@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from fedkseed.adapters.transformers import ZOTrainer
+from fedkseed.adapters.transformers import ZOTrainer, ZOTrainerMixin
 from fedkseed.model.identity import ModelIdentity
 
-_VOCABULARY, _LENGTH = 40, 8
+_VOCABULARY, _LENGTH = 40, 7
 #: Of a step that moves the tiny model's losses visibly, and none of them out of bounds.
 EPS, LR = 1e-2, 1e-3
 
 
-def make_llama(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> LlamaForCausalLM:
+def make_llama(
+    dtype: torch.dtype = torch.float32, dropout: float = 0.0, kind: type[LlamaForCausalLM] = LlamaForCausalLM
+) -> LlamaForCausalLM:
     """The same weights each time, in eval mode, whatever the ambient generators are at; they stay there."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -36,14 +39,15 @@ def make_llama(dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Llam
             eos_token_id=2,
             pad_token_id=0,
         )
-        return LlamaForCausalLM(config).to(dtype).eval()
+        return kind(config).to(dtype).eval()
 
 
 class Rows(Dataset[dict[str, torch.Tensor]]):
-    """Random tokens; of each row some labels at its beginning do not count, another number each."""
+    """Random tokens; unless all labels count, those at a row's beginning do not, another number each."""
 
-    def __init__(self, number: int = 24, seed: int = 2) -> None:
+    def __init__(self, number: int = 24, seed: int = 2, all_count: bool = False) -> None:
         generator = torch.Generator().manual_seed(seed)
+        self._all_count = all_count
         self._tokens = torch.randint(3, _VOCABULARY, (number, _LENGTH), generator=generator)
 
     def __len__(self) -> int:
@@ -52,7 +56,8 @@ class Rows(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         tokens = self._tokens[index]
         labels = tokens.clone()
-        labels[: index % (_LENGTH - 2)] = -100
+        if not self._all_count:
+            labels[: index % (_LENGTH - 2)] = -100
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
 
@@ -75,18 +80,26 @@ def make_arguments(folder: Path, **changes: Any) -> TrainingArguments:
 
 
 def make_trainer(
-    folder: Path, model: nn.Module | None = None, arguments: dict[str, Any] | None = None, **options: Any
-) -> ZOTrainer:
+    folder: Path,
+    model: nn.Module | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    kind: type[Any] = ZOTrainer,
+    **options: Any,
+) -> Any:
     """A Trainer of the tiny model over the rows.
 
     Args:
         arguments: of `make_arguments`.
+        kind: of the Trainer, zeroth-order or not.
         options: of the Trainer.
     """
-    return ZOTrainer(
+    given: dict[str, Any] = {"train_dataset": Rows()}
+    if issubclass(kind, ZOTrainerMixin):
+        given["eps"] = EPS
+    return kind(
         make_llama() if model is None else model,
         make_arguments(folder, **(arguments or {})),
-        **{"train_dataset": Rows(), "eps": EPS, **options},
+        **{**given, **options},
     )
 
 
