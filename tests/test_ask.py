@@ -247,7 +247,7 @@ def no_change(folder: Path) -> None:
         (
             lambda folder: (folder / "config.json").unlink(),
             ["a"],
-            "expected a model's folder (config.json) or",
+            "expected a model's folder (config.json), a run's",
         ),
     ],
 )

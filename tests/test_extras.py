@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fedkseed
 from benchmarks.drift import report as drift_report
 from benchmarks.kernels import __main__ as kernels
 from benchmarks.machine_code import gate, sass
@@ -22,7 +23,8 @@ from fedkseed import MissingExtraError, cli
 from fedkseed.adapters import nvflare
 from fedkseed.data import architectures, models, paper_rouge, sources, verified
 from fedkseed.data.__main__ import main as fetch_all
-from fedkseed.ledger import signature
+from fedkseed.ledger import AdapterStart, adapter, signature
+from fedkseed.ledger.publish import license_of
 from fedkseed.scenarios import round_picture
 from fedkseed.scenarios.baselines.lora import PROJECTIONS, add_adapters
 from fedkseed.scenarios.baselines.settings import BaselineSettings
@@ -33,7 +35,7 @@ from fedkseed.simulation.run_folder import LEDGER
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 #: Names in the package index of packages that are imported under another one.
-INDEX_NAMES = {"pytest_benchmark": "pytest-benchmark"}
+INDEX_NAMES = {"pytest_benchmark": "pytest-benchmark", "huggingface_hub": "huggingface-hub"}
 #: A run of `fedkseed simulate`, and its model.
 RUN, BASE = (Path(__file__).parent / "data" / "written_by_0_1" / name for name in ("simulate", "base"))
 
@@ -81,6 +83,12 @@ USES = {
     "weights in a file": Use("hf", "safetensors", lambda: write_tensors(Path("a.safetensors"), {}, {})),
     "weights out of a file": Use("hf", "safetensors", lambda: read_into(Path("a.safetensors"), {})),
     "adapters": Use("scenarios", "peft", lambda: add_adapters(projections(), BaselineSettings(), 1)),
+    "a published ledger of the hub": Use("hf", "huggingface_hub", lambda: fedkseed.load("owner/ledger")),
+    "a base's card of the hub": Use("hf", "huggingface_hub", lambda: license_of("owner/base", "owner/base")),
+    "settings of an adapter": Use("scenarios", "peft", lambda: adapter.read_config(Path())),
+    "files of an adapter": Use(
+        "scenarios", "peft", lambda: adapter.write_adapter(projections(), AdapterStart(), Path())
+    ),
     "rouge of the paper": Use("scenarios", "rouge", lambda: paper_rouge.paper_rouge_l("a", "b")),
     "rouge of the paper, before it": Use("scenarios", "rouge", paper_rouge.require_paper_rouge),
     "sites of NVIDIA FLARE": Use("nvflare", "nvflare", lambda: nvflare.client_side(lambda number: None)),  # type: ignore[arg-type, return-value]

@@ -88,6 +88,8 @@ def test_a_base_is_named_as_it_is_loaded_and_a_folder_without_its_path(
         lambda: AdapterStart(-1),
         lambda: AdapterStart(2**64),
         lambda: AdapterStart(True),
+        lambda: AdapterStart(0, "mixed"),
+        lambda: AdapterStart(0, [1]),  # type: ignore[arg-type]
         lambda: Hashes("ab", "cd" * 32, {}),
         lambda: Hashes("ab" * 32, "cd" * 32, {"x": 1}),  # type: ignore[dict-item]
         lambda: Hashes("ab" * 32, "cd" * 32, []),  # type: ignore[arg-type]

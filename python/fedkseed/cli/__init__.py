@@ -13,9 +13,9 @@ from typing import Any
 import fedkseed_kernels
 from fedkseed._extras import MissingExtraError
 from fedkseed._progress import bars
-from fedkseed.cli import apply, ask, bench, compare, data, info, inspect, plot, scenarios, simulate
+from fedkseed.cli import apply, ask, bench, compare, data, info, inspect, plot, publish, scenarios, simulate
 
-_COMMANDS = (info, data, simulate, scenarios, apply, ask, inspect, plot, compare, bench)
+_COMMANDS = (info, data, simulate, scenarios, apply, ask, publish, inspect, plot, compare, bench)
 
 #: What a user can mend: printed as one line. Anything else is a defect and shows where it happened.
 _EXPECTED = (ValueError, OSError, RuntimeError, MissingExtraError)

@@ -31,13 +31,16 @@ def add(
         parents=parents,
         help="ask a tuned model",
         description="Answers texts with a tuned model: the folder that `fedkseed apply` wrote, or that of a "
-        "run, whose ledger is then applied in memory. Prompts are made as they were for tuning. A model that "
-        "was tuned for a classification gives the labels' probabilities, the likeliest first.",
+        "run or of a published ledger, which is then applied in memory. Prompts are made as they were for "
+        "tuning. A model that was tuned for a classification gives the labels' probabilities, the likeliest "
+        "first.",
         epilog="Of a template with several fields the text is the last one (of the package's templates the "
         "instruction) and the context the one named context, or else the first one (the input); --field "
         "names any of them.",
     )
-    parser.add_argument("folder", type=Path, help="folder of a model or of a run", metavar="FOLDER")
+    parser.add_argument(
+        "folder", type=Path, help="folder of a model, a run or a published ledger", metavar="FOLDER"
+    )
     parser.add_argument(
         "text", nargs="+", help="what to ask; - reads a text a line from standard input", metavar="TEXT"
     )
@@ -64,7 +67,7 @@ def add(
     parser.add_argument(
         "--base",
         default="",
-        help="of a run: its base model, if its settings name another place",
+        help="of a run or a published ledger: its base model, if settings or card name another place",
         metavar="MODEL",
     )
     parser.add_argument(

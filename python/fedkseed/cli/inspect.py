@@ -15,9 +15,9 @@ def add(
         parents=parents,
         help="what a ledger says",
         description="Shows versions, seed pool, coefficients, hashes of the base model and signature of a "
-        "ledger.",
+        "ledger; of a published one also what its card says, and whether its files belong together.",
     )
-    parser.add_argument("ledger", type=Path, help="the ledger", metavar="LEDGER")
+    parser.add_argument("ledger", help="the ledger, or folder or hub id of a published one", metavar="LEDGER")
     parser.add_argument(
         "--public-key", type=Path, help="check the signature with this key (PEM)", metavar="FILE"
     )

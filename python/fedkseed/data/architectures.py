@@ -32,7 +32,11 @@ class ModelError(ValueError):
 
 
 def choose_class(
-    source: str | Path, local: bool, families: Sequence[Family], trust_remote_code: bool
+    source: str | Path,
+    local: bool,
+    families: Sequence[Family],
+    trust_remote_code: bool,
+    revision: str = "main",
 ) -> tuple[Any, PreTrainedConfig]:
     """The auto class of transformers whose ``from_pretrained`` loads the model, and the model's config.
 
@@ -44,6 +48,7 @@ def choose_class(
         local: whether it is a folder.
         families: that are served, the preferred one first.
         trust_remote_code: whether code that lies beside the weights may run.
+        revision: of a hub id.
 
     Raises:
         ModelError: code of its own that is not trusted, a model of another kind, or one that transformers
@@ -55,9 +60,9 @@ def choose_class(
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-    entries, _ = PreTrainedConfig.get_config_dict(source, local_files_only=local)
+    entries, _ = PreTrainedConfig.get_config_dict(source, local_files_only=local, revision=revision)
     model_type = entries.get("model_type")
-    tokenizer = get_tokenizer_config(source, local_files_only=local)
+    tokenizer = get_tokenizer_config(source, local_files_only=local, revision=revision)
     files = {"config.json": entries, "tokenizer_config.json": tokenizer}
     own = [name for name, content in files.items() if "auto_map" in content]
     if own and not trust_remote_code:
@@ -73,7 +78,9 @@ def choose_class(
             f"expected a model type that transformers {transformers.__version__} knows, got {model_type!r} "
             "in config.json; install a release of transformers that has it, or name another model"
         )
-    config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=trust_remote_code)
+    config = AutoConfig.from_pretrained(
+        source, local_files_only=local, trust_remote_code=trust_remote_code, revision=revision
+    )
     if own and isinstance(entries.get("auto_map"), Mapping):
         for family in families:
             if (auto := _FAMILIES[family][2]) in entries["auto_map"]:

@@ -11,6 +11,11 @@ from fedkseed.data.models import smollm2_folder
 SMOLLM2, MINILM = "smollm2", "minilm"
 _FOLDERS: Mapping[str, Callable[[], Path]] = {SMOLLM2: smollm2_folder, MINILM: minilm_folder}
 _TITLES: Mapping[str, str] = {SMOLLM2: "SmolLM2-135M-Instruct", MINILM: "all-MiniLM-L6-v2"}
+#: Where their makers publish them, and under which licence: what is converted here are other files.
+_PUBLISHED: Mapping[str, tuple[str, str]] = {
+    SMOLLM2: ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+    MINILM: ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
+}
 #: What --model takes beside folders and hub ids.
 BUILT_IN_MODELS = tuple(_FOLDERS)
 #: The model of a run that names none.
@@ -24,6 +29,11 @@ def model_title(named: str) -> str:
         named: as `model_source` takes it.
     """
     return _TITLES.get(named or DEFAULT_MODEL, named)
+
+
+def published_as(name: str) -> tuple[str, str]:
+    """Hub id and licence under which a built-in model's makers publish it."""
+    return _PUBLISHED[name]
 
 
 def model_source(named: str | Path) -> str | Path:

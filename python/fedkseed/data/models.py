@@ -104,7 +104,8 @@ def load_causal_lm(
     A masked language model is loaded too, as the class that its config.json names.
 
     Args:
-        path_or_id: a folder in the layout of `save_pretrained`, or a hub id ("owner/name").
+        path_or_id: a folder in the layout of `save_pretrained`, or a hub id ("owner/name", or with a commit
+            or a tag of it "owner/name@revision").
         dtype: a floating-point dtype.
         trust_remote_code: whether code that lies beside the weights may run; never asked.
 
@@ -173,7 +174,10 @@ def load_tokenizer(path_or_id: str | Path, *, trust_remote_code: bool = False) -
     source, local = _source(path_or_id, _TOKENIZER)
     with loading(path_or_id, local, ()):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            source, local_files_only=local, trust_remote_code=trust_remote_code
+            source,
+            local_files_only=local,
+            trust_remote_code=trust_remote_code,
+            revision=revision_of(path_or_id),
         )
     return tokenizer
 
@@ -240,7 +244,10 @@ def _with_tokenizer(
     model = _weights(path_or_id, dtype, families, trust_remote_code)
     with loading(path_or_id, local, families):
         tokenizer = AutoTokenizer.from_pretrained(
-            source, local_files_only=local, trust_remote_code=trust_remote_code
+            source,
+            local_files_only=local,
+            trust_remote_code=trust_remote_code,
+            revision=revision_of(path_or_id),
         )
         check_vocabulary(model, tokenizer)
     return model, tokenizer
@@ -254,7 +261,8 @@ def _weights(
 
     source, local = find_model(path_or_id)
     with loading(path_or_id, local, families):
-        model_class, config = choose_class(source, local, families, trust_remote_code)
+        revision = revision_of(path_or_id)
+        model_class, config = choose_class(source, local, families, trust_remote_code, revision)
         # With output_loading_info it returns a pair, which its own annotations do not say.
         loaded: Any = model_class.from_pretrained(
             source,
@@ -263,6 +271,7 @@ def _weights(
             local_files_only=local,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
+            revision=revision,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
         model, info = loaded
@@ -309,7 +318,13 @@ def is_local(path_or_id: str | Path) -> bool:
     """Whether a file system path is meant: a `Path`, one that exists, or one written so (/, ., ~, a/b/c)."""
     if isinstance(path_or_id, Path) or Path(path_or_id).expanduser().exists():
         return True
-    return path_or_id.startswith(("/", ".", "~")) or path_or_id.count("/") > 1
+    return path_or_id.startswith(("/", ".", "~")) or path_or_id.partition("@")[0].count("/") > 1
+
+
+def revision_of(path_or_id: str | Path) -> str:
+    """The commit, tag or branch of a hub id "owner/name@revision"; "main" where none is named."""
+    named = "" if is_local(path_or_id) else str(path_or_id).partition("@")[2]
+    return named or "main"
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -322,7 +337,7 @@ def _check_dtype(dtype: torch.dtype) -> None:
 def _source(path_or_id: str | Path, needed: Mapping[str, tuple[str, ...]]) -> tuple[str | Path, bool]:
     """What the library is given, and whether that is a folder; one that lacks something is refused."""
     if not is_local(path_or_id):
-        return path_or_id, False
+        return str(path_or_id).partition("@")[0], False
     folder = Path(path_or_id).expanduser()
     _check_folder(folder, needed)
     return folder, True

@@ -10,7 +10,14 @@ import torch
 
 from fedkseed._extras import require_extra
 from fedkseed.data.architectures import ModelError, choose_class
-from fedkseed.data.models import CLASSIFIERS, LANGUAGE_MODELS, find_model, is_local, loading
+from fedkseed.data.models import (
+    CLASSIFIERS,
+    LANGUAGE_MODELS,
+    find_model,
+    is_local,
+    loading,
+    revision_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +38,9 @@ def load_shapes(
     source, local = find_model(path_or_id)
     families = CLASSIFIERS if is_classifier else LANGUAGE_MODELS
     with loading(path_or_id, local, families):
-        model_class, config = choose_class(source, local, families, trust_remote_code)
+        model_class, config = choose_class(
+            source, local, families, trust_remote_code, revision_of(path_or_id)
+        )
         with torch.device("meta"):
             model: PreTrainedModel = model_class.from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code

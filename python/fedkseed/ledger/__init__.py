@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedkseed.ledger.adapter_start import start_adapter
 from fedkseed.ledger.format import (
     LedgerContractError,
     LedgerDamagedError,
@@ -12,10 +13,13 @@ from fedkseed.ledger.format import (
     LedgerUnsignedError,
 )
 from fedkseed.ledger.ledger import Ledger, open_ledger
+from fedkseed.ledger.origin import AdapterStart, Origin, OriginError
+from fedkseed.ledger.published import Published, PublishedError
 from fedkseed.ledger.signature import SigningKeyError
 from fedkseed.ledger.tuned_model import load, write_tuned_model
 
 __all__ = [
+    "AdapterStart",
     "Ledger",
     "LedgerContractError",
     "LedgerDamagedError",
@@ -24,8 +28,13 @@ __all__ = [
     "LedgerSignatureError",
     "LedgerTooLargeError",
     "LedgerUnsignedError",
+    "Origin",
+    "OriginError",
+    "Published",
+    "PublishedError",
     "SigningKeyError",
     "load",
     "open_ledger",
+    "start_adapter",
     "write_tuned_model",
 ]

@@ -10,9 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedkseed._extras import MissingExtraError
+from fedkseed.ledger.card import CARD
 from fedkseed.ledger.format import LEDGER_FORMAT
-from fedkseed.ledger.ledger import Ledger, open_ledger
+from fedkseed.ledger.ledger import Ledger
+from fedkseed.ledger.origin import FILE
+from fedkseed.ledger.published import Published
 from fedkseed.ledger.signature import PublicKey
+from fedkseed.ledger.sources import open_source
 
 _NUM_LARGEST = 5
 
@@ -20,16 +24,22 @@ _NUM_LARGEST = 5
 def describe(ledger: Ledger | str | os.PathLike[str], *, public_key: PublicKey | None = None) -> str:
     """The fields of a ledger, or of the file of one, a line each; the model is not needed.
 
+    Of a published one (its folder, or a hub id) also what its card says; its files are compared with it.
+
     The norm is ||c||_2: as z has unit variance, a tuned weight has moved by about as much (root mean square).
 
     Args:
         public_key: if given, the ledger has to be signed by this key.
 
     Raises:
-        LedgerError, SigningKeyError, MissingExtraError, OSError: as `Ledger.load`.
+        LedgerError, SigningKeyError, MissingExtraError, OSError: as `open_source`.
     """
+    opened = open_source(ledger, public_key)
     where = [] if isinstance(ledger, Ledger) else [("file", str(Path(ledger)))]
-    ledger = open_ledger(ledger, public_key)
+    if isinstance(opened, Published):
+        where, ledger = _card(opened), opened.ledger
+    else:
+        ledger = opened
     coefficients = ledger.coefficients.astype(np.float64)
     lines = [
         *where,
@@ -49,6 +59,28 @@ def describe(ledger: Ledger | str | os.PathLike[str], *, public_key: PublicKey |
     ]
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in lines)
+
+
+def _card(published: Published) -> list[tuple[str, str]]:
+    """What the card of a published ledger says."""
+    origin, hashes = published.origin, published.hashes
+    data = [origin.data or "not said", *([f"rows {origin.data_digest}"] if origin.data_digest else [])]
+    sizes = {name: (published.folder / name).stat().st_size for name in sorted({CARD, FILE, *hashes.files})}
+    facts = ", ".join(f"{name} {value}" for name, value in origin.facts.items())
+    lines = [
+        ("published", published.name),
+        ("files", ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + " bytes, as the card says"),
+        ("base", f"{origin.base} ({origin.source}), revision {origin.revision or 'not known'}"),
+        ("licence", f"of the base: {origin.license or 'not known'}"),
+        ("data", ", ".join(data)),
+        ("made by", facts or "not said"),
+        ("tuned weights", f"content {hashes.tuned}"),
+    ]
+    if origin.adapter is not None:
+        seed = origin.adapter.seed
+        start = "stored beside it" if seed is None else f"made of seed {seed}"
+        lines.append(("adapter", f"LoRA beside weights in {origin.adapter.base_dtype}, its start {start}"))
+    return lines
 
 
 def _largest(coefficients: NDArray[np.float64]) -> str:

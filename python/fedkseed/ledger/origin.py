@@ -6,7 +6,7 @@ format, version    "fedkseed-origin", 1
 base               {name, source, revision, license}: `Origin.base`, `Origin.source`, and null where unknown
 data               {name, digest}: "" and null where unknown
 facts              {name: number or text}: `Origin.facts`
-adapter            null, or {seed}: `AdapterStart`
+adapter            null, or {seed, base_dtype}: `AdapterStart`
 hashes             null before the ledger is published, or {base, tuned, files}: `Hashes`
 """
 
@@ -27,6 +27,7 @@ from fedkseed.data.models import is_local
 from fedkseed.documents import DocumentError, parse_json, shown
 from fedkseed.files import FileTooLargeError, read_bounded, write_atomically
 from fedkseed.ledger.format import LedgerError
+from fedkseed.model.identity import DTYPE_CODES
 
 #: Its file beside a ledger.
 FILE = "origin.json"
@@ -59,17 +60,19 @@ class AdapterStart:
     Attributes:
         seed: of the rule that makes them (`fedkseed.ledger.adapter_start`), in [0, 2^64); None: the numbers
             themselves are stored beside the ledger.
+        base_dtype: of the base's own weights: the matrices beside them may have another one.
 
     Raises:
-        OriginError: another seed.
+        OriginError: another seed, or a dtype that no weights have.
     """
 
     seed: int | None = None
+    base_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if self.seed is None:
-            return
-        if type(self.seed) is not int or not 0 <= self.seed < 2**64:
+        if not isinstance(self.base_dtype, str) or self.base_dtype not in DTYPE_CODES.keys() - {"mixed"}:
+            raise OriginError(f"expected the dtype of the base's weights, got {shown(self.base_dtype)}")
+        if self.seed is not None and not (type(self.seed) is int and 0 <= self.seed < 2**64):
             raise OriginError(f"expected a seed of the adapter in [0, 2^64), got {shown(self.seed)}")
 
 
@@ -193,7 +196,9 @@ class Origin:
             },
             "data": {"name": self.data, "digest": self.data_digest},
             "facts": dict(self.facts),
-            "adapter": None if self.adapter is None else {"seed": self.adapter.seed},
+            "adapter": None
+            if self.adapter is None
+            else {"seed": self.adapter.seed, "base_dtype": self.adapter.base_dtype},
             "hashes": None
             if self.hashes is None
             else {"base": self.hashes.base, "tuned": self.hashes.tuned, "files": dict(self.hashes.files)},
@@ -233,7 +238,7 @@ class Origin:
                 content["facts"],
                 None
                 if adapter is None
-                else AdapterStart(**_entries(adapter, ("seed",), f"adapter of {where}")),
+                else AdapterStart(**_entries(adapter, ("seed", "base_dtype"), f"adapter of {where}")),
                 None
                 if hashes is None
                 else Hashes(**_entries(hashes, ("base", "tuned", "files"), f"hashes of {where}")),

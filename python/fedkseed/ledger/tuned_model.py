@@ -6,21 +6,21 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from fedkseed.data.asking import FILE, NOTE, Asking, AskingError
 from fedkseed.data.models import load_any, load_any_weights
 from fedkseed.files import new_folder
-from fedkseed.ledger.format import LedgerError
-from fedkseed.ledger.ledger import Ledger, open_ledger
+from fedkseed.ledger.ledger import Ledger
+from fedkseed.ledger.published import Published, PublishedError, dtype_of
 from fedkseed.ledger.signature import PublicKey
+from fedkseed.ledger.sources import open_source
 from fedkseed.model.identity import ModelIdentity
 
 
 def load(
-    ledger: Ledger | str | os.PathLike[str],
-    base: nn.Module | str | Path,
+    source: Ledger | str | os.PathLike[str],
+    base: nn.Module | str | Path | None = None,
     *,
     public_key: PublicKey | None = None,
     trust_remote_code: bool = False,
@@ -28,25 +28,47 @@ def load(
     """The tuned model: the base with the ledger applied to it (`Ledger.apply_`).
 
     Args:
-        ledger: a ledger, or the file of one.
-        base: w0. A model is tuned in place and returned. A folder in the layout of `save_pretrained`, or a
-            hub id, is loaded as the language model or classifier that its config.json names, on the CPU, in
-            the dtype that the ledger names.
+        source: a ledger, the file of one, the folder of a published one (`fedkseed publish`), or the hub id
+            of one, "owner/name" or "owner/name@revision".
+        base: w0; None: the one that the card of a published ledger names, in the revision it names. A model
+            is tuned in place and returned. A folder in the layout of `save_pretrained`, or a hub id, is
+            loaded as the language model or classifier that its config.json names, on the CPU, in the dtype
+            that the ledger names.
         public_key: if given, the ledger has to be signed by this key.
         trust_remote_code: whether code that lies beside the base's weights may run; never asked.
 
+    Returns:
+        The model; of a published LoRA ledger a PeftModel around the base. Of a published ledger it has the
+        content that the card names.
+
     Raises:
-        LedgerError, SigningKeyError, OSError: as `Ledger.load` and `Ledger.verify`.
-        IdentityError: the base is not the model that the ledger was made from; a model given is unchanged.
-        ModelError, MissingExtraError: as `fedkseed.data.models.load_any`.
+        PublishedError: a folder without a card, files or a tuned model that are not what the card says, a hub
+            id that cannot be reached, or no base, where there is none that a card names.
+        LedgerError, AskingError, SigningKeyError, OSError: as `Ledger.load` and `Ledger.verify`.
+        IdentityError: the base is not the model that the ledger was made from; a model given is unchanged,
+            but for the adapter of a LoRA ledger.
+        ModelError, FetchError, MissingExtraError: as `fedkseed.data.models.load_any`.
     """
-    opened = open_ledger(ledger, public_key)
+    found = open_source(source, public_key)
     if isinstance(base, nn.Module):
-        model = base
-    else:
-        model = load_any_weights(base, ledger_dtype(opened), trust_remote_code=trust_remote_code)
-    opened.apply_(model)
+        if isinstance(found, Published):
+            return found.tuned(base)
+        found.apply_(base)
+        return base
+    if isinstance(found, Published):
+        return found.load(base, trust_remote_code=trust_remote_code)
+    model = load_any_weights(_given(base), dtype_of(found), trust_remote_code=trust_remote_code)
+    found.apply_(model)
     return model
+
+
+def _given(base: str | Path | None) -> str | Path:
+    if base is None:
+        raise PublishedError(
+            "expected the base of the ledger (base=, --base), got none: a ledger alone does not say where "
+            "its base is, a published one does (fedkseed publish)"
+        )
+    return base
 
 
 def _silent(_: str) -> None:
@@ -54,8 +76,8 @@ def _silent(_: str) -> None:
 
 
 def write_tuned_model(
-    ledger: Ledger | str | os.PathLike[str],
-    base: str | Path,
+    source: Ledger | str | os.PathLike[str],
+    base: str | Path | None,
     folder: str | os.PathLike[str],
     *,
     public_key: PublicKey | None = None,
@@ -64,8 +86,9 @@ def write_tuned_model(
 ) -> ModelIdentity:
     """Writes the tuned model and the base's tokenizer as a folder in the layout of `save_pretrained`.
 
-    What the ledger was tuned with (`find_asking`) is written beside them. The folder appears when all of it
-    is on the disk; if anything fails, nothing is left.
+    What the ledger was tuned with (`find_asking`) is written beside them. Of a published LoRA ledger the
+    adapter alone is written, as peft saves it. The folder appears when all of it is on the disk; if anything
+    fails, nothing is left.
 
     Args: as `load`; ``folder`` is new or empty, ``say`` is told what is being done, a line each.
 
@@ -78,18 +101,25 @@ def write_tuned_model(
         LedgerError, SigningKeyError, IdentityError, ModelError, MissingExtraError, OSError: as `load`, and
             where the folder cannot be written.
     """
-    opened = open_ledger(ledger, public_key)
-    asking = None if isinstance(ledger, Ledger) else find_asking(opened, Path(ledger).parent)
+    opened = open_source(source, public_key)
+    if isinstance(opened, Published):
+        ledger, asking = opened.ledger, opened.asking
+    else:
+        ledger = opened
+        asking = None if isinstance(source, Ledger) else find_asking(opened, Path(source).parent)
     with new_folder(folder) as staging:
         say("Loading and verifying the base model, adding the ledger")
-        model, tokenizer = load_any(base, ledger_dtype(opened), trust_remote_code=trust_remote_code)
-        opened.apply_(model)
+        if isinstance(opened, Published):
+            model, tokenizer = opened.load_with_tokenizer(base, trust_remote_code=trust_remote_code)
+        else:
+            model, tokenizer = load_any(_given(base), dtype_of(opened), trust_remote_code=trust_remote_code)
+            opened.apply_(model)
         say("Writing the tuned model")
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         if asking is not None:
             asking.write(staging)
-        return ModelIdentity.of(model, opened.frozen)
+        return ModelIdentity.of(model, ledger.frozen)
 
 
 def find_asking(ledger: Ledger, folder: Path) -> Asking | None:
@@ -108,18 +138,3 @@ def find_asking(ledger: Ledger, folder: Path) -> Asking | None:
             f"got {asking.digest}; put that file beside the ledger, or none"
         )
     return asking
-
-
-def ledger_dtype(ledger: Ledger) -> torch.dtype:
-    """The dtype of the weights that the ledger was made from.
-
-    Raises:
-        LedgerError: they have several.
-    """
-    if ledger.identity.dtype == "mixed":
-        raise LedgerError(
-            "expected a ledger of weights in one dtype to load a base for, got mixed; "
-            "load the base yourself and pass the model"
-        )
-    dtype: torch.dtype = getattr(torch, ledger.identity.dtype)
-    return dtype

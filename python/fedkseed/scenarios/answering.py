@@ -1,4 +1,4 @@
-"""A tuned model that is asked: a model's folder, or a run's with the ledger applied in memory."""
+"""A tuned model that is asked: a model's folder, or a run's or a published ledger, applied in memory."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ from fedkseed.data.scores import generate_greedy
 from fedkseed.data.shapes import num_positions
 from fedkseed.data.templates import PLAIN, Template
 from fedkseed.documents import DocumentError, read_json
+from fedkseed.ledger import origin as origin_file
 from fedkseed.ledger.ledger import Ledger
-from fedkseed.ledger.tuned_model import find_asking, ledger_dtype
+from fedkseed.ledger.published import Published, dtype_of
+from fedkseed.ledger.sources import is_hub_id, open_source
+from fedkseed.ledger.tuned_model import find_asking
 from fedkseed.scenarios.classification import check_speaks
 from fedkseed.simulation.run_folder import BASELINE, BEST, LEDGER, SETTINGS
 
@@ -173,24 +176,34 @@ def open_tuned(
     """The model of a folder, on a device.
 
     Args:
-        folder: of a model (what `fedkseed apply` or ``save_pretrained`` wrote), or of a run.
+        folder: of a model (what `fedkseed apply` or ``save_pretrained`` wrote), of a run, or of a published
+            ledger; of such a one the hub id will do.
         template: in place of the one that the model was tuned with; without either it is the tokenizer's own
             chat template, or none.
         best: of a run, the round with the least held-out loss, not the last one.
-        base: of a run, its base model; else the one that its settings name.
+        base: of a run, its base model; else the one that its settings name. Of a published ledger likewise,
+            and its card.
         device: where it answers.
         trust_remote_code: whether code that lies beside the weights may run; never asked.
         say: told what is being done, a line each.
 
     Raises:
-        AskingError: a folder that is neither, or a damaged file of templates.
+        AskingError: a folder that is none of them, or a damaged file of templates.
+        PublishedError, OriginError: a published ledger whose files do not belong together.
         ModelError, LedgerError, IdentityError, FetchError, MissingExtraError, OSError: no model can be had.
     """
     is_run = (folder / SETTINGS).is_file() and not (folder / _CONFIG).is_file()
-    if not is_run and (best or base):
+    is_published = not is_run and ((folder / origin_file.FILE).is_file() or is_hub_id(str(folder)))
+    if not is_run and (best or (base and not is_published)):
         raise AskingError(f"expected a run's folder with --best or --base, got {folder}, which is none")
     if is_run:
         model, tokenizer, asking = _of_run(folder, best, base, trust_remote_code, say)
+    elif is_published:
+        published = open_source(str(folder))
+        assert isinstance(published, Published)
+        asking = published.asking
+        say("Loading and verifying the base model, adding the ledger")
+        model, tokenizer = published.load_with_tokenizer(base or None, trust_remote_code=trust_remote_code)
     elif (folder / _CONFIG).is_file():
         say("Loading the model")
         asking = Asking.read(folder)
@@ -198,8 +211,8 @@ def open_tuned(
     else:
         found = "nothing there" if not folder.exists() else "another folder" if folder.is_dir() else "a file"
         raise AskingError(
-            f"expected a model's folder ({_CONFIG}) or a run's ({SETTINGS}, {LEDGER}) at {folder}, "
-            f"got {found}"
+            f"expected a model's folder ({_CONFIG}), a run's ({SETTINGS}, {LEDGER}) or that of a published "
+            f"ledger ({origin_file.FILE}) at {folder}, got {found}"
         )
     if asking is None:
         asking = Asking.of_tokenizer(tokenizer)
@@ -229,7 +242,7 @@ def _of_run(
     named = base or _base(folder / SETTINGS)
     try:
         source = model_source(named)
-        model, tokenizer = load_any(source, ledger_dtype(ledger), trust_remote_code=trust_remote_code)
+        model, tokenizer = load_any(source, dtype_of(ledger), trust_remote_code=trust_remote_code)
     except ModelError as error:
         if base:
             raise

@@ -45,8 +45,12 @@ def model_name(settings: RunSettings) -> str:
 
 
 def data_name(settings: RunSettings) -> str:
-    """What the data are called in texts and results: a name, never a path of this machine."""
-    data = settings.choice.data
+    """What the data are called in texts and results."""
+    return data_title(settings.choice.data)
+
+
+def data_title(data: str) -> str:
+    """What a source of data is called: a name, never a path of this machine."""
     return data if data.startswith(HUB) else Path(data).name
 
 
