@@ -25,6 +25,7 @@ from fedkseed.data import architectures, models, paper_rouge, sources, verified
 from fedkseed.data.__main__ import main as fetch_all
 from fedkseed.ledger import AdapterStart, adapter, signature
 from fedkseed.ledger.publish import license_of
+from fedkseed.ledger.published import commit_of
 from fedkseed.scenarios import round_picture
 from fedkseed.scenarios.baselines.lora import PROJECTIONS, add_adapters
 from fedkseed.scenarios.baselines.settings import BaselineSettings
@@ -85,6 +86,7 @@ USES = {
     "adapters": Use("scenarios", "peft", lambda: add_adapters(projections(), BaselineSettings(), 1)),
     "a published ledger of the hub": Use("hf", "huggingface_hub", lambda: fedkseed.load("owner/ledger")),
     "a base's card of the hub": Use("hf", "huggingface_hub", lambda: license_of("owner/base", "owner/base")),
+    "a base's commit of the hub": Use("hf", "huggingface_hub", lambda: commit_of("owner/base")),
     "settings of an adapter": Use("scenarios", "peft", lambda: adapter.read_config(Path())),
     "files of an adapter": Use(
         "scenarios", "peft", lambda: adapter.write_adapter(projections(), AdapterStart(), Path())

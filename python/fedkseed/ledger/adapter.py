@@ -7,6 +7,7 @@ the tuning and none of the base.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 CONFIG, START = "adapter/adapter_config.json", "adapter/adapter_start.safetensors"
 MAX_CONFIG_BYTES = 1 << 18
+#: Name of a ledger's note that holds `config_digest`: so a signature is of the settings, too.
+NOTE = "adapter"
 _NAME = "default"
 _LORA = "LORA"
 #: Of names of modules: peft takes them for patterns, and a hostile pattern takes for ever.
@@ -114,6 +117,15 @@ def write_adapter(model: nn.Module, start: AdapterStart, folder: Path) -> None:
         save_file({name: weight.detach().cpu() for name, weight in _matrices(model)}, folder / START)
 
 
+def config_digest(folder: Path) -> str:
+    """32 hex digits of the SHA-256 of `CONFIG`, short enough for a ledger's note.
+
+    Raises:
+        OriginError: the file cannot be read.
+    """
+    return hashlib.sha256(_config_bytes(folder / CONFIG)).hexdigest()[:32]
+
+
 def read_config(folder: Path) -> LoraConfig:
     """The settings in `CONFIG`, for peft.
 
@@ -126,8 +138,8 @@ def read_config(folder: Path) -> LoraConfig:
 
     path = folder / CONFIG
     try:
-        found = parse_json(read_bounded(path, MAX_CONFIG_BYTES), str(path), max_bytes=MAX_CONFIG_BYTES)
-    except (OSError, FileTooLargeError, DocumentError) as error:
+        found = parse_json(_config_bytes(path), str(path), max_bytes=MAX_CONFIG_BYTES)
+    except DocumentError as error:
         raise OriginError(f"expected the settings of an adapter in {path}, got: {error}") from error
     if not isinstance(found, dict) or found.pop("peft_type", None) != _LORA:
         raise OriginError(f"expected the settings of a LoRA adapter in {path}, got others")
@@ -168,12 +180,11 @@ def add_adapter(base: nn.Module, folder: Path, start: AdapterStart, ledger: Ledg
     # Matrices in fp32 beside weights of 16 bits are peft's default, and make the ledger's weights "mixed".
     dtype = torch.float32 if wanted.dtype == "mixed" else getattr(torch, wanted.dtype)
     try:
-        model: nn.Module = get_peft_model(
-            base,
-            config,
-            autocast_adapter_dtype=False,
-            low_cpu_mem_usage=True,
-        )
+        # low_cpu_mem_usage keeps peft from copying the matrices to the base's device.
+        with torch.device("meta"):
+            model: nn.Module = get_peft_model(
+                base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+            )
     except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OriginError(f"expected an adapter that fits the base, got: {shown(first)}") from error
@@ -199,6 +210,13 @@ def add_adapter(base: nn.Module, folder: Path, start: AdapterStart, ledger: Ledg
 def has_adapter(model: nn.Module) -> bool:
     """Whether LoRA's matrices are in the model already."""
     return any(MARK in name for name, _ in model.named_parameters())
+
+
+def _config_bytes(path: Path) -> bytes:
+    try:
+        return read_bounded(path, MAX_CONFIG_BYTES)
+    except (OSError, FileTooLargeError) as error:
+        raise OriginError(f"expected the settings of an adapter in {path}, got: {error}") from error
 
 
 def _settings_of(model: nn.Module) -> dict[str, Any]:

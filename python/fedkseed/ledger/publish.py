@@ -15,7 +15,7 @@ from fedkseed.data.built_in_models import model_source, published_as
 from fedkseed.data.models import is_local, load_any_weights, revision_of
 from fedkseed.files import FileTooLargeError, new_folder, read_bounded, write_atomically
 from fedkseed.ledger import adapter as adapter_files
-from fedkseed.ledger.adapter import add_adapter
+from fedkseed.ledger.adapter import add_adapter, config_digest
 from fedkseed.ledger.card import CARD, card_text
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.ledger.origin import Hashes, Origin
@@ -68,7 +68,8 @@ def write_published(
     The base is loaded and tuned, so that only a ledger that fits what its card names is published.
 
     Args:
-        ledger: signed by ``key`` if one is given; else a signature that it has stays.
+        ledger: signed by ``key`` if one is given; else a signature that it has stays. That of an adapter
+            gets a note of the adapter's settings, so that a signature covers them.
         origin: what it was made of; its hashes are set here. Of a base of the hub the revision becomes the
             commit that was loaded, if that is known; a licence that it lacks is looked for beside the base.
         folder: new or empty.
@@ -86,18 +87,21 @@ def write_published(
         LedgerError, SigningKeyError, ModelError, FetchError, MissingExtraError, OSError: as `Ledger.sign` and
             `fedkseed.load`, and where the folder cannot be written.
     """
-    if key is not None:
-        ledger = ledger.sign(key)
     with new_folder(folder) as staging:
+        if origin.adapter is not None:
+            _copy_adapter(adapter, staging, has_start=origin.adapter.seed is None)
+            if key is not None or ledger.signature is None:  # else its maker's signature would be lost
+                notes = {**ledger.notes, adapter_files.NOTE: config_digest(staging)}
+                ledger = replace(ledger, notes=notes, signature=None)
+        if key is not None:
+            ledger = ledger.sign(key)
         ledger.save(staging / LEDGER)
         if asking is not None:
             asking.write(staging)
-        if origin.adapter is not None:
-            _copy_adapter(adapter, staging, has_start=origin.adapter.seed is None)
         say("Loading and verifying the base model, adding the ledger")
         source = model_source(base)
         model = load_any_weights(source, dtype_of(ledger, origin), trust_remote_code=trust_remote_code)
-        origin = _completed(origin, base, source, commit_of(model))
+        origin = _completed(origin, base, source, commit_of(source))
         tuned = model if origin.adapter is None else add_adapter(model, staging, origin.adapter, ledger)
         try:
             ledger.apply_(tuned)

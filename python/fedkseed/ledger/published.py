@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fedkseed._extras import require_extra
 from fedkseed.data import asking as asking_file
 from fedkseed.data.asking import NOTE, Asking
 from fedkseed.data.built_in_models import model_source
-from fedkseed.data.models import load_any, load_any_weights
+from fedkseed.data.models import is_local, load_any, load_any_weights, revision_of
 from fedkseed.files import FileTooLargeError, read_bounded
 from fedkseed.ledger import adapter as adapter_files
-from fedkseed.ledger.adapter import add_adapter, has_adapter
+from fedkseed.ledger.adapter import add_adapter, config_digest, has_adapter
 from fedkseed.ledger.card import CARD, MAX_CARD_BYTES, check_card
 from fedkseed.ledger.format import MAX_BYTES, LedgerError
 from fedkseed.ledger.ledger import Ledger
@@ -49,6 +51,7 @@ FILES: Mapping[str, int] = {
     adapter_files.START: 1 << 30,
 }
 _PIECE = 1 << 20
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class PublishedError(LedgerError):
@@ -111,6 +114,12 @@ class Published:
                 f"expected the base's content {origin.hashes.base[:16]}... in the ledger of {name}, as its "
                 f"card says, got {ledger.identity.content.hex()[:16]}...; fetch the folder again"
             )
+        noted = ledger.notes.get(adapter_files.NOTE)
+        if noted is not None and (origin.adapter is None or config_digest(folder) != noted):
+            raise PublishedError(
+                f"expected {adapter_files.CONFIG} of {name} with digest {noted}, as the ledger says, got "
+                "another; fetch the folder again"
+            )
         return cls(folder, name, ledger, origin, _asking(folder, ledger, name))
 
     @property
@@ -140,7 +149,8 @@ class Published:
     def load(self, base: str | Path | None = None, *, trust_remote_code: bool = False) -> nn.Module:
         """The tuned model of a base that is loaded; as `fedkseed.load`."""
         source = self.base(base)
-        return self.tuned(load_any_weights(source, self.dtype, trust_remote_code=trust_remote_code))
+        model = load_any_weights(source, self.dtype, trust_remote_code=trust_remote_code)
+        return self.tuned(model, source)
 
     def load_with_tokenizer(
         self, base: str | Path | None = None, *, trust_remote_code: bool = False
@@ -148,10 +158,14 @@ class Published:
         """The tuned model and the base's tokenizer; of a LoRA ledger the model is a PeftModel."""
         source = self.base(base)
         model, tokenizer = load_any(source, self.dtype, trust_remote_code=trust_remote_code)
-        return self.tuned(model), tokenizer  # type: ignore[return-value]
+        return self.tuned(model, source), tokenizer  # type: ignore[return-value]
 
-    def tuned(self, base: nn.Module) -> nn.Module:
+    def tuned(self, base: nn.Module, source: str | Path = "") -> nn.Module:
         """The tuned model, made of a model that holds the base's weights, in place.
+
+        Args:
+            base: the model.
+            source: folder or hub id that it was loaded from; "": not known.
 
         Mutates: ``base``; it is unchanged if it is refused, but for an adapter that was added.
 
@@ -168,7 +182,7 @@ class Published:
                 model = add_adapter(base, self.folder, origin.adapter, ledger)
             ledger.apply_(model)
         except IdentityError as error:
-            raise IdentityError(f"{error}; {self._about_base(base)}") from error
+            raise IdentityError(f"{error}; {self._about_base(source)}") from error
         found = ModelIdentity.of(model, ledger.frozen).content.hex()
         if found != self.hashes.tuned:
             raise PublishedError(
@@ -183,12 +197,12 @@ class Published:
         assert self.origin.hashes is not None  # `read` has seen them
         return self.origin.hashes
 
-    def _about_base(self, base: nn.Module) -> str:
+    def _about_base(self, source: str | Path) -> str:
         """Which base the card names, and which revision was loaded if that is known."""
         named = f"the card of {self.name} names the base {self.origin.base}"
         if self.origin.source == "hub":
             named += f" at revision {self.origin.revision or 'not known'}"
-        loaded = commit_of(base)
+        loaded = commit_of(source)
         return f"{named}, loaded was revision {loaded}" if loaded else named
 
 
@@ -252,10 +266,21 @@ def dtype_of(ledger: Ledger, origin: Origin | None = None) -> torch.dtype:
     return dtype
 
 
-def commit_of(model: nn.Module) -> str | None:
-    """The commit of the hub that a model was loaded from; None if that is not known."""
-    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-    return commit if isinstance(commit, str) else None
+def commit_of(source: str | Path) -> str | None:
+    """The commit of the hub that a model was loaded from, as the hub's cache has it; None if it has none.
+
+    Args:
+        source: hub id, with a revision or not; of a folder there is no commit.
+    """
+    if source == "" or is_local(source):
+        return None
+    require_extra("hf", "huggingface_hub")
+    import huggingface_hub
+
+    name = str(source).partition("@")[0]
+    cached = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision_of(source))
+    found = Path(cached).parent.name if isinstance(cached, str) else ""
+    return found if _COMMIT.fullmatch(found) else None
 
 
 def _asking(folder: Path, ledger: Ledger, name: str) -> Asking | None:
