@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +16,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Trainer, TrainerCallback
 
 from fedkseed import ZOSGD, Inplace, Streamed, paired_losses
-from fedkseed.adapters.transformers import ZOTrainer, ZOTrainerMixin
+from fedkseed.adapters.transformers import ZOTrainer
 from fedkseed.storage import StorageOptions
 
 

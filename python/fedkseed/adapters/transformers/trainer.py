@@ -106,13 +106,11 @@ class ZOTrainerMixin:
         if self.optimizer is None:
             names = self.get_decay_parameter_names  # type: ignore[attr-defined]
             self.optimizer = self._settings.make(tuned, self.args, names, self.accelerator)
-            if self._settings.seed_pool is not None and self.args.should_save:
-                self._walked = WalkedLedger(tuned, self._resumed_from)
+            self._begin_ledger(tuned)
         elif self._resumed_from is not None:
             # Where a smaller batch is tried, the weights have gone on and the optimizer's state comes again.
             self._load_from_checkpoint(str(self._resumed_from))  # type: ignore[attr-defined]
-            if self._walked is not None:
-                self._walked = WalkedLedger(tuned, self._resumed_from)
+            self._begin_ledger(tuned)
         return self.optimizer  # type: ignore[no-any-return]
 
     def training_step(
@@ -200,8 +198,13 @@ class ZOTrainerMixin:
             return
         optimizer = self.zeroth_order
         assert isinstance(optimizer, FedKSeedSGD)
-        facts = {"eps": optimizer.eps, "lr": self.args.learning_rate, "rows_a_step": self._rows_a_step()}
-        self._walked.write(optimizer, self.model, folder, facts)
+        facts = {
+            "num_steps": len(optimizer.history),
+            "batch_size": self._rows_a_step(),
+            "lr": self.args.learning_rate,
+            "eps": self._settings.eps,
+        }
+        self._walked.write(optimizer, folder, facts)
 
     def _check_surroundings(self) -> None:
         """Refuses what launchers bring, and arguments of other optimizers.
@@ -229,6 +232,11 @@ class ZOTrainerMixin:
                 f"expected one GPU a process, got {self.args.n_gpu}; start with torchrun, or let "
                 "CUDA_VISIBLE_DEVICES name one"
             )
+
+    def _begin_ledger(self, model: nn.Module) -> None:
+        pool = self._settings.seed_pool
+        if pool is not None and self.args.should_save:
+            self._walked = WalkedLedger(model, pool, Path(self.args.output_dir), self._resumed_from)
 
     def _holds_best(self) -> bool:
         """Whether the weights are those of the best checkpoint, which Trainer loads when a run has ended."""

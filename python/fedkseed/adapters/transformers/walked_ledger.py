@@ -10,15 +10,21 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fedkseed.adapters.transformers.peft_start import base_of, is_adapted, start_of
 from fedkseed.ledger import Ledger
+from fedkseed.ledger.adapter import CONFIG, START, write_adapter
 from fedkseed.ledger.origin import FILE as ORIGIN
-from fedkseed.ledger.origin import AdapterStart, Origin, OriginError
+from fedkseed.ledger.origin import Origin, OriginError
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import ModelParameters
 from fedkseed.optim import FedKSeedSGD
+from fedkseed.seeds import SeedPool
 from fedkseed.simulation.run_folder import LEDGER
 
 logger = logging.getLogger("fedkseed")
+
+#: Beside the ledger, where there is something to say.
+_BESIDE = (ORIGIN, CONFIG, START)
 
 
 class WalkedLedger:
@@ -27,13 +33,16 @@ class WalkedLedger:
     Attributes:
         identity: of w0.
         frozen: manifest indices of what is not tuned.
+        origin: of the base, without facts; None: the base has no name, or adapters that no card can tell.
     """
 
-    def __init__(self, model: nn.Module, checkpoint: Path | None) -> None:
-        """Reads the weights once, for their hash.
+    def __init__(self, model: nn.Module, pool: SeedPool, folder: Path, checkpoint: Path | None) -> None:
+        """Reads the weights once, for their hash; of LoRA it writes how the adapter began.
 
         Args:
             model: that is about to be tuned; what is frozen is frozen by now.
+            pool: of the walk.
+            folder: of the run, made if it is not there.
             checkpoint: of a run that goes on: the start is that of its ledger, for the model holds later
                 weights.
 
@@ -41,15 +50,20 @@ class WalkedLedger:
             LedgerError, OSError: the checkpoint's ledger is not there, or damaged.
             TypeError, ValueError: as `ModelIdentity.of`.
         """
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None:
             ledger = Ledger.load(checkpoint / LEDGER)
             self.identity, self.frozen = ledger.identity, tuple(ledger.frozen)
-        else:
-            known = ModelParameters.of(model)
-            self.identity, self.frozen = ModelIdentity.of_parameters(known), tuple(known.frozen)
+            copy_beside(checkpoint, folder)
+            self.origin = Origin.read(checkpoint) if (checkpoint / ORIGIN).exists() else None
+            return
+        known = ModelParameters.of(model)
+        self.identity, self.frozen = ModelIdentity.of_parameters(known), tuple(known.frozen)
+        self.origin = self._origin_of(model, pool)
 
-    def write(self, optimizer: FedKSeedSGD, model: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
-        """Writes the ledger of the walk so far and, if the base has a name, its origin, for `publish`.
+    def write(self, optimizer: FedKSeedSGD, folder: Path, facts: dict[str, Any]) -> None:
+        """Writes the ledger of the walk so far and what `publish` needs beside it.
 
         Args:
             folder: of the Trainer's weights; files of a ledger in it are overwritten.
@@ -64,45 +78,42 @@ class WalkedLedger:
         Ledger(pool.base_seed, coefficients, self.identity, self.frozen, notes, optimizer.family).save(
             folder / LEDGER
         )
-        adapted = hasattr(model, "peft_config")
+        if folder != self._folder:
+            copy_beside(self._folder, folder)
+        if self.origin is not None:
+            Origin(**{**vars(self.origin), "facts": facts}).write(folder)
+
+    def _origin_of(self, model: nn.Module, pool: SeedPool) -> Origin | None:
+        """The origin, once the adapter's files are written; None, said, where a card could not be made."""
         config = getattr(base_of(model), "config", None)
+        name, revision = getattr(config, "_name_or_path", ""), getattr(config, "_commit_hash", None)
         try:
-            origin = Origin.of(
-                _required(getattr(config, "_name_or_path", "")),
-                getattr(config, "_commit_hash", None),
-                facts=facts,
-                adapter=AdapterStart() if adapted else None,
-            )
+            if not name:  # which would mean the package's own model
+                raise OriginError("expected a base that was loaded by a name, got a model without one")
+            start = start_of(model, pool.base_seed) if is_adapted(model) else None
+            if start is not None:
+                write_adapter(model, start, self._folder)
+            return Origin.of(name, revision, adapter=start)
         except OriginError as error:
-            logger.info("%s is not written, publish asks for the base: %s", folder / ORIGIN, error)
-            (folder / ORIGIN).unlink(missing_ok=True)
-            return
-        origin.write(folder)
-
-
-def base_of(model: Any) -> Any:
-    """The model without peft's adapters."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+            logger.warning("no %s is written beside the ledger, it cannot be published: %s", ORIGIN, error)
+            return None
 
 
 def copy_ledger(source: Path, folder: Path) -> None:
-    """Copies the ledger of a checkpoint and its origin to a folder; an origin that it lacks is removed there.
+    """Copies the ledger of a checkpoint and what lies beside it.
 
     Raises:
         OSError: one cannot be read or written.
     """
     shutil.copyfile(source / LEDGER, folder / LEDGER)
-    (folder / ORIGIN).unlink(missing_ok=True)
-    if (source / ORIGIN).exists():
-        shutil.copyfile(source / ORIGIN, folder / ORIGIN)
+    copy_beside(source, folder)
 
 
-def _required(name: str) -> str:
-    """The name of a base; an empty one would mean the built-in model.
-
-    Raises:
-        OriginError: there is none: a model that was made of a config.
-    """
-    if not name:
-        raise OriginError("expected a base that was loaded by a name, got a model without")
-    return name
+def copy_beside(source: Path, folder: Path) -> None:
+    """Copies origin and adapter; what the source lacks is removed, as it would be of another ledger."""
+    for name in _BESIDE:
+        if (source / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
