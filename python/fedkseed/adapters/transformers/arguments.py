@@ -17,7 +17,10 @@ _OF_TRAIN_MODE = frozenset({"neftune_noise_alpha"})
 
 
 def table() -> dict[str, dict[str, Any]]:
-    """The tables of ``arguments.toml``: a text for each field, by what becomes of it; and "unset"."""
+    """The tables of ``arguments.toml``.
+
+    A text for each field, by what becomes of it; "unset" values and "former" names.
+    """
     return tomllib.loads((files(__package__) / "arguments.toml").read_text("utf-8"))
 
 
@@ -32,7 +35,7 @@ def check_arguments(args: Any, train_mode: bool) -> None:
         ValueError: a field is set that is refused; names it and says what to do.
     """
     known = table()
-    given = _given(args, known["unset"])
+    given = _given(args, known["unset"], known["former"])
     for name, value in given.items():
         if reason := known[REFUSED].get(name):
             raise ValueError(f"expected no {name} in a zeroth-order Trainer, got {value!r}: {reason}")
@@ -41,11 +44,16 @@ def check_arguments(args: Any, train_mode: bool) -> None:
             logger.warning("%s=%r has no effect in a zeroth-order Trainer: %s", name, value, reason)
 
 
-def _given(args: Any, unset: Mapping[str, list[Any]]) -> dict[str, Any]:
-    """The fields that are neither what their class begins with, nor what it makes of that, nor empty."""
-    given = {}
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if value and value != field.default and value not in unset.get(field.name, ()):
-            given[field.name] = value
-    return given
+def _given(args: Any, unset: Mapping[str, list[Any]], former: Mapping[str, str]) -> dict[str, Any]:
+    """The fields that are neither what their class begins with, nor what it makes of that, nor empty.
+
+    A former name whose field holds what that of the new one does is left out.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    not_set = {name: [default, *unset.get(name, ())] for name, default in defaults.items()}
+    for old, new in former.items():
+        if old in defaults and new in defaults:
+            not_set[new].append(defaults[old])
+            not_set[old].append(getattr(args, new))
+    values = {name: getattr(args, name) for name in defaults}
+    return {name: value for name, value in values.items() if value and value not in not_set[name]}
