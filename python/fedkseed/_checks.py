@@ -1,13 +1,26 @@
-"""Checks of numbers that several modules take; an error says the name, what was expected and what came."""
+"""Checks of arguments that several modules take; an error says the name, what was expected and what came."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from typing import TypeVar
 
 import numpy as np
 
+KindT = TypeVar("KindT")
 _FP32 = np.finfo(np.float32)
+
+
+def check_kind(name: str, value: object, kind: type[KindT], advice: str) -> KindT:
+    """``value``, if it is of that class.
+
+    Raises:
+        TypeError: it is not; ends in the advice.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {name} as a {kind.__name__}, got a {type(value).__name__}; {advice}")
+    return value
 
 
 def check_count(name: str, value: object, low: int, high: int) -> int:

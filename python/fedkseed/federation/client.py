@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedkseed._checks import check_bound, check_count, check_seed
+from fedkseed._checks import check_bound, check_count, check_kind, check_seed
 from fedkseed._means import mean
 from fedkseed.federation.evaluation_messages import EvaluationReply
 from fedkseed.federation.limits import ClientLimits
@@ -127,7 +127,7 @@ class Client(Generic[BatchT]):
     ) -> None:
         self.client = None if client is None else check_count("client", client, 0, MAX_CLIENTS - 1)
         self.data_size = check_count("data_size", data_size, 1, 2**32 - 1)
-        self.working = working
+        self.working = check_kind("working", working, WorkingCopy, "WorkingCopy(model) makes it")
         self.run_id = run_id
         self._pool = pool
         self.last_run: LocalRun | None = None
@@ -139,7 +139,11 @@ class Client(Generic[BatchT]):
         self._max_loss_gap = None if max_loss_gap is None else check_bound("max_loss_gap", max_loss_gap)
         self._seed = None if seed is None else check_seed(seed)
         self._num_threads = None if num_threads is None else check_count("num_threads", num_threads, 1, 2**15)
-        self._limits = limits or ClientLimits()
+        self._limits = ClientLimits()
+        if limits is not None:
+            self._limits = check_kind(
+                "limits", limits, ClientLimits, "ClientLimits(num_seeds=...) makes them"
+            )
         self._evaluate = evaluate
         examples = data_size if num_examples is None else num_examples
         self._num_examples = check_count("num_examples", examples, 1, 2**32 - 1)

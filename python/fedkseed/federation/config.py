@@ -7,7 +7,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from fedkseed._checks import check_count, check_eps, check_learning_rate, check_max_abs_g, check_real
+from fedkseed._checks import (
+    check_count,
+    check_eps,
+    check_kind,
+    check_learning_rate,
+    check_max_abs_g,
+    check_real,
+)
 from fedkseed.federation.bounds import Bounds
 from fedkseed.federation.messages import RUN_ID_BYTES, moves_within_fp32
 from fedkseed.federation.significance import DEFAULT_CLIP, DEFAULT_START
@@ -118,12 +125,31 @@ class ServerConfig(RoundConfig):
             raise ValueError(f"expected a run_id of {RUN_ID_BYTES} bytes or None, got {self.run_id!r}")
 
     def with_bounds(self, bounds: Bounds) -> ServerConfig:
-        """This with the two bounds where it has 0 for them."""
+        """This with the two bounds where it has 0 for them.
+
+        Raises:
+            TypeError, ValueError: no bounds, or one that is out of range.
+        """
+        check_kind("bounds", bounds, Bounds, "Bounds(median_clip, share_cap) makes them, Bounds(0, 0) none")
         return replace(
             self,
             median_clip=self.median_clip or bounds.median_clip,
             share_cap=self.share_cap or bounds.share_cap,
         )
+
+
+def check_server_config(config: object) -> ServerConfig:
+    """The config, if it is a server's.
+
+    Raises:
+        TypeError: another's; says how a simulation's gives the server's.
+    """
+    return check_kind(
+        "config",
+        config,
+        ServerConfig,
+        "config.server_config(num_clients) of a SimulationConfig makes one, and so does Task.server",
+    )
 
 
 def _check_multiple(name: str, given: float, least: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import numbers
 import os
 import secrets
@@ -15,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from fedkseed._checks import check_count
+from fedkseed._checks import check_count, check_kind
 from fedkseed.federation.bounds import Bounds
-from fedkseed.federation.collecting import some
-from fedkseed.federation.config import ServerConfig
+from fedkseed.federation.config import ServerConfig, check_server_config
 from fedkseed.federation.evaluation_round import EvaluationRound
 from fedkseed.federation.merging import merged
 from fedkseed.federation.messages import RUN_ID_BYTES, MessageBytes, ProtocolError, Reply
@@ -27,17 +25,14 @@ from fedkseed.federation.round_messages import RoundMessages
 from fedkseed.federation.significance import SeedSignificance
 from fedkseed.federation.state import ServerState, StateError, StateFolder, require_dtype_code
 from fedkseed.federation.summary import RoundSummary
+from fedkseed.federation.telling import tell
 from fedkseed.files import FolderLock
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.model.identity import ModelIdentity
 from fedkseed.model.manifest import ModelParameters
 from fedkseed.seeds import MAX_CLIENTS, MAX_ROUNDS, SeedPool
 
-logger = logging.getLogger("fedkseed")
-
 _FP32_MAX = float(np.finfo(np.float32).max)
-#: A weight above this, among more than two replies, is told: the others hardly count.
-_OUTSIZED_WEIGHT = 0.5
 
 
 class Server:
@@ -72,12 +67,14 @@ class Server:
         notice: says that `resume` took an older state and why; "" if it did not.
 
     Raises:
+        TypeError: an argument of another class, as a `fedkseed.SimulationConfig`.
         ValueError: a model whose weights have a dtype that no message can name.
     """
 
     def __init__(
         self, identity: ModelIdentity, pool: SeedPool, config: ServerConfig, *, frozen: Sequence[int] = ()
     ) -> None:
+        _check_kinds(identity, pool, config)
         require_dtype_code(identity)
         self.identity = identity
         self.pool = pool
@@ -98,8 +95,9 @@ class Server:
         """A server of a model whose weights are w0 as they stand now; the model is not kept.
 
         Raises:
-            TypeError, ValueError: as `ModelIdentity.of`.
+            TypeError, ValueError: as `ModelIdentity.of` and the constructor.
         """
+        check_server_config(config)  # before every byte of the model is read
         known = ModelParameters.of(model)
         return cls(ModelIdentity.of_parameters(known), pool, config, frozen=known.frozen)
 
@@ -129,8 +127,10 @@ class Server:
             StateError: no state, a damaged one, or one of another pool or configuration; says in which field.
             IdentityError: the state of another model.
             FolderInUseError: another server has the folder.
+            TypeError: an argument of another class, as a `fedkseed.SimulationConfig`.
             OSError: the file cannot be read.
         """
+        _check_kinds(identity, pool, config)
         opened = StateFolder(folder, lock)
         try:
             state = opened.read()
@@ -359,7 +359,7 @@ class Server:
             raise ProtocolError("expected sums within fp32, got some beyond it; lr or max_abs_g is too large")
         self.coefficients, self.significance = coefficients, found.significance
         self._open_round(self.round + 1)
-        _tell(found.summary, self.config)
+        tell(found.summary, self.config)
         return found.summary
 
     def _state(self, round: int) -> ServerState:
@@ -385,31 +385,7 @@ class Server:
         self._folder = opened
 
 
-def _tell(summary: RoundSummary, config: ServerConfig) -> None:
-    """Logs what a round's bounds cut, and a reply that outweighs all others together."""
-    if summary.clipped:
-        logger.warning(
-            "round %d: clipped %d g of clients %s to %g times the median |g| of %.4g",
-            summary.round,
-            sum(summary.clipped.values()),
-            some(tuple(summary.clipped)),
-            config.median_clip,
-            summary.median_abs_g,
-        )
-    if summary.capped:
-        logger.warning(
-            "round %d: cut the weights of clients %s to %g / %d",
-            summary.round,
-            some(summary.capped),
-            config.share_cap,
-            len(summary.replied),
-        )
-    for client, weight in summary.weights.items():
-        if weight > _OUTSIZED_WEIGHT and len(summary.replied) > 2:
-            logger.warning(
-                "round %d: client %d weighs %.3f (by its data size), more than the %d others together",
-                summary.round,
-                client,
-                weight,
-                len(summary.replied) - 1,
-            )
+def _check_kinds(identity: object, pool: object, config: object) -> None:
+    check_kind("identity", identity, ModelIdentity, "ModelIdentity.of(model) makes it, and so does Server.of")
+    check_kind("pool", pool, SeedPool, "SeedPool(base_seed, num_seeds) makes it")
+    check_server_config(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fedkseed._checks import check_bound, check_count, check_real
+from fedkseed._checks import check_bound, check_count, check_kind, check_real
 from fedkseed.federation.config import RoundConfig, ServerConfig
 from fedkseed.seeds import MAX_ROUNDS, MAX_SEEDS
 from fedkseed.storage import (
@@ -67,3 +67,17 @@ class SimulationConfig(RoundConfig):
             ValueError: fewer clients than a round invites.
         """
         return ServerConfig(num_clients=num_clients, **self.round_numbers())
+
+
+def check_simulation_config(config: object) -> SimulationConfig:
+    """The config, if it is a simulation's.
+
+    Raises:
+        TypeError: another's, as a server's, which does not say what clients compute with.
+    """
+    return check_kind(
+        "config",
+        config,
+        SimulationConfig,
+        "one config is for clients and server; Server.of and Server.resume take a ServerConfig",
+    )

@@ -28,7 +28,7 @@ from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.fedkseed_sgd import FedKSeedSGD
 from fedkseed.seeds import SeedPool
 from fedkseed.simulation.batches import ExampleT
-from fedkseed.simulation.config import SimulationConfig
+from fedkseed.simulation.config import SimulationConfig, check_simulation_config
 from fedkseed.simulation.devices import worker_devices
 from fedkseed.simulation.host import ClientRun, Host, InProcessHost
 from fedkseed.simulation.kept_run import KeptRun
@@ -154,6 +154,7 @@ class Simulation(Generic[ExampleT, BatchT]):
         notes: Mapping[str, str] | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> None:
+        check_simulation_config(config)
         check_count("num_workers", num_workers, 1, 2**15)
         if num_workers > 1 and make_task is None:
             raise ValueError(f"expected make_task for {num_workers} workers, got None")

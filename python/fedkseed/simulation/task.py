@@ -19,7 +19,7 @@ from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.evaluation import Losses
 from fedkseed.seeds import SeedPool
 from fedkseed.simulation.batches import ExampleT, LocalBatches
-from fedkseed.simulation.config import SimulationConfig
+from fedkseed.simulation.config import SimulationConfig, check_simulation_config
 from fedkseed.storage import StorageChoice
 
 
@@ -87,6 +87,7 @@ class Task(Generic[ExampleT, BatchT]):
         Raises:
             TypeError, ValueError: as `ModelIdentity.of`, and as `SimulationConfig.server_config`.
         """
+        check_simulation_config(config)
         pool = SeedPool(config.seed, config.num_seeds)
         return Server.of(self.model, pool, config.server_config(len(self.datasets)))
 
@@ -118,6 +119,7 @@ class Task(Generic[ExampleT, BatchT]):
         Raises:
             IndexError: the task has no such client.
         """
+        check_simulation_config(config)
         rows = self.datasets[number]
         working = working or WorkingCopy(self.model)
         batches = LocalBatches(
