@@ -82,3 +82,16 @@ def test_bounds_that_are_bounds_are_put_in() -> None:
     server = make_server()
     server.put_bounds(Bounds(5.0, 2.4))
     assert (server.config.median_clip, server.config.share_cap) == (5.0, 2.4)
+
+
+@pytest.mark.parametrize("number", [4, 9, -1])
+def test_a_client_that_the_task_has_not_is_told_the_range(number: int) -> None:
+    for ask in (lambda: make_task().client(number, None, RUN_CONFIG), lambda: make_task().data_size(number)):
+        with pytest.raises(IndexError, match=rf"expected a client out of 0 \.\. 3, .*, got {number}; add"):
+            ask()
+
+
+@pytest.mark.parametrize("number", ["1", 1.0, True, None])
+def test_a_client_s_number_that_is_no_integer_is_told(number: Any) -> None:
+    with pytest.raises(TypeError, match="expected the number of a client, got"):
+        make_task().client(number, None, RUN_CONFIG)

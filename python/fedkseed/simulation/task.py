@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic
@@ -76,7 +77,12 @@ class Task(Generic[ExampleT, BatchT]):
         return {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
 
     def data_size(self, client: int) -> int:
-        """What the client's reply weighs."""
+        """What the client's reply weighs.
+
+        Raises:
+            TypeError, IndexError: as `client`.
+        """
+        client = self._known(client)
         return len(self.datasets[client]) if self.data_sizes is None else self.data_sizes[client]
 
     def server(self, config: SimulationConfig) -> Server:
@@ -118,8 +124,10 @@ class Task(Generic[ExampleT, BatchT]):
 
         Raises:
             IndexError: the task has no such client.
+            TypeError: a number that is none, or an argument of another class.
         """
         check_simulation_config(config)
+        number = self._known(number)
         rows = self.datasets[number]
         working = working or WorkingCopy(self.model)
         batches = LocalBatches(
@@ -146,3 +154,14 @@ class Task(Generic[ExampleT, BatchT]):
             limits=limits,
             evaluate=self.evaluate,
         )
+
+    def _known(self, client: int) -> int:
+        """The number of a client of this task; a negative one does not count from the end."""
+        if isinstance(client, bool) or not isinstance(client, numbers.Integral):
+            raise TypeError(f"expected the number of a client, got {client!r}")
+        if client not in range(len(self.datasets)):
+            raise IndexError(
+                f"expected a client out of 0 .. {len(self.datasets) - 1}, for which the task has rows, got "
+                f"{client}; add its dataset to the task, or name one of these"
+            )
+        return int(client)
