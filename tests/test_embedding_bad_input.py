@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from support.messages import CONFIG, IDENTITY, POOL, make_server
-from support.small_client import make_client, make_model
+from support.small_client import make_broadcast, make_client, make_model
 from test_task_client import make_config, make_task
 
-from fedkseed import Bounds, Server, ServerConfig, Simulation, WorkingCopy
+from fedkseed import Bounds, EvaluationReply, Server, ServerConfig, Simulation, WorkingCopy
 
 SERVER_CONFIG, RUN_CONFIG = ServerConfig(**CONFIG), make_config()
 
@@ -95,3 +98,35 @@ def test_a_client_that_the_task_has_not_is_told_the_range(number: int) -> None:
 def test_a_client_s_number_that_is_no_integer_is_told(number: Any) -> None:
     with pytest.raises(TypeError, match="expected the number of a client, got"):
         make_task().client(number, None, RUN_CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        (None, "expected evaluate to return scores by name, got a NoneType; return a dict"),
+        (0.5, "scores by name, got a float"),
+        ({"loss": "0.5"}, "numbers by name, got a str as 'loss'; return a mean"),
+        ({"losses": [0.5, 1.0]}, "numbers by name, got a list as 'losses'"),
+        ({"losses": torch.ones(2)}, "numbers by name, got a Tensor as 'losses'"),
+    ],
+)
+def test_an_evaluation_that_returns_no_scores_says_so_at_a_client_and_in_a_simulation(
+    returned: Any, words: str
+) -> None:
+    task = replace(make_task(), evaluate=lambda *_: returned)
+    client = make_client(WorkingCopy(make_model()), evaluate=task.evaluate)
+    for ask in (
+        lambda: client.evaluate(make_broadcast(schedule=np.zeros(0, np.uint16))),
+        lambda: task.scores(0),
+    ):
+        with pytest.raises(TypeError, match=words):
+            ask()
+
+
+def test_scores_may_be_none_infinite_or_tensors_of_one_element() -> None:
+    found = {"none": None, "infinite": float("inf"), "tensor": torch.tensor([0.5]), "count": 3}
+    task = replace(make_task(), evaluate=lambda *_: found)
+    assert task.scores(0) == {"none": None, "infinite": None, "tensor": 0.5, "count": 3.0}
+    client = make_client(WorkingCopy(make_model()), evaluate=task.evaluate)
+    answer = client.evaluate(make_broadcast(schedule=np.zeros(0, np.uint16)))
+    assert EvaluationReply.from_bytes(answer).scores == {"tensor": 0.5, "count": 3.0}

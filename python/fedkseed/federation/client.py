@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -11,7 +11,6 @@ from time import perf_counter
 from typing import Generic, Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -28,7 +27,7 @@ from fedkseed.federation.messages import (
     broadcast_as_bytes,
     broadcast_digest,
 )
-from fedkseed.model.modes import Modes
+from fedkseed.federation.scoring import Evaluate, scores_of
 from fedkseed.model.randomness import seeded
 from fedkseed.model.threads import threads
 from fedkseed.model.working_copy import WorkingCopy
@@ -122,7 +121,7 @@ class Client(Generic[BatchT]):
         seed: int | None = None,
         num_threads: int | None = None,
         limits: ClientLimits | None = None,
-        evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
+        evaluate: Evaluate | None = None,
         num_examples: int | None = None,
     ) -> None:
         self.client = None if client is None else check_count("client", client, 0, MAX_CLIENTS - 1)
@@ -152,7 +151,7 @@ class Client(Generic[BatchT]):
         """The answer to any message of the server: `step` or `evaluate`, as it asks for.
 
         Raises:
-            MessageError, ProtocolError, IdentityError, ValueError: as they do.
+            MessageError, ProtocolError, IdentityError, TypeError, ValueError: as they do.
         """
         raw = broadcast_as_bytes(message)
         return self.step(raw) if Broadcast.peek(raw).kind == "train" else self.evaluate(raw)
@@ -188,21 +187,17 @@ class Client(Generic[BatchT]):
                 message can carry.
             ProtocolError: it is for another client, pool or run, or this client has nothing to evaluate with.
             IdentityError: it is for another w0.
+            TypeError: ``evaluate`` returned no numbers by name.
         """
         raw, broadcast, pool = self._read(message, "evaluate")
         if self._evaluate is None:
             raise ProtocolError(
                 f"expected client {broadcast.client} to have an evaluation, got none; make it with one"
             )
-        with self._at_work(broadcast), torch.no_grad():
+        with self._at_work(broadcast):
             self.working.load(pool, broadcast.coefficients, broadcast.family)
-            modes = Modes(self.working.model)
-            try:
-                found = self._evaluate(self.working.model, broadcast.round)
-            finally:
-                modes.restore(self.working.model)
-        scores = {name: float(value) for name, value in found.items() if value is not None}
-        finite = {name: value for name, value in scores.items() if math.isfinite(value)}
+            found = scores_of(self._evaluate, self.working.model, broadcast.round)
+        finite = {name: value for name, value in found.items() if value is not None}
         digest = broadcast_digest(raw)
         return EvaluationReply(
             broadcast.round, broadcast.client, self._num_examples, digest, finite

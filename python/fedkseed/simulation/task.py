@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -13,8 +12,8 @@ from torch import nn
 
 from fedkseed.federation.client import BatchT, Client
 from fedkseed.federation.limits import ClientLimits
+from fedkseed.federation.scoring import Evaluate, scores_of
 from fedkseed.federation.server import Server
-from fedkseed.model.modes import Modes
 from fedkseed.model.placement import input_device
 from fedkseed.model.working_copy import WorkingCopy
 from fedkseed.optim.evaluation import Losses
@@ -50,7 +49,7 @@ class Task(Generic[ExampleT, BatchT]):
     collate: Callable[[Sequence[ExampleT]], BatchT]
     loss: Callable[[nn.Module, BatchT], Losses]
     data_sizes: Sequence[int] | None = None
-    evaluate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
+    evaluate: Evaluate | None = None
     to_device: Callable[[BatchT, torch.device], BatchT] | None = None
 
     def __post_init__(self) -> None:
@@ -65,16 +64,14 @@ class Task(Generic[ExampleT, BatchT]):
             )
 
     def scores(self, round: int) -> dict[str, float | None]:
-        """What ``evaluate`` finds after a round, None for values that are not finite."""
+        """What ``evaluate`` finds after a round, None for values that are not finite.
+
+        Raises:
+            TypeError: it returned no numbers by name.
+        """
         if self.evaluate is None:
             return {}
-        modes = Modes(self.model)
-        try:
-            with torch.no_grad():
-                found = self.evaluate(self.model, round)
-        finally:
-            modes.restore(self.model)  # or the clients of this process go on in the evaluation's
-        return {name: float(value) if math.isfinite(value) else None for name, value in found.items()}
+        return scores_of(self.evaluate, self.model, round)
 
     def data_size(self, client: int) -> int:
         """What the client's reply weighs.
