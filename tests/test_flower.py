@@ -160,8 +160,24 @@ class TestNodes:
         assert len([kind for _, kind in grid.seen if kind == "query"]) == 7
 
     def test_too_few_nodes_in_time_end_the_run(self, grid: DirectGrid) -> None:
-        with pytest.raises(TooFewRepliesError, match=r"expected 5 clients to be there, got \[0, 1, 2, 3\]"):
-            start(make_server(CONTEXT), grid, min_nodes=5, timeout=0.1)
+        grid.mute = {2}
+        with pytest.raises(TooFewRepliesError, match=r"expected 4 clients to be there, got \[0, 1, 3\]"):
+            start(make_server(CONTEXT), grid, min_nodes=4, timeout=0.1)
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"min_replies": 4}, r"min_replies of at most 3, .* \(clients_per_round 3, 4 clients\), got 4"),
+            ({"min_replies": -1}, r"min_replies in \[0, "),
+            ({"min_nodes": 5}, r"min_nodes in \[0, 4\], got 5"),
+        ],
+    )
+    def test_more_replies_or_nodes_than_there_can_be_are_refused_before_a_round(
+        self, grid: DirectGrid, options: dict[str, Any], words: str
+    ) -> None:
+        with pytest.raises(ValueError, match=words):
+            start(make_server(CONTEXT), grid, **options)
+        assert not grid.seen
 
 
 class TestFailures:

@@ -193,6 +193,17 @@ def test_too_few_replies_end_the_job(flare: SimpleNamespace, tmp_path: Path) -> 
     assert not list((tmp_path / "job-1").iterdir())
 
 
+def test_more_replies_than_a_round_invites_are_refused_before_a_message(flare: SimpleNamespace) -> None:
+    with pytest.raises(
+        ValueError, match=r"min_replies of at most 3, .*\(clients_per_round 3, 4 clients\), got 4"
+    ):
+        run(min_replies=4)
+    del flare.clients[2:]
+    with pytest.raises(ValueError, match=r"at most 2, .*\(clients_per_round 3, 2 clients\), got 3: no round"):
+        run(min_replies=3)
+    assert not any(site.messages for site in flare.clients)
+
+
 def test_the_end_of_a_job_goes_through(flare: SimpleNamespace) -> None:
     """It is no failure of a site, and no round is merged after it."""
 

@@ -87,7 +87,8 @@ def server_side(
         timeout: seconds for a site's answer; before its first one it makes its client.
         ledger: file of the ledger in the end; in the folder of the job's result unless absolute.
         sites: names of the sites, client 0 first; None for FLARE's own: site-1, site-2, ...
-        min_replies: a round, or an evaluation, with fewer ends the job.
+        min_replies: a round, or an evaluation, with fewer ends the job; more than a round invites are a
+            ValueError at its start.
         bounds: put in where the server's config has none; ``Bounds(0, 0)`` for none.
         evaluate_every: the sites evaluate the model before each so many rounds; 0 for never.
         on_round: called after each round, to log what it came to or to save the server.
@@ -101,6 +102,7 @@ def server_side(
     def run() -> None:
         server, proxies = make_server(), numbered(collab.clients, sites)
         server.put_bounds(bounds)
+        server.config.check_min_replies(min_replies, len(proxies))
         while server.round < num_rounds:
             if evaluate_every and server.round % evaluate_every == 0:
                 evaluation = exchange(server.open_evaluation(proxies), proxies, timeout)

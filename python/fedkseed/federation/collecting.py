@@ -81,10 +81,12 @@ class Collecting:
     def _require_replies(self, min_replies: int) -> None:
         check_count("min_replies", min_replies, 0, MAX_CLIENTS)
         if len(self._replies) < min_replies:
-            missing = f"missing are clients {some(self.missing)}: add more" if self.missing else "all replied"
+            what = f"missing are clients {some(self.missing)}: add more"
+            if min_replies > len(self.clients):
+                what = "no more were asked, and none that is to come makes it enough: ask more clients"
             raise TooFewRepliesError(
                 f"expected at least {min_replies} {self._what} of round {self.number}, got "
-                f"{len(self._replies)} of {len(self.clients)}; {missing}, or close with a smaller min_replies"
+                f"{len(self._replies)} of {len(self.clients)}; {what}, or close with a smaller min_replies"
             )
 
     def _tell_refusal(self, error: Exception) -> None:

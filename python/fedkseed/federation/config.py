@@ -124,6 +124,25 @@ class ServerConfig(RoundConfig):
         ):
             raise ValueError(f"expected a run_id of {RUN_ID_BYTES} bytes or None, got {self.run_id!r}")
 
+    def check_min_replies(self, min_replies: int, num_available: int | None = None) -> int:
+        """The number, if a round can have so many replies.
+
+        Args:
+            num_available: clients that there are; those that are registered if None.
+
+        Raises:
+            TypeError, ValueError: it is no count, or more than a round invites.
+        """
+        known = self.num_clients if num_available is None else num_available
+        most = min(self.clients_per_round, known)
+        if check_count("min_replies", min_replies, 0, MAX_CLIENTS) > most:
+            raise ValueError(
+                f"expected min_replies of at most {most}, as many clients as a round invites "
+                f"(clients_per_round {self.clients_per_round}, {known} clients), got {min_replies}: no round "
+                "could be closed; lower it, or invite more"
+            )
+        return int(min_replies)
+
     def with_bounds(self, bounds: Bounds) -> ServerConfig:
         """This with the two bounds where it has 0 for them.
 

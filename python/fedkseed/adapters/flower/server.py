@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+from fedkseed._checks import check_count
 from fedkseed._extras import require_extra
 from fedkseed.adapters.flower.records import answers, content, metrics
 from fedkseed.federation import (
@@ -65,6 +66,10 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
         timeout: seconds that a message and its answer may take, and that nodes are waited for.
         bounds: put in where the server's config has none; ``Bounds(0, 0)`` for none.
         on_round: called after each complete round, to save the server for instance.
+
+    Raises:
+        TypeError, ValueError: a number that is no count, more replies than a round invites, or more nodes
+            than clients are registered.
     """
 
     def __init__(
@@ -81,7 +86,9 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
     ) -> None:
         server.put_bounds(bounds)
         self.server, self.timeout, self.on_round = server, timeout, on_round
-        self.min_replies, self.min_nodes = min_replies, max(min_nodes, min_replies)
+        self.min_replies = server.config.check_min_replies(min_replies)
+        # A node more than there are clients would be waited for in vain.
+        self.min_nodes = max(check_count("min_nodes", min_nodes, 0, server.config.num_clients), min_replies)
         self.max_lost, self.num_evaluators = max_lost, num_evaluators
         self._num_lost = 0
         self._numbers: dict[int, int] = {}  # of the client, as each node says; -1: it cannot
