@@ -51,6 +51,16 @@ def test_a_number_at_its_limit_is_taken_and_one_beyond_it_refused(name: str, eva
     assert same_bytes(before, weights_of(working.model))
 
 
+def test_every_limit_that_a_message_exceeds_is_named() -> None:
+    limits = ClientLimits(lr=0.01, eps=1e-3, num_local_steps=3, num_seeds=16)
+    words = (
+        "a broadcast with lr of at most 0.01 and num_local_steps of at most 3 and num_seeds of at most 16, "
+        "the limits of client 4, got 0.05 and 4 and 32; raise them if that server is trusted"
+    )
+    with pytest.raises(ProtocolError, match=words):
+        make_client(WorkingCopy(make_model()), limits=limits).step(make_broadcast())
+
+
 def test_a_limit_costs_nothing_when_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even the hash of the weights, which takes seconds of a large model."""
     message = make_broadcast()

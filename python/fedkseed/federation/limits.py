@@ -53,7 +53,7 @@ class ClientLimits:
         """Raises unless a message is within the limits.
 
         Raises:
-            ProtocolError: it is not; says which limit, and what was asked for.
+            ProtocolError: it is not; says every limit that is exceeded, and what was asked for.
         """
         asked = {
             "lr": broadcast.lr,
@@ -62,10 +62,16 @@ class ClientLimits:
             "num_local_steps": len(broadcast.schedule),
             "num_seeds": len(broadcast.coefficients),
         }
-        for name, value in asked.items():
-            limit = getattr(self, name)
-            if limit is not None and value > limit:
-                raise ProtocolError(
-                    f"expected a broadcast with {name} of at most {limit:.7g}, the limit of client "
-                    f"{broadcast.client}, got {value:.7g}; raise the limit if that server is trusted"
-                )
+        beyond = {
+            name: (value, limit)
+            for name, value in asked.items()
+            if (limit := getattr(self, name)) is not None and value > limit
+        }
+        if beyond:
+            wanted = " and ".join(f"{name} of at most {limit:.7g}" for name, (_, limit) in beyond.items())
+            got = " and ".join(f"{value:.7g}" for value, _ in beyond.values())
+            one, them = ("the limit", "it") if len(beyond) == 1 else ("the limits", "them")
+            raise ProtocolError(
+                f"expected a broadcast with {wanted}, {one} of client {broadcast.client}, got {got}; raise "
+                f"{them} if that server is trusted"
+            )
