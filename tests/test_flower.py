@@ -102,6 +102,16 @@ class TestARun:
         server.ledger().apply_(model)
         assert last["held_out_loss"] == pytest.approx(embedding.evaluate(model, 3)["held_out_loss"], rel=1e-5)
 
+    def test_functions_that_return_nothing_are_told_of(
+        self, grid: DirectGrid, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with pytest.raises(TypeError, match="what make_server returns as a Server, got a NoneType; end it"):
+            server_app(lambda context: None)(grid, Context(11, 1, {}, RecordDict(), {"num-rounds": 1}))
+        grid.app = client_app(lambda context: None, resident=False)
+        with pytest.raises(TooFewRepliesError):
+            start(make_server(CONTEXT), grid, max_lost=0)
+        assert "expected make_client to return a client, got a NoneType; end it" in caplog.text
+
 
 class TestNodes:
     def test_clients_are_drawn_by_their_numbers_whatever_their_nodes_are_called(

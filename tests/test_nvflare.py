@@ -338,6 +338,19 @@ def test_the_client_is_made_at_the_first_message_and_once(flare: SimpleNamespace
     assert made == [1, 1]
 
 
+def test_functions_that_return_nothing_are_told_of_at_the_start(
+    flare: SimpleNamespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    handle = client_side(lambda number: None)
+    with pytest.raises(SiteError, match="TypeError"):
+        handle(embedding.make_server().broadcast(1))
+    assert "expected make_client to return a client, got a NoneType; end it with return task" in caplog.text
+    with pytest.raises(
+        TypeError, match="expected what make_server returns as a Server, got a NoneType; end it"
+    ):
+        server_side(lambda: None, 3, timeout=1)()
+
+
 def test_a_damaged_first_message_makes_no_client(flare: SimpleNamespace) -> None:
     message = embedding.make_server().broadcast(1)
     handle = client_side(embedding.make_client)

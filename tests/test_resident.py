@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from support import federation
-from support.resident_clients import make_client, make_echo, make_none
+from support.resident_clients import make_client, make_echo, make_mute, make_none, make_nothing
 from support.running import is_running, wait_for
 
 import fedkseed
@@ -166,6 +166,26 @@ def test_a_worker_that_cannot_start_says_why(folder: Path, monkeypatch: pytest.M
             resident.handle(b"one")
     with pytest.raises(ResidentError, match="at the top level of a module"):
         connect(lambda: make_echo(folder), folder)
+
+
+def test_a_worker_whose_function_returns_no_client_says_so_at_its_start_and_ends(folder: Path) -> None:
+    resident = connect(make_nothing, folder, start_timeout=SECONDS)
+    words = "exit status 1: TypeError: expected make_client to return a client, got a NoneType; end it with"
+    for _ in range(2):
+        with pytest.raises(ResidentError, match=words):
+            resident.start()
+    assert not resident.path.exists()
+
+
+def test_a_worker_whose_client_answers_with_nothing_says_so_and_lives_on(folder: Path) -> None:
+    resident = connect(make_mute, folder, start_timeout=SECONDS)
+    for failed in (1, 2):
+        with pytest.raises(
+            ResidentError, match="TypeError: expected handle to answer in bytes, got a NoneType"
+        ):
+            resident.handle(b"one")
+        assert (resident.info()["loads"], resident.info()["failed"]) == (1, failed)
+    resident.stop()
 
 
 def test_folders_that_others_may_enter_are_refused(tmp_path: Path) -> None:

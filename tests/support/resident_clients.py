@@ -38,6 +38,22 @@ def make_none() -> Echo:
     raise FileNotFoundError("expected a model, got no such folder")
 
 
+def make_nothing() -> Echo:
+    """As a function whose author forgot to return the client."""
+    return None  # type: ignore[return-value]
+
+
+class Mute:
+    """Answers with nothing."""
+
+    def handle(self, message: bytes) -> bytes:
+        return None  # type: ignore[return-value]
+
+
+def make_mute() -> Mute:
+    return Mute()
+
+
 def make_client(number: int) -> Client[Batch]:
     """A client of the small federation, with its model."""
     task = make_task()

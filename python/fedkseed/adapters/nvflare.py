@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 from fedkseed._extras import require_extra
 from fedkseed.federation.bounds import RECOMMENDED_BOUNDS, Bounds
-from fedkseed.federation.client import Client
+from fedkseed.federation.client import Client, check_made_client
 from fedkseed.federation.evaluation_round import EvaluationRound
 from fedkseed.federation.messages import Broadcast, MessageError, ProtocolError
 from fedkseed.federation.round import Round
-from fedkseed.federation.server import Server
+from fedkseed.federation.server import Server, check_made_server
 from fedkseed.federation.summary import RoundSummary
 from fedkseed.model.identity import IdentityError
 
@@ -57,7 +57,9 @@ def client_side(make_client: Callable[[int], Client[Any]]) -> Callable[[bytes], 
         try:
             with lock:
                 if not made:
-                    made.append(make_client(Broadcast.from_bytes(message).client))  # undamaged, or it stays
+                    # Undamaged, or the client would stay another's.
+                    number = Broadcast.from_bytes(message).client
+                    made.append(check_made_client(make_client(number)))
             return made[0].handle(message)
         except Exception as error:
             logger.exception("a message was not answered")
@@ -100,7 +102,7 @@ def server_side(
     from nvflare.collab import collab
 
     def run() -> None:
-        server, proxies = make_server(), numbered(collab.clients, sites)
+        server, proxies = check_made_server(make_server()), numbered(collab.clients, sites)
         server.put_bounds(bounds)
         server.config.check_min_replies(min_replies, len(proxies))
         while server.round < num_rounds:

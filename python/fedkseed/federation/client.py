@@ -291,3 +291,20 @@ class Client(Generic[BatchT]):
             )
         broadcast.identity.require(self.working.identity)
         return SeedPool(*found) if self._pool is None else self._pool
+
+
+HandlerT = TypeVar("HandlerT")
+
+
+def check_made_client(made: HandlerT) -> HandlerT:
+    """What a ``make_client`` returned, if it answers messages.
+
+    Raises:
+        TypeError: it has no ``handle``, as None.
+    """
+    if not callable(getattr(made, "handle", None)):
+        raise TypeError(
+            f"expected make_client to return a client, got a {type(made).__name__}; end it with "
+            "return task.client(...), or with an object whose handle(message) answers in bytes"
+        )
+    return made

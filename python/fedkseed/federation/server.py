@@ -389,3 +389,12 @@ def _check_kinds(identity: object, pool: object, config: object) -> None:
     check_kind("identity", identity, ModelIdentity, "ModelIdentity.of(model) makes it, and so does Server.of")
     check_kind("pool", pool, SeedPool, "SeedPool(base_seed, num_seeds) makes it")
     check_server_config(config)
+
+
+def check_made_server(made: object) -> Server:
+    """What a ``make_server`` returned, if it is a server.
+
+    Raises:
+        TypeError: it is not, as None.
+    """
+    return check_kind("what make_server returns", made, Server, "end it with return task.server(config)")

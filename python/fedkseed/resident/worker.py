@@ -19,7 +19,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol
 
-from fedkseed.federation.client import Client
+from fedkseed.federation.client import Client, check_made_client
 from fedkseed.resident.frames import Answered, Asked, error_bytes, is_own, receive, send
 
 logger = logging.getLogger("fedkseed.resident")
@@ -109,6 +109,8 @@ def _answered(client: Handler, message: bytes, trace: Trace) -> tuple[Answered, 
     trace.messages += 1
     try:
         reply = client.handle(message)
+        if not isinstance(reply, (bytes, bytearray)):
+            raise TypeError(f"expected handle to answer in bytes, got a {type(reply).__name__}")
     except Exception as error:
         trace.failed += 1
         logger.warning("message %d failed", trace.messages, exc_info=error)
@@ -136,7 +138,7 @@ def main() -> None:
     trace = Trace()
     start = perf_counter()
     make_client: Callable[[], Any] = pickle.loads(orders.make_client)
-    client = make_client()
+    client = check_made_client(make_client())
     trace.loads, trace.seconds = 1, perf_counter() - start
     logger.info("model loaded in %.1f s, process %d", trace.seconds, trace.pid)
     path = Path(orders.path)

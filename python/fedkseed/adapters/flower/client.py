@@ -11,6 +11,7 @@ from typing import Any
 from fedkseed._extras import require_extra
 from fedkseed.adapters.flower.records import content, value
 from fedkseed.federation import Client
+from fedkseed.federation.client import check_made_client
 from fedkseed.resident import connect
 
 require_extra("flower", "flwr")
@@ -40,7 +41,7 @@ def client_app(make_client: Callable[[Context], Client[Any]], *, resident: bool 
                 return Message(content(_number(context)), reply_to=message)
             make = partial(make_client, _plain(context))
             is_held = not _in_simulation() if resident is None else resident
-            client = connect(make) if is_held else make()
+            client = connect(make) if is_held else check_made_client(make())
             return Message(content(client.handle(value(message))), reply_to=message)
         except Exception as error:
             logger.exception("node %d could not answer", context.node_id)

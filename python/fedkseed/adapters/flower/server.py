@@ -23,6 +23,7 @@ from fedkseed.federation import (
     Server,
     TooFewRepliesError,
 )
+from fedkseed.federation.server import check_made_server
 
 require_extra("flower", "flwr")
 
@@ -43,7 +44,7 @@ def server_app(make_server: Callable[[Context], Server], **options: Any) -> Serv
     """
 
     def main(grid: Grid, context: Context) -> None:
-        server = make_server(context)
+        server = check_made_server(make_server(context))
         rounds = FedKSeedStrategy(server, **options)
         while (left := int(context.run_config["num-rounds"]) - server.round) > 0:
             rounds.start(grid, ArrayRecord(), left, rounds.timeout)
