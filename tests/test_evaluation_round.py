@@ -15,6 +15,7 @@ from fedkseed import (
     Broadcast,
     EvaluationReply,
     EvaluationRound,
+    EvaluationSummary,
     MessageError,
     ProtocolError,
     Server,
@@ -84,9 +85,48 @@ def test_means_are_weighted_by_examples_whatever_the_order_of_arrival() -> None:
     }
     assert summary.by_client == dict(enumerate(scores))
     assert summary.metrics() == {
-        **{"round": 0.0, "num_clients": 3.0, "num_replied": 3.0, "num_examples": 6.0},
+        **{"round": 0.0, "num_clients": 3.0, "num_replied": 3.0, "num_examples": 6.0, "num_capped": 0.0},
         **summary.scores,
     }
+
+
+def liars_summary(caplog: pytest.LogCaptureFixture, **changes: Any) -> EvaluationSummary:
+    """Four honest clients of 10 examples with a loss of 1, and one that states 2^32 - 1 and a loss of 9."""
+    asked = make_server(**changes).open_evaluation(range(5))
+    for client in range(4):
+        asked.add(client, answer(asked, client, {"loss": 1.0}, num_examples=10))
+    liar = {"loss": 9.0, "only mine": 2.0}
+    asked.add(4, answer(asked, 4, liar, num_examples=2**32 - 1))
+    caplog.clear()
+    return asked.close()
+
+
+def test_one_that_states_any_number_of_examples_weighs_no_more_than_the_cap(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    free = liars_summary(caplog)
+    assert free.scores["loss"] == pytest.approx(9.0)
+    assert free.capped == ()
+    assert (
+        "evaluation of round 0: client 4 weighs 1.000 (by its number of examples), more than" in caplog.text
+    )
+    bound = liars_summary(caplog, share_cap=1.5)
+    assert bound.scores == {"loss": pytest.approx(1 + 8 * 1.5 / 5), "only mine": 2.0}
+    assert bound.weights == pytest.approx({0: 0.175, 1: 0.175, 2: 0.175, 3: 0.175, 4: 0.3})
+    assert (bound.capped, bound.metrics()["num_capped"]) == ((4,), 1.0)
+    assert bound.num_examples == 40 + 2**32 - 1
+    assert "evaluation of round 0: cut the weights of clients 4 to 1.5 / 5" in caplog.text
+
+
+def test_a_cap_that_cuts_nothing_changes_no_bit_of_a_mean() -> None:
+    found = []
+    for cap in (0.0, 2.0):
+        asked = make_server(share_cap=cap).open_evaluation(range(4))
+        for client in range(4):
+            asked.add(client, answer(asked, client, {"loss": 0.1 * client}, num_examples=7 + client))
+        found.append(asked.close())
+    assert found[0] == found[1]
+    assert found[0].capped == ()
 
 
 def test_a_mean_stays_within_the_scores() -> None:

@@ -242,7 +242,7 @@ class Server:
             clients = self.pool.sample_clients(self.round, known, min(count, known))
         else:
             clients = self._drawn(self.round, available, count)
-        return EvaluationRound(self._sent(self.round, clients, 0, None))
+        return EvaluationRound(self._sent(self.round, clients, 0, None), self.config.share_cap)
 
     def schedule(self, client: int) -> NDArray[np.uint16]:
         """The indices into the pool that a client's steps of the open round use, uint16 [tau].

@@ -68,6 +68,8 @@ class EvaluationSummary:
         num_examples: of all answers together.
         scores: by name, the mean over answers that have it, weighted by their number of examples.
         by_client: the scores of each client that answered.
+        weights: of each answer in a mean of a score that all have, by client; their sum is 1 up to rounding.
+        capped: whose weights were cut there to ``share_cap`` / n.
     """
 
     round: int
@@ -77,6 +79,8 @@ class EvaluationSummary:
     num_examples: int
     scores: Mapping[str, float]
     by_client: Mapping[int, Mapping[str, float]]
+    weights: Mapping[int, float] = field(default_factory=dict)
+    capped: tuple[int, ...] = ()
 
     def metrics(self) -> dict[str, float]:
         """Numbers by name, for a framework's records."""
@@ -85,5 +89,6 @@ class EvaluationSummary:
             "num_clients": float(len(self.clients)),
             "num_replied": float(len(self.replied)),
             "num_examples": float(self.num_examples),
+            "num_capped": float(len(self.capped)),
         }
         return {**counts, **self.scores}

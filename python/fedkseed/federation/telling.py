@@ -1,4 +1,4 @@
-"""What a log is told of a round: what its bounds cut, and who outweighs all others."""
+"""What a log is told of a round or an evaluation: what bounds cut, and who outweighs all others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 
 from fedkseed.federation.collecting import some
 from fedkseed.federation.config import ServerConfig
-from fedkseed.federation.summary import RoundSummary
+from fedkseed.federation.summary import EvaluationSummary, RoundSummary
 
 logger = logging.getLogger("fedkseed")
 
@@ -25,20 +25,31 @@ def tell(summary: RoundSummary, config: ServerConfig) -> None:
             config.median_clip,
             summary.median_abs_g,
         )
+    tell_weights(summary, config.share_cap)
+
+
+def tell_weights(summary: RoundSummary | EvaluationSummary, share_cap: float) -> None:
+    """Logs whose weights were cut, and one above those of all others together."""
+    what, by = "round", "data size"
+    if isinstance(summary, EvaluationSummary):
+        what, by = "evaluation of round", "number of examples"
     if summary.capped:
         logger.warning(
-            "round %d: cut the weights of clients %s to %g / %d",
+            "%s %d: cut the weights of clients %s to %g / %d",
+            what,
             summary.round,
             some(summary.capped),
-            config.share_cap,
+            share_cap,
             len(summary.replied),
         )
     for client, weight in summary.weights.items():
         if weight > _OUTSIZED_WEIGHT and len(summary.replied) > 2:
             logger.warning(
-                "round %d: client %d weighs %.3f (by its data size), more than the %d others together",
+                "%s %d: client %d weighs %.3f (by its %s), more than the %d others together",
+                what,
                 summary.round,
                 client,
                 weight,
+                by,
                 len(summary.replied) - 1,
             )
