@@ -259,9 +259,26 @@ def test_one_owner_of_a_folder(tmp_path: Path) -> None:
         ):
             raise AssertionError("must not be entered")
         owner.kill()
+    words = r"this process works in already; close\(\) the server or run that has it or choose another folder"
     for _ in range(2):
-        with FolderLock(tmp_path), pytest.raises(FolderInUseError), FolderLock(tmp_path):
+        with FolderLock(tmp_path), pytest.raises(FolderInUseError, match=words), FolderLock(tmp_path):
             raise AssertionError("must not be entered")
+
+
+def test_a_lock_that_a_forked_child_was_left_is_another_process_s_there(tmp_path: Path) -> None:
+    script = (
+        "import os, sys\n"
+        "from fedkseed.files import FolderInUseError, FolderLock\n"
+        "with FolderLock(sys.argv[1]):\n"
+        "    if (child := os.fork()) == 0:\n"
+        "        try:\n"
+        "            FolderLock(sys.argv[1]).__enter__()\n"
+        "        except FolderInUseError as error:\n"
+        "            os._exit(0 if 'another process works in' in str(error) else 1)\n"
+        "        os._exit(2)\n"
+        "    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)]).returncode == 0
 
 
 def test_a_lock_in_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def test_two_sweeps_do_not_share_a_folder(here: Path, capsys: pytest.CaptureFixt
     (here / "out").mkdir()
     with FolderLock(here / "out"):
         assert sweep("--out", "out") == 2
-    assert "to itself, got one that another process works in" in capsys.readouterr().err
+    assert "to itself, got one that this process works in already" in capsys.readouterr().err
     assert [path.name for path in (here / "out").iterdir()] == [FolderLock.FILE]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import ClassVar
 
 #: What `_temporary_beside` makes: .NAME.PROCESS-THREAD.tmp
 _TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9]+\.tmp", re.DOTALL)
@@ -22,7 +23,7 @@ class FileTooLargeError(ValueError):
 
 
 class FolderInUseError(RuntimeError):
-    """Another process holds the folder."""
+    """Somebody else holds the folder: another process, or another owner in this one."""
 
 
 class LockLostError(FolderInUseError):
@@ -215,10 +216,12 @@ class FolderLock:
         folder: as given, absolute and without links.
 
     Raises:
-        FolderInUseError: on entering, if another process holds it.
+        FolderInUseError: on entering, if another process holds it, or another lock in this one; says which.
     """
 
     FILE = ".lock"
+    #: The lock files that are held here, with the process: what it held at a fork is not the child's.
+    _held: ClassVar[set[tuple[int, int, int]]] = set()
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder).resolve()
@@ -232,13 +235,17 @@ class FolderLock:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_at(self._path, descriptor):
                     self._descriptor = descriptor
+                    self._held.add(_in_this_process(descriptor))
                     return self
                 os.close(descriptor)  # the owner before has just deleted it
             except BlockingIOError:
+                is_here = _in_this_process(descriptor) in self._held
                 os.close(descriptor)
+                who, what = "another process works in", "wait for it"
+                if is_here:
+                    who, what = "this process works in already", "close() the server or run that has it"
                 raise FolderInUseError(
-                    f"expected {self.folder} to itself, got one that another process works in; "
-                    "wait for it or choose another folder"
+                    f"expected {self.folder} to itself, got one that {who}; {what} or choose another folder"
                 ) from None
             except BaseException:
                 os.close(descriptor)
@@ -270,6 +277,7 @@ class FolderLock:
         trace: TracebackType | None,
     ) -> None:
         if self._descriptor is not None:
+            self._held.discard(_in_this_process(self._descriptor))
             os.close(self._descriptor)
             self._descriptor = None
 
@@ -284,6 +292,12 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def _in_this_process(descriptor: int) -> tuple[int, int, int]:
+    """A file as it is known in this process."""
+    found = os.fstat(descriptor)
+    return os.getpid(), found.st_dev, found.st_ino
 
 
 def _flush(path: Path) -> None:
