@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from fedkseed import Client, IdentityError, MessageError, ProtocolError, SimulationConfig, WorkingCopy
@@ -36,6 +37,13 @@ def make_echo(folder: Path) -> Echo:
 
 def make_none() -> Echo:
     raise FileNotFoundError("expected a model, got no such folder")
+
+
+def make_late(folder: Path) -> Echo:
+    """A client whose loading does not end; it leaves a file of its process."""
+    (folder / f"loading-{os.getpid()}").touch()
+    time.sleep(600)
+    return Echo(folder)
 
 
 def make_nothing() -> Echo:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import pickle
+import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,11 @@ from fedkseed.resident.frames import (
     receive_exactly,
     send,
 )
+from fedkseed.resident.leftovers import NAME_LENGTH, SUFFIX, accepts, alone, remove_abandoned, writers
 from fedkseed_kernels import __version__
 
 #: Of a socket's name on Linux (sun_path), its end included.
 _MAX_PATH = 108
-_NAME_LENGTH = 16
-_SUFFIX = ".socket"
 _SECONDS_BETWEEN_LOOKS = 0.05
 _SECONDS_TO_CONNECT = 20.0
 #: Workers that may end, one after the other, before they take a message that waits for them.
@@ -81,7 +80,7 @@ class Resident:
         self._start_timeout = start_timeout
         parts = (__version__, sys.executable, name, _source_stamp(make_client))
         self._key = hashlib.sha256("\0".join(parts).encode() + self._pickled).digest()
-        self.path = folder / (self._key.hex()[:_NAME_LENGTH] + _SUFFIX)
+        self.path = folder / (self._key.hex()[:NAME_LENGTH] + SUFFIX)
         if not _is_short(folder):
             raise ResidentError(
                 f"expected a folder for sockets whose names stay below {_MAX_PATH} bytes, got {folder}; "
@@ -116,15 +115,16 @@ class Resident:
         Raises:
             ResidentError: it could not be started; says why.
         """
-        if self._is_there():
+        if accepts(self.path):
             return
-        with self._alone():
-            if self._is_there():  # somebody else started it meanwhile
+        with alone(self.path.with_suffix(".lock")):
+            if accepts(self.path):  # somebody else started it meanwhile
                 return
             self.path.unlink(missing_ok=True)  # of a worker that was killed
+            remove_abandoned(self.path.parent)
             process = self._started()
             end = time.monotonic() + self._start_timeout
-            while not self._is_there():
+            while not accepts(self.path):
                 if process.poll() is not None:
                     raise ResidentError(
                         f"expected a worker to start, got its end with exit status {process.returncode}: "
@@ -153,14 +153,27 @@ class Resident:
         return found
 
     def stop(self) -> None:
-        """Ends the worker when it has answered what came before; harmless where none runs."""
+        """Ends the worker when it has answered what came before; harmless where none runs.
+
+        One that still loads its model is ended at once, whoever waits for it.
+        """
         try:
             with self._connected(None) as connection:
                 pid = json.loads(_answer(connection, Asked.STOP, b""))["pid"]
         except OSError:
+            self._end_loading()
             return
         end = time.monotonic() + _SECONDS_TO_CONNECT
         while self.path.exists() and Path(f"/proc/{pid}").exists() and time.monotonic() < end:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def _end_loading(self) -> None:
+        """Ends workers that have no socket as yet, which nobody can reach but by a signal."""
+        end = time.monotonic() + _SECONDS_TO_CONNECT
+        for pid in writers(self._log):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        while writers(self._log) and time.monotonic() < end:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
     @property
@@ -211,15 +224,6 @@ class Resident:
         if receive_exactly(connection, KEY_BYTES) != self._key:
             raise ResidentError(f"expected this client's worker at {self.path}, got another one's; remove it")
 
-    def _is_there(self) -> bool:
-        """Whether somebody accepts connections; busy with a message counts."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            try:
-                connection.connect(str(self.path))
-            except (FileNotFoundError, ConnectionRefusedError):
-                return False
-        return True
-
     def _started(self) -> subprocess.Popen[bytes]:
         # As in this process: what is no text is not looked at, and "" is the folder where it is.
         python_path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
@@ -247,13 +251,6 @@ class Resident:
     def _last_words(self) -> str:
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it said nothing"
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """A context that one caller at a time is in: two that start a worker end with one."""
-        with self.path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
 
 def connect(
@@ -341,4 +338,4 @@ def _default_folder() -> Path:
 
 def _is_short(folder: Path) -> bool:
     """Whether the name of a socket in a folder may be the name of one."""
-    return len(os.fsencode(folder)) + 1 + _NAME_LENGTH + len(_SUFFIX) < _MAX_PATH
+    return len(os.fsencode(folder)) + 1 + NAME_LENGTH + len(SUFFIX) < _MAX_PATH
