@@ -11,7 +11,7 @@ from support.federation import run
 from support.messages import CONFIG, IDENTITY, POOL, make_replies, make_server
 from test_server_state import HEADER, SAMPLINGS, resume, saved, sealed
 
-from fedkseed import Server, ServerConfig, StateError
+from fedkseed import RECOMMENDED_BOUNDS, Bounds, Server, ServerConfig, StateError
 from fedkseed.federation.state import ServerState, StateFolder
 from fedkseed.simulation.run_folder import LEDGER, METRICS
 
@@ -65,6 +65,32 @@ def test_bounds_stand_in_format_3_and_go_on_over_a_resume(
         ServerState.from_bytes(sealed(data[: HEADER + 16] + none + data[HEADER + 32 :]))
 
 
+def test_a_run_that_was_saved_before_its_bounds_says_how_it_gets_them(tmp_path: Path) -> None:
+    free = ServerConfig(**CONFIG)
+    bound = free.with_bounds(RECOMMENDED_BOUNDS)
+    with Server(IDENTITY, POOL, free) as server:
+        server.save(tmp_path)
+    words = (
+        r"with median_clip 5.0 and share_cap 2.4, got one with 0.0 and 0.0; the run was saved without bounds"
+        r": resume with both 0, then server.put_bounds\(...\) adds them"
+    )
+    with pytest.raises(StateError, match=words):
+        Server.resume(tmp_path, IDENTITY, POOL, bound)
+    with Server.resume(tmp_path, IDENTITY, POOL, free) as server:  # which is what the error advises
+        server.put_bounds(RECOMMENDED_BOUNDS)
+        server.merge(make_replies(server))
+        server.save(tmp_path)
+    words = r"share_cap 0.0, got one with 5.0 and 2.4; .* by with_bounds\(Bounds\(5.0, 2.4\)\)"
+    with pytest.raises(StateError, match=words):
+        Server.resume(tmp_path, IDENTITY, POOL, free)
+    with Server.resume(tmp_path, IDENTITY, POOL, free.with_bounds(Bounds(5.0, 2.4))) as server:
+        assert server.round == 1
+    with pytest.raises(
+        StateError, match="with lr 0.5 and median_clip 0.0 and .*; resume with the configuration"
+    ):
+        Server.resume(tmp_path, IDENTITY, POOL, replace(free, lr=0.5))
+
+
 def test_a_simulation_with_bounds_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     bounds = {"median_clip": 1.2, "share_cap": 1.1}
     run(tmp_path / "free", 1, resume=False, num_rounds=4)
@@ -75,5 +101,5 @@ def test_a_simulation_with_bounds_goes_on_to_the_same_bytes(tmp_path: Path) -> N
         whole = (tmp_path / "whole" / name).read_bytes()
         assert (tmp_path / "halves" / name).read_bytes() == whole
         assert (tmp_path / "free" / name).read_bytes() != whole, "the bounds cut nothing"
-    with pytest.raises(StateError, match="median_clip 0.0, got one with 1.2"):
+    with pytest.raises(StateError, match="median_clip 0.0 and share_cap 0.0, got one with 1.2 and 1.1"):
         run(tmp_path / "halves", 1, resume=True, num_rounds=5)

@@ -168,7 +168,7 @@ class ServerState:
 
         Raises:
             IdentityError: of another model.
-            StateError: of another pool or configuration; says in which field.
+            StateError: of another pool or configuration; says in which fields, and what to do.
         """
         self.identity.require(identity)
         wanted = {"base_seed": pool.base_seed, "num_seeds": pool.num_seeds, **vars(config)}
@@ -180,12 +180,29 @@ class ServerState:
                 f"expected num_clients of at least {self.config.num_clients}, which are registered in the "
                 f"saved run, got {config.num_clients}; clients may be added at a resume, not taken away"
             )
-        for name, value in wanted.items():
-            if found[name] != value:
-                raise StateError(
-                    f"expected the state of a run with {name} {value}, got one with {found[name]}; "
-                    "resume with the configuration that the run began with"
-                )
+        other = [name for name, value in wanted.items() if found[name] != value]
+        if other:
+            asked = " and ".join(f"{name} {wanted[name]}" for name in other)
+            raise StateError(
+                f"expected the state of a run with {asked}, got one with "
+                f"{' and '.join(str(found[name]) for name in other)}; " + _advice(other, self.config)
+            )
+
+
+def _advice(other: list[str], saved: ServerConfig) -> str:
+    """How to resume, where these fields are not those of the saved run."""
+    bounds = (saved.median_clip, saved.share_cap)
+    if not set(other) <= {"median_clip", "share_cap"}:
+        return "resume with the configuration that the run began with"
+    if bounds == _NO_BOUNDS:
+        return (
+            "the run was saved without bounds: resume with both 0, then server.put_bounds(...) adds them, "
+            "as adapters do by themselves"
+        )
+    return (
+        f"resume with the bounds of the run, as numbers of the config or by with_bounds(Bounds{bounds}) of a "
+        "server's that has none"
+    )
 
 
 def require_dtype_code(identity: ModelIdentity) -> None:
