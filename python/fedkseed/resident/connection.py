@@ -21,7 +21,7 @@ from typing import Any
 
 from fedkseed._checks import check_real
 from fedkseed.federation.messages import MAX_BROADCAST_BYTES, MessageBytes, as_bytes
-from fedkseed.resident import worker
+from fedkseed.resident import environment, worker
 from fedkseed.resident.frames import (
     KEY_BYTES,
     Answered,
@@ -78,7 +78,7 @@ class Resident:
             ) from error
         self._idle_timeout = idle_timeout
         self._start_timeout = start_timeout
-        parts = (__version__, sys.executable, name, _source_stamp(make_client))
+        parts = (__version__, sys.executable, name, _source_stamp(make_client), environment.stamp())
         self._key = hashlib.sha256("\0".join(parts).encode() + self._pickled).digest()
         self.path = folder / (self._key.hex()[:NAME_LENGTH] + SUFFIX)
         if not _is_short(folder):
@@ -264,9 +264,10 @@ def connect(
     """The worker that holds the client of ``make_client``; it runs already, or the first message starts it.
 
     It is the same one for every process of this user on this machine that asks for the same ``make_client``
-    (with the same arguments, from an unchanged file), with the same Python and release of this package. It
-    goes on when the caller ends, and ends when no message came for a while. Its socket has mode 0600, in a
-    folder of mode 0700.
+    (with the same arguments, from an unchanged file), with the same Python and release of this package, under
+    the same environment as far as answers depend on it (`fedkseed.resident.environment`). It goes on when the
+    caller ends, and ends when no message came for a while. Its socket has mode 0600, in a folder of mode
+    0700.
 
     Args:
         make_client: makes the client, with its model; at the top level of a module, or a functools.partial of
