@@ -169,6 +169,44 @@ class TestNodes:
         assert "no answer of 7: 'ValueError'" in caplog.text
         assert len([kind for _, kind in grid.seen if kind == "query"]) == 7
 
+    def test_two_nodes_that_state_one_number_at_once_are_left_alone_and_told_of(
+        self, grid: DirectGrid, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        grid.numbers[7] = 2
+        server = make_server(CONTEXT)
+        start(server, grid, min_nodes=3)
+        assert server.ledger().to_bytes() == ledger_of(make_server(CONTEXT), [[0, 1, 3]] * 3)
+        told = [record.message for record in caplog.records if "partition-id" in record.message]
+        assert told == [
+            "expected one node as client 2, got nodes 7, 76 with that partition-id; none of them takes part: "
+            "give each a number of its own, or end all but one"
+        ]
+
+    def test_a_node_that_states_a_number_in_use_does_not_displace_who_has_it(
+        self, grid: DirectGrid, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def arrives(server: Server, summary: object) -> None:
+            if server.round == 1:
+                grid.numbers[7] = 3
+            else:
+                grid.numbers.pop(69, None)  # and then the other one takes its place
+
+        nodes: list[set[int]] = [set(), set(), set()]
+        server = make_server(CONTEXT)
+        answers = grid._answers
+
+        def watched(message: Any) -> Any:
+            if message.metadata.message_type == "train":
+                nodes[server.round].add(message.metadata.dst_node_id)
+            return answers(message)
+
+        grid._answers = watched  # type: ignore[method-assign]
+        start(server, grid, on_round=arrives)
+        assert server.ledger().to_bytes() == embedding.reference_ledger()
+        assert [69 in asked for asked in nodes] == [True, True, False]
+        assert [7 in asked for asked in nodes] == [False, False, True]
+        assert "got nodes 7, 69 with that partition-id; node 69 stays it" in caplog.text
+
     def test_too_few_nodes_in_time_end_the_run(self, grid: DirectGrid) -> None:
         grid.mute = {2}
         with pytest.raises(TooFewRepliesError, match=r"expected 4 clients to be there, got \[0, 1, 3\]"):

@@ -94,6 +94,7 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
         self._num_lost = 0
         self._numbers: dict[int, int] = {}  # of the client, as each node says; -1: it cannot
         self._nodes: dict[int, int] = {}  # that are there, by client
+        self._told: set[tuple[int, ...]] = set()  # numbers that several nodes state, with these nodes
 
     def summary(self) -> None:
         logger.info("from round %d on: %s", self.server.round, self.server.config)
@@ -149,10 +150,38 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
             replies = grid.send_and_receive(list(asked.values()), timeout=limit)
             for node, number in answers(asked, replies):
                 self._numbers[node] = number if isinstance(number, int) else -1
-            known = range(self.server.config.num_clients)
-            found = {n: node for node, n in self._numbers.items() if node in there and n in known}
+            found = self._one_each(there)
             if len(found) >= enough:
                 return found
             if time.monotonic() > end:
                 raise TooFewRepliesError(f"expected {enough} clients to be there, got {sorted(found)}")
             time.sleep(1.0)
+
+    def _one_each(self, there: set[int]) -> dict[int, int]:
+        """The node of each client, of these nodes.
+
+        Where several state one number, the one that was the client before stays it, and none is where none
+        was: they hold other data, and whose is meant the server cannot know.
+        """
+        claims: dict[int, list[int]] = {}
+        for node, number in self._numbers.items():
+            if node in there and number in range(self.server.config.num_clients):
+                claims.setdefault(number, []).append(node)
+        found = {}
+        for number, nodes in claims.items():
+            before = self._nodes.get(number)
+            if len(nodes) == 1:
+                found[number] = nodes[0]
+            elif before in nodes:
+                found[number] = before
+            if len(nodes) > 1 and (claim := (number, *sorted(nodes))) not in self._told:
+                self._told.add(claim)
+                stays = f"node {found[number]} stays it" if number in found else "none of them takes part"
+                logger.warning(
+                    "expected one node as client %d, got nodes %s with that partition-id; %s: give each a "
+                    "number of its own, or end all but one",
+                    number,
+                    ", ".join(map(str, sorted(nodes))),
+                    stays,
+                )
+        return found
