@@ -157,6 +157,23 @@ def test_a_round_without_replies_leaves_the_model_and_invites_others() -> None:
     assert "largest_weight" not in summary.metrics()
 
 
+@pytest.mark.parametrize("nothing", [b"", bytearray(), memoryview(b"")])
+def test_an_answer_without_a_byte_says_that_its_client_ended(nothing: bytes | bytearray | memoryview) -> None:
+    server = make_server()
+    client = server.clients[0]
+    words = f"client {client}: expected an? .*, got 0: the client ended before it answered"
+    for take in (
+        server.open().add,
+        server.check,
+        server.open_evaluation().add,
+        lambda client, reply: server.merge([(client, reply)]),
+    ):
+        with pytest.raises(MessageError, match=words):
+            take(client, nothing)
+    with pytest.raises(MessageError, match="got 1$"):
+        server.check(client, b"1")
+
+
 def test_fewer_clients_than_a_round_needs_are_too_few_replies() -> None:
     server = make_server()
     opened = server.open([4])

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from fedkseed._checks import check_count
-from fedkseed.federation.messages import ProtocolError
+from fedkseed.federation.messages import MessageError, ProtocolError
 from fedkseed.federation.round_messages import RoundMessages
 from fedkseed.seeds import MAX_CLIENTS
 
@@ -88,6 +88,12 @@ class Collecting:
                 f"expected at least {min_replies} {self._what} of round {self.number}, got "
                 f"{len(self._replies)} of {len(self.clients)}; {what}, or close with a smaller min_replies"
             )
+
+    def _unread(self, client: int, reply: object, error: MessageError) -> MessageError:
+        """The error of a client's answer that is none; a pipe whose other side ended gives no byte."""
+        is_empty = isinstance(reply, (bytes, bytearray, memoryview)) and reply == b""
+        ended = ": the client ended before it answered, or closed its connection; look at its own output"
+        return MessageError(f"client {client}: {error}{ended if is_empty else ''}")
 
     def _tell_refusal(self, error: Exception) -> None:
         logger.warning("round %d: a reply was refused: %s", self.number, error)

@@ -50,7 +50,7 @@ class EvaluationRound(Collecting):
                 raw = evaluation_as_bytes(reply)
                 found = EvaluationReply.from_bytes(raw)
             except MessageError as error:
-                raise MessageError(f"client {client}: {error}") from error
+                raise self._unread(client, reply, error) from error
             wanted = (self.number, client, self._sent.digest(client))
             if (found.round, found.client, found.digest) != wanted:
                 raise ProtocolError(

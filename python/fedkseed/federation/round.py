@@ -157,7 +157,7 @@ class Round(Collecting):
             raw = reply_as_bytes(reply)
             header = read_reply_header(raw)
         except MessageError as error:
-            raise MessageError(f"client {client}: {error}") from error
+            raise self._unread(client, reply, error) from error
         found = (header.round, header.client, header.num_steps)
         wanted = (self.number, client, self._config.num_local_steps)
         if found != wanted:
