@@ -28,7 +28,7 @@ CONTEXT = Context(11, 1, {}, RecordDict(), {})
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedkseed.adapters.flower.server.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("fedkseed.adapters.flower.nodes.time.sleep", lambda seconds: None)
 
 
 @pytest.fixture

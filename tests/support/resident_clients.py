@@ -47,7 +47,7 @@ def make_late(folder: Path) -> Echo:
 
 
 def make_nothing() -> Echo:
-    """As a function whose author forgot to return the client."""
+    """A function whose author forgot to return the client."""
     return None  # type: ignore[return-value]
 
 

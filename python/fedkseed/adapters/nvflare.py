@@ -56,10 +56,8 @@ def client_side(make_client: Callable[[int], Client[Any]]) -> Callable[[bytes], 
     def handle(message: bytes) -> bytes:
         try:
             with lock:
-                if not made:
-                    # Undamaged, or the client would stay another's.
-                    number = Broadcast.from_bytes(message).client
-                    made.append(check_made_client(make_client(number)))
+                if not made:  # from a message that is undamaged, or another's client would stay
+                    made.append(check_made_client(make_client(Broadcast.from_bytes(message).client)))
             return made[0].handle(message)
         except Exception as error:
             logger.exception("a message was not answered")
@@ -89,8 +87,7 @@ def server_side(
         timeout: seconds for a site's answer; before its first one it makes its client.
         ledger: file of the ledger in the end; in the folder of the job's result unless absolute.
         sites: names of the sites, client 0 first; None for FLARE's own: site-1, site-2, ...
-        min_replies: a round, or an evaluation, with fewer ends the job; more than a round invites are a
-            ValueError at its start.
+        min_replies: a round, or an evaluation, with fewer ends the job; beyond a round's clients: ValueError.
         bounds: put in where the server's config has none; ``Bounds(0, 0)`` for none.
         evaluate_every: the sites evaluate the model before each so many rounds; 0 for never.
         on_round: called after each round, to log what it came to or to save the server.
@@ -114,8 +111,7 @@ def server_side(
             if on_round is not None:
                 on_round(server, summary)
         if ledger is not None:
-            folder = collab.workspace.get_run_dir(collab.fl_ctx.get_job_id())
-            server.ledger().save(Path(folder) / ledger)
+            server.ledger().save(Path(collab.workspace.get_run_dir(collab.fl_ctx.get_job_id())) / ledger)
 
     return collab.main(run)  # type: ignore[no-any-return]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
 from fedkseed._checks import check_count
 from fedkseed._extras import require_extra
+from fedkseed.adapters.flower.nodes import Nodes
 from fedkseed.adapters.flower.records import answers, content, metrics
 from fedkseed.federation import (
     RECOMMENDED_BOUNDS,
@@ -27,7 +27,7 @@ from fedkseed.federation.server import check_made_server
 
 require_extra("flower", "flwr")
 
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp, strategy
 
 logger = logging.getLogger("fedkseed")
@@ -92,16 +92,14 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
         self.min_nodes = max(check_count("min_nodes", min_nodes, 0, server.config.num_clients), min_replies)
         self.max_lost, self.num_evaluators = max_lost, num_evaluators
         self._num_lost = 0
-        self._numbers: dict[int, int] = {}  # of the client, as each node says; -1: it cannot
-        self._nodes: dict[int, int] = {}  # that are there, by client
-        self._told: set[tuple[int, ...]] = set()  # numbers that several nodes state, with these nodes
+        self._nodes = Nodes(server.config.num_clients, timeout)
 
     def summary(self) -> None:
         logger.info("from round %d on: %s", self.server.round, self.server.config)
 
     def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Grid) -> list[Message]:
-        self._nodes = self._reachable(grid)
-        return self._messages(self.server.open(self._nodes), "train")
+        found = self._nodes.reach(grid, self.min_replies if self._nodes.by_client else self.min_nodes)
+        return self._messages(self.server.open(found), "train")
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[None, Any]:
         summary = self._summary(replies)
@@ -115,7 +113,9 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
     def configure_evaluate(self, server_round: int, arrays: Any, config: Any, grid: Grid) -> list[Message]:
         if not self.num_evaluators:
             return []
-        return self._messages(self.server.open_evaluation(self._nodes, self.num_evaluators), "evaluate")
+        return self._messages(
+            self.server.open_evaluation(self._nodes.by_client, self.num_evaluators), "evaluate"
+        )
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         return metrics(self._summary(replies)) if self.num_evaluators else None
@@ -123,7 +123,9 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
     def _messages(self, asked: Round | EvaluationRound, kind: str) -> list[Message]:
         self._asked, self._sent = asked, {}
         for client, message in asked.messages.items():
-            self._sent[client] = Message(content(message), self._nodes[client], kind, ttl=self.timeout)
+            self._sent[client] = Message(
+                content(message), self._nodes.by_client[client], kind, ttl=self.timeout
+            )
         return list(self._sent.values())
 
     def _summary(self, replies: Iterable[Message]) -> RoundSummary | EvaluationSummary | None:
@@ -137,51 +139,3 @@ class FedKSeedStrategy(strategy.Strategy):  # type: ignore[misc, unused-ignore] 
         except TooFewRepliesError as error:
             logger.warning("%s", error)
             return None
-
-    def _reachable(self, grid: Grid) -> dict[int, int]:
-        """The node of each client that is there; new nodes are asked who they are."""
-        enough = self.min_replies if self._nodes else self.min_nodes
-        end = time.monotonic() + self.timeout
-        while True:
-            there = set(grid.get_node_ids())
-            new = sorted(there - self._numbers.keys())
-            limit = min(self.timeout, 120.0)  # who is silent is asked again in the next round
-            asked = {node: Message(RecordDict(), node, "query", ttl=limit) for node in new}
-            replies = grid.send_and_receive(list(asked.values()), timeout=limit)
-            for node, number in answers(asked, replies):
-                self._numbers[node] = number if isinstance(number, int) else -1
-            found = self._one_each(there)
-            if len(found) >= enough:
-                return found
-            if time.monotonic() > end:
-                raise TooFewRepliesError(f"expected {enough} clients to be there, got {sorted(found)}")
-            time.sleep(1.0)
-
-    def _one_each(self, there: set[int]) -> dict[int, int]:
-        """The node of each client, of these nodes.
-
-        Where several state one number, the one that was the client before stays it, and none is where none
-        was: they hold other data, and whose is meant the server cannot know.
-        """
-        claims: dict[int, list[int]] = {}
-        for node, number in self._numbers.items():
-            if node in there and number in range(self.server.config.num_clients):
-                claims.setdefault(number, []).append(node)
-        found = {}
-        for number, nodes in claims.items():
-            before = self._nodes.get(number)
-            if len(nodes) == 1:
-                found[number] = nodes[0]
-            elif before in nodes:
-                found[number] = before
-            if len(nodes) > 1 and (claim := (number, *sorted(nodes))) not in self._told:
-                self._told.add(claim)
-                stays = f"node {found[number]} stays it" if number in found else "none of them takes part"
-                logger.warning(
-                    "expected one node as client %d, got nodes %s with that partition-id; %s: give each a "
-                    "number of its own, or end all but one",
-                    number,
-                    ", ".join(map(str, sorted(nodes))),
-                    stays,
-                )
-        return found
