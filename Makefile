@@ -49,6 +49,10 @@ ptx: install ## run the GPU kernels' PTX on an emulator, all cases without a rec
 chaos: install ## kill server, nodes and workers of a federation, and fedkseed simulate at 60 instants; an hour
 	PYTHONPATH=tests:. $(PY) -m support.chaos $(CHAOS_ARGS)
 
+.PHONY: newest
+newest: fetch ## run the adapters' tests with the newest releases of the index, in an environment of their own
+	$(PY) -m benchmarks.newest
+
 .PHONY: bench
 bench: fetch ## run the kernel benchmarks; results go to benchmarks/results
 	$(PY) -m benchmarks.machine_code.gate --json benchmarks/results/gate.json
