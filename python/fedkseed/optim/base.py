@@ -346,7 +346,7 @@ class ZerothOrderOptimizer(torch.optim.Optimizer):
                 "expected a closure, or a measurement before, got neither: a zeroth-order step evaluates the "
                 "loss itself and uses no gradient; call optimizer.step(lambda: loss_of(model, batch)), or "
                 "optimizer.measure(closure) for each batch and then optimizer.step(), in place of backward() "
-                "and step()"
+                "and step(); in place of transformers' Trainer take fedkseed.adapters.transformers.ZOTrainer"
             )
         if is_apart:
             self._storage.check_unwritten()

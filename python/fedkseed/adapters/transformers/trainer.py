@@ -162,11 +162,12 @@ class ZOTrainerMixin:
 
         Raises:
             ValueError: a checkpoint without the optimizer's state, or with that of another optimizer: the
-                seeds of the steps before would come again; no checkpoint, after a run along a pool that ended
-                with the best weights.
-            LedgerError, OSError: a checkpoint without the ledger that a run along a pool goes on with.
+                seeds of the steps before would come again; one without a ledger for a run along a pool; none
+                after such a run that ended with its best weights.
+            LedgerError, OSError: a ledger in the checkpoint that is damaged.
         """
-        self._resumed_from = checkpoint_of(resume_from_checkpoint, self.args.output_dir)
+        is_walk = self._settings.seed_pool is not None
+        self._resumed_from = checkpoint_of(resume_from_checkpoint, self.args.output_dir, is_walk)
         goes_on = self._resumed_from is None and self.model_init is None  # type: ignore[attr-defined]
         if goes_on and self._walked is not None and self._holds_best():
             raise ValueError(
