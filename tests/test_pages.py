@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from support import data_samples
 from support.ports import free_port
 
@@ -17,7 +19,7 @@ from fedkseed.scenarios.settings import values_of_file
 
 DOCS = Path(__file__).parent.parent / "docs"
 #: Pages whose Python blocks are one program, and how many they have.
-PAGES = {"quickstart": 4, "optimizer": 8, "data": 1, "transformers": 4}
+PAGES = {"quickstart": 4, "optimizer": 8, "data": 1, "publishing": 3, "transformers": 4}
 #: Pages with pieces of programs, or with programs that other tests run.
 PIECES = ("ledger", "reproducibility", "embedding", "flower", "nvflare")
 
@@ -96,6 +98,19 @@ def test_the_page_of_trainers_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tuned = {name for name, weight in names["adapted"].named_parameters() if weight.requires_grad}
     assert tuned
     assert all(name.endswith((".lora_A.default.weight", ".lora_B.default.weight")) for name in tuned)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_the_page_of_publishing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is pushed: the hub's two calls are noted."""
+    monkeypatch.chdir(tmp_path)
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda name, **_: None)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **call: calls.append(call))
+    names = run("publishing")
+    assert calls == [{"repo_id": "you/tuned", "folder_path": "published"}]
+    assert isinstance(names["tuned"], PeftModel)
+    assert not list(Path("published-lora").rglob("adapter_start*"))
 
 
 def test_the_settings_file_is_one(tmp_path: Path) -> None:
