@@ -74,6 +74,8 @@ BENCHMARKS = {
     "traffic": SHARED,
     "liars": SHARED,
     "resident": SHARED,
+    "trainer": SHARED,
+    "newest": SHARED,
 }
 RULES = {"fedkseed_kernels": KERNELS, "fedkseed": FEDKSEED, "benchmarks": BENCHMARKS}
 # What a package may take of the others: fedkseed_kernels by its public names alone.

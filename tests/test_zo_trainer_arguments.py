@@ -14,8 +14,10 @@ from support.tiny_trainer import make_arguments, make_llama, make_trainer
 from transformers import Trainer, TrainingArguments
 
 from fedkseed import ZOSGD
-from fedkseed.adapters.transformers import ZOTrainer, ZOTrainerMixin, trainer
+from fedkseed.adapters.transformers import ZOTrainer, ZOTrainerMixin, saving, stepping, trainer
 from fedkseed.adapters.transformers.arguments import IGNORED, REFUSED, SERVED, check_arguments, table
+from fedkseed.adapters.transformers.saving import Saving
+from fedkseed.adapters.transformers.stepping import Stepping
 
 TABLE = table()
 #: A value of each field that is not its default, as its user would give it or as the arguments keep it.
@@ -169,8 +171,13 @@ def test_keywords_of_the_optimizer_have_its_defaults() -> None:
 NOT_OVERRIDDEN = {"__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__qualname__"}
 
 
+def own_names() -> set[str]:
+    """What the mixin and its parts define."""
+    return {name for part in (ZOTrainerMixin, Stepping, Saving) for name in vars(part)} - NOT_OVERRIDDEN
+
+
 def test_what_is_overridden_is_public() -> None:
-    overridden = {name for name in vars(ZOTrainerMixin) if hasattr(Trainer, name)} - NOT_OVERRIDDEN
+    overridden = {name for name in own_names() if hasattr(Trainer, name)}
     assert overridden == {"__init__", "create_optimizer", "training_step", "log", "train", "save_model"}
     assert not {name for name in vars(ZOTrainer) if hasattr(Trainer, name)} - NOT_OVERRIDDEN
 
@@ -178,15 +185,20 @@ def test_what_is_overridden_is_public() -> None:
 def names_of_self() -> dict[str, set[str]]:
     """Attributes of ``self`` in the mixin's source: those that are read or called, and those that are set."""
     found: dict[str, set[str]] = {"read": set(), "set": set()}
-    for node in ast.walk(ast.parse(Path(trainer.__file__).read_text("utf-8"))):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-            found["set" if isinstance(node.ctx, ast.Store) else "read"].add(node.attr)
+    for module in (trainer, stepping, saving):
+        for node in ast.walk(ast.parse(Path(module.__file__).read_text("utf-8"))):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "self"
+            ):
+                found["set" if isinstance(node.ctx, ast.Store) else "read"].add(node.attr)
     return found
 
 
 def test_names_that_it_reads_are_there_on_the_installed_trainer(tmp_path: Path) -> None:
     """Private ones among them: where one goes, this test says which."""
-    names, own = names_of_self(), {*vars(ZOTrainerMixin), *PRIVATE_STATE}
+    names, own = names_of_self(), {*own_names(), *PRIVATE_STATE}
     read = (names["read"] | {"optimizer_cls_and_kwargs", "is_deepspeed_enabled", "is_fsdp_enabled"}) - own
     assert {"_prepare_inputs", "_load_from_checkpoint", "_train_batch_size", "is_in_train"} <= read
     plain = make_trainer(tmp_path, kind=Trainer)
@@ -197,7 +209,7 @@ def test_names_that_it_reads_are_there_on_the_installed_trainer(tmp_path: Path) 
 
 def test_private_names_of_its_own_are_none_of_the_trainers_beside_it(tmp_path: Path) -> None:
     assert names_of_self()["set"] - PRIVATE_STATE == {"optimizer"}
-    own = {name for name in vars(ZOTrainerMixin) if name.startswith("_") and not name.startswith("__")}
+    own = {name for name in own_names() if name.startswith("_") and not name.startswith("__")}
     own |= {*PRIVATE_STATE, "zeroth_order"}
     assert {"_set_mode", "_loss"} <= own
     taken = {*dir(Trainer), *vars(make_trainer(tmp_path, kind=Trainer)), *assigned_in(Trainer)}
@@ -208,7 +220,7 @@ def test_private_names_of_its_own_are_none_of_the_trainers_beside_it(tmp_path: P
 def test_nor_of_trls(kind: str) -> None:
     trl = pytest.importorskip("trl", reason="needs the extra trl")
     beside = getattr(trl, kind)
-    own = {name for name in vars(ZOTrainerMixin) if name.startswith("_") and not name.startswith("__")}
+    own = {name for name in own_names() if name.startswith("_") and not name.startswith("__")}
     assert (own | PRIVATE_STATE | {"zeroth_order"}) & {*dir(beside), *assigned_in(beside)} == set()
 
 

@@ -1,4 +1,7 @@
-"""What becomes of each field of `transformers.TrainingArguments`: ``arguments.toml``, read and held to."""
+"""What becomes of each field of `transformers.TrainingArguments`: ``arguments.toml``, read and held to.
+
+And of what launchers and other arguments of a Trainer bring.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
+
+from fedkseed.optim.base import ZerothOrderOptimizer
 
 logger = logging.getLogger("fedkseed")
 
@@ -42,6 +47,32 @@ def check_arguments(args: Any, train_mode: bool) -> None:
     for name, value in given.items():
         if (reason := known[IGNORED].get(name)) and not (train_mode and name in _OF_TRAIN_MODE):
             logger.warning("%s=%r has no effect in a zeroth-order Trainer: %s", name, value, reason)
+
+
+def check_surroundings(trainer: Any) -> None:
+    """Refuses what launchers bring, and arguments of other optimizers.
+
+    Raises:
+        ValueError, TypeError: as `ZOTrainerMixin`.
+    """
+    if getattr(trainer, "optimizer_cls_and_kwargs", None) is not None:
+        raise ValueError("expected no optimizer_cls_and_kwargs, got some: the Trainer makes its optimizer")
+    if trainer.optimizer is not None and not isinstance(trainer.zeroth_order, ZerothOrderOptimizer):
+        raise TypeError(
+            f"expected ZOSGD or FedKSeedSGD, or no optimizer at all, got {type(trainer.optimizer).__name__}"
+        )
+    if trainer.accelerator.scaler is not None:
+        raise ValueError("expected no GradScaler, got mixed precision fp16 from the launcher; take bf16")
+    if getattr(trainer, "is_deepspeed_enabled", False) or getattr(trainer, "is_fsdp_enabled", False):
+        raise ValueError(
+            "expected data parallel processes, got deepspeed or FSDP from the launcher: sharded weights "
+            "cannot be perturbed yet"
+        )
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"expected one GPU a process, got {trainer.args.n_gpu}; start with torchrun, or let "
+            "CUDA_VISIBLE_DEVICES name one"
+        )
 
 
 def _given(args: Any, unset: Mapping[str, list[Any]], former: Mapping[str, str]) -> dict[str, Any]:
