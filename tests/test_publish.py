@@ -158,6 +158,7 @@ def test_the_front_matter_names_base_data_and_licence_as_the_hub_reads_them(made
     for name in BUILT_IN_MODELS:
         text = card_text(Origin(name, "built-in", hashes=hashes), ledger)
         assert yaml.safe_load(text.split("---\n")[1])["base_model"] == published_as(name)[0]
+        assert "| revision of the base | pinned by the package |" in text
     unknown = card_text(Origin("owner/name", hashes=hashes), ledger)
     assert "license" not in yaml.safe_load(unknown.split("---\n")[1])
     assert "licence of the base is not known" in unknown

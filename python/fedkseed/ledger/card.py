@@ -156,7 +156,7 @@ def _made_of(origin: Origin, ledger: Ledger) -> list[tuple[str, str]]:
         data += f", rows {origin.data_digest[:32]}"
     rows = [
         ("base", f"{_plain(origin.base)} ({origin.source})"),
-        ("revision of the base", "not known" if origin.revision is None else _plain(origin.revision)),
+        ("revision of the base", _plain(origin.revision_text)),
         ("weights of the base", f"{ledger.identity.dtype}"),
         ("data", data),
     ]

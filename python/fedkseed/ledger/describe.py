@@ -70,7 +70,7 @@ def _card(published: Published) -> list[tuple[str, str]]:
     lines = [
         ("published", published.name),
         ("files", ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + " bytes, as the card says"),
-        ("base", f"{origin.base} ({origin.source}), revision {origin.revision or 'not known'}"),
+        ("base", f"{origin.base} ({origin.source}), revision {origin.revision_text}"),
         ("licence", f"of the base: {origin.license or 'not known'}"),
         ("data", ", ".join(data)),
         ("made by", facts or "not said"),

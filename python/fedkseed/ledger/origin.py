@@ -183,6 +183,11 @@ class Origin:
             return None
         return f"{self.base}@{self.revision}" if self.revision else self.base
 
+    @property
+    def revision_text(self) -> str:
+        """The revision of the base, in words where there is none."""
+        return self.revision or ("pinned by the package" if self.source == "built-in" else "not known")
+
     def to_json(self) -> str:
         """The content of `FILE`."""
         content = {
