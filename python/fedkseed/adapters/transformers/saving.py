@@ -22,7 +22,7 @@ class Saving(Stepping):
     _resumed_from: Path | None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as Trainer does.
+        """Trains as Trainer does; however it ends, the weights are those after its last whole step.
 
         Raises:
             ValueError: a checkpoint without the optimizer's state, or with that of another optimizer: the
@@ -41,9 +41,10 @@ class Saving(Stepping):
             )
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)  # type: ignore[misc]
-        finally:  # a callback may end the loop, or raise, amid a step
+        finally:  # a callback may end the loop, or raise, amid a step; a chained side may stand
             if self.optimizer is not None:
                 self.zeroth_order.discard()
+                self.zeroth_order.flush()
 
     def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Saves as Trainer does; of a run along a pool the ledger too.
