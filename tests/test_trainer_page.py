@@ -1,4 +1,4 @@
-"""The table of `docs/transformers.md` is that of the committed result; in place a step takes no more memory."""
+"""The table of `docs/transformers.md` is that of the committed result, whose bound on memory holds."""
 
 from __future__ import annotations
 
