@@ -69,7 +69,7 @@ def test_the_commands_of_the_readme(
     train = {f"task{number}_count": 30 for number in range(3)}
     write_natural_instructions(Path("natural-instructions"), train, {"task3_count": 30})
     lines = commands()
-    assert [line[0] for line in lines] == ["simulate"] * 3 + ["apply", "ask", "ask"]
+    assert [line[0] for line in lines] == ["simulate"] * 3 + ["apply", "ask", "publish", "ask"]
     for line in lines:
         is_run = line[0] == "simulate"
         assert cli.main([*line, *(SHORT if is_run else [])]) == 0, (line, capsys.readouterr().err)
@@ -82,6 +82,7 @@ def test_the_commands_of_the_readme(
         assert json.loads((run / "settings.json").read_text())["clients_per_round"] == num_clients
         assert Ledger.load(run / LEDGER).family == Ledger.load(run / BEST).family == "rademacher"
     assert (tmp_path / "tuned" / "config.json").is_file()
+    assert (tmp_path / "published" / "README.md").is_file()
     # The README applies one of them and asks two: so it goes with each.
     for name, base in (("dolly", "my-model"), ("mood", "my-model-bf16"), ("ni", "my-model")):
         ledger = str(tmp_path / "runs" / name / LEDGER)
