@@ -157,6 +157,19 @@ def test_streamed_it_is_that_of_step_with_a_closure_too(tmp_path: Path) -> None:
     assert losses_of(trainer) == looped(twin, Streamed(), at_once=True)
 
 
+@pytest.mark.filterwarnings("ignore:the model is in train mode with dropout:UserWarning")
+def test_dropout_is_off_unless_train_mode_keeps_it(tmp_path: Path) -> None:
+    runs = [
+        make_trainer(tmp_path, make_llama(dropout=dropout), train_mode=train_mode)
+        for dropout, train_mode in [(0.0, False), (0.5, False), (0.5, True)]
+    ]
+    for run in runs:
+        run.model.train()
+        run.train()
+    without, off, on = map(losses_of, runs)
+    assert without == off != on
+
+
 class Gradients(TrainerCallback):  # type: ignore[misc]
     """Notes g of each step."""
 
@@ -287,3 +300,27 @@ def test_the_parameters_that_decay_are_those_of_trainer(weight_decay: float, tmp
         }
     assert groups[ZOTrainer] == groups[Trainer]
     assert {decay for _, decay in groups[ZOTrainer]} == {0.0, weight_decay}
+
+
+def test_logs_have_the_projected_gradient_in_place_of_a_norm(tmp_path: Path) -> None:
+    noted = Gradients()
+    trainer = make_trainer(tmp_path, None, {"logging_steps": 3}, num_directions=2, callbacks=[noted])
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [set(entry) for entry in logged] == 4 * [
+        {"loss", "learning_rate", "projected_grad", "epoch", "step"}
+    ]
+    of_steps = [
+        (abs(first) + abs(second)) / 2 for first, second in zip(*2 * [iter(noted.noted)], strict=True)
+    ]
+    assert [entry["projected_grad"] for entry in logged] == of_steps[2::3]
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_logs_count_what_was_skipped(max_grad_norm: float, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, None, {"max_grad_norm": max_grad_norm}, max_loss_gap=1e-12)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["num_skipped"] for entry in logged] == list(range(1, 13))
+    assert {entry["projected_grad"] for entry in logged} == {0.0}
+    assert trainer.zeroth_order.num_skipped == 12

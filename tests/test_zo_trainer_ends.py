@@ -196,3 +196,23 @@ def test_a_batch_for_which_memory_is_out_is_made_smaller(seed_pool: SeedPool | N
     if seed_pool is not None:
         ledgers = [folder / "checkpoint-12" / LEDGER for folder in (tmp_path, tmp_path / "twin")]
         assert ledgers[0].read_bytes() == ledgers[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_a_resumed_run_begins_anew_at_its_checkpoint_with_a_smaller_batch(tmp_path: Path) -> None:
+    """Weights and seeds are the checkpoint's again, as the ledger has them; Trainer goes on with its own."""
+    arguments = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 6}
+    options = {"seed_pool": POOL, "storage": Streamed()}
+    make_trainer(tmp_path / "saved", make_llama(kind=Fails), arguments, **options).train()
+    checkpoint = str(tmp_path / "saved" / "checkpoint-6")
+    model, other = make_llama(kind=Fails), make_llama(kind=Fails)
+    model.error, model.at_call = RuntimeError("CUDA out of memory."), 6
+    found = {**arguments, "auto_find_batch_size": True}
+    trainer = make_trainer(tmp_path / "found", model, found, **options)
+    trainer.train(checkpoint)
+    assert trainer.state.global_step == 12
+    small = {**arguments, "per_device_train_batch_size": 3}
+    make_trainer(tmp_path / "small", other, small, **options).train(checkpoint)
+    assert digest_of(model) == digest_of(other)
+    ledgers = [tmp_path / name / "checkpoint-12" / LEDGER for name in ("found", "small")]
+    assert ledgers[0].read_bytes() == ledgers[1].read_bytes()
