@@ -28,7 +28,7 @@ from fedkseed.adapters.transformers import ZOTrainer
 from fedkseed.data.models import load_causal_lm, load_tokenizer, smollm2_folder
 from fedkseed.data.sentiment import load_sentiment
 
-NUM_ROWS, NUM_TOKENS, NUM_STEPS = 4, 128, 9
+NUM_ROWS, NUM_TOKENS, NUM_STEPS = 4, 128, 5
 
 
 @dataclass(frozen=True)
