@@ -13,7 +13,9 @@ def test_the_page_shows_the_committed_result() -> None:
     rows = json.loads((RESULTS_FOLDER / "resident.json").read_bytes())["rows"]
     assert len(rows) == 3
     for row in rows:
-        found = re.search(rf"^\| {re.escape(row['way'])} \| ([\d.]+) \| ([\d.]+) \|$", page, flags=re.MULTILINE)
+        found = re.search(
+            rf"^\| {re.escape(row['way'])} \| ([\d.]+) \| ([\d.]+) \|$", page, flags=re.MULTILINE
+        )
         assert found is not None, row["way"]
         for text, number in zip(found.groups(), ("first", "second"), strict=True):
             seconds = row["seconds"][number]["median"]

@@ -108,17 +108,17 @@ class Interrupts(TrainerCallback):  # type: ignore[misc]
         return control
 
 
+@pytest.mark.slow
 @all_storages
 @pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_pre_optimizer_step"])
-@pytest.mark.few(3)
 def test_an_interrupt_by_a_callback_leaves_the_weights_of_the_step_before(
     event: str, storage: StorageOptions, tmp_path: Path
 ) -> None:
     _check_interrupted(event, False, storage, tmp_path)
 
 
+@pytest.mark.slow
 @all_storages
-@pytest.mark.few(1)
 def test_a_stop_between_the_batches_of_a_step_does_too(storage: StorageOptions, tmp_path: Path) -> None:
     _check_interrupted("on_substep_end", True, storage, tmp_path)
 
@@ -165,7 +165,7 @@ class Fails(LlamaForCausalLM):
 def test_an_interrupt_in_a_forward_pass_leaves_them_as_well(
     call: int, storage: StorageOptions, tmp_path: Path
 ) -> None:
-    """Of either side of the fourth step."""
+    """An interrupt of either side of the fourth step."""
     model = make_llama(kind=Fails)
     model.error, model.at_call = KeyboardInterrupt(), call
     trainer = make_trainer(tmp_path, model, storage=storage)
@@ -178,6 +178,7 @@ def test_an_interrupt_in_a_forward_pass_leaves_them_as_well(
         assert digest_of(model) == digest_of(twin.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed_pool", [None, POOL], ids=["new seeds", "pool"])
 def test_a_batch_for_which_memory_is_out_is_made_smaller(seed_pool: SeedPool | None, tmp_path: Path) -> None:
     model = make_llama(kind=Fails)

@@ -63,7 +63,7 @@ def test_all_weights(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("by_rule", [True, False])
 def test_adapters_of_peft(base: Path, tmp_path: Path, by_rule: bool) -> None:
-    """By the rule of the pool's seed nothing but the settings is stored; else the numbers of the start."""
+    """Adapters by the rule of the pool's seed need no numbers stored; others do."""
     model = adapted(base)
     if by_rule:
         start_adapter(model, POOL.base_seed)
@@ -88,6 +88,7 @@ def test_looking_for_the_rule_leaves_an_adapter_that_began_otherwise_as_it_was(b
     assert ModelIdentity.of(twin).content == by_rule != ModelIdentity.of(model).content
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_it_began_with(base: Path, tmp_path: Path) -> None:
     trained(adapted(base), tmp_path / "whole")
     trained(adapted(base), tmp_path / "run", num_steps=2)

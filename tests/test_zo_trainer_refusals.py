@@ -209,3 +209,13 @@ def test_checkpoints_without_the_state_of_the_optimizer(tmp_path: Path) -> None:
         make_trainer(tmp_path).train(True)
     with pytest.raises(ValueError, match="No valid checkpoint found in output directory"):
         make_trainer(tmp_path / "empty").train(True)
+
+
+def test_settings_beside_an_optimizer_of_ones_own_are_refused(tmp_path: Path) -> None:
+    """Settings would go unheard: the optimizer has its own."""
+    for unheard in ({"eps": 0.1}, {"seed_pool": SeedPool(1, 8)}):
+        model = make_llama()
+        given = {"eps": 1e-3, "optimizers": (ZOSGD(model, 1e-6), None), **unheard}
+        (name,) = unheard
+        with pytest.raises(ValueError, match=f"expected no {name} beside an optimizer of your own"):
+            make_trainer(tmp_path, model, **given)

@@ -116,6 +116,7 @@ def test_of_a_model_with_adapters_those_alone_are_tuned(tmp_path: Path) -> None:
         assert torch.equal(old, new) is ("lora" not in name), name
 
 
+@pytest.mark.slow
 def test_the_last_checkpoint_of_the_folder_is_found(tmp_path: Path) -> None:
     whole = trained(CASES["pool"], tmp_path / "whole")
     trained(CASES["pool"], tmp_path / "parts", max_steps=6)
@@ -124,6 +125,7 @@ def test_the_last_checkpoint_of_the_folder_is_found(tmp_path: Path) -> None:
     assert resumed.zeroth_order.history == whole.zeroth_order.history  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_trainer_that_has_trained_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     """Its optimizer, and the ledger, are those of the checkpoint, whatever it walked along before."""
     trainer = trained(CASES["pool"], tmp_path)
@@ -133,6 +135,7 @@ def test_a_trainer_that_has_trained_goes_on_from_a_checkpoint(tmp_path: Path) ->
     assert (tmp_path / "checkpoint-12" / LEDGER).read_bytes() == ledger
 
 
+@pytest.mark.slow
 def test_a_second_call_of_train_goes_on_along_new_seeds(tmp_path: Path) -> None:
     trainer = trained(CASES["pool"], tmp_path)
     trainer.train()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ class Settings:
             )
         if self.seed_pool is not None and self.noise_seed is not None:
             raise ValueError("expected either seed_pool or noise_seed, got both: the pool has a seed")
+
+    def differing(self, function: Callable[..., Any]) -> list[str]:
+        """Names of the settings that are not what a function's parameters of these names begin with."""
+        begins = inspect.signature(function).parameters
+        return [
+            field.name for field in fields(self) if getattr(self, field.name) != begins[field.name].default
+        ]
 
     def make(
         self, model: nn.Module, args: Any, decaying: Callable[[nn.Module], list[str]], accelerator: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from fedkseed.ledger.adapter_start import MARK, base_dtype, start_adapter
 from fedkseed.ledger.origin import AdapterStart, OriginError
 from fedkseed.model.manifest import manifest_parameters
+
+logger = logging.getLogger("fedkseed")
 
 
 def is_adapted(model: Any) -> bool:
@@ -44,4 +47,9 @@ def start_of(model: Any, seed: int) -> AdapterStart:
         return start
     for weight, before in zip(matrices, kept, strict=True):
         weight.copy_(before)
+    logger.info(
+        "the numbers that the adapter began with are kept beside the ledger; call "
+        "fedkseed.ledger.start_adapter(model, %d) before the Trainer is made, and a rule makes them",
+        seed,
+    )
     return AdapterStart(None, base_dtype(model))

@@ -80,6 +80,11 @@ class ZOTrainerMixin(Saving):
         if given is None:
             check_arguments(self.args, train_mode)
         check_surroundings(self)
+        if self.optimizer is not None and (unheard := self._settings.differing(ZOTrainerMixin.__init__)):
+            raise ValueError(
+                f"expected no {', '.join(unheard)} beside an optimizer of your own, which was made with its "
+                "own; give them to the optimizer, or leave optimizers= out"
+            )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes `ZOSGD`, or `FedKSeedSGD` with a pool, unless an optimizer was given.
