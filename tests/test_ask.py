@@ -19,6 +19,7 @@ from fedkseed import Ledger, SeedPool, cli
 from fedkseed.data.asking import FILE, NOTE, Asking
 from fedkseed.data.models import load_any, load_any_weights
 from fedkseed.data.templates import Template
+from fedkseed.ledger import Origin
 
 WORDS = Asking(Template.custom("{text}\nIt was "), ("bad", "good", "so-so"), ("b", "g", "s"))
 HEAD = Asking(Template.custom("{text}"), ("bad", "good", "so-so"))
@@ -334,3 +335,18 @@ def test_a_masked_model_does_not_write(tmp_path: Path, capsys: pytest.CaptureFix
     assert (
         "expected a template with [MASK], in whose place BertForMaskedLM answers" in capsys.readouterr().err
     )
+
+
+def test_a_trainers_folder_is_the_model_in_it_whatever_lies_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Trainer's run along a pool has weights, and a ledger with its origin, in one folder."""
+    save_model(tmp_path / "run")
+    command = ["ask", str(tmp_path / "run"), "hello", "--max-new-tokens", "4"]
+    assert cli.main(command) == 0
+    before = capsys.readouterr().out
+    Origin.of("owner/base").write(tmp_path / "run")
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == before
+    assert cli.main([*command, "--base", "elsewhere"]) != 0
+    assert "expected a run's folder with --best or --base" in capsys.readouterr().err

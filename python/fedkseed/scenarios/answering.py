@@ -192,8 +192,11 @@ def open_tuned(
         PublishedError, OriginError: a published ledger whose files do not belong together.
         ModelError, LedgerError, IdentityError, FetchError, MissingExtraError, OSError: no model can be had.
     """
-    is_run = (folder / SETTINGS).is_file() and not (folder / _CONFIG).is_file()
-    is_published = not is_run and ((folder / origin_file.FILE).is_file() or is_hub_id(str(folder)))
+    is_model = (folder / _CONFIG).is_file()  # a Trainer's run has its ledger beside it
+    is_run = (folder / SETTINGS).is_file() and not is_model
+    is_published = not (is_run or is_model) and (
+        (folder / origin_file.FILE).is_file() or is_hub_id(str(folder))
+    )
     if not is_run and (best or (base and not is_published)):
         raise AskingError(f"expected a run's folder with --best or --base, got {folder}, which is none")
     if is_run:
@@ -204,7 +207,7 @@ def open_tuned(
         asking = published.asking
         say("Loading and verifying the base model, adding the ledger")
         model, tokenizer = published.load_with_tokenizer(base or None, trust_remote_code=trust_remote_code)
-    elif (folder / _CONFIG).is_file():
+    elif is_model:
         say("Loading the model")
         asking = Asking.read(folder)
         model, tokenizer = load_any(folder, _saved_dtype(folder), trust_remote_code=trust_remote_code)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedkseed.documents import DocumentError, read_json, shown
+from fedkseed.documents import DocumentError, shown
 from fedkseed.ledger import origin as origin_file
 from fedkseed.ledger.ledger import Ledger
 from fedkseed.ledger.origin import Origin
@@ -18,7 +18,15 @@ from fedkseed.ledger.tuned_model import find_asking
 from fedkseed.scenarios.report import data_title
 from fedkseed.scenarios.run import SUMMARY, read_summary
 from fedkseed.simulation.round_log import read_rounds
-from fedkseed.simulation.run_folder import BASELINE, BEST, LEDGER, METRICS, SETTINGS, RunFolderError
+from fedkseed.simulation.run_folder import (
+    BASELINE,
+    BEST,
+    LEDGER,
+    METRICS,
+    SETTINGS,
+    RunFolderError,
+    object_in,
+)
 
 #: Settings of a run that its card tells.
 _SETTINGS = ("num_local_steps", "batch_size", "lr", "eps", "sampling", "weighting")
@@ -58,7 +66,11 @@ def publish(
     run = Path(run)
     is_run = (run / SETTINGS).is_file()
     if not is_run and not (run / origin_file.FILE).is_file():
-        found = "nothing there" if not run.exists() else "another folder" if run.is_dir() else "a file"
+        found = "nothing there" if not run.exists() else "a file"
+        if run.is_dir():
+            found = f"a folder with neither {SETTINGS} nor {origin_file.FILE}"
+            if (run / LEDGER).is_file():
+                found += ": whoever wrote its ledger could not name the base"
         raise PublishedError(
             f"expected a run's folder ({SETTINGS}, {LEDGER}) or one with a ledger and {origin_file.FILE} at "
             f"{run}, got {found}"
@@ -67,7 +79,7 @@ def publish(
         raise PublishedError(f"expected a run's folder with --best, got {run}, which is none")
     path = run / (BEST if best else LEDGER)
     if not path.is_file():
-        reason = "no round of it is complete"
+        reason = "no round of it is complete" if is_run else "its Trainer has not saved: call save_model()"
         if (run / BASELINE).exists():
             reason = "a run of another method than fedkseed has none"
         raise PublishedError(f"expected a ledger to publish, {path.name}, in {run}, got none: {reason}")
@@ -106,7 +118,7 @@ def publish(
 
 def _of_run(run: Path, ledger: Ledger, best: bool, base: str | Path) -> tuple[str | Path, Origin, str | None]:
     """(base, origin, content of the tuned model if it is known) of a run's ledger."""
-    settings = _object(run / SETTINGS)
+    settings = object_in(run / SETTINGS, "the settings of a run")
     named = base or _text(settings, "model", run)
     num_rounds = _num_rounds(ledger, run)
     rows = list(read_rounds(run / METRICS, num_rounds=num_rounds))
@@ -146,16 +158,6 @@ def _summary(run: Path) -> dict[str, Any]:
         raise RunFolderError(f"expected what a run came to in {run / SUMMARY}, got: {error}") from error
     if not isinstance(found, dict) or not isinstance(found.get("settings", {}), dict):
         raise RunFolderError(f"expected what a run came to in {run / SUMMARY}, got something else")
-    return found
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = read_json(path)
-    except (OSError, DocumentError) as error:
-        raise RunFolderError(f"expected the settings of a run in {path}, got: {error}") from error
-    if not isinstance(found, dict):
-        raise RunFolderError(f"expected the settings of a run in {path}, got a {type(found).__name__}")
     return found
 
 

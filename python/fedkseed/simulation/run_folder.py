@@ -157,7 +157,7 @@ class RunFolder:
         Raises:
             RunFolderError: there are none, or the file is damaged.
         """
-        return _object_in(self.settings_path, "the settings of a run")
+        return object_in(self.settings_path, "the settings of a run")
 
     def abandon(self) -> None:
         """Closes it, and takes back what `start` made and wrote if the run has saved no state."""
@@ -238,7 +238,7 @@ def check_client_settings(
     """
     if not path.exists():
         return
-    found = _object_in(path, "the settings of the clients")
+    found = object_in(path, "the settings of the clients")
     kept = found.pop(_TASK, {})
     ours, theirs = {**_CLIENT_DEFAULTS, **settings}, {**_CLIENT_DEFAULTS, **found}
     if ours.keys() != theirs.keys() or not isinstance(kept, dict):
@@ -271,7 +271,7 @@ def kept_storage(path: Path) -> StorageOptions | None:
     """
     if not path.exists():
         return None
-    settings = _object_in(path, "the settings of the clients")
+    settings = object_in(path, "the settings of the clients")
     try:
         return mode_of_text(settings.get("storage"))
     except ValueError as error:
@@ -314,7 +314,12 @@ def _as_read(task: Mapping[str, Any]) -> dict[str, Any]:
     return read
 
 
-def _object_in(path: Path, what: str) -> dict[str, Any]:
+def object_in(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object in a file of a run.
+
+    Raises:
+        RunFolderError: the file cannot be read, or holds something else; ``what`` names what was expected.
+    """
     try:
         found = read_json(path)
     except (OSError, DocumentError) as error:
