@@ -34,11 +34,7 @@ def add(
     parser.add_argument(
         "--public-key", type=Path, help="refuse a ledger not signed with this key (PEM)", metavar="FILE"
     )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run code that lies beside the base's weights; without it, such a base is refused",
-    )
+    add_trust_remote_code(parser, "base")
     parser.set_defaults(run=run)
 
 
@@ -73,6 +69,15 @@ def run(options: argparse.Namespace) -> int:
         )
     print(f"Written: {options.out}, content {identity.content.hex()}")
     return 0
+
+
+def add_trust_remote_code(parser: argparse.ArgumentParser, whose: str) -> None:
+    """Adds the flag; ``whose`` weights they are, in one word."""
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help=f"run code that lies beside the {whose}'s weights; without it, such a {whose} is refused",
+    )
 
 
 def say(line: str) -> None:

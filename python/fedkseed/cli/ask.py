@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedkseed.cli.apply import say
+from fedkseed.cli.apply import add_trust_remote_code, say
 
 if TYPE_CHECKING:
     from fedkseed.data.templates import Template
@@ -76,11 +76,7 @@ def add(
     parser.add_argument(
         "--device", default="cpu", help="auto, cpu, cuda or cuda:N (%(default)s)", metavar="DEVICE"
     )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run code that lies beside the model's weights; without it, such a model is refused",
-    )
+    add_trust_remote_code(parser, "model")
     parser.add_argument("--json", action="store_true", help="a JSON object a text")
     parser.set_defaults(run=run)
 

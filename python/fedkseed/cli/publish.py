@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fedkseed.cli.apply import say
+from fedkseed.cli.apply import add_trust_remote_code, say
 
 
 def add(
@@ -41,11 +41,7 @@ def add(
         help="of the base, an identifier such as apache-2.0; by default what the base's own card says",
         metavar="ID",
     )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run code that lies beside the base's weights; without it, such a base is refused",
-    )
+    add_trust_remote_code(parser, "base")
     parser.set_defaults(run=run)
 
 
