@@ -236,6 +236,14 @@ def test_a_folder_of_simulate_that_was_killed_goes_on(
     assert (tmp_path / "resumed" / METRICS).read_bytes().startswith(before)
     assert Ledger.load(tmp_path / "resumed" / LEDGER).notes == {"num_rounds": "4"}
     anew = (tmp_path / "anew" / METRICS).read_bytes()
+    rounds = [
+        [json.loads(line) for line in metrics.splitlines()]
+        for metrics in (anew, (whole / METRICS).read_bytes())
+    ]
+    for new, old in zip(*rounds, strict=True):
+        for losses in ("train_loss", "evaluation"):
+            assert new.pop(losses) == pytest.approx(old.pop(losses), rel=1e-6)
+        assert new == old
     if anew.startswith(before):
         assert (tmp_path / "resumed" / METRICS).read_bytes() == anew
     if anew == (whole / METRICS).read_bytes():
