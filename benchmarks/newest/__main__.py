@@ -22,18 +22,23 @@ from benchmarks.common import environment
 from benchmarks.common.places import REPOSITORY, RESULTS_FOLDER
 from fedkseed.files import write_atomically
 
-EXTRAS = ("hf", "trl", "scenarios", "data", "test")
+EXTRAS = ("hf", "trl", "scenarios", "data", "sign", "test")
 #: What is told of: the releases that the adapters stand on.
 TOLD = ("transformers", "trl", "accelerate", "peft", "lightning", "torch", "datasets", "huggingface-hub")
 TESTS = (
+    "tests/test_accelerate.py",
+    "tests/test_load_source.py",
+    "tests/test_pages.py",
+    "tests/test_publish.py",
+    "tests/test_publish_lora.py",
     "tests/test_zo_trainer.py",
     "tests/test_zo_trainer_arguments.py",
+    "tests/test_zo_trainer_ends.py",
     "tests/test_zo_trainer_processes.py",
+    "tests/test_zo_trainer_published.py",
     "tests/test_zo_trainer_refusals.py",
     "tests/test_zo_trainer_resumed.py",
     "tests/test_zo_trainer_trl.py",
-    "tests/test_accelerate.py",
-    "tests/test_pages.py",
 )
 RESULT = RESULTS_FOLDER / "newest.json"
 _VERSIONS = """
